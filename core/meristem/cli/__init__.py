@@ -1,0 +1,30 @@
+"""The command line: one thin file a verb, and the only place with YAML and arguments.
+
+`main.py` holds the table `VERBS`, so `meristem --help` imports no verb; a verb's module is imported when it
+is called. There are two kinds:
+
+* `Verb`: the module has
+
+      def add_arguments(parser: argparse.ArgumentParser) -> None
+      def run(args: argparse.Namespace) -> int
+
+  `parser` already has the verb's name, its help line and its example; `run` returns the exit code (0).
+* `ConfiguredVerb` (`fit`, `validate`, `test`): the arguments are a config's own, so the module has
+
+      def run_argv(argv: list[str], verb: str) -> int
+
+  with `argv` what stands behind the verb; `--help` in it is the module's own to answer.
+
+What a verb may rely on, and must do:
+
+* Import nothing heavy (torch, numpy, pyarrow, lightning, jsonargparse) at the top of the module, only inside
+  `run` or `run_argv`: `meristem VERB --help` answers at once too.
+* Raise `meristem.errors.UserError` (`ConfigError`, `DataError`, `CheckpointError`) for what the user can
+  mend: `main` prints one line, `meristem: error: ...`, and ends with 2. Any other exception ends with 1, one
+  line and a kept traceback. Print no error and call no `sys.exit` yourself.
+* Ctrl-C arrives as `KeyboardInterrupt` (130) and SIGTERM as `SystemExit(143)`, both raised where the main
+  thread is: clean up in `finally` and let them pass. A verb that installs a handler of its own gives the
+  old one back.
+* `--debug` and `--version` are taken by `main` and never reach a verb.
+* Results go to stdout; progress and remarks go to stderr (`meristem.cli.console.progress`).
+"""

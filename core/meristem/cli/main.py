@@ -1,0 +1,258 @@
+"""`meristem VERB ...`: finds the verb, runs it, and turns what it raises into one line and an exit code."""
+
+import argparse
+import difflib
+import errno
+import importlib
+import os
+import select
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from meristem import __version__
+from meristem.errors import ConfigError, UserError
+
+DONE, FAULT, WRONG_INPUT, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+"""Errors of the operating system that the user can mend and we cannot."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments that are wrong are a user's error like any other: one line."""
+
+    def error(self, message: str) -> "None":  # type: ignore[override]
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb with arguments of its own; `meristem.cli` says what its module defines.
+
+    Attributes:
+        module: imported when the verb is called, not before.
+        help: one line.
+        example: a command that works as typed, but for file names.
+    """
+
+    module: str
+    help: str
+    example: str
+
+    def call(self, name: str, argv: list[str]) -> int:
+        """Parse what stands behind the verb and run it."""
+        module = importlib.import_module(self.module)
+        parser = Parser(
+            prog=f"meristem {name}",
+            description=self.help,
+            epilog=f"example:\n  {self.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(parser)
+        return int(module.run(parser.parse_args(argv)))
+
+
+@dataclass(frozen=True)
+class ConfiguredVerb(Verb):
+    """A verb whose arguments are a config's keys: its module parses them."""
+
+    def call(self, name: str, argv: list[str]) -> int:
+        return int(importlib.import_module(self.module).run_argv(argv, name))
+
+
+VERBS: dict[str, Verb] = {
+    "fit": ConfiguredVerb(
+        "meristem.cli.fit",
+        "train a model from a config, or go on where the run stopped",
+        "meristem fit --config protein/sample --trainer.max_steps 200",
+    ),
+    "validate": ConfiguredVerb(
+        "meristem.cli.fit",
+        "measure a trained model on the validation part of its data",
+        "meristem validate --config runs/sample/config.yaml",
+    ),
+    "test": ConfiguredVerb(
+        "meristem.cli.fit",
+        "measure a trained model on the test part of its data",
+        "meristem test --config runs/sample/config.yaml",
+    ),
+    "embed": Verb(
+        "meristem.cli.embed",
+        "write one vector a record, or one a token, in input order",
+        "meristem embed runs/sample/model proteins.fasta --output vectors",
+    ),
+    "predict": Verb(
+        "meristem.cli.predict",
+        "write labels, probabilities or values from a fine-tuned model",
+        "meristem predict runs/localization/model proteins.fasta --output labels.csv",
+    ),
+    "score": Verb(
+        "meristem.cli.score",
+        "score records with a model: contact maps of proteins",
+        "meristem score runs/sample/model proteins.fasta --contacts --output contacts",
+    ),
+    "import": Verb(
+        "meristem.cli.import_model",
+        "turn a foreign checkpoint into a model directory, with a parity report",
+        "meristem import path/to/esm2_t6_8M_UR50D esm2_8m",
+    ),
+    "export": Verb(
+        "meristem.cli.export_model",
+        "turn a model directory into one that another library loads",
+        "meristem export runs/sample/model exported --to hf",
+    ),
+    "inspect": Verb(
+        "meristem.cli.inspect",
+        "show architecture, parameters, FLOPs a token, memory and vocabulary",
+        "meristem inspect runs/sample/model",
+    ),
+    "domains": Verb(
+        "meristem.cli.domains",
+        "list the installed domains, write a new one, or check one",
+        "meristem domains new lab_rna && pip install -e lab_rna && meristem domains check lab_rna",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `meristem` with these arguments (those of the process by default) and return the exit code.
+
+    0 done; 2 the input, the config or the arguments are wrong; 1 our fault; 130 Ctrl-C; 143 SIGTERM.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        with _terminate_as_exit():
+            code = _dispatch(arguments)
+            sys.stdout.flush()
+            return code
+    except SystemExit as stop:  # argparse's --help, and SIGTERM
+        return stop.code if isinstance(stop.code, int) else DONE if stop.code is None else FAULT
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+    except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _is_reader_gone():
+            return _leave_pipe()
+        return _report(error, arguments, is_debug)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return DONE if arguments else WRONG_INPUT
+    if arguments[0] == "--version":
+        print(f"meristem {__version__}")
+        return DONE
+    name = arguments[0]
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
+        raise ConfigError(f"no verb {name!r}; {hint} (see meristem --help)")
+    return VERBS[name].call(name, arguments[1:])
+
+
+def _help() -> str:
+    lines = ["usage: meristem VERB ... [--debug]", ""]
+    lines += ["One transformer core; every domain grows from it.", ""]
+    for name, verb in VERBS.items():
+        lines += [f"  {name:<10}{verb.help}", f"  {'':<10}  $ {verb.example}"]
+    lines += [
+        "",
+        "  meristem VERB --help shows the arguments of a verb; --version the version;",
+        "  --debug keeps the traceback of an error on the screen.",
+        "",
+        "exit codes: 0 done, 2 the input or the config is wrong, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM",
+    ]
+    return "\n".join(lines)
+
+
+def _report(error: BaseException, arguments: list[str], is_debug: bool) -> int:
+    """One line on stderr; the traceback is shown or kept."""
+    if is_debug:
+        traceback.print_exception(error)
+    if isinstance(error, UserError):
+        _say(f"error: {error}")
+        return WRONG_INPUT
+    trouble = _disk_trouble(error, arguments)
+    if trouble:
+        _say(f"error: {trouble}")
+        return WRONG_INPUT
+    line = f"fault: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if not is_debug:
+        line += f"; run again with --debug for the traceback{_keep_traceback(error)}"
+    _say(line)
+    return FAULT
+
+
+def _disk_trouble(error: BaseException, arguments: list[str]) -> str:
+    """What the operating system refused, with the file; empty where it refused nothing."""
+    # writers in other languages (Arrow, HDF5, safetensors) hide the number in their text
+    is_full = "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+    is_refused = isinstance(error, OSError) and error.errno in DISK_ERRORS
+    if not (is_full or is_refused):
+        return ""
+    name = getattr(error, "filename", None)
+    if name is None and "--output" in arguments[:-1]:
+        name = arguments[arguments.index("--output") + 1]
+    reason = getattr(error, "strerror", None) or ("No space left on device" if is_full else str(error))
+    return f"{name or 'output'}: {reason}" + ("; free space or name another place" if is_full else "")
+
+
+def _keep_traceback(error: BaseException) -> str:
+    """Write the traceback to a file, since a run of days is not run again lightly; say where."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="meristem-fault-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+            return f" (kept in {file.name})"
+    except OSError:
+        return ""
+
+
+def _say(text: str) -> None:
+    print(f"meristem: {' '.join(text.splitlines())}", file=sys.stderr)
+
+
+@contextmanager
+def _terminate_as_exit() -> Iterator[None]:
+    """SIGTERM unwinds the stack like Ctrl-C does, so that verbs leave things resumable."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    try:
+        old = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread, where handlers cannot be set
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _is_reader_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more (`meristem ... | head`)."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLERR)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def _leave_pipe() -> int:
+    """Point stdout at nothing, so that the interpreter's last flush does not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return PIPE_CLOSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
