@@ -20,8 +20,8 @@ from meristem.errors import ConfigError, UserError
 
 DONE, FAULT, WRONG_INPUT, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-"""Errors of the operating system that the user can mend and we cannot."""
+REFUSALS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+"""Errors of the operating system that the user can mend and we cannot, as is a full disk."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -195,9 +195,9 @@ def _report(error: BaseException, arguments: list[str], is_debug: bool) -> int:
 def _disk_trouble(error: BaseException, arguments: list[str]) -> str:
     """What the operating system refused, with the file; empty where it refused nothing."""
     # writers in other languages (Arrow, HDF5, safetensors) hide the number in their text
-    is_full = "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
-    is_refused = isinstance(error, OSError) and error.errno in DISK_ERRORS
-    if not (is_full or is_refused):
+    number = error.errno if isinstance(error, OSError) else None
+    is_full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+    if not (is_full or number in REFUSALS):
         return ""
     name = getattr(error, "filename", None)
     if name is None and "--output" in arguments[:-1]:

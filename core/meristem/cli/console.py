@@ -1,0 +1,99 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere; always on stderr."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class progress:
+    """Counts work that is done, and says how fast it goes and how long it will take.
+
+    Args:
+        total: units in all; None where it is not known, then no time left is given.
+        unit: what is counted, in the plural (`records`, `tokens`).
+        title: what is being done, in front of the figures.
+        stream: where to; a terminal gets a bar, anything else one line every ten seconds.
+
+    Example:
+        >>> with progress(2, "records", title="embed") as p:
+        ...     p.advance(2)
+    """
+
+    def __init__(self, total: int | None, unit: str, title: str = "", stream: TextIO | None = None):
+        self._total, self._unit, self._title = total, unit, title or unit
+        self._stream = stream or sys.stderr
+        self._done, self._skipped = 0, 0
+        self._bar: Any = None
+        self._task: Any = None
+        self._began = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._began = self._last_line = time.monotonic()
+        if self._stream.isatty():
+            self._start_bar()
+        return self
+
+    def advance(self, count: int = 1) -> None:
+        """Say that `count` more units are done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, rate=_rate(self._speed(), self._unit))
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._print_line()
+
+    def skip(self, count: int) -> None:
+        """Say that `count` units were done by an earlier run: they count, but not for the rate."""
+        self._skipped += count
+        self.advance(count)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif time.monotonic() - self._began >= SECONDS_BETWEEN_LINES:
+            self._print_line()
+
+    def _speed(self) -> float:
+        return (self._done - self._skipped) / max(time.monotonic() - self._began, 1e-6)
+
+    def _start_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=Console(file=self._stream),
+        )
+        self._task = self._bar.add_task(self._title, total=self._total, rate="")
+        self._bar.start()
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        speed = self._speed()
+        line = f"{self._title}: {self._done:,}"
+        if self._total is not None:
+            line += f" of {self._total:,} {self._unit} ({self._done / max(self._total, 1):.0%})"
+        else:
+            line += f" {self._unit}"
+        line += f", {_rate(speed, self._unit)}"
+        if self._total is not None and speed > 0 and self._done < self._total:
+            line += f", {_duration((self._total - self._done) / speed)} left"
+        print(line, file=self._stream, flush=True)
+
+
+def _rate(per_second: float, unit: str) -> str:
+    return f"{per_second:,.0f} {unit}/s" if per_second >= 10 else f"{per_second:.2g} {unit}/s"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
