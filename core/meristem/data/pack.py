@@ -1,0 +1,125 @@
+"""From token sequences to packs: end to end, shortest first, no padding."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike
+
+from meristem.types import IGNORE, MIN_ROWS, Layout, PackedBatch, TokenColumn, Tokens
+
+
+def pack(sequences: Sequence[Tokens], records: Sequence[int], min_rows: int = MIN_ROWS) -> PackedBatch:
+    """Lay sequences end to end, sorted by length, so that equal lengths are neighbours.
+
+    Spare rows (symbol 0, position 0, targets `IGNORE`) fill a pack up to `min_rows`. A sequence without
+    a target or label that another one has gets it filled in as missing.
+
+    Args:
+        sequences: at least one. Sources (`is_source`) become the batch's source side; there must be
+            none, or as many as others, and the i-th source belongs to the i-th other sequence.
+        records: index of the record that each sequence came from.
+        min_rows: rows that each side holds at least.
+    """
+    assert len(sequences) == len(records)
+    main = [i for i, tokens in enumerate(sequences) if not tokens.is_source]
+    source = [i for i, tokens in enumerate(sequences) if tokens.is_source]
+    assert main, "a pack holds at least one sequence"
+    assert len(source) in (0, len(main)), f"{len(source)} source sequences for {len(main)} others"
+    assert all(records[s] == records[m] for s, m in zip(source, main)), "a source belongs to another record"
+    keys = [np.array([len(sequences[i]) for i in main])]
+    if source:  # equal lengths of the source side become neighbours as well, where they can
+        keys.insert(0, np.array([len(sequences[i]) for i in source]))
+    order = np.lexsort(keys)  # the last key leads; stable
+    sides = [_lay([sequences[side[i]] for i in order], min_rows) for side in (source, main) if side]
+    return PackedBatch(
+        **sides[-1],
+        records=tuple(int(records[main[i]]) for i in order),
+        source=PackedBatch(**sides[0], records=tuple(int(records[source[i]]) for i in order))
+        if source
+        else None,
+    )
+
+
+def pack_column(
+    column: TokenColumn, rows: np.ndarray, records: Sequence[int], min_rows: int = MIN_ROWS
+) -> PackedBatch:
+    """The pack of `rows` of a column, equal to `pack` of the same sequences, without a loop over them.
+
+    Args:
+        column: one token a symbol, positions counted from 0.
+        rows: rows of the column, in any order; at least one.
+        records: index of the record that each of `rows` came from.
+        min_rows: rows that the pack holds at least.
+    """
+    assert len(rows), "a pack holds at least one sequence"
+    assert len(rows) == len(records)
+    rows = np.asarray(rows)
+    lengths = (column.offsets[rows + 1] - column.offsets[rows]).astype(np.int64)
+    order = np.argsort(lengths, kind="stable")
+    lengths, starts = lengths[order], column.offsets[rows[order]]
+    layout = Layout.of(lengths, min_rows)
+    within = np.arange(layout.num_tokens) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    ids = np.zeros(layout.num_rows, np.int64)
+    ids[: layout.num_tokens] = column.ids[np.repeat(starts, lengths) + within]
+    positions = np.zeros((layout.num_rows, 1), np.int64)
+    positions[: layout.num_tokens, 0] = within
+    return PackedBatch(
+        layout=layout,
+        positions=torch.from_numpy(positions),
+        ids=torch.from_numpy(ids),
+        records=tuple(np.asarray(records)[order].tolist()),
+    )
+
+
+def _lay(sequences: list[Tokens], min_rows: int) -> dict[str, Any]:
+    """The fields of one side of a pack, in the order of `sequences`."""
+    layout = Layout.of([len(tokens) for tokens in sequences], min_rows)
+
+    def rows(parts: list[np.ndarray], fill: float, dtype: DTypeLike) -> torch.Tensor:
+        out = np.full((layout.num_rows, *parts[0].shape[1:]), fill, dtype)
+        np.concatenate(parts, out=out[: layout.num_tokens], casting="unsafe")
+        return torch.from_numpy(out)
+
+    # what a sequence lacks is filled in: features with 0, targets as unscored, labels as missing
+    widths = {tokens.features.shape[1] for tokens in sequences if tokens.features is not None}
+    features = None
+    if widths:
+        blank = np.zeros((layout.max_length, widths.pop()), np.float32)
+        parts = [blank[: len(tokens)] if tokens.features is None else tokens.features for tokens in sequences]
+        features = rows(parts, 0, np.float32)
+    targets = {}
+    for name, like in _first_of([tokens.targets for tokens in sequences]).items():
+        dtype = _tensor_dtype(like)
+        blank = np.full((layout.max_length, *like.shape[1:]), IGNORE, dtype)
+        parts = [tokens.targets.get(name, blank[: len(tokens)]) for tokens in sequences]
+        targets[name] = rows(parts, IGNORE, dtype)
+    labels = {}
+    for name, like in _first_of([tokens.labels for tokens in sequences]).items():
+        dtype = _tensor_dtype(like)
+        missing = np.full(like.shape, np.nan if dtype == np.float32 else IGNORE, dtype)
+        labels[name] = torch.from_numpy(
+            np.stack([np.asarray(tokens.labels.get(name, missing), dtype) for tokens in sequences])
+        )
+    return {
+        "layout": layout,
+        "positions": rows([tokens.positions for tokens in sequences], 0, np.int64),
+        "ids": rows([tokens.ids for tokens in sequences], 0, np.int64),
+        "features": features,
+        "targets": targets,
+        "labels": labels,
+    }
+
+
+def _first_of(named: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Every name that occurs, with the first array that bears it."""
+    found: dict[str, np.ndarray] = {}
+    for values in named:
+        for name, value in values.items():
+            found.setdefault(name, np.asarray(value))
+    return found
+
+
+def _tensor_dtype(like: np.ndarray) -> np.dtype:
+    return np.dtype(np.float32 if np.issubdtype(like.dtype, np.floating) else np.int64)
