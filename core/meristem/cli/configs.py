@@ -35,7 +35,8 @@ def find_config(name: str) -> Path:
     near = difflib.get_close_matches(plain, shipped, n=1)
     hint = f"; nearest: {near[0]}" if near else ""
     raise ConfigError(
-        f"--config must be a file or a shipped config; got {name!r} ({got}){hint}; shipped: {', '.join(shipped) or 'none'}"
+        f"--config must be a file or a shipped config; got {name!r} ({got}){hint}; "
+        f"shipped: {', '.join(shipped) or 'none'}"
     )
 
 

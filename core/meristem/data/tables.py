@@ -1,0 +1,408 @@
+"""Records from tables: CSV, TSV and Parquet with a named payload column, as columns and in blocks.
+
+The kind of table is recognised by its content. Line numbers are those of the user's file, also where quoted
+values span lines, where lines are blank or where rows are refused.
+"""
+
+import csv
+import io
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import csv as arrow_csv
+
+from meristem.data.open import BOM, open_source, read_text_blocks
+from meristem.data.records import LABEL_PREFIX, SCHEMA, SPLIT, ReadOptions, Refusal, Source
+from meristem.errors import DataError
+
+PARQUET_MAGIC = b"PAR1"
+DELIMITERS = (",", "\t", ";")
+MISSING = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
+"""Words of a CSV label column that mean no label."""
+
+_COLUMN_NAME = re.compile(r"[\w.%()/+: -]+")
+_ROWS_AHEAD = 1024
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """How a table is written.
+
+    Attributes:
+        delimiter: between the values of a CSV file; empty for Parquet.
+        columns: names in the header of a CSV file.
+    """
+
+    delimiter: str = ""
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns of a table to read, by role; empty where there is none."""
+
+    payload: str
+    id: str
+    labels: tuple[str, ...]
+    split: str
+
+    @property
+    def all(self) -> list[str]:
+        """Each column once."""
+        return list(dict.fromkeys(name for name in (self.payload, self.id, *self.labels, self.split) if name))
+
+
+def table_format(head: bytes, names: Sequence[str]) -> TableFormat | None:
+    """The kind of table that begins with `head`, or None where it is no table.
+
+    Args:
+        head: the first bytes; the header of a CSV file must be whole.
+        names: column names that make a table of a first line with one of them; a first line of
+            two or more column-like words is a table's as well.
+    """
+    if head.startswith(PARQUET_MAGIC):
+        return TableFormat()
+    first = next((line for line in head.removeprefix(BOM).splitlines() if line), b"")
+    try:
+        text = first.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    known = {name.lower() for name in names}
+    parsed = []
+    for delimiter in DELIMITERS:
+        columns = tuple(next(csv.reader([text], delimiter=delimiter), ()))
+        if known & {name.lower() for name in columns}:
+            return TableFormat(delimiter, columns)
+        parsed.append(TableFormat(delimiter, columns))
+    best = max(parsed, key=lambda form: len(form.columns))
+    words = [_COLUMN_NAME.fullmatch(name) for name in best.columns]
+    return best if len(words) > 1 and all(words) else None
+
+
+def read_table(
+    stream: io.BufferedReader,
+    source: Source,
+    options: ReadOptions,
+    form: TableFormat,
+    payload_names: Sequence[str],
+) -> Iterator[pa.RecordBatch]:
+    """Read the records of a table.
+
+    A record without an id column has its number in the file, from 1, as its id. A row with no payload is
+    refused as an empty record.
+
+    Args:
+        stream: the opened source, at its start.
+        payload_names: usual names of the payload column, lower case, the first found is taken.
+
+    Raises:
+        DataError: a column that is not there, a damaged file, or a refused record when there is no `on_error`.
+    """
+    if form.delimiter:
+        yield from _read_csv(stream, source, options, form, payload_names)
+    else:
+        yield from _read_parquet(stream, source, options, payload_names)
+
+
+def batch_of(
+    ids: pa.Array, payloads: pa.Array, source: Source, lines: np.ndarray, extra: dict[str, pa.Array] | None = None
+) -> pa.RecordBatch:
+    """A record batch of `SCHEMA` and the columns in `extra`."""
+    extra = extra or {}
+    files = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(ids), np.int32)), pa.array([source.name]))
+    schema = pa.schema([*SCHEMA, *(pa.field(name, column.type) for name, column in extra.items())])
+    columns = [ids, payloads, files, pa.array(lines, pa.int64()), *extra.values()]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def keep_rows(batch: pa.RecordBatch, refused: np.ndarray) -> pa.RecordBatch:
+    """The batch without the rows whose indices are in `refused`."""
+    if not len(refused):
+        return batch
+    is_kept = np.ones(batch.num_rows, bool)
+    is_kept[refused] = False
+    return batch.filter(pa.array(is_kept))
+
+
+def _find_columns(
+    columns: Sequence[str], where: str, options: ReadOptions, payload_names: Sequence[str]
+) -> _Columns:
+    listed = ", ".join(columns)
+    by_lower = {name.lower(): name for name in reversed(columns)}
+    payload = options.payload_column or next((by_lower[n] for n in payload_names if n in by_lower), "")
+    if not payload:
+        raise DataError(
+            f"{where}: a table needs a payload column named {', '.join(payload_names[:3])} or the like; "
+            f"columns: {listed} (name one with payload_column)"
+        )
+    found = _Columns(
+        payload=payload,
+        id=options.id_column or ("id" if "id" in columns else ""),
+        labels=options.label_columns,
+        split=options.split_column,
+    )
+    for name in found.all:
+        if columns.count(name) != 1:
+            reason = "no column" if name not in columns else "more than one column"
+            raise DataError(f"{where}: {reason} {name!r}; columns: {listed}")
+    return found
+
+
+def _assemble(
+    table: pa.RecordBatch,
+    wanted: _Columns,
+    label_types: dict[str, pa.DataType],
+    first_row: int,
+    lines: np.ndarray,
+    source: Source,
+    options: ReadOptions,
+) -> pa.RecordBatch:
+    """Rows of a user's table as a record batch, without the rows that have to be refused."""
+    reasons: dict[int, str] = {}
+    payloads, ids, extra = _text(table, wanted.payload, pa.large_string(), reasons), None, {}
+    numbers = pa.array(np.arange(first_row + 1, first_row + 1 + table.num_rows)).cast(pa.string())
+    ids = numbers
+    if wanted.id:
+        ids = _text(table, wanted.id, pa.string(), reasons)
+        ids = pc.if_else(pc.equal(pc.fill_null(pc.binary_length(ids), 0), 0), numbers, ids)
+    for name in wanted.labels:
+        extra[LABEL_PREFIX + name] = _label(table, name, label_types.get(name), reasons)
+    if wanted.split:
+        extra[SPLIT] = _text(table, wanted.split, pa.string(), reasons)
+    for row in np.flatnonzero(pc.equal(pc.fill_null(pc.binary_length(payloads), 0), 0).to_numpy(False)):
+        reasons.setdefault(int(row), f"empty record (nothing in column {wanted.payload!r})")
+    for row in sorted(reasons):
+        options.refuse(Refusal(source.name, int(lines[row]), ids[row].as_py(), reasons[row]))
+    payloads = pc.fill_null(payloads, "")
+    batch = batch_of(ids, payloads, source, lines, extra)
+    return keep_rows(batch, np.array(sorted(reasons), np.int64))
+
+
+def _text(table: pa.RecordBatch, name: str, to: pa.DataType, reasons: dict[int, str]) -> pa.Array:
+    """A column as text; rows that are not UTF-8 go to `reasons` and become empty."""
+    column = table.column(name)
+    try:
+        return column.cast(to)
+    except pa.ArrowInvalid:
+        values = []
+        for row, value in enumerate(column.to_pylist()):
+            try:
+                values.append(value.decode("utf-8") if value is not None else None)
+            except UnicodeDecodeError as error:
+                reasons.setdefault(row, f"not UTF-8: byte 0x{value[error.start]:02x} in column {name!r}")
+                values.append("")
+        return pa.array(values, to)
+    except (pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        raise DataError(f"column {name!r} must hold text; got {column.type}") from error
+
+
+def _label(table: pa.RecordBatch, name: str, to: pa.DataType | None, reasons: dict[int, str]) -> pa.Array:
+    """A label column in its type, words that mean no label as nulls."""
+    if to is None:  # of a Parquet file, which states its types
+        column = table.column(name)
+        return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    words = _text(table, name, pa.string(), reasons)
+    words = pc.if_else(pc.is_in(words, pa.array(MISSING)), pa.scalar(None, pa.string()), words)
+    try:
+        return words.cast(to)
+    except pa.ArrowInvalid:
+        values = []
+        for row, word in enumerate(words):
+            try:
+                values.append(word.cast(to).as_py())
+            except pa.ArrowInvalid:
+                reasons.setdefault(
+                    row, f"{word.as_py()!r} in column {name!r} is no {to}, as the values before it are"
+                )
+                values.append(None)
+        return pa.array(values, to)
+
+
+# CSV and TSV
+
+
+def _read_csv(
+    stream: IO[bytes], source: Source, options: ReadOptions, form: TableFormat, payload_names: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    wanted = _find_columns(form.columns, f"{source.name}:1", options, payload_names)
+    rank = {pa.null(): 0, pa.int64(): 1, pa.float64(): 2, pa.string(): 3}
+
+    def widen(types: dict[str, pa.DataType], table: pa.RecordBatch) -> None:
+        for name in wanted.labels:
+            types[name] = max(types.get(name, pa.null()), _narrowest(table, name), key=rank.__getitem__)
+
+    types: dict[str, pa.DataType] = {}
+    if wanted.labels and not source.is_stdin:
+        # a column of 0 and 1 may hold a .5 further on: look at all of it before the first batch leaves
+        with open_source(source) as again:
+            for table, _, _ in _csv_blocks(again, source, options, form, list(wanted.labels), lambda _: None):
+                widen(types, table)
+    first_row = 0
+    for table, lines, numbers in _csv_blocks(stream, source, options, form, wanted.all, options.refuse):
+        if wanted.labels and (not types or first_row == 0 and source.is_stdin):
+            widen(types, table)
+        settled = {name: kind if kind != pa.null() else pa.float64() for name, kind in types.items()}
+        first_row = int(numbers[0]) - 2 if len(numbers) else first_row
+        batch = _assemble(table, wanted, settled, first_row, lines, source, options)
+        first_row += table.num_rows
+        if batch.num_rows:
+            yield batch
+
+
+def _narrowest(table: pa.RecordBatch, name: str) -> pa.DataType:
+    """The narrowest of null, integer, float and string that holds every value of a CSV column."""
+    words = _text(table, name, pa.string(), {})
+    words = words.filter(pc.invert(pc.is_in(words, pa.array(MISSING))))
+    if not len(words):
+        return pa.null()
+    for kind in (pa.int64(), pa.float64()):
+        try:
+            words.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+        return kind
+    return pa.string()
+
+
+def _csv_blocks(
+    stream: IO[bytes],
+    source: Source,
+    options: ReadOptions,
+    form: TableFormat,
+    columns: list[str],
+    refuse: Callable[[Refusal], None],
+) -> Iterator[tuple[pa.RecordBatch, np.ndarray, np.ndarray]]:
+    """Blocks of rows as bytes columns, the line each row begins in, and its number (the header's is 1)."""
+    block_bytes = max(options.batch_bytes, 1 << 20)
+    text = _CountedText(stream, block_bytes)
+    bad_rows: list[Any] = []
+
+    def on_bad_row(row: Any) -> str:
+        bad_rows.append(row)
+        return "error" if options.on_error is None else "skip"
+
+    def report() -> None:
+        while bad_rows:
+            row = bad_rows.pop(0)
+            line = int(text.lines_of(np.array([row.number]))[0])
+            reason = f"the row has {row.actual_columns} values and the header {row.expected_columns}"
+            refuse(Refusal(source.name, line, "", reason))
+
+    skipped: list[int] = []
+    number = 2
+    try:
+        reader = arrow_csv.open_csv(
+            text,
+            read_options=arrow_csv.ReadOptions(use_threads=False, block_size=block_bytes),
+            parse_options=arrow_csv.ParseOptions(
+                delimiter=form.delimiter, newlines_in_values=True, invalid_row_handler=on_bad_row
+            ),
+            convert_options=arrow_csv.ConvertOptions(
+                include_columns=columns, column_types=dict.fromkeys(columns, pa.large_binary())
+            ),
+        )
+        for table in reader:
+            skipped += [row.number for row in bad_rows]
+            ahead = np.arange(number, number + table.num_rows + len(skipped))
+            numbers = ahead[~np.isin(ahead, skipped)][: table.num_rows]
+            report()
+            yield table, text.lines_of(numbers), numbers
+            if len(numbers):
+                number = int(numbers[-1]) + 1
+                skipped = [n for n in skipped if n >= number]
+                text.forget_before(number)
+        report()
+    except pa.ArrowInvalid as error:
+        report_options = [row for row in bad_rows if options.on_error is None]
+        if report_options:
+            line = int(text.lines_of(np.array([report_options[0].number]))[0])
+            row = report_options[0]
+            raise DataError(
+                f"{source.name}:{line}: the row has {row.actual_columns} values and the header "
+                f"{row.expected_columns}"
+            ) from error
+        raise DataError(f"{source.name}: no table of values can be read: {' '.join(str(error).split())}") from error
+
+
+class _CountedText(io.RawIOBase):
+    """A text that keeps the line in which each record of it begins: blank lines and quoted ones do not count."""
+
+    def __init__(self, stream: IO[bytes], block_bytes: int):
+        self._blocks = read_text_blocks(stream, block_bytes)
+        self._rest = b""
+        self._line, self._num_quotes, self._is_at_start = 1, 0, True
+        self._first, self._lines = 1, np.zeros(0, np.int64)
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if not self._rest:
+            self._rest = next(self._blocks, b"")
+            self._count(self._rest)
+        size = len(self._rest) if size < 0 else size
+        block, self._rest = self._rest[:size], self._rest[size:]
+        return block
+
+    def lines_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Lines in which the records with these numbers (the header's is 1) begin."""
+        at = numbers - self._first
+        is_known = (at >= 0) & (at < len(self._lines))
+        # stray quotes can hide the ends of records; then their number is the best there is
+        return np.where(is_known, self._lines[np.where(is_known, at, 0)] if len(self._lines) else 0, numbers)
+
+    def forget_before(self, number: int) -> None:
+        """Let go of the records before `number`."""
+        drop = min(number - self._first, len(self._lines))
+        self._lines, self._first = self._lines[drop:], self._first + drop
+
+    def _count(self, block: bytes) -> None:
+        if not block:
+            return
+        text = np.frombuffer(block, np.uint8)
+        ends = np.flatnonzero(text == 10)
+        starts, lines = ends + 1, self._line + 1 + np.arange(len(ends))
+        if self._num_quotes % 2 or b'"' in block:
+            quotes = np.flatnonzero(text == 34)
+            is_outside = (np.searchsorted(quotes, ends) + self._num_quotes) % 2 == 0
+            starts, lines = starts[is_outside], lines[is_outside]
+            self._num_quotes += len(quotes)
+        if self._is_at_start:
+            starts, lines = np.r_[0, starts], np.r_[self._line, lines]
+        self._is_at_start = bool(len(starts)) and bool(starts[-1] == len(text))
+        if self._is_at_start:
+            starts, lines = starts[:-1], lines[:-1]
+        self._lines = np.concatenate([self._lines, lines[text[starts] != 10]])
+        self._line += len(ends)
+
+
+# Parquet
+
+
+def _read_parquet(
+    stream: IO[bytes], source: Source, options: ReadOptions, payload_names: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    with tempfile.TemporaryFile() as copy:
+        # Parquet is read from its end: what cannot be wound back is copied first
+        while block := stream.read(1 << 20):
+            copy.write(block)
+        copy.seek(0)
+        try:
+            file = pq.ParquetFile(copy)
+            wanted = _find_columns(file.schema_arrow.names, source.name, options, payload_names)
+            first_row = 0
+            for table in file.iter_batches(_ROWS_AHEAD, columns=wanted.all):
+                lines = np.arange(first_row + 1, first_row + 1 + table.num_rows)
+                batch = _assemble(table, wanted, {}, first_row, lines, source, options)
+                first_row += table.num_rows
+                if batch.num_rows:
+                    yield batch
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{source.name}: damaged Parquet file: {' '.join(str(error).split())}") from error

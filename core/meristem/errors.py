@@ -1,0 +1,21 @@
+"""Errors that users can mend. Anything else that escapes is our fault.
+
+A message says what must hold, what was got, what is allowed and what to do, in one line:
+`width must be divisible by num_heads; got width=500, num_heads=12; nearest: 504 (architecture.width)`.
+"""
+
+
+class UserError(Exception):
+    """The user's input or configuration is wrong; the command line ends with exit code 2."""
+
+
+class ConfigError(UserError):
+    """A configuration value, or a combination of values, cannot work."""
+
+
+class DataError(UserError):
+    """An input record or file cannot be used; the message names file and line (`reads.fa:1203`)."""
+
+
+class CheckpointError(UserError):
+    """A model directory or checkpoint is incomplete, foreign or damaged."""

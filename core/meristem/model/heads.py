@@ -1,0 +1,100 @@
+"""Heads on the trunk: symbols, labels of records and of tokens."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from meristem.model.config import TransformerConfig
+from meristem.model.feedforward import ACTIVATIONS
+from meristem.model.init import init_weights
+from meristem.model.norm import build_norm
+from meristem.model.pool import pool_rows
+from meristem.model.readout import Readout
+from meristem.shapes import Float, Tensor
+from meristem.types import Layout
+
+
+class SymbolHead(nn.Module):
+    """Predicts the symbol of each row: dense, activation, norm, map onto the vocabulary (`config.head`)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        assert config.head is not None, "a symbol head needs config.head"
+        self.config = config.head
+        vocab_size = config.embedding.vocab_size
+        self.activation = ACTIVATIONS[config.head.activation]
+        self.dense = nn.Linear(config.width, config.width)
+        self.norm = build_norm(config.norm, config.width)
+        self.out = None if config.head.is_tied else nn.Linear(config.width, vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(vocab_size)) if config.head.bias else None
+        init_weights(self, config.init, config.num_layers)
+
+    def forward(self, rows: Float[Tensor, "M D"], table: Float[Tensor, "V D"]) -> Float[Tensor, "M V"]:
+        """Logits of the rows given; score only those that have a target.
+
+        Args:
+            table: the embedding table, used where the head is tied to it.
+        """
+        hidden_MD = self.norm(self.activation(self.dense(rows)))
+        weight = table if self.out is None else self.out.weight
+        return F.linear(hidden_MD, weight, self.bias)
+
+    def init_own_weights(self, _: object) -> None:
+        """Start without a preference for any symbol."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class LabelHead(nn.Module):
+    """Predicts what a `Readout` says, from pooled rows or from each row."""
+
+    def __init__(self, config: TransformerConfig, readout: Readout):
+        super().__init__()
+        self.readout = readout
+        width = config.width
+        layers: list[nn.Module] = []
+        if readout.hidden_width:
+            layers += [nn.Linear(width, readout.hidden_width), nn.GELU()]
+            width = readout.hidden_width
+        layers += [nn.Dropout(readout.dropout), nn.Linear(width, readout.num_outputs)]
+        self.layers = nn.Sequential(*layers)
+        init_weights(self, config.init, config.num_layers)
+
+    def forward(self, rows: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int]) -> Float[Tensor, "R C"]:
+        """Logits or scaled values: `[S, C]` for records, `[T, C]` for tokens.
+
+        Args:
+            num_special: special rows before and behind each payload, left out of a mean.
+        """
+        if self.readout.level == "record":
+            rows = pool_rows(self.readout.pool, rows, layout, num_special).to(rows.dtype)
+        return self.layers(rows)
+
+
+class ContactHead(nn.Module):
+    """Contacts of a sequence from its attention maps: a logistic regression on all layers and heads.
+
+    Rao 2020 (doi 10.1101/2020.12.15.422761): maps are symmetrised, corrected for the average product
+    (Dunn 2008), and weighed by one coefficient a map.
+    """
+
+    def __init__(self, num_maps: int):
+        super().__init__()
+        self.regression = nn.Linear(num_maps, 1)
+
+    def forward(self, maps: Float[Tensor, "X n n"]) -> Float[Tensor, "n n"]:
+        """Logits of contact between each two tokens.
+
+        Args:
+            maps: attention weights of all layers and heads, layer by layer, rows and columns of special
+                tokens left out.
+        """
+        corrected_nnX = correct_average_product(maps + maps.transpose(1, 2)).permute(1, 2, 0)
+        return self.regression(corrected_nnX).squeeze(-1)
+
+
+def correct_average_product(maps: Float[Tensor, "X n n"]) -> Float[Tensor, "X n n"]:
+    """Take the background of each row and column from symmetric maps (APC; Dunn 2008, eq. 3)."""
+    rows_Xn1, columns_X1n = maps.sum(-1, keepdim=True), maps.sum(-2, keepdim=True)
+    total_X11 = maps.sum((-1, -2), keepdim=True)
+    return maps - rows_Xn1 * columns_X1n / total_X11

@@ -1,0 +1,44 @@
+"""Initial weights: one function, one table.
+
+| module            | weight                                  | bias |
+| ----------------- | --------------------------------------- | ---- |
+| Linear            | normal(0, std), cut at two deviations   | 0    |
+| Embedding         | normal(0, std), cut at two deviations   |      |
+| LayerNorm, RMSNorm| 1                                       | 0    |
+| way out of a branch (`out`, `down`) | std / sqrt(2 L) where `is_depth_scaled` | 0 |
+"""
+
+import math
+
+from torch import nn
+
+from meristem.model.config import Init
+
+BRANCH_OUTPUTS = ("attention.out", "feedforward.down")
+
+
+def init_weights(module: nn.Module, config: Init, num_layers: int) -> None:
+    """Fill every parameter of `module` by the table above.
+
+    Args:
+        num_layers: blocks of the stack; scales the ways out of branches where the config says so.
+    """
+    for name, child in module.named_modules():
+        match child:
+            case nn.Linear() | nn.Embedding():
+                std = config.std
+                if config.is_depth_scaled and name.endswith(BRANCH_OUTPUTS):
+                    std /= math.sqrt(2 * num_layers)
+                nn.init.trunc_normal_(child.weight, std=std, a=-2 * std, b=2 * std)
+                if isinstance(child, nn.Linear) and child.bias is not None:
+                    nn.init.zeros_(child.bias)
+            case nn.LayerNorm() | nn.RMSNorm():
+                if child.weight is not None:
+                    nn.init.ones_(child.weight)
+                if getattr(child, "bias", None) is not None:
+                    nn.init.zeros_(child.bias)
+            case _:
+                own = [name for name, _ in child.named_parameters(recurse=False)]
+                assert not own or hasattr(child, "init_own_weights"), f"no initial weights for {own} of {name}"
+                if own:
+                    child.init_own_weights(config)

@@ -1,0 +1,230 @@
+"""A model on disk, written and read.
+
+A model directory is data and nothing executable: `config.json`, `model.safetensors`, `tokenizer.json`, `README.md`.
+Opening one never imports or runs what it names. Reading is strict: a tensor that is missing, extra or of
+another shape is an error that lists them.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from meristem.data.tokenizer import TOKENIZERS, Tokenizer
+from meristem.errors import CheckpointError, ConfigError
+from meristem.model.config import TransformerConfig, from_json, to_json
+from meristem.model.model import Model
+from meristem.model.readout import Readout
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """All of a model but its weights.
+
+    Attributes:
+        architecture: of the trunk and the symbol head.
+        tokenizer: that the model was trained with.
+        heads: heads that are no label's (`tokens`, `contacts`).
+        readouts: labels that the model predicts.
+        domain: name of the domain that reads its inputs.
+        facts: plain values about how it came to be (data, steps, scores), shown and not acted on.
+    """
+
+    architecture: TransformerConfig
+    tokenizer: Tokenizer
+    heads: tuple[str, ...] = ()
+    readouts: tuple[Readout, ...] = ()
+    domain: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Model:
+        """A model of this card with initial weights."""
+        return Model(self.architecture, self.heads, self.readouts)
+
+
+def save_model(path: Path | str, card: ModelCard, model: Model) -> None:
+    """Write a model directory: all of it or nothing, replacing one that is there.
+
+    Raises:
+        CheckpointError: the place holds something that is no model directory, or cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and any(path.iterdir()) and not (path / CONFIG).exists():
+        raise CheckpointError(f"{path} must be new, empty or a model directory; it holds something else")
+    part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        _write_json(part / TOKENIZER, {"kind": card.tokenizer.kind, **card.tokenizer.to_json()})
+        (part / README).write_text(_readme(card, model), encoding="utf-8")
+        _write_json(part / CONFIG, card_to_json(card))
+        for file in part.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+    if path.exists():
+        path.rename(old)
+    part.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_card(path: Path | str) -> ModelCard:
+    """Read all of a model directory but its weights.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or says what this version does not know.
+    """
+    path = Path(path)
+    values, tokens = _read_json(path / CONFIG), _read_json(path / TOKENIZER)
+    if values.get("format_version") != FORMAT_VERSION:
+        got = values.get("format_version", "none: is this a model directory?")
+        raise CheckpointError(f"{path / CONFIG}: format_version must be {FORMAT_VERSION}; got {got}")
+    try:
+        kind = tokens.pop("kind", None)
+        if kind not in TOKENIZERS:
+            raise CheckpointError(f"{path / TOKENIZER}: kind must be one of {', '.join(TOKENIZERS)}; got {kind!r}")
+        tokenizer = TOKENIZERS[kind].from_json(tokens)
+        card = ModelCard(
+            architecture=from_json(TransformerConfig, values["architecture"]),
+            tokenizer=tokenizer,
+            heads=tuple(values["heads"]),
+            readouts=tuple(_readout_from_json(readout) for readout in values["readouts"]),
+            domain=values["domain"],
+            facts=values["facts"],
+        )
+        fingerprint = values["tokenizer"]["fingerprint"]
+    except (KeyError, TypeError, ConfigError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path / CONFIG}: {reason}") from error
+    if tokenizer.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{path / TOKENIZER}: fingerprint must be {fingerprint} as in {CONFIG}; got {tokenizer.fingerprint}; "
+            "it is not the tokenizer this model was trained with"
+        )
+    return card
+
+
+def load_model(path: Path | str) -> tuple[ModelCard, Model]:
+    """Read a model directory, strictly; the model is in evaluation mode, on the CPU, in fp32.
+
+    Raises:
+        CheckpointError: as `load_card`, or tensors that are missing, extra or of another shape.
+    """
+    path = Path(path)
+    card = load_card(path)
+    tensors = read_tensors(path / WEIGHTS)
+    with torch.device("meta"):
+        model = card.build()
+    check_tensors(path / WEIGHTS, {name: value.shape for name, value in model.state_dict().items()}, tensors)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return card, model.eval()
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} must be a safetensors file: {error}") from error
+
+
+def check_tensors(where: Path, wanted: Mapping[str, torch.Size], got: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors that are not exactly those wanted.
+
+    Raises:
+        CheckpointError: names what is missing, extra and mis-shaped.
+    """
+    missing, extra = sorted(set(wanted) - set(got)), sorted(set(got) - set(wanted))
+    shapes = [
+        f"{name} {list(got[name].shape)} for {list(shape)}"
+        for name, shape in wanted.items()
+        if name in got and got[name].shape != shape
+    ]
+    wrong = [
+        f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for what, names in (("missing", missing), ("extra", extra), ("of another shape", shapes))
+        if names
+    ]
+    if wrong:
+        raise CheckpointError(f"{where}: tensors must be those of the architecture; {'; '.join(wrong)}")
+
+
+def hash_weights(path: Path | str) -> str:
+    """Changes with any weight or setting of a model directory; the manifest of embeddings carries it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in (CONFIG, TOKENIZER, WEIGHTS):
+        with (Path(path) / name).open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def card_to_json(card: ModelCard) -> dict[str, Any]:
+    """`config.json` of a card."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "architecture": to_json(card.architecture),
+        "heads": list(card.heads),
+        "readouts": [to_json(readout) for readout in card.readouts],
+        "domain": card.domain,
+        "tokenizer": {"kind": card.tokenizer.kind, "fingerprint": card.tokenizer.fingerprint},
+        "facts": dict(card.facts),
+    }
+
+
+def _readout_from_json(values: Mapping[str, Any]) -> Readout:
+    return from_json(Readout, values, "readout")
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} must be a model directory; {path.name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} must be JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must be a JSON object; got {type(values).__name__}")
+    return values
+
+
+def _readme(card: ModelCard, model: Model) -> str:
+    config = card.architecture
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    lines = [
+        f"# A {card.domain or 'Meristem'} model",
+        "",
+        f"{num_parameters:,} parameters: {config.num_layers} layers of width {config.width}, "
+        f"{config.attention.num_heads} heads.",
+        f"Heads: {', '.join(model.heads) or 'none'}.",
+        "",
+        "    meristem embed THIS_DIRECTORY INPUT --output vectors",
+        "",
+    ]
+    lines += [f"* {name}: {value}" for name, value in card.facts.items()]
+    return "\n".join(lines) + "\n"

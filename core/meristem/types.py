@@ -1,0 +1,266 @@
+"""What crosses a floor: the frozen values that data flows through, in order.
+
+    file -> Record -> Tokens -> (objective.prepare) Tokens -> PackedBatch -> Hidden -> LossOut | Vectors -> file
+
+A protein, a text and an image differ in `Tokens` alone. From `PackedBatch` on there is no padding and
+no batch axis: sequences lie end to end along `T`, and a `Layout` says where each begins.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from meristem.shapes import Float, Int, Tensor
+
+IGNORE = -100
+"""The target of a token that is not scored, and the label of a class that is missing."""
+
+MIN_ROWS = 16
+"""Rows a pack holds at least. On a CPU a linear layer takes another path (and rounds otherwise) below
+12 rows when their number is no multiple of 4; with spare rows a lone short sequence gets the same bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a domain, as its file states it.
+
+    Attributes:
+        id: the name the file gives it; need not be unique.
+        payload: residues, bases, text, source code (`str`) or an encoded image (`bytes`).
+        labels: what is to be predicted, by name; a missing label is absent.
+        source: where it came from, `file:line`, for error messages.
+    """
+
+    id: str
+    payload: str | bytes
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One sequence on its way to the trunk. Arrays are numpy: no tensor crosses a process boundary.
+
+    Attributes:
+        positions: `[n, A]` integer coordinates of each token on each position axis (A is 1 for a
+            sequence, 2 for an image); -1 for a row that has no place, such as a register.
+        ids: `[n]` symbol of each row, -1 where the row is a patch.
+        features: `[n, P]` float32 features of each patch, rows of symbols are zero; None without patches.
+        spans: `[n, 2]` start and end of each token in the payload (empty spans for special rows).
+        targets: `[n]` or `[n, ...]` what is to be predicted at each token, by name; `IGNORE` where unscored.
+        labels: what is to be predicted for the whole record, by name: a scalar or an array.
+        is_source: the sequence is read by an encoder and attended to by a decoder.
+    """
+
+    positions: np.ndarray
+    ids: np.ndarray
+    features: np.ndarray | None = None
+    spans: np.ndarray | None = None
+    targets: Mapping[str, np.ndarray] = field(default_factory=dict)
+    labels: Mapping[str, np.ndarray] = field(default_factory=dict)
+    is_source: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenColumn:
+    """Many sequences of symbols as two arrays: the fast path from an Arrow column to packs.
+
+    Attributes:
+        ids: `[sum of n]` all symbols end to end, special ones included.
+        offsets: `[N + 1]` where each sequence begins in `ids`.
+        replaced: how many symbols of the payloads were replaced, by `"old>new"`.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    replaced: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`[N]` tokens of each sequence."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each sequence lies in a pack. Made once a batch, shared by every layer.
+
+    Lengths are host-side integers, so that no layer waits for the device.
+
+    Attributes:
+        lengths: tokens of each sequence, in the order of the pack.
+        num_spare: rows at the end that belong to no sequence; they are computed and never read.
+        device: where `cu_seqlens` lives.
+    """
+
+    lengths: tuple[int, ...]
+    num_spare: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def of(cls, lengths: "list[int] | tuple[int, ...] | np.ndarray", min_rows: int = MIN_ROWS) -> "Layout":
+        """Lay out sequences of these lengths, with spare rows up to `min_rows`."""
+        host = tuple(int(n) for n in lengths)
+        return cls(lengths=host, num_spare=max(0, min_rows - sum(host)))
+
+    def to(self, device: torch.device) -> "Layout":
+        return self if device == self.device else replace(self, device=device)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Rows that belong to a sequence."""
+        return sum(self.lengths)
+
+    @property
+    def num_rows(self) -> int:
+        """`T`: rows of the pack, spare ones included."""
+        return self.num_tokens + self.num_spare
+
+    @cached_property
+    def segments(self) -> tuple[int, ...]:
+        """Lengths as the kernels see them: the spare rows are a sequence of their own."""
+        return (*self.lengths, self.num_spare) if self.num_spare else self.lengths
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First row of each segment."""
+        return tuple(np.concatenate([[0], np.cumsum(self.segments)[:-1]]).astype(int).tolist())
+
+    @cached_property
+    def max_length(self) -> int:
+        return max(self.segments, default=0)
+
+    @cached_property
+    def cu_seqlens(self) -> Int[Tensor, "S_plus_1"]:
+        """int32 boundaries of the segments on `device`, as variable-length kernels take them."""
+        bounds = np.concatenate([[0], np.cumsum(self.segments)]).astype(np.int32)
+        return torch.from_numpy(bounds).to(self.device, non_blocking=True)
+
+    @cached_property
+    def segment_of_row(self) -> Int[Tensor, "T"]:
+        """Segment that each row belongs to."""
+        index = np.repeat(np.arange(len(self.segments)), self.segments)
+        return torch.from_numpy(index).to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Many `Tokens` end to end.
+
+    Attributes:
+        layout: where each sequence lies.
+        positions: `[T, A]` coordinates of each row.
+        ids: `[T]` symbol of each row, -1 for a patch.
+        features: `[T, P]` features of patches; None without patches.
+        targets: `[T]` or `[T, ...]` token targets by name, `IGNORE` where unscored.
+        labels: `[S]` or `[S, ...]` record labels by name.
+        records: index of the record that each sequence came from.
+        step_counts: scored targets by name in the whole optimiser step, over all its packs and ranks.
+            A loss is a sum divided by these, so that packing and accumulation do not weigh it.
+        source: the packed source side of an encoder-decoder, sequence for sequence.
+    """
+
+    layout: Layout
+    positions: Int[Tensor, "T A"]
+    ids: Int[Tensor, "T"]
+    features: Float[Tensor, "T P"] | None = None
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+    records: tuple[int, ...] = ()
+    step_counts: Mapping[str, float] = field(default_factory=dict)
+    source: "PackedBatch | None" = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedBatch":
+        """Move every tensor; Lightning's transfer hook calls this."""
+        device = torch.device(device)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            layout=self.layout.to(device),
+            positions=move(self.positions),
+            ids=move(self.ids),
+            features=None if self.features is None else move(self.features),
+            targets={name: move(value) for name, value in self.targets.items()},
+            labels={name: move(value) for name, value in self.labels.items()},
+            source=None if self.source is None else self.source.to(device, non_blocking),
+        )
+
+    def pin_memory(self) -> "PackedBatch":
+        """Pin every tensor, so that transfers overlap with work."""
+        return replace(
+            self,
+            positions=self.positions.pin_memory(),
+            ids=self.ids.pin_memory(),
+            features=None if self.features is None else self.features.pin_memory(),
+            targets={name: value.pin_memory() for name, value in self.targets.items()},
+            labels={name: value.pin_memory() for name, value in self.labels.items()},
+            source=None if self.source is None else self.source.pin_memory(),
+        )
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What a stack gives back.
+
+    Attributes:
+        final: `[T, D]` after the last norm.
+        layers: `[T, D]` by layer where asked for: 0 is the input of the first block, k the output of
+            the k-th block; the last one is `final`, as in other libraries.
+        attentions: by layer where asked for, one `[H, n, n]` map of post-softmax weights a sequence.
+        layout: of the rows.
+    """
+
+    final: Float[Tensor, "T D"]
+    layout: Layout
+    layers: Mapping[int, Float[Tensor, "T D"]] = field(default_factory=dict)
+    attentions: Mapping[int, list[Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A sum and what it is counted over, never a mean: exact under packing, accumulation and many ranks."""
+
+    sum: Tensor
+    count: Tensor
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class LossOut:
+    """Named loss terms (nats), and what a metric needs: predictions and targets by name, on the device."""
+
+    terms: Mapping[str, Term]
+    predictions: Mapping[str, Tensor] = field(default_factory=dict)
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Embeddings of the sequences of one pack, in the order of the pack.
+
+    Attributes:
+        values: `[S, D]` one vector a sequence, or `[T, D]` one a token.
+        lengths: tokens of each sequence that have a vector (all 1 for pooled ones are implied).
+        records: index of the record of each sequence.
+    """
+
+    values: Float[Tensor, "R D"]
+    lengths: tuple[int, ...]
+    records: tuple[int, ...]

@@ -1,0 +1,1 @@
+"""The built-in domains: each is a folder, none imports another."""
