@@ -1,0 +1,97 @@
+"""Masking: what is scored, what is seen, and how often, against the stated rates."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meristem.data.corrupt import mask_tokens
+from meristem.types import IGNORE
+
+MASK = 32
+RANDOM = np.arange(4, 24)
+
+
+def corrupt(ids, is_maskable, rng, **options):
+    options = {"rate": 0.15, "mask_id": MASK, "random_ids": RANDOM, **options}
+    return mask_tokens(ids, is_maskable, rng, **options)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.lists(st.booleans(), min_size=1, max_size=80),
+    st.floats(0.01, 1),
+    st.sampled_from([1, 1.5, 4]),
+)
+@settings(deadline=None)
+def test_targets_are_the_original_symbols_exactly_where_scored(seed, is_maskable, rate, mean_span):
+    rng = np.random.default_rng(seed)
+    is_maskable = np.array(is_maskable)
+    before = rng.integers(4, 24, len(is_maskable))
+    ids, targets = corrupt(before.copy(), is_maskable, rng, rate=rate, mean_span=mean_span)
+    is_scored = targets != IGNORE
+    assert (targets[is_scored] == before[is_scored]).all()
+    assert not is_scored[~is_maskable].any()
+    assert (ids[~is_scored] == before[~is_scored]).all()
+    expected = rate * is_maskable.sum()
+    if is_maskable.any():
+        assert max(1, np.floor(expected)) <= is_scored.sum() <= max(1, np.ceil(expected))
+    assert set(ids[is_scored]) <= {MASK, *RANDOM}
+
+
+def test_same_generator_gives_the_same_masks_and_the_input_is_left_alone(rng):
+    before = rng.integers(4, 24, 300)
+    kept = before.copy()
+    for mean_span in (1, 3):
+        first = corrupt(before, np.ones(300, bool), np.random.default_rng(5), mean_span=mean_span)
+        again = corrupt(before, np.ones(300, bool), np.random.default_rng(5), mean_span=mean_span)
+        other = corrupt(before, np.ones(300, bool), np.random.default_rng(6), mean_span=mean_span)
+        assert all((a == b).all() for a, b in zip(first, again))
+        assert (first[1] != other[1]).any()
+    assert (before == kept).all()
+
+
+@pytest.mark.parametrize("mean_span", [1, 3])
+def test_fates_and_rate_are_as_stated(rng, mean_span):
+    n, repeats = 2_000, 40
+    before = rng.integers(4, 24, n)
+    masked = replaced = kept = scored = 0
+    for _ in range(repeats):
+        ids, targets = corrupt(before, np.ones(n, bool), rng, mean_span=mean_span)
+        at = targets != IGNORE
+        scored += at.sum()
+        masked += (ids[at] == MASK).sum()
+        replaced += ((ids[at] != MASK) & (ids[at] != before[at])).sum()
+        kept += (ids[at] == before[at]).sum()
+    assert abs(scored / repeats / n - 0.15) < 0.001  # the number of targets is exact but for rounding
+    # 5 standard deviations of a binomial over 12,000 targets
+    for got, expected in [(masked, 0.8), (replaced, 0.1 * 19 / 20), (kept, 0.1 + 0.1 / 20)]:
+        assert abs(got / scored - expected) < 5 * np.sqrt(expected * (1 - expected) / scored)
+
+
+def test_every_token_is_scored_equally_often(rng):
+    n, repeats = 60, 4_000
+    hits = np.zeros(n)
+    for _ in range(repeats):
+        hits += corrupt(np.full(n, 5), np.ones(n, bool), rng)[1] != IGNORE
+    # 6 standard deviations of a binomial, 60 tokens looked at
+    assert (np.abs(hits / repeats - 0.15) < 6 * np.sqrt(0.15 * 0.85 / repeats)).all()
+
+
+def test_spans_have_the_stated_mean_length(rng):
+    def mean_run(mean_span: float) -> float:
+        is_scored = corrupt(np.full(40_000, 5), np.ones(40_000, bool), rng, rate=0.02, mean_span=mean_span)[1] > 0
+        return is_scored.sum() / (np.diff(is_scored.astype(int)) == 1).sum()
+
+    # at a rate of 2 % few spans touch; the standard deviation over 160 spans of mean 5 is 0.35
+    assert abs(mean_run(5) - 5) < 2
+    assert mean_run(1) < 1.1
+
+
+def test_at_least_one_target_where_anything_is_maskable(rng):
+    is_maskable = np.array([False, True, False])
+    _, targets = corrupt(np.array([0, 9, 2]), is_maskable, rng, rate=1e-6)
+    assert targets.tolist() == [IGNORE, 9, IGNORE]
+    ids, targets = corrupt(np.array([0, 2]), np.zeros(2, bool), rng)
+    assert ids.tolist() == [0, 2]
+    assert (targets == IGNORE).all()
