@@ -1,0 +1,155 @@
+"""Order and randomness as pure functions: what is in the n-th batch, and what is drawn for a record.
+
+Nothing here depends on workers, ranks or where a run was stopped, so going on is computing where to go on.
+Generators are Philox (Salmon et al. 2011), whose key and counter say what they are for: two purposes, epochs or
+records never share a stream, and making one costs microseconds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from meristem.errors import ConfigError
+
+WINDOW_RECORDS = 4096
+"""Records that are sorted by length together: enough that lengths in a pack are alike, few enough that
+which records meet in a pack is anew at random in every epoch."""
+
+_RECORD, _RECORD_ORDER, _PACK_ORDER = range(3)
+
+
+def record_rng(seed: int, epoch: int, record: int) -> np.random.Generator:
+    """The generator for all that happens to a record in an epoch; arguments in [0, 2**64)."""
+    return _generator(seed, _RECORD, epoch, record)
+
+
+def _generator(seed: int, purpose: int, epoch: int, record: int = 0) -> np.random.Generator:
+    key = np.array([seed, purpose], np.uint64)
+    # the first word of the counter is left to the draws
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, epoch, record, 0], np.uint64)))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(Sequence[np.ndarray]):
+    """Packs of records, each an array of record indices.
+
+    Attributes:
+        records: `[N]` indices, those of a pack side by side.
+        starts: `[packs]` where each pack begins in `records`.
+        stops: `[packs]` where it ends.
+    """
+
+    records: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int) -> np.ndarray:  # type: ignore[override]
+        return self.records[self.starts[i] : self.stops[i]]
+
+
+def plan_epoch(lengths: np.ndarray, *, tokens_per_pack: int, seed: int, epoch: int) -> Plan:
+    """Every record once, in packs of like lengths, records and packs in an order of their own each epoch.
+
+    A record longer than `tokens_per_pack` is a pack of its own.
+
+    Args:
+        lengths: `[N]` tokens of each record.
+        tokens_per_pack: tokens that a pack holds at most, but for a single longer record.
+        seed: of the run.
+        epoch: from 0.
+    """
+    num = len(lengths)
+    order = _generator(seed, _RECORD_ORDER, epoch).permutation(num)
+    full = num - num % WINDOW_RECORDS
+    windows = [order[:full].reshape(-1, WINDOW_RECORDS), order[full:].reshape(1, -1)]
+    for window in windows:
+        by_length = np.argsort(lengths[window], axis=1, kind="stable")
+        window[:] = np.take_along_axis(window, by_length, axis=1)
+    # every second window falls in length, so that a pack that reaches into the next window stays alike
+    windows[0][1::2] = windows[0][1::2, ::-1].copy()
+    if len(windows[0]) % 2:
+        windows[1][:] = windows[1][:, ::-1].copy()
+    starts, stops = _fill(lengths[order], tokens_per_pack)
+    shuffled = _generator(seed, _PACK_ORDER, epoch).permutation(len(starts))
+    return Plan(order, starts[shuffled], stops[shuffled])
+
+
+def plan_in_order(lengths: np.ndarray, tokens_per_pack: int) -> Plan:
+    """Every record once, shortest first, equal lengths in their own order; for evaluation and embedding.
+
+    A record longer than `tokens_per_pack` is a pack of its own.
+    """
+    order = np.argsort(lengths, kind="stable")
+    return Plan(order, *_fill(lengths[order], tokens_per_pack))
+
+
+class PackStream:
+    """The endless sequence of packs that a run trains on, cut into optimiser steps.
+
+    Step n is the packs `[n * packs_per_step, (n + 1) * packs_per_step)` of the epochs' plans laid end to
+    end, so an epoch may begin within a step, and no pack is dropped. Finding step n means planning the
+    epochs before it once (a second for some millions of records and epochs together).
+
+    Args:
+        lengths: `[N]` tokens of each record.
+        tokens_per_pack: as in `plan_epoch`.
+        packs_per_step: packs of a step over all ranks and accumulation.
+        seed: of the run.
+
+    Raises:
+        ConfigError: there is no record, or a number that must be positive is not.
+    """
+
+    def __init__(self, lengths: np.ndarray, *, tokens_per_pack: int, packs_per_step: int, seed: int):
+        if not len(lengths):
+            raise ConfigError("there must be at least one record to train on; got none")
+        for name, value in [("tokens_per_pack", tokens_per_pack), ("packs_per_step", packs_per_step)]:
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1; got {value}")
+        if not 0 <= seed < 2**64:
+            raise ConfigError(f"seed must be in [0, 2**64); got {seed}")
+        self.lengths = lengths
+        self.tokens_per_pack = tokens_per_pack
+        self.packs_per_step = packs_per_step
+        self.seed = seed
+        self._ends: list[int] = []  # packs up to the end of each epoch
+        self._plans: dict[int, Plan] = {}
+
+    def step(self, n: int) -> list[tuple[int, np.ndarray]]:
+        """The packs of optimiser step `n`, each as its epoch and its records."""
+        return [self._pack(i) for i in range(n * self.packs_per_step, (n + 1) * self.packs_per_step)]
+
+    def epoch_of(self, n: int) -> int:
+        """The epoch that the first pack of step `n` belongs to."""
+        return self._pack(n * self.packs_per_step)[0]
+
+    def _pack(self, i: int) -> tuple[int, np.ndarray]:
+        while not self._ends or self._ends[-1] <= i:
+            plan = self._plan(len(self._ends))
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(plan))
+        epoch = int(np.searchsorted(self._ends, i, side="right"))
+        return epoch, self._plan(epoch)[i - (self._ends[epoch - 1] if epoch else 0)]
+
+    def _plan(self, epoch: int) -> Plan:
+        if epoch not in self._plans:
+            while len(self._plans) > 1:
+                del self._plans[next(iter(self._plans))]
+            self._plans[epoch] = plan_epoch(
+                self.lengths, tokens_per_pack=self.tokens_per_pack, seed=self.seed, epoch=epoch
+            )
+        return self._plans[epoch]
+
+
+def _fill(lengths: np.ndarray, tokens_per_pack: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut records into packs in their order, each as full as it goes; where each begins and ends."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    starts, at, used = [], 0, 0
+    while at < len(lengths):
+        starts.append(at)
+        at = max(at + 1, int(np.searchsorted(ends, used + tokens_per_pack, side="right")))
+        used = int(ends[at - 1])
+    return np.array(starts, np.int64), np.array([*starts[1:], len(lengths)][: len(starts)], np.int64)
