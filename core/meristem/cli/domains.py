@@ -1,0 +1,54 @@
+"""`meristem domains list | new NAME | check NAME`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Three actions, each with its own help."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list | new NAME | check NAME")
+    actions.add_parser("list", help="name every installed domain and where it comes from")
+    new = actions.add_parser("new", help="write a working domain as a package of its own, in ./NAME")
+    new.add_argument("name", metavar="NAME", help="a Python identifier in lower case, such as lab_rna")
+    check = actions.add_parser("check", help="run a domain through the contract that all domains keep")
+    check.add_argument("name", metavar="NAME", help="an installed domain, or a dotted path such as my_lab.rna")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out one action."""
+    if args.action == "list":
+        return _list()
+    return _new(args.name) if args.action == "new" else _check(args.name)
+
+
+def _list() -> int:
+    from meristem.domain import installed_domains
+
+    points = installed_domains()
+    for name, point in points.items():
+        origin = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
+        print(f"{name:<16}{point.value:<36}{origin}")
+    if not points:
+        print("no domain is installed; write one with: meristem domains new NAME", file=sys.stderr)
+    return 0
+
+
+def _new(name: str) -> int:
+    from meristem.scaffold import write_domain
+
+    folder = write_domain(name, Path.cwd())
+    print(f"wrote {folder.name}/; next:")
+    print(f"  pip install -e {name}")
+    print(f"  meristem domains check {name}")
+    return 0
+
+
+def _check(name: str) -> int:
+    from meristem.testing import run_contract
+
+    tick = "\u2713" if "utf" in (sys.stdout.encoding or "").lower() else "ok"
+    for stage in run_contract(name):
+        print(f"{tick} {stage.name:<9}{stage.detail:<64}{stage.seconds:7.2f} s", flush=True)
+    print(f"{name} keeps the contract")
+    return 0

@@ -1,0 +1,190 @@
+"""The contract that every domain keeps, as stages that can be run and as a pytest plugin.
+
+    sample -> records -> tokens -> the same payload -> pack -> three training steps -> embed -> file
+
+pytest loads this module at every start, so nothing heavy is imported at the top.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meristem.errors import UserError
+
+NUM_TRAINED = 16
+"""Records of the sample that the training steps see."""
+
+NUM_STEPS = 3
+
+
+class BrokenContract(UserError):
+    """A domain does not do what every domain must; the message names the stage."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the contract that was kept.
+
+    Attributes:
+        name: of the stage.
+        detail: what was counted.
+        seconds: it took.
+    """
+
+    name: str
+    detail: str
+    seconds: float
+
+
+@pytest.fixture
+def check_domain() -> Callable[[str], list[Stage]]:
+    """Runs the contract on a domain by name or dotted path; the test fails with the stage that is broken.
+
+    Example:
+        def test_my_domain_keeps_the_contract(check_domain):
+            check_domain("my_lab.rna")
+    """
+    return lambda name: list(run_contract(name))
+
+
+def run_contract(name: str) -> Iterator[Stage]:
+    """Run a domain through the contract; each stage is yielded when it has passed.
+
+    Args:
+        name: of an installed domain, or a dotted path.
+
+    Raises:
+        ConfigError: no such domain.
+        BrokenContract: a stage failed; later ones are not run.
+    """
+    from meristem.domain import load_domain
+
+    contract = _Contract(load_domain(name))
+    for stage in (
+        contract.sample,
+        contract.records,
+        contract.tokens,
+        contract.decode,
+        contract.presets,
+        contract.pack,
+        contract.train,
+        contract.embed,
+    ):
+        began = time.perf_counter()
+        try:
+            detail = stage()
+        except Exception as error:
+            # a domain's own code may raise anything; the stage says where, the cause is kept for --debug
+            reason = str(error) if isinstance(error, UserError | AssertionError) else f"{type(error).__name__}: {error}"
+            raise BrokenContract(f"domain {name}: {stage.__name__}: {reason}") from error
+        yield Stage(stage.__name__, detail, time.perf_counter() - began)
+
+
+def _require(condition: bool, rule: str, got: object) -> None:
+    if not condition:
+        raise BrokenContract(f"{rule}; got {got}")
+
+
+class _Contract:
+    """The stages in order; each takes what the ones before it have found."""
+
+    def __init__(self, domain: Any):
+        self.domain = domain
+        self.rows: list[Any] = []
+        self.payloads: list[Any] = []
+        self.encoded: list[Any] = []
+
+    def sample(self) -> str:
+        """The sample is a file with something in it."""
+        path = Path(self.domain.sample)
+        _require(path.is_file(), "sample must be a file that ships with the domain", path)
+        _require(path.stat().st_size > 0, "sample must not be empty", f"0 bytes in {path}")
+        return f"{path.name}, {path.stat().st_size:,} bytes"
+
+    def records(self) -> str:
+        """Reading gives columns of the schema, the same ones each time."""
+        from meristem.data.records import SCHEMA, ReadOptions, Source, record_at
+
+        batches = [list(self.domain.read(Source(str(self.domain.sample)), ReadOptions())) for _ in range(2)]
+        for batch in batches[0]:
+            names = batch.schema.names[: len(SCHEMA)]
+            _require(names == SCHEMA.names, f"a batch must begin with the columns {SCHEMA.names}", names)
+            for column in SCHEMA.names:
+                _require(not batch.column(column).null_count, f"column {column} must have no missing value", "some")
+        self.rows = [record_at(batch, row) for batch in batches[0] for row in range(batch.num_rows)]
+        self.payloads = [row.payload for row in self.rows]
+        again = [record_at(batch, row) for batch in batches[1] for row in range(batch.num_rows)]
+        _require(len(self.rows) >= 8, "the sample must hold 8 records or more", len(self.rows))
+        _require(self.rows == again, "reading twice must give the same records", "others")
+        _require(
+            all(row.id and row.payload for row in self.rows), "every record needs an id and a payload", "an empty one"
+        )
+        return f"{len(self.rows):,} records"
+
+    def tokens(self) -> str:
+        """Encoding keeps order and spans, and the tokenizer survives being written."""
+        import numpy as np
+        import pyarrow as pa
+
+        tokenizer = self.domain.tokenizer()
+        self.encoded = [tokenizer.encode(payload) for payload in self.payloads]
+        for payload, tokens in zip(self.payloads, self.encoded):
+            lengths = {len(tokens.ids), len(tokens.positions), *(() if tokens.spans is None else [len(tokens.spans)])}
+            _require(len(lengths) == 1, "ids, positions and spans must have one row a token", sorted(lengths))
+            if tokens.spans is not None:
+                covered = np.zeros(len(payload), bool)
+                for start, stop in tokens.spans:
+                    covered[start:stop] = True
+                _require(bool(covered.all()), "every part of a payload must be in the span of a token", "gaps")
+        column = tokenizer.encode_column(pa.array(self.payloads))
+        for row, tokens in enumerate(self.encoded):
+            ids = column.ids[column.offsets[row] : column.offsets[row + 1]]
+            is_same = np.array_equal(ids, tokens.ids)
+            _require(is_same, "encode_column must give what encode gives", f"others in record {row + 1}")
+        written = type(tokenizer).from_json(tokenizer.to_json())
+        _require(written.fingerprint == tokenizer.fingerprint, "from_json must undo to_json", "another fingerprint")
+        return f"{sum(map(len, self.encoded)):,} tokens, {len(tokenizer.vocab)} symbols"
+
+    def decode(self) -> str:
+        """Tokens lead back to the same payload."""
+        tokenizer = self.domain.tokenizer()
+        for row, payload, tokens in zip(self.rows, self.payloads, self.encoded):
+            back = tokenizer.decode(tokens)
+            _require(back == payload, f"decoding must give the payload of {row.source} again", f"{back[:40]!r}")
+        return f"{len(self.payloads):,} payloads come back"
+
+    def presets(self) -> str:
+        """Every preset can be built, and knows every symbol."""
+        import torch
+
+        from meristem.model.transformer import Encoder
+
+        num_symbols = len(self.domain.tokenizer().vocab)
+        _require(len(self.domain.presets) > 0, "a domain needs a preset", "none")
+        for name, config in self.domain.presets.items():
+            got = config.embedding.vocab_size
+            _require(got >= num_symbols, f"preset {name} needs embedding.vocab_size of {num_symbols} or more", got)
+            with torch.device("meta"):
+                Encoder(config)
+        return ", ".join(self.domain.presets)
+
+    def pack(self) -> str:
+        """Sequences lie end to end, and none is lost."""
+        from meristem.data.pack import pack
+
+        batch = pack(self.encoded, range(len(self.encoded)))
+        wanted = sorted(len(tokens) for tokens in self.encoded)
+        _require(sorted(batch.layout.lengths) == wanted, "a pack must hold every sequence whole", "other lengths")
+        return f"{batch.layout.num_rows:,} rows in one pack"
+
+    def train(self) -> str:
+        """Three steps on the same masked tokens: the loss is finite and falls."""
+        raise NotImplementedError
+
+    def embed(self) -> str:
+        """Vectors of the whole sample, through a file and back."""
+        raise NotImplementedError
