@@ -131,9 +131,7 @@ def keep_rows(batch: pa.RecordBatch, refused: np.ndarray) -> pa.RecordBatch:
     return batch.filter(pa.array(is_kept))
 
 
-def _find_columns(
-    columns: Sequence[str], where: str, options: ReadOptions, payload_names: Sequence[str]
-) -> _Columns:
+def _find_columns(columns: Sequence[str], where: str, options: ReadOptions, payload_names: Sequence[str]) -> _Columns:
     listed = ", ".join(columns)
     by_lower = {name.lower(): name for name in reversed(columns)}
     payload = options.payload_column or next((by_lower[n] for n in payload_names if n in by_lower), "")
@@ -159,30 +157,31 @@ def _assemble(
     table: pa.RecordBatch,
     wanted: _Columns,
     label_types: dict[str, pa.DataType],
-    first_row: int,
+    numbers: np.ndarray,
     lines: np.ndarray,
     source: Source,
     options: ReadOptions,
 ) -> pa.RecordBatch:
     """Rows of a user's table as a record batch, without the rows that have to be refused."""
     reasons: dict[int, str] = {}
-    payloads, ids, extra = _text(table, wanted.payload, pa.large_string(), reasons), None, {}
-    numbers = pa.array(np.arange(first_row + 1, first_row + 1 + table.num_rows)).cast(pa.string())
-    ids = numbers
+    payloads = _text(table, wanted.payload, pa.large_string(), reasons)
+    ids = pa.array(numbers).cast(pa.string())
     if wanted.id:
-        ids = _text(table, wanted.id, pa.string(), reasons)
-        ids = pc.if_else(pc.equal(pc.fill_null(pc.binary_length(ids), 0), 0), numbers, ids)
-    for name in wanted.labels:
-        extra[LABEL_PREFIX + name] = _label(table, name, label_types.get(name), reasons)
+        named = _text(table, wanted.id, pa.string(), reasons)
+        ids = pc.if_else(_is_empty(named), ids, named)
+    extra = {LABEL_PREFIX + name: _label(table, name, label_types.get(name), reasons) for name in wanted.labels}
     if wanted.split:
         extra[SPLIT] = _text(table, wanted.split, pa.string(), reasons)
-    for row in np.flatnonzero(pc.equal(pc.fill_null(pc.binary_length(payloads), 0), 0).to_numpy(False)):
+    for row in np.flatnonzero(_is_empty(payloads).to_numpy(zero_copy_only=False)):
         reasons.setdefault(int(row), f"empty record (nothing in column {wanted.payload!r})")
     for row in sorted(reasons):
         options.refuse(Refusal(source.name, int(lines[row]), ids[row].as_py(), reasons[row]))
-    payloads = pc.fill_null(payloads, "")
-    batch = batch_of(ids, payloads, source, lines, extra)
+    batch = batch_of(ids, pc.fill_null(payloads, ""), source, lines, extra)
     return keep_rows(batch, np.array(sorted(reasons), np.int64))
+
+
+def _is_empty(texts: pa.Array) -> pa.Array:
+    return pc.equal(pc.fill_null(pc.binary_length(texts), 0), 0)
 
 
 def _text(table: pa.RecordBatch, name: str, to: pa.DataType, reasons: dict[int, str]) -> pa.Array:
@@ -218,9 +217,7 @@ def _label(table: pa.RecordBatch, name: str, to: pa.DataType | None, reasons: di
             try:
                 values.append(word.cast(to).as_py())
             except pa.ArrowInvalid:
-                reasons.setdefault(
-                    row, f"{word.as_py()!r} in column {name!r} is no {to}, as the values before it are"
-                )
+                reasons.setdefault(row, f"{word.as_py()!r} in column {name!r} is no {to}, as the values before it are")
                 values.append(None)
         return pa.array(values, to)
 
@@ -244,14 +241,11 @@ def _read_csv(
         with open_source(source) as again:
             for table, _, _ in _csv_blocks(again, source, options, form, list(wanted.labels), lambda _: None):
                 widen(types, table)
-    first_row = 0
     for table, lines, numbers in _csv_blocks(stream, source, options, form, wanted.all, options.refuse):
-        if wanted.labels and (not types or first_row == 0 and source.is_stdin):
+        if wanted.labels and not types:
             widen(types, table)
-        settled = {name: kind if kind != pa.null() else pa.float64() for name, kind in types.items()}
-        first_row = int(numbers[0]) - 2 if len(numbers) else first_row
-        batch = _assemble(table, wanted, settled, first_row, lines, source, options)
-        first_row += table.num_rows
+        settled = {name: pa.float64() if kind == pa.null() else kind for name, kind in types.items()}
+        batch = _assemble(table, wanted, settled, numbers - 1, lines, source, options)
         if batch.num_rows:
             yield batch
 
@@ -320,15 +314,9 @@ def _csv_blocks(
                 text.forget_before(number)
         report()
     except pa.ArrowInvalid as error:
-        report_options = [row for row in bad_rows if options.on_error is None]
-        if report_options:
-            line = int(text.lines_of(np.array([report_options[0].number]))[0])
-            row = report_options[0]
-            raise DataError(
-                f"{source.name}:{line}: the row has {row.actual_columns} values and the header "
-                f"{row.expected_columns}"
-            ) from error
-        raise DataError(f"{source.name}: no table of values can be read: {' '.join(str(error).split())}") from error
+        report()
+        reason = " ".join(str(error).split())
+        raise DataError(f"{source.name}: cannot be read as a table of values: {reason}") from error
 
 
 class _CountedText(io.RawIOBase):
@@ -399,8 +387,8 @@ def _read_parquet(
             wanted = _find_columns(file.schema_arrow.names, source.name, options, payload_names)
             first_row = 0
             for table in file.iter_batches(_ROWS_AHEAD, columns=wanted.all):
-                lines = np.arange(first_row + 1, first_row + 1 + table.num_rows)
-                batch = _assemble(table, wanted, {}, first_row, lines, source, options)
+                rows = np.arange(first_row + 1, first_row + 1 + table.num_rows)
+                batch = _assemble(table, wanted, {}, rows, rows, source, options)
                 first_row += table.num_rows
                 if batch.num_rows:
                     yield batch

@@ -1,0 +1,18 @@
+"""Proteins: FASTA, A3M and tables in, the residue alphabet of ESM, and the shapes of published models."""
+
+from pathlib import Path
+
+from meristem.domain import Domain
+from meristem_domains.protein.alphabet import tokenizer
+from meristem_domains.protein.fasta import read
+from meristem_domains.protein.presets import PRESETS
+
+domain = Domain(
+    name="protein",
+    read=read,
+    tokenizer=tokenizer,
+    presets=PRESETS,
+    sample=Path(__file__).parent / "sample.fasta",
+)
+
+__all__ = ["domain"]

@@ -1,0 +1,41 @@
+"""The alphabet of ESM-1b and ESM-2: one token a residue, always."""
+
+from meristem.data.tokenizer import AlphabetTokenizer
+from meristem.errors import ConfigError
+
+STANDARD = "LAGVSERTIDPKQNFYMHWC"
+"""The 20 amino acids of the genetic code, in the order of the vocabulary."""
+
+NONSTANDARD = "UZOBJX*-."
+"""Selenocysteine, pyrrolysine, ambiguous and unknown residues, stops and gaps."""
+
+VOCAB = ("<cls>", "<pad>", "<eos>", "<unk>", *STANDARD, *"XBUZO", ".", "-", "<null_1>", "<mask>")
+"""33 symbols, in the order of the published checkpoints."""
+
+NOT_IN_VOCAB = "J*"
+"""Nonstandard symbols for which the published vocabulary has none; they are read as X."""
+
+
+def tokenizer(nonstandard: str = "keep") -> AlphabetTokenizer:
+    """The residue tokenizer: `<cls>`, one token a residue, `<eos>`; case does not matter.
+
+    Args:
+        nonstandard: what to do with `U Z O B J X * - .`:
+            `keep` reads each as its own symbol; J (leucine or isoleucine) and `*` (stop) have none in the
+            vocabulary, are read as X and counted;
+            `x` reads all of them as X and counts them;
+            `refuse` takes the 20 standard residues only, so X is refused as well.
+
+    Raises:
+        ConfigError: another word.
+    """
+    policies = {
+        "keep": {"replace": dict.fromkeys(NOT_IN_VOCAB, "X")},
+        "x": {"replace": {symbol: "X" for symbol in NONSTANDARD if symbol != "X"}},
+        "refuse": {"refuse": NONSTANDARD},
+    }
+    if nonstandard not in policies:
+        raise ConfigError(f"nonstandard must be one of {', '.join(policies)}; got {nonstandard!r}")
+    return AlphabetTokenizer(
+        vocab=VOCAB, prefix=("<cls>",), suffix=("<eos>",), mask="<mask>", random=STANDARD, **policies[nonstandard]
+    )

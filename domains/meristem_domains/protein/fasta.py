@@ -1,0 +1,246 @@
+"""Reading proteins: FASTA, A3M, and tables with a column of sequences.
+
+Parsing works on blocks of bytes: a few numpy passes find headers, line ends and residues, whatever the number
+of records. Letters keep their case. What is no residue is refused by file and line.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from meristem.data.open import BLOCK_BYTES, BOM, open_source, read_text_blocks
+from meristem.data.records import ReadOptions, Refusal, Source
+from meristem.data.tables import TableFormat, batch_of, keep_rows, read_table, table_format
+from meristem.data.tokenizer import column_bytes
+from meristem.errors import DataError
+
+PAYLOAD_COLUMNS = (
+    "sequence", "seq", "protein_sequence", "protein", "aa_seq", "aa_sequence", "amino_acid_sequence", "primary",
+)  # fmt: skip
+"""Usual names of the sequence column of a table, lower case."""
+
+COMPRESSION_SUFFIXES = (".gz", ".bgz", ".bz2", ".xz", ".zst")
+
+LETTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_DROPPED, _RESIDUE, _FOREIGN = 0, 1, 2
+_NEWLINE, _SPACE, _HEADER = 10, 32, ord(">")
+
+
+def _classes(residues: bytes, dropped: bytes) -> bytes:
+    table = bytearray([_FOREIGN]) * 256
+    for byte in residues:
+        table[byte] = _RESIDUE
+    for byte in dropped:
+        table[byte] = _DROPPED
+    return bytes(table)
+
+
+FASTA_CLASSES = _classes(LETTERS + LETTERS.lower() + b"*-.", b" \t\n")
+A3M_CLASSES = _classes(LETTERS + b"*-", LETTERS.lower() + b". \t\n")
+"""What each byte of a sequence is. In A3M lower case and `.` are insertions against the first sequence."""
+
+
+def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+    """Read the proteins of a source.
+
+    What a source is, is seen by its content: FASTA begins with `>`, a table with a header line (CSV, TSV) or
+    as Parquet. Compression is undone. A3M looks like FASTA and is known by its name alone: `.a3m`, also before
+    a compression suffix; its insertions are dropped, its gaps stay.
+
+    The id of a FASTA record is the first word of its header, or its number in the file, from 1, where the
+    header is empty. Spaces and tabs in sequences are dropped; residues are letters, `*`, `-` and `.`.
+
+    Raises:
+        DataError: a file that cannot be read or is none of these, or a refused record when there is no
+            `options.on_error`.
+    """
+    with open_source(source) as stream:
+        head = stream.peek(BLOCK_BYTES).removeprefix(BOM)
+        if head.lstrip()[:1] == b">" or (is_a3m(source) and head.lstrip()[:1] == b"#"):
+            if options.label_columns or options.split_column:
+                name = (*options.label_columns, options.split_column)[0]
+                raise DataError(f"{source.name}:1: no column {name!r}: FASTA has none (labels and splits need a table)")
+            yield from read_fasta(stream, source, options)
+            return
+        form = table_format(head, (*PAYLOAD_COLUMNS, *options.label_columns, options.payload_column))
+        if form is None:
+            raise DataError(_not_fasta(head, source))
+        yield from read_sequence_table(stream, source, options, form)
+
+
+def is_a3m(source: Source) -> bool:
+    """Whether the name says that lower case letters are insertions."""
+    stem, suffix = os.path.splitext(source.path.lower())
+    return (os.path.splitext(stem)[1] if suffix in COMPRESSION_SUFFIXES else suffix) == ".a3m"
+
+
+def read_fasta(stream: io.BufferedReader, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+    """Read the records of a FASTA or A3M file in blocks of about `options.batch_bytes`."""
+    classes = A3M_CLASSES if is_a3m(source) else FASTA_CLASSES
+    line, number = 1, 1
+    for text in _whole_records(stream, options.batch_bytes):
+        if text[:1] != b">":
+            # only before the first record: blank lines, and the comment that some A3M files begin with
+            body = _after_preamble(text)
+            line += text[: len(text) - len(body)].count(b"\n")
+            if not body:
+                continue
+            text = body
+        batch, num_lines, num_records = _parse(text, classes, source, options, line, number)
+        line, number = line + num_lines, number + num_records
+        if batch.num_rows:
+            yield batch
+
+
+def read_sequence_table(
+    stream: io.BufferedReader, source: Source, options: ReadOptions, form: TableFormat
+) -> Iterator[pa.RecordBatch]:
+    """Read the records of a table; sequences are checked as those of a FASTA file are."""
+    for batch in read_table(stream, source, options, form, PAYLOAD_COLUMNS):
+        payloads = batch.column("payload")
+        text, _ = column_bytes(payloads)
+        if (np.isin(text, (_SPACE, 9, 10, 13))).any():
+            payloads = pc.replace_substring_regex(payloads, r"[ \t\r\n]+", "")
+            batch = batch.set_column(1, batch.schema.field("payload"), payloads)
+            text, _ = column_bytes(payloads)
+        kinds = np.frombuffer(text.tobytes().translate(FASTA_CLASSES), np.uint8)
+        _, bounds = column_bytes(payloads)
+        lengths = np.diff(bounds)
+        reasons = {int(row): _EMPTY for row in np.flatnonzero(lengths == 0)}
+        bad = np.flatnonzero(kinds == _FOREIGN)
+        rows, first = np.unique(np.searchsorted(bounds, bad, side="right") - 1, return_index=True)
+        for row, at in zip(rows.tolist(), bad[first].tolist()):
+            reasons[row] = _foreign(text[at : at + 4].tobytes())
+        lines, ids = batch.column("line"), batch.column("id")
+        for row in sorted(reasons):
+            options.refuse(Refusal(source.name, lines[row].as_py(), ids[row].as_py(), reasons[row]))
+        batch = keep_rows(batch, np.array(sorted(reasons), np.int64))
+        if batch.num_rows:
+            yield batch
+
+
+_EMPTY = "empty record: there are no residues"
+
+
+def _foreign(at: bytes) -> str:
+    character = at.decode("utf-8", "replace")[0]
+    return f"{character!r} is no residue (letters, '*', '-' and '.' are)"
+
+
+def _not_fasta(head: bytes, source: Source) -> str:
+    text = head.lstrip()
+    line = 1 + head[: len(head) - len(text)].count(b"\n")
+    if not text:
+        return f"{source.name}:1: there is no record in the file"
+    start = text[:20].split(b"\n")[0].rstrip().decode("utf-8", "backslashreplace")
+    return (
+        f"{source.name}:{line}: not a FASTA file: it must begin with '>', and begins with {start!r} "
+        "(nor is it a CSV, TSV or Parquet table)"
+    )
+
+
+def _after_preamble(text: bytes) -> bytes:
+    while text and text[:1] != b">":
+        _, _, text = text.partition(b"\n")
+    return text
+
+
+def _whole_records(stream: io.BufferedReader, block_bytes: int) -> Iterator[bytes]:
+    """The text in pieces that end where a record ends; every line of it ends in a newline."""
+    held: list[bytes] = []
+    for block in read_text_blocks(stream, block_bytes):
+        is_boundary = bool(held) and held[-1].endswith(b"\n") and block.startswith(b">")
+        cut = block.rfind(b"\n>") + 1
+        if cut or is_boundary:
+            yield b"".join([*held, block[:cut]])
+            held = [block[cut:]]
+        else:
+            held.append(block)
+    last = b"".join(held)
+    if last:
+        yield last if last.endswith(b"\n") else last + b"\n"
+
+
+def _parse(
+    text: bytes, classes: bytes, source: Source, options: ReadOptions, first_line: int, first_number: int
+) -> tuple[pa.RecordBatch, int, int]:
+    """Whole records as a batch, with the number of lines and records that they were."""
+    raw = np.frombuffer(text, np.uint8)
+    blanks = np.flatnonzero(raw <= _SPACE)
+    newlines = blanks[raw[blanks] == _NEWLINE]
+    line_starts = np.concatenate([[0], newlines[:-1] + 1])
+    header_lines = np.flatnonzero(raw[line_starts] == _HEADER)
+    starts, ends = line_starts[header_lines], newlines[header_lines]
+    kinds = np.frombuffer(bytearray(text).translate(classes), np.uint8)
+    kinds[_ranges(starts, ends)] = _DROPPED
+
+    reasons: dict[int, tuple[int, str]] = {}  # row: line, reason
+    if kinds.max(initial=0) == _FOREIGN:
+        bad = np.flatnonzero(kinds == _FOREIGN)
+        rows, first = np.unique(np.searchsorted(starts, bad, side="right") - 1, return_index=True)
+        for row, at in zip(rows.tolist(), bad[first].tolist()):
+            reasons[row] = (int(np.searchsorted(newlines, at)), _foreign(text[at : at + 4]))
+        kinds[bad] = _DROPPED
+
+    dropped = np.flatnonzero(kinds == _DROPPED)
+    bounds = np.append(starts, len(raw))
+    offsets = bounds - np.searchsorted(dropped, bounds)
+    residues = raw[kinds.view(bool)]
+    for row in np.flatnonzero(np.diff(offsets) == 0).tolist():
+        reasons.setdefault(row, (int(header_lines[row]), _EMPTY))
+    ids = _ids(text, raw, starts, ends, blanks, first_number, header_lines, reasons)
+
+    for row in sorted(reasons):
+        line, reason = reasons[row]
+        options.refuse(Refusal(source.name, first_line + line, ids[row].as_py(), reason))
+    payloads = pa.Array.from_buffers(
+        pa.large_string(), len(starts), [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(residues)]
+    )
+    batch = batch_of(ids, payloads, source, first_line + header_lines)
+    return keep_rows(batch, np.array(sorted(reasons), np.int64)), len(newlines), len(starts)
+
+
+def _ids(
+    text: bytes,
+    raw: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    blanks: np.ndarray,
+    first_number: int,
+    header_lines: np.ndarray,
+    reasons: dict[int, tuple[int, str]],
+) -> pa.Array:
+    """The first word of every header; headers that are not UTF-8 go to `reasons`."""
+    word_starts = starts + 1
+    while (is_space := (raw[word_starts] <= _SPACE) & (word_starts < ends)).any():
+        word_starts = word_starts + is_space
+    word_ends = blanks[np.searchsorted(blanks, word_starts)]
+    letters = raw[_ranges(word_starts, word_ends)]
+    if letters.max(initial=0) < 128 and raw[_ranges(starts, ends)].max(initial=0) < 128:
+        offsets = np.concatenate([[0], np.cumsum(word_ends - word_starts)]).astype(np.int32)
+        ids = pa.Array.from_buffers(pa.string(), len(starts), [None, pa.py_buffer(offsets), pa.py_buffer(letters)])
+    else:
+        words = []
+        for row, (start, end) in enumerate(zip(starts.tolist(), ends.tolist())):
+            try:
+                text[start:end].decode("utf-8")
+            except UnicodeDecodeError as error:
+                found = text[start + error.start]
+                reasons[row] = (int(header_lines[row]), f"not UTF-8: byte 0x{found:02x} in the header")
+            words.append(text[word_starts[row] : word_ends[row]].decode("utf-8", "replace"))
+        ids = pa.array(words, pa.string())
+    if (word_starts == word_ends).any():
+        numbers = pa.array(np.arange(first_number, first_number + len(starts))).cast(pa.string())
+        ids = pc.if_else(pa.array(word_starts == word_ends), numbers, ids)
+    return ids
+
+
+def _ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The indices of all ranges `[start, end)`, end to end."""
+    lengths = ends - starts
+    shifts = starts - (np.cumsum(lengths) - lengths)
+    return np.arange(lengths.sum()) + np.repeat(shifts, lengths)

@@ -1,0 +1,66 @@
+"""Architectures of published protein language models, by name.
+
+ESM-2: Lin et al. 2023 (doi:10.1126/science.ade2574); ESM-1b: Rives et al. 2021 (doi:10.1073/pnas.2016239118).
+"""
+
+from meristem.model.config import (
+    Attention,
+    Embedding,
+    FeedForward,
+    LayerNorm,
+    Learned,
+    Rotary,
+    TokenHead,
+    TransformerConfig,
+)
+from meristem_domains.protein.alphabet import VOCAB
+
+MASK_DROPOUT_FRAC = 0.15 * 0.8
+"""Of the ESM recipe: 15 % of the tokens are chosen, 80 % of these become the mask symbol."""
+
+
+def _embedding(is_normed: bool) -> Embedding:
+    return Embedding(
+        vocab_size=len(VOCAB),
+        is_normed=is_normed,
+        mask_id=VOCAB.index("<mask>"),
+        mask_dropout_frac=MASK_DROPOUT_FRAC,
+    )
+
+
+def esm2(num_layers: int, width: int, num_heads: int) -> TransformerConfig:
+    """An ESM-2 of any size: pre-norm, rotary positions, exact GELU, biases everywhere."""
+    return TransformerConfig(
+        width=width,
+        num_layers=num_layers,
+        embedding=_embedding(is_normed=False),
+        position=Rotary(),
+        attention=Attention(num_heads=num_heads),
+        feedforward=FeedForward(width=4 * width),
+        norm=LayerNorm(),
+        head=TokenHead(),
+    )
+
+
+def esm1b(num_layers: int = 33, width: int = 1280, num_heads: int = 20) -> TransformerConfig:
+    """An ESM-1b of any size: as ESM-2, but with learned positions (1024 tokens) and a norm of the embedding."""
+    return TransformerConfig(
+        width=width,
+        num_layers=num_layers,
+        embedding=_embedding(is_normed=True),
+        position=Learned(max_positions=1026, offset=2),
+        attention=Attention(num_heads=num_heads),
+        feedforward=FeedForward(width=4 * width),
+        norm=LayerNorm(),
+        head=TokenHead(),
+    )
+
+
+PRESETS = {
+    "esm2_8m": esm2(6, 320, 20),
+    "esm2_35m": esm2(12, 480, 20),
+    "esm2_150m": esm2(30, 640, 20),
+    "esm2_650m": esm2(33, 1280, 20),
+    "esm2_3b": esm2(36, 2560, 40),
+    "esm1b": esm1b(),
+}
