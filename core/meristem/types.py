@@ -132,8 +132,8 @@ class Layout:
 
     @cached_property
     def segments(self) -> tuple[int, ...]:
-        """Lengths as the kernels see them: the spare rows are a sequence of their own."""
-        return (*self.lengths, self.num_spare) if self.num_spare else self.lengths
+        """Lengths as the kernels see them: the spare rows, none or many, are a sequence of their own."""
+        return (*self.lengths, self.num_spare)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -145,7 +145,7 @@ class Layout:
         return max(self.segments, default=0)
 
     @cached_property
-    def cu_seqlens(self) -> Int[Tensor, "S_plus_1"]:
+    def cu_seqlens(self) -> Int[Tensor, "S_plus_2"]:
         """int32 boundaries of the segments on `device`, as variable-length kernels take them."""
         bounds = np.concatenate([[0], np.cumsum(self.segments)]).astype(np.int32)
         return torch.from_numpy(bounds).to(self.device, non_blocking=True)

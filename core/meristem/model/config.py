@@ -4,6 +4,7 @@ Variation is a part, not a flag. Parts that come in kinds (a position, a norm, a
 one base; every other part is one dataclass. All are frozen and keyword-only, and check themselves when made.
 """
 
+import math
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -20,6 +21,10 @@ def _require(condition: bool, rule: str, got: str) -> None:
         raise ConfigError(f"{rule}; got {got}")
 
 
+def _require_frac(value: float, name: str) -> None:
+    _require(0 <= value < 1, f"{name} must be in [0, 1)", str(value))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
     """How rows become vectors: a table for symbols, a linear map for patches.
@@ -27,11 +32,11 @@ class Embedding:
     Attributes:
         vocab_size: rows of the table (symbols and special rows).
         patch_features: features of a patch (P); 0 for a model without patches.
-        is_normed: a norm follows, as ESM-1b and BERT have it.
+        is_normed: a norm follows the positions.
         mask_id: the symbol whose rows are zeroed and accounted for when `mask_dropout_frac` is set.
         mask_dropout_frac: share of tokens masked in pre-training (rate times share of mask symbols). When
             set, each sequence is scaled by `(1 - mask_dropout_frac) / (1 - its own share of masks)`, also at
-            inference, as ESM-1b and ESM-2 do ("token dropout").
+            inference ("token dropout").
         dropout: of the result, in training.
     """
 
@@ -44,11 +49,9 @@ class Embedding:
 
     def __post_init__(self) -> None:
         _require(self.vocab_size > 0, "embedding.vocab_size must be positive", str(self.vocab_size))
-        _require(
-            0 <= self.mask_dropout_frac < 1,
-            "embedding.mask_dropout_frac must be in [0, 1)",
-            str(self.mask_dropout_frac),
-        )
+        _require(self.patch_features >= 0, "embedding.patch_features must be 0 or more", str(self.patch_features))
+        _require_frac(self.mask_dropout_frac, "embedding.mask_dropout_frac")
+        _require_frac(self.dropout, "embedding.dropout")
         if self.mask_dropout_frac:
             _require(self.mask_id is not None, "embedding.mask_dropout_frac needs embedding.mask_id", "no mask_id")
         elif self.mask_id is not None:
@@ -68,28 +71,47 @@ class Rotary(Position):
 
     Attributes:
         base: of the geometric series of wavelengths.
+        rounding: precision that the frequencies were rounded to when the model was trained; angles are fp32
+            in any case. Checkpoints kept in half precision carry rounded frequencies, and were trained to them.
     """
 
     base: float = 10000.0
+    rounding: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        _require(self.base > 0, "position.base must be positive", str(self.base))
+        _require(
+            self.rounding in ("fp32", "fp16", "bf16"),
+            "position.rounding must be fp32, fp16 or bf16",
+            repr(self.rounding),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learned(Position):
-    """A learned table of positions, added to the embedding.
+    """A learned table of positions, added to the embedding; rows that have no place (-1) get nothing.
 
     Attributes:
         max_positions: rows of the table.
-        offset: row of the first token; ESM-1b and RoBERTa leave the first rows unused.
+        offset: row of the first place; some models leave the first rows unused.
+        grid: places along each position axis, numbered row after row; empty for a sequence.
     """
 
     max_positions: int = 1024
     offset: int = 0
+    grid: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))
         _require(
             0 <= self.offset < self.max_positions,
             "position.offset must be within the table",
             str(self.offset),
+        )
+        _require(
+            self.offset + math.prod(self.grid) <= self.max_positions,
+            "position.max_positions must hold the grid behind the offset",
+            f"max_positions={self.max_positions}, offset={self.offset}, grid={list(self.grid)}",
         )
 
 
@@ -144,6 +166,9 @@ class Attention:
                 "attention.num_kv_heads must divide num_heads",
                 f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}",
             )
+        if self.head_width is not None:
+            _require(self.head_width > 0, "attention.head_width must be positive", str(self.head_width))
+        _require_frac(self.dropout, "attention.dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +195,10 @@ class FeedForward:
         _require(self.width > 0, "feedforward.width must be positive", str(self.width))
         _require(
             self.activation in get_args(Activation),
-            f"feedforward.activation must be one of {get_args(Activation)}",
+            f"feedforward.activation must be one of {', '.join(get_args(Activation))}",
             repr(self.activation),
         )
+        _require_frac(self.dropout, "feedforward.dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +239,7 @@ class Residual:
             "residual.placement must be before or after",
             repr(self.placement),
         )
+        _require_frac(self.dropout, "residual.dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +283,7 @@ class Init:
 
     Attributes:
         std: standard deviation of linear maps and tables (truncated at two deviations).
-        is_depth_scaled: output maps of the branches are divided by sqrt(2 L), as GPT-2 does.
+        is_depth_scaled: output maps of the branches are divided by sqrt(2 L).
     """
 
     std: float = 0.02
@@ -321,7 +348,7 @@ class TransformerConfig:
     @property
     def max_length(self) -> int | None:
         """Tokens of the longest sequence that positions allow; None for no limit."""
-        if isinstance(self.position, Learned):
+        if isinstance(self.position, Learned) and not self.position.grid:
             return self.position.max_positions - self.position.offset
         return None
 

@@ -31,7 +31,7 @@ class EmbeddingLayer(nn.Module):
         return self.dropout(self.norm(position.add(x_TD, batch.positions)))
 
     def _drop_masked(self, x_TD: Float[Tensor, "T D"], batch: PackedBatch) -> Float[Tensor, "T D"]:
-        """Zero masked rows and scale each sequence for the share of masks it has (ESM-1b, ESM-2).
+        """Zero masked rows and scale each sequence for the share of masks it has.
 
         Counted in each sequence on its own: the scale of one never depends on another. Lengths count
         special rows too, as the reference does.
@@ -41,7 +41,8 @@ class EmbeddingLayer(nn.Module):
         segment = layout.segment_of_row
         # float sums of zeros and ones are exact, in any order
         num_masks = torch.zeros(len(layout.segments), device=x_TD.device).index_add_(0, segment, is_mask.float())
-        lengths = torch.tensor(layout.segments, dtype=torch.float32, device=x_TD.device)
+        # the spare rows may be no row at all
+        lengths = torch.tensor(layout.segments, dtype=torch.float32, device=x_TD.device).clamp(min=1)
         scale_S = (1 - self.config.mask_dropout_frac) / (1 - num_masks / lengths)
         x_TD = x_TD.masked_fill(is_mask[:, None], 0.0)
         return (x_TD * scale_S[segment, None]).to(x_TD.dtype)

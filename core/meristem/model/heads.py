@@ -78,9 +78,10 @@ class ContactHead(nn.Module):
     (Dunn 2008), and weighed by one coefficient a map.
     """
 
-    def __init__(self, num_maps: int):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.regression = nn.Linear(num_maps, 1)
+        self.regression = nn.Linear(config.num_layers * config.attention.num_heads, 1)
+        init_weights(self, config.init, config.num_layers)
 
     def forward(self, maps: Float[Tensor, "X n n"]) -> Float[Tensor, "n n"]:
         """Logits of contact between each two tokens.
@@ -96,5 +97,6 @@ class ContactHead(nn.Module):
 def correct_average_product(maps: Float[Tensor, "X n n"]) -> Float[Tensor, "X n n"]:
     """Take the background of each row and column from symmetric maps (APC; Dunn 2008, eq. 3)."""
     rows_Xn1, columns_X1n = maps.sum(-1, keepdim=True), maps.sum(-2, keepdim=True)
-    total_X11 = maps.sum((-1, -2), keepdim=True)
+    # maps of nothing but zeros stay so
+    total_X11 = maps.sum((-1, -2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
     return maps - rows_Xn1 * columns_X1n / total_X11

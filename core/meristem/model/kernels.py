@@ -11,6 +11,7 @@ does not depend on the group it is computed in.
 
 import inspect
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -43,7 +44,8 @@ def attend(
 
     Args:
         q_layout: of the queries.
-        kv_layout: of keys and values; sequence i of the queries sees sequence i of the keys.
+        kv_layout: of keys and values; sequence i of the queries sees sequence i of the keys, and spare rows
+            see spare rows.
         pattern: which keys a query may see within its sequence.
         scale: of the scores; 1 / sqrt(E) when None.
         dropout: of the weights.
@@ -98,6 +100,12 @@ def _attend_grouped(
     num_heads, num_kv_heads = q_THE.shape[1], k_UKE.shape[1]
     outputs, places = [], []
     for (q_length, kv_length), q_starts, kv_starts in _groups(q_layout, kv_layout):
+        if not q_length:
+            continue
+        places.append((q_starts, q_length))
+        if not kv_length:  # spare rows that have nothing to see
+            outputs.append(q_THE.new_zeros(len(q_starts) * q_length, num_heads, q_THE.shape[2]))
+            continue
         q_GHmE = _gather(q_THE, q_starts, q_length).transpose(1, 2)
         k_GKnE = _gather(k_UKE, kv_starts, kv_length).transpose(1, 2)
         v_GKnE = _gather(v_UKE, kv_starts, kv_length).transpose(1, 2)
@@ -116,7 +124,6 @@ def _attend_grouped(
             enable_gqa=num_heads != num_kv_heads,
         )
         outputs.append(o_GHmE.transpose(1, 2).reshape(-1, num_heads, q_THE.shape[2]))
-        places.append((q_starts, q_length))
     o_THE = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     rows = [start for starts, _ in places for start in starts]
     if rows == sorted(rows):
@@ -167,7 +174,7 @@ def _attend_varlen(
     pattern: Pattern,
     scale: float | None,
 ) -> Tensor:
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if isinstance(pattern, Causal):
         options = {"window_size": (-1, 0)} if "window_size" in VARLEN_ARGUMENTS else {"is_causal": True}
     if q_THE.shape[1] != k_UKE.shape[1]:

@@ -36,7 +36,7 @@ class Model(nn.Module):
         if SYMBOLS in heads:
             self.heads[SYMBOLS] = SymbolHead(config)
         if CONTACTS in heads:
-            self.heads[CONTACTS] = ContactHead(config.num_layers * config.attention.num_heads)
+            self.heads[CONTACTS] = ContactHead(config)
         for readout in readouts:
             self.heads[readout.name] = LabelHead(config, readout)
 

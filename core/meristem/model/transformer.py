@@ -5,7 +5,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, DataError
 from meristem.model.attention import Context
 from meristem.model.block import Block
 from meristem.model.config import TransformerConfig
@@ -37,27 +37,31 @@ class Encoder(nn.Module):
 
         Args:
             layers: hidden states to keep: 0 is the input of the first block, k the output of the k-th, the
-                last one after the final norm. Negative ones count from the last.
+                last one after the final norm. Negative ones count from the last; each is kept as it was asked for.
             attentions: blocks (from 0) whose attention maps to keep; these run on the slow reference kernel.
 
         Raises:
             ConfigError: a layer that the stack does not have.
+            DataError: a sequence longer than its positions allow.
         """
-        wanted = {self.resolve_layer(layer): layer for layer in layers}
+        resolved = {layer: self.resolve_layer(layer) for layer in layers}
+        longest, limit = max(batch.layout.lengths, default=0), self.config.max_length
+        if limit is not None and longest > limit:
+            raise DataError(f"a sequence must have {limit} tokens or fewer, as its positions allow; got {longest}")
         x_TD = self.embedding(batch, self.position)
-        context = Context(batch.layout, self.position, self.position.tables(batch.positions, x_TD.dtype))
-        kept: dict[int, Tensor] = {wanted[0]: x_TD} if 0 in wanted else {}
+        context = Context(batch.layout, self.position, self.position.tables(batch.positions))
+        kept: dict[int, Tensor] = {0: x_TD}
         maps: dict[int, list[Tensor]] = {}
         for index, block in enumerate(self.blocks):
             if index in attentions:
                 maps[index] = []
             x_TD = block(x_TD, context, maps.get(index))
-            if index + 1 in wanted and index + 1 < len(self.blocks):
-                kept[wanted[index + 1]] = x_TD
+            if index + 1 in resolved.values():
+                kept[index + 1] = x_TD
         x_TD = self.final_norm(x_TD)
-        if len(self.blocks) in wanted:
-            kept[wanted[len(self.blocks)]] = x_TD
-        return Hidden(final=x_TD, layout=batch.layout, layers=kept, attentions=maps)
+        kept[len(self.blocks)] = x_TD
+        chosen = {layer: kept[index] for layer, index in resolved.items()}
+        return Hidden(final=x_TD, layout=batch.layout, layers=chosen, attentions=maps)
 
     def resolve_layer(self, layer: int) -> int:
         """The layer counted from 0, of one that may be counted from the last.
