@@ -374,8 +374,8 @@ def from_json(part_type: type[ConfigPart], values: Mapping[str, Any], where: str
     values = dict(values)
     kinds = _kinds_of(part_type)
     if kinds:
-        kind = values.pop("kind", None)
-        _require(kind in kinds, f"{where}.kind must be one of {', '.join(kinds)}", repr(kind))
+        kind = str(values.pop("kind", None))
+        _require(kind in kinds, f"{where}.kind must be one of {', '.join(kinds)}", kind)
         chosen = kinds[kind]
     hints = get_type_hints(chosen)
     known = {f.name: f for f in fields(chosen)}
@@ -390,7 +390,7 @@ def from_json(part_type: type[ConfigPart], values: Mapping[str, Any], where: str
     return chosen(**{name: _read_value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
-def _kinds_of(base: type) -> dict[str, type]:
+def _kinds_of(base: type[Any]) -> dict[str, type[Any]]:
     """Subclasses by name, of a part that comes in kinds."""
     return {kind.__name__: kind for kind in base.__subclasses__()} if ABC in base.__bases__ else {}
 
@@ -400,7 +400,7 @@ def _read_value(hint: Any, value: Any, where: str) -> Any:
     if value is None:
         _require(type(None) in get_args(hint), f"{where} must be set", "null")
         return None
-    if is_dataclass(options[0]):
+    if isinstance(options[0], type) and is_dataclass(options[0]):
         return from_json(options[0], value, where)
     if get_origin(options[0]) is tuple or get_origin(hint) is tuple:
         _require(isinstance(value, (list, tuple)), f"{where} must be a list", repr(value))

@@ -37,7 +37,8 @@ class EmbeddingLayer(nn.Module):
         special rows too, as the reference does.
         """
         layout = batch.layout
-        is_mask = batch.ids == self.config.mask_id
+        assert self.config.mask_id is not None
+        is_mask = batch.ids.eq(self.config.mask_id)
         segment = layout.segment_of_row
         # float sums of zeros and ones are exact, in any order
         num_masks = torch.zeros(len(layout.segments), device=x_TD.device).index_add_(0, segment, is_mask.float())

@@ -35,7 +35,7 @@ def init_weights(module: nn.Module, config: Init, num_layers: int) -> None:
             case nn.LayerNorm() | nn.RMSNorm():
                 if child.weight is not None:
                     nn.init.ones_(child.weight)
-                if getattr(child, "bias", None) is not None:
+                if isinstance(child, nn.LayerNorm) and child.bias is not None:
                     nn.init.zeros_(child.bias)
             case _:
                 own = [name for name, _ in child.named_parameters(recurse=False)]
