@@ -1,0 +1,155 @@
+"""Writing the file of a record store.
+
+It is an Arrow IPC file: chunks of `records.SCHEMA` and label columns, then an empty chunk that marks the end
+and carries, as JSON, what is known only there (names of files, refused records). File names are numbers in
+it, since an Arrow file takes no dictionary that grows.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from meristem.data.records import ReadOptions, Refusal, Source
+from meristem.errors import DataError
+
+CHUNK_BYTES = 32 << 20
+"""Payload bytes of a chunk: few chunks to look a row up in, and little memory to build one."""
+
+END = b"meristem.end"
+"""Key of what the last chunk carries."""
+
+Read = Callable[[Source, ReadOptions], Iterator[pa.RecordBatch]]
+Progress = Callable[[int, int], None]
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` when all went well, and is gone when not."""
+    handle, name = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
+    temporary = Path(name)
+    try:
+        os.close(handle)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Wider(Exception):
+    """A later batch needs columns of a wider type than the file was begun with."""
+
+    def __init__(self, schema: pa.Schema):
+        self.schema = schema
+
+
+def write_store(
+    path: Path, read: Read, sources: Sequence[Source], options: ReadOptions, progress: Progress | None
+) -> None:
+    schema: pa.Schema | None = None
+    while True:
+        try:
+            with replaced(path) as temporary:
+                return _write_chunks(temporary, schema, read, sources, options, progress)
+        except _Wider as wider:  # rare: begin again; types only widen, so this ends
+            schema = wider.schema
+
+
+def _write_chunks(
+    path: Path,
+    schema: pa.Schema | None,
+    read: Read,
+    sources: Sequence[Source],
+    options: ReadOptions,
+    progress: Progress | None,
+) -> None:
+    refused: list[Refusal] = []
+    if options.on_error is not None:
+        options = replace(options, on_error=refused.append)
+    codes = {source.name: i for i, source in enumerate(sources)}
+    held: list[pa.RecordBatch] = []
+    held_bytes = 0
+    writer: pa.ipc.RecordBatchFileWriter | None = None
+    with pa.OSFile(os.fspath(path), "wb") as sink:
+        for batch in _with_progress(read, sources, options, progress):
+            plain = _plain(batch, codes)
+            schema = schema or plain.schema
+            if plain.schema != schema:
+                plain = _cast(plain, schema, batch)
+            held.append(plain)
+            held_bytes += plain.nbytes
+            if held_bytes >= CHUNK_BYTES:
+                writer = writer or pa.ipc.new_file(sink, schema)
+                writer.write_batch(_joined(held))
+                held, held_bytes = [], 0
+        if schema is None or not (writer or held):
+            what = f"; {len(refused)} were refused, the first: {refused[0]}" if refused else ""
+            raise DataError(f"{', '.join(source.name for source in sources)}: no records{what}")
+        writer = writer or pa.ipc.new_file(sink, schema)
+        if held:
+            writer.write_batch(_joined(held))
+        end = {"files": list(codes), "refused": [asdict(one) for one in refused]}
+        nothing = pa.RecordBatch.from_pylist([], schema=schema)
+        writer.write_batch(nothing, custom_metadata={END: json.dumps(end).encode()})
+        writer.close()
+
+
+def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
+
+
+def _with_progress(
+    read: Read, sources: Sequence[Source], options: ReadOptions, progress: Progress | None
+) -> Iterator[pa.RecordBatch]:
+    sizes = [os.path.getsize(source.path) for source in sources]
+    before = 0
+    for source, size in zip(sources, sizes):
+        done = 0
+        for batch in read(source, options):
+            if batch.num_rows:
+                yield batch
+            done += batch.nbytes
+            if progress is not None:
+                progress(before + min(done, size), sum(sizes))
+        before += size
+        if progress is not None:
+            progress(before, sum(sizes))
+
+
+def _plain(batch: pa.RecordBatch, codes: dict[str, int]) -> pa.RecordBatch:
+    """The batch without dictionaries: file names as numbers, labels as themselves."""
+    columns, fields = [], []
+    for field, column in zip(batch.schema, batch.columns):
+        if field.name == "file":
+            names = column.dictionary.to_pylist()
+            table = pa.array([codes.setdefault(name, len(codes)) for name in names], pa.int32())
+            column = table.take(column.indices)
+        elif pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        columns.append(column)
+        fields.append(pa.field(field.name, column.type, field.nullable))
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+
+
+def _cast(plain: pa.RecordBatch, schema: pa.Schema, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with the types of `schema`, or `_Wider` where the schema's are too narrow."""
+    name = batch.column("file")[0].as_py()
+    if plain.schema.names != schema.names:
+        raise DataError(
+            f"{name}: all sources must have the same columns; "
+            f"got {', '.join(plain.schema.names)}, and before {', '.join(schema.names)}"
+        )
+    try:
+        wider = pa.unify_schemas([schema, plain.schema], promote_options="permissive")
+    except pa.ArrowTypeError as error:
+        raise DataError(f"{name}: a column has another type than in the records before: {error}") from error
+    if wider != schema:
+        raise _Wider(wider)
+    return plain.cast(schema)
