@@ -97,6 +97,7 @@ class _Contract:
         self.rows: list[Any] = []
         self.payloads: list[Any] = []
         self.encoded: list[Any] = []
+        self.model: Any = None
 
     def sample(self) -> str:
         """The sample is a file with something in it."""
@@ -183,7 +184,55 @@ class _Contract:
 
     def train(self) -> str:
         """Three steps on the same masked tokens: the loss is finite and falls."""
-        raise NotImplementedError
+        import numpy as np
+        import torch
+
+        from meristem.data.pack import pack
+        from meristem.objectives.masked import Masked
+
+        objective = Masked()
+        objective.bind(self.domain.tokenizer(), {}, lambda row: self.rows[row].source)
+        chosen = range(min(NUM_TRAINED, len(self.rows)))
+        prepared = [objective.prepare(self.rows[i], (self.encoded[i],), np.random.default_rng(i)) for i in chosen]
+        batch = pack([tokens for views in prepared for tokens in views], [i for i in chosen for _ in prepared[i]])
+        counts = objective.counts(batch)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.model = self._tiny_card(objective.heads).build()
+            extra = objective.build(self.model.config)
+        parameters = [*self.model.parameters(), *extra.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+        losses = []
+        for _ in range(NUM_STEPS):
+            terms = objective.loss(self.model, extra, batch).terms
+            got = {name: float(term.count) for name, term in terms.items()}
+            _require(got == counts, f"the counts of the loss must be those announced, {counts}", got)
+            loss = torch.stack([term.weight * term.sum / term.count for term in terms.values()]).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            objective.after_step(self.model, extra)
+            losses.append(loss.item())
+        falls = all(np.isfinite(losses)) and losses[-1] < losses[0]
+        shown = " > ".join(f"{loss:.3f}" for loss in losses)
+        _require(bool(falls), "the loss must be finite and fall", shown)
+        return f"loss {shown}"
+
+    def _tiny_card(self, heads: tuple[str, ...]) -> Any:
+        """A model of a domain's own symbols that costs nothing."""
+        from meristem.model.config import Attention, Embedding, FeedForward, TokenHead, TransformerConfig
+        from meristem.model_directory import ModelCard
+
+        tokenizer = self.domain.tokenizer()
+        config = TransformerConfig(
+            width=32,
+            num_layers=2,
+            embedding=Embedding(vocab_size=len(tokenizer.vocab)),
+            attention=Attention(num_heads=4),
+            feedforward=FeedForward(width=64),
+            head=TokenHead(),
+        )
+        return ModelCard(config, tokenizer, heads=heads, domain=self.domain.name)
 
     def embed(self) -> str:
         """Vectors of the whole sample, through a file and back."""

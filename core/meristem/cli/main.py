@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
+        print(_help(), file=sys.stdout if arguments else sys.stderr)
         return DONE if arguments else WRONG_INPUT
     if arguments[0] == "--version":
         print(f"meristem {__version__}")
@@ -154,7 +154,7 @@ def _dispatch(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
+        hint = f"nearest: {near[0]}" if near else f"verbs: {', '.join(VERBS)}"
         raise ConfigError(f"no verb {name!r}; {hint} (see meristem --help)")
     return VERBS[name].call(name, arguments[1:])
 

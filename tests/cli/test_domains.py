@@ -1,0 +1,170 @@
+"""`meristem domains`: a new domain works as written, and the contract catches one that does not."""
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from meristem.cli.main import main
+from meristem.domain import Domain, load_domain
+from meristem.scaffold import write_domain
+from meristem.testing import BrokenContract, run_contract
+
+STAGES = ["sample", "records", "tokens", "decode", "presets", "pack", "train", "embed"]
+
+
+@pytest.fixture
+def lab_rna(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Domain:
+    """The domain that `domains new lab_rna` writes, importable as if it were installed."""
+    folder = write_domain("lab_rna", tmp_path)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "lab_rna", raising=False)
+    return load_domain("lab_rna:domain")
+
+
+def broken(lab_rna: Domain, monkeypatch: pytest.MonkeyPatch, **changes: object) -> str:
+    """Path of a domain that differs from a good one in `changes`."""
+    module = importlib.import_module("lab_rna")
+    monkeypatch.setattr(module, "mutant", dataclasses.replace(lab_rna, **changes), raising=False)  # type: ignore[arg-type]
+    return "lab_rna:mutant"
+
+
+def test_a_new_domain_passes_every_stage_of_the_contract_as_written(lab_rna, capsys):
+    assert main(["domains", "check", "lab_rna:domain"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:-1]] == STAGES
+    assert all(line.endswith(" s") for line in lines[:-1])
+
+
+def test_a_new_domain_comes_with_a_package_and_an_entry_point(tmp_path):
+    import tomllib
+
+    folder = write_domain("lab_rna", tmp_path)
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["meristem.domains"] == {"lab_rna": "lab_rna:domain"}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            text = path.read_text()
+            assert "meristem_domains" not in text
+            assert "$" not in text
+
+
+def test_a_new_domain_refuses_a_foreign_base_by_file_and_line(lab_rna, tmp_path):
+    from meristem.data.records import ReadOptions, Source
+    from meristem.errors import DataError
+
+    path = tmp_path / "reads.fa"
+    path.write_text(">a\nACGU\nAC\n>b\nAC7U\n>c\nGGG\n")
+    with pytest.raises(DataError, match=r"reads\.fa:4: '7'"):
+        list(lab_rna.read(Source(str(path)), ReadOptions()))
+    refused = []
+    batches = list(lab_rna.read(Source(str(path)), ReadOptions(on_error=refused.append)))
+    assert pa.Table.from_batches(batches).column("payload").to_pylist() == ["ACGUAC", "GGG"]
+    assert [refusal.id for refusal in refused] == ["b"]
+
+
+@pytest.mark.parametrize("name", ["class", "lab-rna", "3d", "Lab", "", "json", "meristem", "../up"])
+def test_a_name_that_is_no_module_name_is_refused(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["domains", "new", name]) == 2
+    assert "NAME must" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_name_of_an_installed_domain_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["domains", "new", "protein"]) == 2
+    assert "installed already" in capsys.readouterr().err
+
+
+def test_an_existing_folder_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lab_rna").mkdir()
+    (tmp_path / "lab_rna" / "mine.txt").write_text("mine")
+    assert main(["domains", "new", "lab_rna"]) == 2
+    assert "must not exist" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["lab_rna", "mine.txt"]
+
+
+def test_list_names_installed_domains_without_importing_them(capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("meristem_domains")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["domains", "list"]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["protein", "meristem_domains.protein:domain"]
+    assert not [name for name in sys.modules if name.startswith("meristem_domains.")]
+
+
+def test_an_unknown_domain_ends_with_2_and_lists_the_installed(capsys):
+    assert main(["domains", "check", "rnaa"]) == 2
+    assert "installed: " in capsys.readouterr().err
+
+
+def test_the_fixture_of_the_plugin_raises_what_is_broken(check_domain, lab_rna, monkeypatch, tmp_path):
+    with pytest.raises(BrokenContract, match="sample: sample must be a file"):
+        check_domain(broken(lab_rna, monkeypatch, sample=tmp_path / "absent.fa"))
+
+
+def _lost_record(read):
+    """A reader that gives one record less the second time: order or state leaks between calls."""
+    calls = []
+
+    def mutant(source, options):
+        calls.append(1)
+        for batch in read(source, options):
+            yield batch.slice(len(calls) - 1)
+
+    return mutant
+
+
+def _with(tokenizer, **methods):
+    """A tokenizer whose methods are replaced."""
+    base = tokenizer()
+    mutant = type("Mutant", (type(base),), methods)
+    return lambda: mutant.from_json(base.to_json())
+
+
+def _truncated_column(self, payloads):
+    column = super(type(self), self).encode_column(payloads)
+    if len(payloads) > 1:  # `encode` goes through a column of one
+        column.ids[column.offsets[1] - 2] = 4
+        column.ids[0] = 5
+    return column
+
+
+MUTANTS = {
+    "a reader that forgets": ("records", lambda d: {"read": _lost_record(d.read)}),
+    "a reader that raises": ("records", lambda d: {"read": lambda source, options: iter([1 / 0])}),
+    "a column that differs": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode_column=_truncated_column)}),
+    "a decoder that loses the end": (
+        "decode",
+        lambda d: {"tokenizer": _with(d.tokenizer, decode=lambda self, tokens: "ACGU")},
+    ),
+    "no preset": ("presets", lambda d: {"presets": {}}),
+    "no mask": (
+        "train",
+        lambda d: {"tokenizer": lambda: dataclasses.replace(d.tokenizer(), mask="")},
+    ),
+    "symbols that the loss never sees right": (
+        "train",
+        lambda d: {"tokenizer": _with(d.tokenizer, random_ids=property(lambda self: np.array([99])))},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MUTANTS)
+def test_the_contract_catches(what, lab_rna, monkeypatch):
+    stage, changes = MUTANTS[what]
+    stages = run_contract(broken(lab_rna, monkeypatch, **changes(lab_rna)))
+    passed: list[str] = []
+    with pytest.raises(BrokenContract, match=f"domain lab_rna:mutant: {stage}: "):
+        passed.extend(kept.name for kept in stages)  # keeps those before the one that raises
+    assert passed == STAGES[: STAGES.index(stage)]
+
+
+@pytest.mark.parametrize("name", ["protein"])
+def test_every_built_in_domain_keeps_the_contract(name, check_domain):
+    assert [stage.name for stage in check_domain(name)] == STAGES
