@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meristem.data.corrupt import mask_tokens
-from meristem.types import IGNORE
+from meristem.data.corrupt import crop_window, mask_tokens
+from meristem.types import IGNORE, Tokens
 
 MASK = 32
 RANDOM = np.arange(4, 24)
@@ -95,3 +95,30 @@ def test_at_least_one_target_where_anything_is_maskable(rng):
     ids, targets = corrupt(np.array([0, 2]), np.zeros(2, bool), rng)
     assert ids.tolist() == [0, 2]
     assert (targets == IGNORE).all()
+
+
+@given(st.integers(0, 10_000), st.integers(3, 50), st.integers(0, 60), st.integers(0, 1), st.integers(0, 1))
+@settings(deadline=None)
+def test_a_window_is_a_stretch_of_the_payload_between_the_special_tokens(seed, max_tokens, body, before, behind):
+    n = before + body + behind
+    places = np.arange(n)
+    whole = Tokens(places[:, None], ids=places + 100, spans=np.stack([places, places + 1], 1) - before)
+    window = crop_window(whole, max_tokens, (before, behind), np.random.default_rng(seed))
+    assert len(window) == min(n, max_tokens)
+    assert window.positions[:, 0].tolist() == list(range(len(window)))
+    own = window.ids[before : len(window) - behind]
+    assert (np.diff(own) == 1).all()
+    assert set(own) <= set(whole.ids[before : n - behind])
+    assert window.ids[:before].tolist() == whole.ids[:before].tolist()
+    assert window.ids[len(window) - behind :].tolist() == whole.ids[n - behind :].tolist()
+    assert (window.spans[:, 0] + before + 100 == window.ids).all()
+
+
+def test_every_window_is_equally_likely(rng):
+    places = np.arange(12)
+    whole = Tokens(places[:, None], ids=places)
+    starts = [crop_window(whole, 9, (1, 1), rng).ids[1] for _ in range(4_000)]
+    counts = np.bincount(starts, minlength=5)[1:]
+    # 5 standard deviations of a binomial
+    assert (np.abs(counts - 1_000) < 5 * np.sqrt(4_000 * 0.25 * 0.75)).all()
+    assert len(counts) == 4

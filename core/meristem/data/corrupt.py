@@ -1,8 +1,10 @@
 """What an objective does to tokens before the trunk sees them: pure functions of (tokens, generator)."""
 
+from dataclasses import replace
+
 import numpy as np
 
-from meristem.types import IGNORE
+from meristem.types import IGNORE, Tokens
 
 
 def mask_tokens(
@@ -61,6 +63,34 @@ def mask_tokens(
     if len(replaced):
         ids[replaced] = rng.choice(random_ids, len(replaced))
     return ids, targets
+
+
+def crop_window(tokens: Tokens, max_tokens: int, num_special: tuple[int, int], rng: np.random.Generator) -> Tokens:
+    """A random window of a sequence that is too long; special tokens stay at its ends.
+
+    Positions count from 0 again, as if the window were all there is; spans still point into the whole
+    payload. The generator is drawn from only where something is cut.
+
+    Args:
+        tokens: before corruption: without targets.
+        max_tokens: special tokens included; more than those.
+        num_special: special tokens before and behind the payload's own.
+        rng: decides where the window begins; each place is equally likely.
+    """
+    if len(tokens) <= max_tokens:
+        return tokens
+    assert not tokens.targets
+    before, behind = num_special
+    length = max_tokens - before - behind
+    start = before + int(rng.integers(len(tokens) - before - behind - length + 1))
+    kept = np.r_[:before, start : start + length, len(tokens) - behind : len(tokens)]
+    return replace(
+        tokens,
+        positions=tokens.positions[:max_tokens],
+        ids=tokens.ids[kept],
+        features=None if tokens.features is None else tokens.features[kept],
+        spans=None if tokens.spans is None else tokens.spans[kept],
+    )
 
 
 def _choose_spans(maskable: np.ndarray, count: int, mean_span: float, rng: np.random.Generator) -> np.ndarray:

@@ -49,6 +49,17 @@ class Tokenizer(ABC):
             DataError: as `encode`; `row` of the error is the row of the column.
         """
 
+    def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
+        """Row `row` of a column of `encode_column`, as `encode` gives it.
+
+        Here each token but the special ones is one symbol of the payload; another tokenizer overrides this.
+        """
+        ids = column.ids[column.offsets[row] : column.offsets[row + 1]].astype(np.int64)
+        before, behind = self.num_special
+        places = np.arange(len(ids))
+        spans = np.stack([places, places + 1], axis=1) - before
+        return Tokens(positions=places[:, None], ids=ids, spans=np.clip(spans, 0, len(ids) - before - behind))
+
     @abstractmethod
     def decode(self, tokens: Tokens) -> Any:
         """The payload that `tokens` came from (after replacements)."""
@@ -174,15 +185,7 @@ class AlphabetTokenizer(Tokenizer):
         return np.array([self._index[symbol] for symbol in self.random], dtype=np.int64)
 
     def encode(self, payload: str) -> Tokens:
-        column = self.encode_column(pa.array([payload], pa.large_string()))
-        ids = column.ids.astype(np.int64)
-        before, behind = self.num_special
-        end = len(ids) - before - behind
-        starts = np.clip(np.arange(-before, end + behind), 0, end)
-        stops = np.clip(np.arange(-before, end + behind) + 1, 0, end)
-        return Tokens(
-            positions=np.arange(len(ids))[:, None], ids=ids, spans=np.stack([starts, stops], axis=1)
-        )
+        return self.tokens_at(self.encode_column(pa.array([payload], pa.large_string())), 0)
 
     def encode_column(self, payloads: pa.Array) -> TokenColumn:
         text, bounds = column_bytes(payloads)
@@ -225,9 +228,7 @@ class AlphabetTokenizer(Tokenizer):
         counts = np.bincount(text, minlength=256)
         if not self.is_case_sensitive:
             counts[ord("A") : ord("Z") + 1] += counts[ord("a") : ord("z") + 1]
-        return {
-            f"{old}>{new}": int(counts[ord(old)]) for old, new in self.replace.items() if counts[ord(old)]
-        }
+        return {f"{old}>{new}": int(counts[ord(old)]) for old, new in self.replace.items() if counts[ord(old)]}
 
     def _raise_refused(self, text: np.ndarray, bounds: np.ndarray, at: int) -> None:
         row = int(np.searchsorted(bounds, at, side="right")) - 1

@@ -1,0 +1,303 @@
+"""From a record store to packs on their way to the trunk, for training and for evaluation.
+
+What comes out is a pure function of (seed, step) and the records. Worker processes only change who computes it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from meristem.data.corrupt import crop_window
+from meristem.data.order import PackStream, Plan, plan_in_order, record_rng
+from meristem.data.pack import pack
+from meristem.data.store import RecordStore
+from meristem.data.tokenizer import Tokenizer
+from meristem.errors import ConfigError, DataError, UserError
+from meristem.types import PackedBatch, Record, Tokens
+
+PREFETCH_STEPS = 2
+"""Steps (or packs of an evaluation) that each worker has ready."""
+
+
+class Prepares(Protocol):
+    """What the data path asks of an objective."""
+
+    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]: ...
+
+    def counts(self, batch: PackedBatch) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class PackMaker:
+    """Reads, tokenises, crops and prepares the records of a pack.
+
+    Attributes:
+        store: of the records.
+        rows: `[N]` rows of the store that take part, as in one part of a split.
+        tokenizer: of the domain.
+        objective: corrupts and labels.
+        seed: what happens to a record depends on (seed, epoch, row) alone.
+        max_tokens_per_record: longer records are cropped to a random window, another one each epoch;
+            special tokens are counted and kept. None crops nothing.
+    """
+
+    store: RecordStore
+    rows: np.ndarray
+    tokenizer: Tokenizer
+    objective: Prepares
+    seed: int
+    max_tokens_per_record: int | None = None
+
+    def __post_init__(self) -> None:
+        least = sum(self.tokenizer.num_special) + 1
+        if self.max_tokens_per_record is not None and self.max_tokens_per_record < least:
+            raise ConfigError(
+                f"max_tokens_per_record must leave room for one token beside the {least - 1} special ones; "
+                f"got {self.max_tokens_per_record}"
+            )
+
+    def full_lengths(self) -> np.ndarray:
+        """`[N]` tokens of each record before cropping.
+
+        Raises:
+            DataError: a payload that the tokenizer refuses, by file and line.
+        """
+        return np.asarray(self.store.token_lengths(self.tokenizer)[self.rows])
+
+    def lengths(self) -> np.ndarray:
+        """`[N]` tokens of each record as they reach a pack."""
+        return np.minimum(self.full_lengths(), self.max_tokens_per_record or np.iinfo(np.int32).max)
+
+    def num_cropped(self) -> int:
+        """Records that are longer than `max_tokens_per_record`."""
+        if self.max_tokens_per_record is None:
+            return 0
+        return int((self.full_lengths() > self.max_tokens_per_record).sum())
+
+    def make(self, epoch: int, members: np.ndarray) -> PackedBatch:
+        """The pack of these `members` of `rows`, as they are in `epoch`."""
+        rows = self.rows[members]
+        records = self.store.records(rows)
+        column = self.tokenizer.encode_column(self.store.payloads(rows))
+        sequences: list[Tokens] = []
+        indices: list[int] = []
+        for i, row in enumerate(rows.tolist()):
+            rng = record_rng(self.seed, epoch, row)
+            tokens = self.tokenizer.tokens_at(column, i)
+            if self.max_tokens_per_record is not None:
+                tokens = crop_window(tokens, self.max_tokens_per_record, self.tokenizer.num_special, rng)
+            prepared = self.objective.prepare(records[i], (tokens,), rng)
+            sequences += prepared
+            indices += [row] * len(prepared)
+        return pack(sequences, indices)
+
+
+class TrainLoader:
+    """The packs of one rank, step after step, without end.
+
+    Each pack bears in `step_counts` what the terms of the loss count in this rank's packs of its step.
+
+    Args:
+        store: of the records.
+        rows: rows of the store to train on.
+        tokenizer: of the domain.
+        objective: bound already.
+        seed: of the run.
+        tokens_per_pack: tokens that a pack holds at most, but for a single longer record.
+        packs_per_step: packs of an optimiser step over all ranks and accumulation.
+        rank: of this process.
+        world_size: processes that share each step.
+        num_workers: processes that prepare steps ahead; 0 prepares in this one. Without effect on what comes.
+        max_tokens_per_record: longer records are cropped to a random window each epoch (`num_cropped`).
+        start_step: asked when iteration begins: the optimiser step to begin with.
+
+    Raises:
+        ConfigError: ranks cannot share a step evenly, a number that must be positive is not, no records.
+        DataError: a payload that the tokenizer refuses, by file and line.
+    """
+
+    def __init__(
+        self,
+        store: RecordStore,
+        rows: np.ndarray,
+        tokenizer: Tokenizer,
+        objective: Prepares,
+        *,
+        seed: int,
+        tokens_per_pack: int,
+        packs_per_step: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        max_tokens_per_record: int | None = None,
+        start_step: Callable[[], int] = lambda: 0,
+    ):
+        _check_shares(rank, world_size, num_workers)
+        if packs_per_step % world_size:
+            nearest = max(1, round(packs_per_step / world_size)) * world_size
+            raise ConfigError(
+                f"packs_per_step must be a multiple of the number of processes ({world_size}); "
+                f"got {packs_per_step}; nearest: {nearest}"
+            )
+        self.maker = PackMaker(store, np.asarray(rows), tokenizer, objective, seed, max_tokens_per_record)
+        self.stream = PackStream(
+            self.maker.lengths(), tokens_per_pack=tokens_per_pack, packs_per_step=packs_per_step, seed=seed
+        )
+        self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        self.start_step = start_step
+
+    @property
+    def num_cropped(self) -> int:
+        """Records that are cropped to a random window each epoch, for being too long."""
+        return self.maker.num_cropped()
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        steps = _Steps(self.maker, self.stream, self.rank, self.world_size, self.start_step())
+        for packs in _InWorkers(steps, self.num_workers, keep_workers=False):
+            yield from packs
+
+
+class EvalLoader:
+    """One pass over records, the same each time: shortest first, corrupted as in epoch 0 always.
+
+    Args:
+        store: of the records.
+        rows: rows of the store.
+        tokenizer: of the domain.
+        objective: bound already.
+        seed: of the run.
+        tokens_per_pack: tokens that a pack holds at most, but for a single longer record.
+        rank: takes each `world_size`-th pack, from its own number on.
+        world_size: processes that share the pass.
+        num_workers: processes that prepare packs ahead; without effect on what comes.
+        max_tokens_per_record: longer records are cropped to a window, the same each time (`num_cropped`).
+    """
+
+    def __init__(
+        self,
+        store: RecordStore,
+        rows: np.ndarray,
+        tokenizer: Tokenizer,
+        objective: Prepares,
+        *,
+        seed: int,
+        tokens_per_pack: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        max_tokens_per_record: int | None = None,
+    ):
+        _check_shares(rank, world_size, num_workers)
+        if tokens_per_pack < 1:
+            raise ConfigError(f"tokens_per_pack must be at least 1; got {tokens_per_pack}")
+        self.maker = PackMaker(store, np.asarray(rows), tokenizer, objective, seed, max_tokens_per_record)
+        self.plan = plan_in_order(self.maker.lengths(), tokens_per_pack)
+        self.rank, self.world_size = rank, world_size
+        self._packs = _InWorkers(
+            _Packs(self.maker, self.plan, rank, world_size), num_workers, keep_workers=num_workers > 0
+        )
+
+    @property
+    def num_cropped(self) -> int:
+        """Records that are cropped to a window, for being too long."""
+        return self.maker.num_cropped()
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.plan), self.world_size))
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        return iter(self._packs)
+
+
+class _Steps(IterableDataset):
+    """The steps of one rank, each whole, so that its counts are known before its first pack leaves.
+
+    Worker w of W has each W-th step from the w-th on; the loader takes from the workers in turn.
+    """
+
+    def __init__(self, maker: PackMaker, stream: PackStream, rank: int, world_size: int, start: int):
+        self.maker, self.stream, self.start = maker, stream, start
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        worker, num_workers = _who()
+        step = self.start + worker
+        while True:
+            own = self.stream.step(step)[self.rank :: self.world_size]
+            packs = [self.maker.make(epoch, members) for epoch, members in own]
+            counts: dict[str, float] = {}
+            for batch in packs:
+                for name, count in self.maker.objective.counts(batch).items():
+                    counts[name] = counts.get(name, 0.0) + float(count)
+            yield [replace(batch, step_counts=counts) for batch in packs]
+            step += num_workers
+
+
+class _Packs(IterableDataset):
+    """The packs of one rank in one pass."""
+
+    def __init__(self, maker: PackMaker, plan: Plan, rank: int, world_size: int):
+        self.maker, self.plan = maker, plan
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        worker, num_workers = _who()
+        own = range(self.rank, len(self.plan), self.world_size)
+        for i in own[worker::num_workers]:
+            yield self.maker.make(0, self.plan[i])
+
+
+class _Carried(IterableDataset):
+    """A data set whose user errors arrive as they are: torch would wrap them in a worker's traceback."""
+
+    def __init__(self, inner: IterableDataset):
+        self.inner = inner
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.inner
+        except DataError as error:
+            yield DataError(str(error))  # of the plain class, which travels
+        except UserError as error:
+            yield error
+
+
+class _InWorkers:
+    """Iterates over a data set in worker processes. The global generators of torch stay untouched."""
+
+    def __init__(self, dataset: IterableDataset, num_workers: int, keep_workers: bool):
+        self.loader = DataLoader(
+            _Carried(dataset),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            prefetch_factor=PREFETCH_STEPS if num_workers else None,
+            persistent_workers=keep_workers,
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.loader:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _who() -> tuple[int, int]:
+    """Number of this worker, and how many there are."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
+
+
+def _check_shares(rank: int, world_size: int, num_workers: int) -> None:
+    assert 0 <= rank < world_size
+    if num_workers < 0:
+        raise ConfigError(f"num_workers must be 0 or more; got {num_workers}")
