@@ -32,7 +32,7 @@ _FAULTS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
 @contextmanager
-def open_source(source: Source) -> Iterator[io.BufferedReader]:
+def open_source(source: Source) -> Iterator["io.BufferedReader[Any]"]:
     """Open a source for reading; what comes out is uncompressed.
 
     `peek(n)` of the stream shows `n` bytes (up to `BLOCK_BYTES`) unless the source is shorter.

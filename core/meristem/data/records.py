@@ -22,9 +22,7 @@ SCHEMA = pa.schema(
         pa.field("id", pa.string(), nullable=False),
         pa.field("payload", pa.large_string(), nullable=False),  # or large_binary
         pa.field("file", pa.dictionary(pa.int32(), pa.string()), nullable=False),
-        pa.field(
-            "line", pa.int64(), nullable=False
-        ),  # 1-based line (row of a Parquet file); 0 where neither means anything
+        pa.field("line", pa.int64(), nullable=False),  # from 1; the row of a Parquet file; 0 for none
     ]
 )
 """The columns that every record batch begins with; label columns follow."""

@@ -172,8 +172,8 @@ def _assemble(
     extra = {LABEL_PREFIX + name: _label(table, name, label_types.get(name), reasons) for name in wanted.labels}
     if wanted.split:
         extra[SPLIT] = _text(table, wanted.split, pa.string(), reasons)
-    for row in np.flatnonzero(_is_empty(payloads).to_numpy(zero_copy_only=False)):
-        reasons.setdefault(int(row), f"empty record (nothing in column {wanted.payload!r})")
+    for row in np.flatnonzero(_is_empty(payloads).to_numpy(zero_copy_only=False)).tolist():
+        reasons.setdefault(row, f"empty record (nothing in column {wanted.payload!r})")
     for row in sorted(reasons):
         options.refuse(Refusal(source.name, int(lines[row]), ids[row].as_py(), reasons[row]))
     batch = batch_of(ids, pc.fill_null(payloads, ""), source, lines, extra)
@@ -198,8 +198,6 @@ def _text(table: pa.RecordBatch, name: str, to: pa.DataType, reasons: dict[int, 
                 reasons.setdefault(row, f"not UTF-8: byte 0x{value[error.start]:02x} in column {name!r}")
                 values.append("")
         return pa.array(values, to)
-    except (pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-        raise DataError(f"column {name!r} must hold text; got {column.type}") from error
 
 
 def _label(table: pa.RecordBatch, name: str, to: pa.DataType | None, reasons: dict[int, str]) -> pa.Array:
@@ -385,6 +383,10 @@ def _read_parquet(
         try:
             file = pq.ParquetFile(copy)
             wanted = _find_columns(file.schema_arrow.names, source.name, options, payload_names)
+            for name in (wanted.payload, wanted.id, wanted.split):
+                kind = file.schema_arrow.field(name).type if name else pa.string()
+                if pa.types.is_nested(kind):
+                    raise DataError(f"{source.name}: column {name!r} must hold text; got {kind}")
             first_row = 0
             for table in file.iter_batches(_ROWS_AHEAD, columns=wanted.all):
                 rows = np.arange(first_row + 1, first_row + 1 + table.num_rows)

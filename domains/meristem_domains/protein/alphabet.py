@@ -29,13 +29,21 @@ def tokenizer(nonstandard: str = "keep") -> AlphabetTokenizer:
     Raises:
         ConfigError: another word.
     """
-    policies = {
-        "keep": {"replace": dict.fromkeys(NOT_IN_VOCAB, "X")},
-        "x": {"replace": {symbol: "X" for symbol in NONSTANDARD if symbol != "X"}},
-        "refuse": {"refuse": NONSTANDARD},
+    # by policy: what is replaced, and what is refused
+    policies: dict[str, tuple[dict[str, str], str]] = {
+        "keep": (dict.fromkeys(NOT_IN_VOCAB, "X"), ""),
+        "x": ({symbol: "X" for symbol in NONSTANDARD if symbol != "X"}, ""),
+        "refuse": ({}, NONSTANDARD),
     }
     if nonstandard not in policies:
         raise ConfigError(f"nonstandard must be one of {', '.join(policies)}; got {nonstandard!r}")
+    replace, refuse = policies[nonstandard]
     return AlphabetTokenizer(
-        vocab=VOCAB, prefix=("<cls>",), suffix=("<eos>",), mask="<mask>", random=STANDARD, **policies[nonstandard]
+        vocab=VOCAB,
+        prefix=("<cls>",),
+        suffix=("<eos>",),
+        mask="<mask>",
+        replace=replace,
+        refuse=refuse,
+        random=STANDARD,
     )
