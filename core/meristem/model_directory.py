@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from meristem.data.tokenizer import TOKENIZERS, Tokenizer
 from meristem.errors import CheckpointError, ConfigError
+from meristem.interop.directory import Imported, read_config_file, read_directory
+from meristem.interop.weights import read_safetensors, refuse_tensors
 from meristem.model.config import TransformerConfig, from_json, to_json
 from meristem.model.model import Model
 from meristem.model.readout import Readout
@@ -128,25 +129,12 @@ def load_model(path: Path | str) -> tuple[ModelCard, Model]:
     """
     path = Path(path)
     card = load_card(path)
-    tensors = read_tensors(path / WEIGHTS)
+    tensors = read_safetensors(path / WEIGHTS)
     with torch.device("meta"):
         model = card.build()
     check_tensors(path / WEIGHTS, {name: value.shape for name, value in model.state_dict().items()}, tensors)
     model.load_state_dict(tensors, strict=True, assign=True)
     return card, model.eval()
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} must be a safetensors file: {error}") from error
 
 
 def check_tensors(where: Path, wanted: Mapping[str, torch.Size], got: Mapping[str, torch.Tensor]) -> None:
@@ -155,28 +143,72 @@ def check_tensors(where: Path, wanted: Mapping[str, torch.Size], got: Mapping[st
     Raises:
         CheckpointError: names what is missing, extra and mis-shaped.
     """
-    missing, extra = sorted(set(wanted) - set(got)), sorted(set(got) - set(wanted))
     shapes = [
         f"{name} {list(got[name].shape)} for {list(shape)}"
         for name, shape in wanted.items()
         if name in got and got[name].shape != shape
     ]
-    wrong = [
-        f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for what, names in (("missing", missing), ("extra", extra), ("of another shape", shapes))
-        if names
-    ]
-    if wrong:
-        raise CheckpointError(f"{where}: tensors must be those of the architecture; {'; '.join(wrong)}")
+    refuse_tensors(where, sorted(set(wanted) - set(got)), sorted(set(got) - set(wanted)), shapes)
+
+
+def find_model(path: Path | str) -> Path:
+    """The directory that holds the model: `path` itself, or `model` within a run directory.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    path = Path(path)
+    for place in (path, path / "model"):
+        if (place / CONFIG).is_file():
+            return place
+    got = "no such folder" if not path.exists() else "a file" if path.is_file() else "a folder without config.json"
+    raise CheckpointError(f"{path} must be a run directory, a model directory or a Hugging Face directory; got {got}")
+
+
+def load_any(path: Path | str) -> tuple[ModelCard, Model]:
+    """Read a run directory, a model directory or a Hugging Face directory, strictly.
+
+    Raises:
+        CheckpointError: as `load_model`, or of no family that is at home.
+    """
+    place = find_model(path)
+    return load_model(place) if is_own(place) else import_model(place)[:2]
+
+
+def is_own(place: Path) -> bool:
+    """Whether a directory is one of ours, or foreign."""
+    return "format_version" in read_config_file(place)
+
+
+def import_model(place: Path, domain: str = "") -> tuple[ModelCard, Model, Imported]:
+    """Read a foreign directory.
+
+    Args:
+        domain: that reads the inputs; the family's own where empty.
+
+    Raises:
+        CheckpointError: of no family that is at home, or not exactly what its config says.
+    """
+    imported = read_directory(place)
+    card = ModelCard(
+        architecture=imported.architecture,
+        tokenizer=imported.tokenizer,
+        heads=tuple(imported.model.heads),
+        domain=domain or imported.family.domain,
+        facts={"imported_from": f"a Hugging Face directory of {imported.family.name}: {place.name}"},
+    )
+    return card, imported.model, imported
 
 
 def hash_weights(path: Path | str) -> str:
-    """Changes with any weight or setting of a model directory; the manifest of embeddings carries it."""
+    """Changes with any weight or setting of a model; the manifest of embeddings carries it."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in (CONFIG, TOKENIZER, WEIGHTS):
-        with (Path(path) / name).open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+    for file in sorted(find_model(path).iterdir()):
+        if file.suffix in (".json", ".txt", ".safetensors", ".bin"):
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
     return digest.hexdigest()
 
 

@@ -1,7 +1,8 @@
 """A trunk and its heads: what a model directory holds and every verb runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
 from meristem.model.config import TransformerConfig
@@ -16,6 +17,14 @@ SYMBOLS = "tokens"
 
 CONTACTS = "contacts"
 """Name of the head that predicts contacts from attention maps."""
+
+
+def payload_maps(hidden: Hidden, num_special: tuple[int, int]) -> Iterator[Float[Tensor, "X n n"]]:
+    """Attention between the tokens of each payload: the maps of all layers kept, head after head."""
+    before, behind = num_special
+    for index, length in enumerate(hidden.layout.lengths):
+        inner = slice(before, length - behind)
+        yield torch.cat([hidden.attentions[layer][index][:, inner, inner] for layer in sorted(hidden.attentions)])
 
 
 class Model(nn.Module):
@@ -42,4 +51,14 @@ class Model(nn.Module):
 
     def symbol_logits(self, hidden: Hidden) -> Float[Tensor, "T V"]:
         """Logits of every row; training scores only the rows that have a target."""
-        return self.heads[SYMBOLS](hidden.final, self.trunk.embedding.symbols.weight)
+        logits: Tensor = self.heads[SYMBOLS](hidden.final, self.trunk.embedding.symbols.weight)
+        return logits
+
+    def contact_logits(self, hidden: Hidden, num_special: tuple[int, int]) -> list[Float[Tensor, "n n"]]:
+        """Logits of contact between the tokens of each payload, one map a sequence.
+
+        Args:
+            hidden: with the attention maps of all layers.
+            num_special: special rows before and behind each payload, left out.
+        """
+        return [self.heads[CONTACTS](maps) for maps in payload_maps(hidden, num_special)]
