@@ -1,0 +1,128 @@
+"""Parts of a store: by a hash of the payload, by a column, or by clusters of similar payloads."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from meristem.data.order import record_rng
+from meristem.data.records import SPLIT
+from meristem.data.similarity import similarity_clusters
+from meristem.data.store import RecordStore
+from meristem.errors import ConfigError, DataError
+
+PART_NAMES = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+"""How a split column may name a part, in either case, and the name of that part."""
+
+
+def split_by_hash(store: RecordStore, fractions: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:
+    """Give each record a part that depends on its payload and the seed alone.
+
+    Equal payloads share a part, and a record keeps its part when others come or go.
+
+    Args:
+        store: of the records.
+        fractions: of the records that each part gets, about; they add up to 1.
+        seed: another one, other parts.
+
+    Returns:
+        Rows of each part, ascending.
+
+    Raises:
+        ConfigError: the fractions are none.
+        DataError: a part would be empty.
+    """
+    ends = np.cumsum(_checked(fractions))
+    place = store.payload_hashes(seed) / 2.0**64
+    return _parts(np.searchsorted(ends[:-1], place, side="right"), fractions)
+
+
+def split_by_similarity(
+    store: RecordStore, fractions: Mapping[str, float], seed: int, k: int = 5, threshold: float = 0.25
+) -> dict[str, np.ndarray]:
+    """Keep records that share many k-mers together: whole clusters go to one part.
+
+    Args:
+        store: of the records.
+        fractions: of the records that each part gets, as near as whole clusters allow; they add up to 1.
+        seed: decides which cluster goes where.
+        k: length of a k-mer, as in `similarity_clusters`.
+        threshold: share of the k-mers that joins two records, as in `similarity_clusters`.
+
+    Returns:
+        Rows of each part, ascending.
+
+    Raises:
+        ConfigError: the fractions are none; `k` or `threshold` is out of range.
+        DataError: a part would be empty.
+    """
+    shares = _checked(fractions)
+    clusters = similarity_clusters(store, k, threshold)
+    sizes = np.bincount(clusters)
+    wanted = shares * len(store)
+    missing = wanted.copy()
+    part_of_cluster = np.zeros(len(sizes), np.int64)
+    for cluster in record_rng(seed, 0, 0).permutation(len(sizes)):
+        # the part that lacks the largest share of its own, of those that the cluster fits in
+        fits = missing >= sizes[cluster]
+        need = np.where(fits, missing / np.maximum(wanted, 1e-9), -np.inf) if fits.any() else missing
+        part_of_cluster[cluster] = part = int(np.argmax(need))
+        missing[part] -= sizes[cluster]
+    return _parts(part_of_cluster[clusters], fractions)
+
+
+def split_by_column(store: RecordStore) -> dict[str, np.ndarray]:
+    """The parts that the records' own split column names (`ReadOptions.split_column`).
+
+    Returns:
+        Rows of each part that occurs (`train`, `validation`, `test`), ascending.
+
+    Raises:
+        ConfigError: the records were read without a split column.
+        DataError: a value that names no part, by file and line.
+    """
+    if SPLIT not in store.column_names:
+        raise ConfigError("a split by column needs data.split_column, the column that names each record's part")
+    column = store.column(SPLIT).combine_chunks().cast(pa.string()).dictionary_encode(null_encoding="encode")
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    codes = column.indices.to_numpy()
+    parts: dict[str, list[int]] = {}
+    for code, value in enumerate(column.dictionary.to_pylist()):
+        part = PART_NAMES.get((value or "").strip().lower())
+        if part is None:
+            row = int(np.argmax(codes == code))
+            raise DataError(
+                f"{store.where(row)}: the split column must be one of {', '.join(PART_NAMES)}; got {value or ''!r}"
+            )
+        parts.setdefault(part, []).append(code)
+    return {
+        part: np.flatnonzero(np.isin(codes, parts[part]))
+        for part in dict.fromkeys(PART_NAMES.values())
+        if part in parts
+    }
+
+
+def _checked(fractions: Mapping[str, float]) -> np.ndarray:
+    shares = np.array(list(fractions.values()), float)
+    if not len(shares) or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
+        given = ", ".join(f"{name}={share}" for name, share in fractions.items()) or "none"
+        raise ConfigError(f"fractions of a split must be 0 or more and add up to 1; got {given}")
+    return shares
+
+
+def _parts(part_of_row: np.ndarray, fractions: Mapping[str, float]) -> dict[str, np.ndarray]:
+    parts = {name: np.flatnonzero(part_of_row == i) for i, name in enumerate(fractions)}
+    for name, rows in parts.items():
+        if not len(rows) and fractions[name]:
+            raise DataError(
+                f"part {name!r} of the split would be empty: {len(part_of_row)} records at a fraction of "
+                f"{fractions[name]}; raise the fraction or take another seed"
+            )
+    return parts

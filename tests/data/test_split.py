@@ -1,0 +1,145 @@
+"""Splits: every record in one part, like payloads together, by a pure function of the seed."""
+
+import numpy as np
+import pytest
+from lines import RESIDUES, random_payloads
+
+import meristem.data.similarity as similarity
+from meristem.data.similarity import similarity_clusters
+from meristem.data.split import split_by_column, split_by_hash, split_by_similarity
+from meristem.errors import ConfigError, DataError
+
+FRACTIONS = {"train": 0.7, "validation": 0.2, "test": 0.1}
+
+
+def mutated(payload: str, rate: float, rng: np.random.Generator) -> str:
+    return "".join(rng.choice(list(RESIDUES)) if rng.random() < rate else letter for letter in payload)
+
+
+def part_of(parts: dict[str, np.ndarray]) -> dict[int, str]:
+    return {int(row): name for name, rows in parts.items() for row in rows}
+
+
+def assert_is_partition(parts: dict[str, np.ndarray], count: int) -> None:
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(count))
+    assert all((np.diff(rows) > 0).all() for rows in parts.values())
+
+
+def test_hash_split_keeps_equal_payloads_together_and_near_the_fractions(rng, make_store):
+    distinct = random_payloads(rng, 3_000, 20, 40)
+    payloads = [*distinct, *distinct[:500], *(payload.lower() for payload in distinct[:200])]
+    store = make_store(payloads)
+    parts = split_by_hash(store, FRACTIONS, seed=3)
+    assert_is_partition(parts, len(payloads))
+    found = part_of(parts)
+    of_payload: dict[str, set[str]] = {}
+    for row, payload in enumerate(payloads):
+        of_payload.setdefault(payload.upper(), set()).add(found[row])
+    assert all(len(names) == 1 for names in of_payload.values())
+    for name, fraction in FRACTIONS.items():
+        share = np.mean([found[row] == name for row in range(3_000)])
+        assert abs(share - fraction) < 5 * np.sqrt(fraction * (1 - fraction) / 3_000)  # 5 standard deviations
+    assert part_of(split_by_hash(store, FRACTIONS, seed=3)) == found
+    assert part_of(split_by_hash(store, FRACTIONS, seed=4)) != found
+    # records that come later move no one
+    smaller = part_of(split_by_hash(make_store(payloads[:1000]), FRACTIONS, seed=3))
+    assert all(found[row] == name for row, name in smaller.items())
+
+
+def test_column_split_takes_the_usual_names(make_store):
+    names = ["train", "Dev", "val", "test", "TRAIN", "validation", " valid"]
+    parts = split_by_column(make_store(["MK"] * 7, names, split_column="part"))
+    assert {name: rows.tolist() for name, rows in parts.items()} == {
+        "train": [0, 4],
+        "validation": [1, 2, 5, 6],
+        "test": [3],
+    }
+    assert list(split_by_column(make_store(["MK"], ["test"], split_column="part"))) == ["test"]
+
+
+def test_a_split_column_that_names_no_part_is_refused_by_file_and_line(make_store):
+    with pytest.raises(DataError, match=r"\.txt:2: .* one of train, val, .*, test; got 'holdout'"):
+        split_by_column(make_store(["MK", "MK"], ["train", "holdout"], split_column="part"))
+    with pytest.raises(DataError, match=r"\.txt:2: .* got ''"):
+        split_by_column(make_store(["MK", "MK"], ["train", ""], split_column="part"))
+    with pytest.raises(ConfigError, match="split_column"):
+        split_by_column(make_store(["MK"]))
+
+
+def family_store(rng, make_store, families: int = 150):
+    """Families of a founder, copies with up to 12 % mutations, copies with ends cut off, and an equal one."""
+    payloads, family = [], []
+    for i in range(families):
+        founder = random_payloads(rng, 1, 100, 300)[0]
+        members = [founder, founder.lower()]
+        members += [mutated(founder, rate, rng) for rate in rng.uniform(0, 0.12, rng.integers(0, 6))]
+        members.append(founder[rng.integers(0, 20) : len(founder) - int(rng.integers(0, 20))])
+        payloads += members
+        family += [i] * len(members)
+    order = rng.permutation(len(payloads))
+    return make_store([payloads[i] for i in order]), np.array(family)[order]
+
+
+def test_similarity_split_never_parts_mutated_copies(rng, make_store):
+    store, family = family_store(rng, make_store)
+    parts = split_by_similarity(store, FRACTIONS, seed=1)
+    assert_is_partition(parts, len(store))
+    found = part_of(parts)
+    for i in range(family.max() + 1):
+        assert len({found[int(row)] for row in np.flatnonzero(family == i)}) == 1
+    for name, fraction in FRACTIONS.items():
+        assert abs(len(parts[name]) / len(store) - fraction) < 0.02  # a family is 1 % of the records at most
+    assert part_of(split_by_similarity(store, FRACTIONS, seed=1)) == found
+    assert part_of(split_by_similarity(store, FRACTIONS, seed=2)) != found
+    # the mutant of this test: a split by equal payloads alone parts most families
+    hashed = part_of(split_by_hash(store, FRACTIONS, seed=1))
+    assert any(len({hashed[int(row)] for row in np.flatnonzero(family == i)}) > 1 for i in range(family.max() + 1))
+
+
+def test_unrelated_records_are_not_lumped_together(rng, make_store):
+    store, family = family_store(rng, make_store)
+    clusters = similarity_clusters(store, 5, 0.25)
+    assert len(set(clusters)) == family.max() + 1
+    assert clusters[0] == 0
+
+
+def test_clusters_do_not_depend_on_the_size_of_pieces(rng, make_store, monkeypatch):
+    store, _ = family_store(rng, make_store, 20)
+    expected = similarity_clusters(store, 5, 0.25)
+    sketches = list(similarity._sketches(store, 5))
+    for size in (7, 64, 1000):
+        monkeypatch.setattr(similarity, "PIECE_BYTES", size)
+        assert list(similarity._sketches(store, 5)) == sketches
+        assert similarity_clusters(store, 5, 0.25).tolist() == expected.tolist()
+
+
+def test_a_sketch_is_the_smallest_hashes_of_the_distinct_kmers(rng, make_store):
+    payloads = random_payloads(rng, 20, 1, 300)
+    for payload, sketch in zip(payloads, similarity._sketches(make_store(payloads), 3)):
+        kmers = {payload[i : i + 3] for i in range(len(payload) - 2)}
+        hashes = [int(similarity._hash_kmers(np.frombuffer(kmer.encode(), np.uint8), 3)[0]) for kmer in kmers]
+        if hashes:
+            assert sketch == sorted(hashes)[: similarity.SKETCH]
+        else:
+            assert len(sketch) == 1
+
+
+def test_payloads_shorter_than_a_kmer_are_clustered_when_equal(make_store):
+    clusters = similarity_clusters(make_store(["MK", "MKV", "mk", "M", "MK", "MKVAC"]), 5, 0.5)
+    assert clusters.tolist() == [0, 1, 0, 2, 0, 3]
+
+
+def test_fractions_that_are_none_and_empty_parts_are_refused(make_store):
+    store = make_store(["MKV"] * 5)
+    for fractions in ({}, {"train": 0.8}, {"train": 1.2, "validation": -0.2}):
+        for split in (split_by_hash, split_by_similarity):
+            with pytest.raises(ConfigError, match="add up to 1; got"):
+                split(store, fractions, 0)
+    for split in (split_by_hash, split_by_similarity):
+        with pytest.raises(DataError, match=r"would be empty: 5 records at a fraction of 0\.5"):
+            split(store, {"train": 0.5, "validation": 0.5}, 0)
+    assert len(split_by_hash(store, {"train": 1.0, "validation": 0.0}, 0)["validation"]) == 0
+    with pytest.raises(ConfigError, match="k must"):
+        similarity_clusters(store, 0, 0.5)
+    with pytest.raises(ConfigError, match="threshold must"):
+        similarity_clusters(store, 5, 0.0)
