@@ -94,8 +94,8 @@ VERBS: dict[str, Verb] = {
     ),
     "score": Verb(
         "meristem.cli.score",
-        "score records with a model: contact maps of proteins",
-        "meristem score runs/sample/model proteins.fasta --contacts --output contacts",
+        "score records with a model: likelihoods, or contact maps of proteins",
+        "meristem score runs/sample/model proteins.fasta --contacts --output contacts.npz",
     ),
     "import": Verb(
         "meristem.cli.import_model",
