@@ -73,6 +73,8 @@ def save_model(path: Path | str, card: ModelCard, model: Model) -> None:
         _write_json(part / TOKENIZER, {"kind": card.tokenizer.kind, **card.tokenizer.to_json()})
         (part / README).write_text(_readme(card, model), encoding="utf-8")
         _write_json(part / CONFIG, card_to_json(card))
+        # safetensors lets nobody else read what it writes; the rest obeys the user's umask
+        shutil.copymode(part / CONFIG, part / WEIGHTS)
         for file in part.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())

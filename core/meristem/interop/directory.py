@@ -96,6 +96,8 @@ def write_directory(folder: Path, architecture: TransformerConfig, tokenizer: To
         for name, text in family.write_tokenizer(tokenizer).items():
             (part / name).write_text(text, encoding="utf-8")
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        # safetensors lets nobody else read what it writes; the rest obeys the user's umask
+        shutil.copymode(part / "config.json", part / "model.safetensors")
         if folder.exists():
             folder.rmdir()
         part.rename(folder)

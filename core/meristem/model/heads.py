@@ -1,5 +1,7 @@
 """Heads on the trunk: symbols, labels of records and of tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -52,7 +54,7 @@ class LabelHead(nn.Module):
         super().__init__()
         self.readout = readout
         width = config.width
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [Standardise(width)] if readout.is_standardised else []
         if readout.hidden_width:
             layers += [nn.Linear(width, readout.hidden_width), nn.GELU()]
             width = readout.hidden_width
@@ -71,6 +73,42 @@ class LabelHead(nn.Module):
         return self.layers(rows)
 
 
+class Standardise(nn.Module):
+    """Features less their running mean, over their running deviation.
+
+    For records that differ little, such as the mutants of one protein: their pooled vectors share almost
+    everything, and a head would first have to amplify what they do not share. Batch normalisation without its
+    affine part does this for linear probes (He 2022, arXiv 2111.06377); here training, too, divides by the
+    running figures, so that it sees what evaluation will see, and packs of one record work.
+    """
+
+    mean: Tensor
+    var: Tensor
+    num_updates: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.05, eps: float = 1e-12):
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("var", torch.ones(width))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
+        if self.training:
+            self._update(rows.detach().float())
+        return ((rows.float() - self.mean) * (self.var + self.eps).rsqrt()).to(rows.dtype)
+
+    @torch.no_grad()
+    def _update(self, rows: Float[Tensor, "R D"]) -> None:
+        self.num_updates += 1
+        # the plain mean of all packs at first, a moving one later: the trunk moves as well
+        share = torch.clamp(1.0 / self.num_updates, min=self.momentum)
+        previous = self.mean.clone()
+        self.mean.lerp_(rows.mean(0), share)
+        # deviations from the mean before and after: unbiased as the mean moves (Welford 1962)
+        self.var.lerp_(((rows - previous) * (rows - self.mean)).mean(0).clamp(min=0), share)
+
+
 class ContactHead(nn.Module):
     """Contacts of a sequence from its attention maps: a logistic regression on all layers and heads.
 
@@ -83,15 +121,20 @@ class ContactHead(nn.Module):
         self.regression = nn.Linear(config.num_layers * config.attention.num_heads, 1)
         init_weights(self, config.init, config.num_layers)
 
-    def forward(self, maps: Float[Tensor, "X n n"]) -> Float[Tensor, "n n"]:
+    def forward(self, maps: Sequence[Float[Tensor, "H n n"]]) -> Float[Tensor, "n n"]:
         """Logits of contact between each two tokens.
 
+        Layer by layer, so that only the maps themselves are held for all of them.
+
         Args:
-            maps: attention weights of all layers and heads, layer by layer, rows and columns of special
-                tokens left out.
+            maps: attention weights of each layer, rows and columns of special tokens left out.
         """
-        corrected_nnX = correct_average_product(maps + maps.transpose(1, 2)).permute(1, 2, 0)
-        return self.regression(corrected_nnX).squeeze(-1)
+        weights_LH = self.regression.weight.view(len(maps), -1)
+        logits_nn: Tensor = self.regression.bias
+        for weights_H, maps_Hnn in zip(weights_LH, maps):
+            corrected_Hnn = correct_average_product(maps_Hnn + maps_Hnn.transpose(1, 2))
+            logits_nn = logits_nn + torch.einsum("h,hmn->mn", weights_H, corrected_Hnn)
+        return logits_nn
 
 
 def correct_average_product(maps: Float[Tensor, "X n n"]) -> Float[Tensor, "X n n"]:

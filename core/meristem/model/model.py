@@ -1,8 +1,7 @@
 """A trunk and its heads: what a model directory holds and every verb runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from meristem.model.config import TransformerConfig
@@ -19,12 +18,14 @@ CONTACTS = "contacts"
 """Name of the head that predicts contacts from attention maps."""
 
 
-def payload_maps(hidden: Hidden, num_special: tuple[int, int]) -> Iterator[Float[Tensor, "X n n"]]:
-    """Attention between the tokens of each payload: the maps of all layers kept, head after head."""
+def payload_maps(hidden: Hidden, num_special: tuple[int, int]) -> list[list[Float[Tensor, "H n n"]]]:
+    """Attention between the tokens of each payload: by sequence, the maps of each layer kept."""
     before, behind = num_special
-    for index, length in enumerate(hidden.layout.lengths):
-        inner = slice(before, length - behind)
-        yield torch.cat([hidden.attentions[layer][index][:, inner, inner] for layer in sorted(hidden.attentions)])
+    inner = [slice(before, length - behind) for length in hidden.layout.lengths]
+    return [
+        [hidden.attentions[layer][index][:, rows, rows] for layer in sorted(hidden.attentions)]
+        for index, rows in enumerate(inner)
+    ]
 
 
 class Model(nn.Module):

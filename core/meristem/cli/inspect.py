@@ -1,0 +1,168 @@
+"""`meristem inspect MODEL|CONFIG`: what a model is, or what a config would make."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from meristem.model.config import TransformerConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to look at."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL|CONFIG",
+        help="a run directory, a model directory, a Hugging Face directory, or a config of `meristem fit`",
+    )
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence, for FLOPs a token (512)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Collect the facts and print them."""
+    import json
+
+    from meristem.errors import ConfigError
+
+    if args.length < 1:
+        raise ConfigError(f"--length must be 1 or more; got {args.length}")
+    facts = _facts_of_model(args.model, args.length) if Path(args.model).is_dir() else _facts_of_config(args)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print_tables(facts)
+    return 0
+
+
+def _facts_of_model(path: str, length: int) -> dict[str, Any]:
+    from meristem.model.config import to_json
+    from meristem.model_directory import hash_weights, load_any
+
+    card, model = load_any(path)
+    tokenizer = card.tokenizer
+    return {
+        "model": path,
+        "domain": card.domain or None,
+        **_facts_of_architecture(card.architecture, model, length),
+        "heads": list(card.heads),
+        "labels": [to_json(readout) for readout in card.readouts],
+        "vocabulary": {
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint,
+            "size": len(tokenizer.vocab),
+            "special_before": tokenizer.num_special[0],
+            "special_behind": tokenizer.num_special[1],
+            "symbols": list(tokenizer.vocab),
+        },
+        "hash": hash_weights(path),
+        "facts": dict(card.facts),
+    }
+
+
+def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from meristem.cli.architecture import architecture_of
+    from meristem.model.model import SYMBOLS, Model
+
+    architecture = architecture_of(args.model)
+    with torch.device("meta"):
+        model = Model(architecture, (SYMBOLS,) if architecture.head else ())
+    return {"model": args.model, **_facts_of_architecture(architecture, model, args.length)}
+
+
+def _facts_of_architecture(architecture: "TransformerConfig", model: Any, length: int) -> dict[str, Any]:
+    from meristem.model.config import to_json
+    from meristem.model.flops import flops_per_token
+
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        parts[_part(name)] = parts.get(_part(name), 0) + parameter.numel()
+    total = sum(parts.values())
+    return {
+        "architecture": to_json(architecture),
+        "parameters": {"total": total, **parts},
+        "flops_per_token": {"length": length, "forward": flops_per_token(architecture, length)},
+        "weights_bytes": {"fp32": 4 * total, "bf16": 2 * total},
+        "max_tokens": architecture.max_length,
+    }
+
+
+def _part(name: str) -> str:
+    """`trunk.blocks.3.attention.qkv.weight` is a part of all blocks' attention."""
+    words = name.split(".")
+    if words[0] == "heads":
+        return f"head {words[1]}"
+    if words[1] == "blocks":
+        return f"blocks {words[3].removesuffix('_norm')}" if not words[3].endswith("_norm") else "blocks norms"
+    return words[1]
+
+
+def _print_tables(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+
+    def table(title: str, rows: dict[str, Any]) -> None:
+        grid = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+        grid.add_column()
+        grid.add_column(justify="left", overflow="fold")
+        for name, value in rows.items():
+            grid.add_row(name, _text(value))
+        console.print(grid)
+        console.print()
+
+    top = {name: facts[name] for name in ("model", "domain", "hash") if facts.get(name)}
+    table("model", {**top, "max tokens": facts["max_tokens"] or "no limit of positions"})
+    table("architecture", _flat(facts["architecture"]))
+    table("parameters", {name: f"{count:>14,}" for name, count in facts["parameters"].items()})
+    flops, memory = facts["flops_per_token"], facts["weights_bytes"]
+    table(
+        "cost",
+        {
+            "FLOPs a token, forward": f"{flops['forward'] / 1e6:,.1f} million at {flops['length']} tokens a sequence",
+            "memory of weights": f"{memory['fp32'] / 2**20:,.1f} MiB in fp32, {memory['bf16'] / 2**20:,.1f} in bf16",
+        },
+    )
+    if "vocabulary" not in facts:
+        return
+    vocabulary = facts["vocabulary"]
+    table(
+        "vocabulary",
+        {
+            "kind": f"{vocabulary['kind']} {vocabulary['fingerprint']}",
+            "size": vocabulary["size"],
+            "special rows": f"{vocabulary['special_before']} before, {vocabulary['special_behind']} behind",
+            "symbols": " ".join(vocabulary["symbols"][:100]) + (" ..." if vocabulary["size"] > 100 else ""),
+        },
+    )
+    labels = {f"label {label['name']}": _describe_label(label) for label in facts["labels"]}
+    table("heads", {**dict.fromkeys(facts["heads"], "a head of the model"), **labels})
+    if facts["facts"]:
+        table("facts", facts["facts"])
+
+
+def _describe_label(label: dict[str, Any]) -> str:
+    what = f"{label['task']}, one a {label['level']}"
+    return f"{what}: {', '.join(label['classes'])}" if label["classes"] else what
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted name, a part's kind beside its name."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            if "kind" in value:
+                found[prefix + name] = value["kind"]
+            found.update(_flat({k: v for k, v in value.items() if k != "kind"}, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _text(value: Any) -> str:
+    from rich.markup import escape
+
+    return escape("none" if value is None else str(value))

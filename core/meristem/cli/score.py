@@ -1,0 +1,190 @@
+"""`meristem score MODEL INPUT... --output FILE`: how likely the tokens of each record are, or which are in contact."""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from meristem.model.model import Model
+    from meristem.model_directory import ModelCard
+    from meristem.types import TokenColumn
+
+    Scored = tuple[str, TokenColumn]
+    """The id of a record, and its tokens as a column of one."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to score, with what, and where to."""
+    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or a Hugging Face directory")
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="files of records; - for standard input")
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="with --contacts an .npz, one map a record by its id; else a .csv or .parquet, one row a record",
+    )
+    parser.add_argument("--contacts", action="store_true", help="score which tokens touch, from attention maps")
+    parser.add_argument("--plots", metavar="FOLDER", help="with --contacts: one PNG a record, in this folder")
+    parser.add_argument("--domain", default="", help="domain that reads the input; the model's own by default")
+    parser.add_argument("--tokens-per-batch", type=int, default=8192, help="tokens that a pack holds at most")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score every record, then put the output in its place."""
+    import torch
+
+    from meristem.errors import ConfigError
+    from meristem.model_directory import load_any
+
+    output = Path(args.output)
+    kinds = [".npz"] if args.contacts else [".csv", ".parquet"]
+    if output.suffix not in kinds:
+        raise ConfigError(f"--output must end in {' or '.join(kinds)}; got {args.output}")
+    if args.plots and not args.contacts:
+        raise ConfigError("--plots has no effect without --contacts; give both or none")
+    if args.tokens_per_batch < 1:
+        raise ConfigError(f"--tokens-per-batch must be 1 or more; got {args.tokens_per_batch}")
+    card, model = load_any(args.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    part = output.with_name(output.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    replaced: Counter[str] = Counter()
+    records = _records(args, card, model, replaced)
+    try:
+        (_write_contacts if args.contacts else _write_likelihoods)(args, card, model, records, part)
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+    if replaced:
+        print(f"replaced: {', '.join(f'{what} {count:,}' for what, count in replaced.items())}")
+    print(f"wrote {output}")
+    return 0
+
+
+def _write_contacts(
+    args: argparse.Namespace, card: "ModelCard", model: "Model", records: Iterator["Scored"], part: Path
+) -> None:
+    import zipfile
+
+    import numpy as np
+
+    from meristem.cli.console import progress
+    from meristem.scoring.contacts import contact_maps, has_contact_weights
+
+    is_probability = has_contact_weights(model)
+    seen: Counter[str] = Counter()
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file, progress(None, "records", title="score") as bar:
+        for name, column in records:
+            [values] = contact_maps(model, column, card.tokenizer.num_special)
+            seen[name] += 1
+            key = name if seen[name] == 1 else f"{name}#{seen[name]}"
+            with file.open(f"{key}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, values)
+            if args.plots:
+                _plot(Path(args.plots), sum(seen.values()), key, values, is_probability)
+            bar.advance()
+    repeated = sum(count - 1 for count in seen.values())
+    print(f"{sum(seen.values())} maps" + (f"; {repeated} repeated ids end in #2, #3 ..." if repeated else ""))
+    print(
+        "probabilities of contact, by the model's own logistic regression"
+        if is_probability
+        else "scores that rank, not probabilities: the model has no weights for contacts, so they are the mean of its "
+        "attention maps, made symmetric and corrected for the average product"
+    )
+    if args.plots:
+        print(f"plots in {args.plots}")
+
+
+def _write_likelihoods(
+    args: argparse.Namespace, card: "ModelCard", model: "Model", records: Iterator["Scored"], part: Path
+) -> None:
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    from meristem.cli.console import progress
+    from meristem.scoring.likelihood import token_log_likelihoods
+
+    columns: dict[str, list[Any]] = {"id": [], "length": [], "log_likelihood": [], "pseudo_perplexity": []}
+    with progress(None, "tokens", title="score") as bar:
+        for name, column in records:
+            scores = token_log_likelihoods(
+                model,
+                column.ids,
+                card.tokenizer.num_special,
+                card.tokenizer.mask_id,
+                args.tokens_per_batch,
+                bar.advance,
+            )
+            row = (name, len(scores), float(scores.sum()), _perplexity(scores))
+            for values, value in zip(columns.values(), row):
+                values.append(value)
+    table = pa.table(columns)
+    if part.suffixes[-2] == ".csv":
+        pa.csv.write_csv(table, part)
+    else:
+        pa.parquet.write_table(table, part)
+    print(f"{len(table)} records; log_likelihood in nats, each token given all others")
+
+
+def _perplexity(scores: Any) -> float | None:
+    import numpy as np
+
+    return float(np.exp(-scores.mean())) if len(scores) else None
+
+
+def _records(
+    args: argparse.Namespace, card: "ModelCard", model: "Model", replaced: "Counter[str]"
+) -> Iterator["Scored"]:
+    """Each record of the inputs, and in `replaced` a count of what was."""
+    from meristem.data.records import ReadOptions, Source
+    from meristem.data.tokenizer import RefusedSymbol
+    from meristem.domain import load_domain
+    from meristem.errors import ConfigError, DataError
+
+    name = args.domain or card.domain
+    if not name:
+        raise ConfigError("the model names no domain; say which one reads the input with --domain")
+    domain = load_domain(name)
+    limit = model.config.max_length
+    for source in args.inputs:
+        for batch in domain.read(Source(source), ReadOptions()):
+            for row in range(len(batch)):
+                where = f"{batch.column('file')[row].as_py()}:{batch.column('line')[row].as_py()}"
+                try:
+                    column = card.tokenizer.encode_column(batch.column("payload").slice(row, 1))
+                except RefusedSymbol as error:
+                    raise DataError(f"{where}: {error}") from error
+                if limit is not None and len(column.ids) > limit:
+                    allowed = limit - sum(card.tokenizer.num_special)
+                    got = len(column.ids) - sum(card.tokenizer.num_special)
+                    raise DataError(f"{where}: a record must be {allowed} tokens or fewer for this model; got {got}")
+                replaced.update(column.replaced)
+                yield batch.column("id")[row].as_py(), column
+
+
+def _plot(folder: Path, number: int, name: str, values: Any, is_probability: bool) -> None:
+    import re
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    end = len(values) + 0.5
+    top = 1.0 if is_probability else None
+    image = axes.imshow(
+        values,
+        cmap="Blues",
+        origin="lower",
+        extent=(0.5, end, 0.5, end),
+        vmin=0.0 if is_probability else None,
+        vmax=top,
+    )
+    figure.colorbar(image, label="probability of contact" if is_probability else "mean APC-corrected attention")
+    axes.set(title=name, xlabel="token", ylabel="token")
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80]
+    figure.savefig(folder / f"{number:05}_{safe}.png", dpi=120)
