@@ -1,7 +1,7 @@
 """The contract of an objective: what is asked of a sequence, what it needs beside the trunk, and the loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,20 @@ class Objective(ABC):
     label_columns: tuple[str, ...] = ()
     """Label columns of the records that this objective reads."""
 
-    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]]) -> None:
+    perplexity_terms: tuple[str, ...] = ()
+    """Terms of the loss in nats a symbol, whose exponential is reported too."""
+
+    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
         """Learn from the training records what the objective must know.
 
         Args:
             tokenizer: gives mask and random symbols.
             labels: the label columns of the training records by name, None where missing.
+            where: `file:line` of a training record by its row in the columns, for messages.
 
         Raises:
             ConfigError: the objective cannot be trained on these records.
+            DataError: a label is not what the objective needs.
         """
 
     @abstractmethod

@@ -1,0 +1,304 @@
+"""Labels of records and of tokens: classes and values, several at once, some of them missing."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+from torchmetrics.regression import MeanAbsoluteError, R2Score, SpearmanCorrCoef
+
+from meristem.data.tokenizer import Tokenizer
+from meristem.errors import ConfigError, DataError
+from meristem.model.config import Max, Mean, Pool, Prefix
+from meristem.model.model import SYMBOLS, Model
+from meristem.model.readout import Readout
+from meristem.objectives.objective import Objective
+from meristem.shapes import Float, Int, Tensor
+from meristem.types import IGNORE, LossOut, PackedBatch, Record, Term, Tokens
+
+POOLS: dict[str, type[Pool]] = {"mean": Mean, "max": Max, "cls": Prefix}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One label column and how it is predicted.
+
+    Attributes:
+        name: of the label column, and of the head.
+        level: one label a record, or one a token (a string with one character a token, or a list).
+        task: classes, or values. Values are standardised by the training records' mean and deviation.
+        class_weights: `balanced` weighs each class by the inverse of its frequency among the training
+            records; or one weight a class, in the order of the sorted names; null for equal weights.
+        weight: of this target's loss beside the others.
+        pool: how the rows of a record become one vector; unused at token level.
+        hidden_width: width of a hidden layer in the head; 0 for a linear head.
+        dropout: in the head, in training.
+    """
+
+    name: str
+    level: Literal["record", "token"] = "record"
+    task: Literal["classification", "regression"] = "classification"
+    class_weights: Literal["balanced"] | list[float] | None = None
+    weight: float = 1.0
+    pool: Literal["mean", "max", "cls"] = "mean"
+    hidden_width: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.class_weights is not None and self.task != "classification":
+            raise ConfigError(f"target {self.name!r}: class_weights need task classification; got {self.task}")
+        if self.name == SYMBOLS or not self.name or "." in self.name:
+            raise ConfigError(f"target name must be a column's, without a dot and not {SYMBOLS!r}; got {self.name!r}")
+        if self.weight <= 0:
+            raise ConfigError(f"target {self.name!r}: weight must be positive; got {self.weight}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"target {self.name!r}: dropout must be in [0, 1); got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A target with what was learned from the training records."""
+
+    target: Target
+    readout: Readout
+    codes: Mapping[str, int] = field(default_factory=dict)
+    class_weights: tuple[float, ...] = ()
+
+    @property
+    def is_classes(self) -> bool:
+        return self.target.task == "classification"
+
+
+class Supervised(Objective):
+    """Predict labels. A label that is missing (null, empty, nan) counts for nothing.
+
+    Args:
+        targets: what is predicted; at least one.
+    """
+
+    def __init__(self, targets: list[Target]):
+        names = [target.name for target in targets]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"objective.targets must name one column or more, each once; got {names}")
+        self.targets = tuple(targets)
+        self.label_columns = tuple(names)
+        self._bound: dict[str, _Bound] = {}
+        self._num_special = (0, 0)
+
+    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
+        self._num_special = tokenizer.num_special
+        learn = {"classification": _learn_classes, "regression": _learn_scale}
+        self._bound = {target.name: learn[target.task](target, labels[target.name], where) for target in self.targets}
+
+    @property
+    def readouts(self) -> tuple[Readout, ...]:
+        return tuple(bound.readout for bound in self._bound.values())
+
+    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
+        by_record = {
+            name: _encode([record.labels.get(name)], bound, record.source)[0]
+            for name, bound in self._bound.items()
+            if bound.target.level == "record"
+        }
+        prepared = []
+        for one in tokens:
+            by_token = {
+                name: self._token_targets(record.labels.get(name), bound, one, record)
+                for name, bound in self._bound.items()
+                if bound.target.level == "token"
+            }
+            prepared.append(replace(one, labels={**one.labels, **by_record}, targets={**one.targets, **by_token}))
+        return tuple(prepared)
+
+    def _token_targets(self, value: Any, bound: _Bound, tokens: Tokens, record: Record) -> np.ndarray:
+        """Targets of the rows of a sequence, which may be a window of its record (its spans say which)."""
+        before, behind = self._num_special
+        inner = slice(before, len(tokens) - behind)
+        rows = np.full(len(tokens), IGNORE, np.int64 if bound.is_classes else np.float32)
+        if _is_missing(value):
+            return rows
+        whole = len(record.payload)
+        if not isinstance(value, (str, list, tuple, np.ndarray)) or len(value) != whole:
+            got = len(value) if hasattr(value, "__len__") else repr(value)
+            raise DataError(
+                f"{record.source}: label {bound.target.name!r} of {record.id!r} must have one entry for each of its "
+                f"{whole} symbols; got {got}"
+            )
+        encoded = _encode(value, bound, record.source)
+        assert tokens.spans is not None, "targets of tokens need to know where each token lies"
+        encoded = encoded[tokens.spans[inner, 0]]
+        rows[inner] = encoded if bound.is_classes else np.where(np.isnan(encoded), IGNORE, encoded)
+        return rows
+
+    def counts(self, batch: PackedBatch) -> Mapping[str, float]:
+        """As torch's cross-entropy counts: with class weights, the sum of the weights of the targets."""
+        counts = {}
+        for name, bound in self._bound.items():
+            known = _known(self._of(batch, bound))[1]
+            if bound.class_weights:
+                weights_C = torch.tensor(bound.class_weights, dtype=torch.float64)
+                counts[name] = float(weights_C[known.long().cpu()].sum())
+            else:
+                counts[name] = float(len(known))
+        return counts
+
+    @staticmethod
+    def _of(batch: PackedBatch, bound: _Bound) -> Tensor:
+        """`[S]` or `[T]` targets in a pack."""
+        return (batch.labels if bound.target.level == "record" else batch.targets)[bound.target.name]
+
+    def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
+        hidden = model.trunk(batch)
+        terms, predictions, targets = {}, {}, {}
+        for name, bound in self._bound.items():
+            rows_M, wanted_M = _known(self._of(batch, bound))
+            out_RC = model.heads[name](hidden.final, batch.layout, self._num_special)
+            out_MC = out_RC.index_select(0, rows_M).float()
+            if bound.is_classes:
+                terms[name] = _class_term(out_MC, wanted_M, bound)
+                predictions[name], targets[name] = out_MC.detach().argmax(-1), wanted_M
+            else:
+                total = F.mse_loss(out_MC[:, 0], wanted_M, reduction="sum")
+                terms[name] = Term(total, torch.tensor(float(len(rows_M)), device=total.device), bound.target.weight)
+                mean, std = bound.readout.mean[0], bound.readout.std[0]
+                predictions[name], targets[name] = out_MC.detach()[:, 0] * std + mean, wanted_M * std + mean
+        return LossOut(terms, predictions, targets)
+
+    def metrics(self) -> dict[str, Metric]:
+        found: dict[str, Metric] = {}
+        for name, bound in self._bound.items():
+            if bound.is_classes:
+                num = len(bound.readout.classes)
+                found[f"{name}/accuracy"] = MulticlassAccuracy(num, average="micro")
+                found[f"{name}/mcc"] = MulticlassMatthewsCorrCoef(num)
+                found[f"{name}/macro_f1"] = MulticlassF1Score(num, average="macro")
+            else:
+                found[f"{name}/spearman"] = SpearmanCorrCoef()
+                found[f"{name}/mae"] = MeanAbsoluteError()
+                found[f"{name}/r2"] = R2Score()
+        return found
+
+
+def _known(values: Tensor) -> tuple[Int[Tensor, "M"], Tensor]:
+    """Rows that have a target, and their targets."""
+    is_known = values != IGNORE
+    if values.is_floating_point():
+        is_known &= ~values.isnan()
+    rows = is_known.nonzero().squeeze(1)
+    return rows, values.index_select(0, rows)
+
+
+def _class_term(logits: Float[Tensor, "M C"], wanted: Int[Tensor, "M"], bound: _Bound) -> Term:
+    if not bound.class_weights:
+        total = F.cross_entropy(logits, wanted, reduction="sum")
+        return Term(total, torch.tensor(float(len(wanted)), device=total.device), bound.target.weight)
+    weights_C = torch.tensor(bound.class_weights, device=logits.device)
+    total = F.cross_entropy(logits, wanted, weights_C, reduction="sum")
+    return Term(total, weights_C.index_select(0, wanted).sum(), bound.target.weight)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and np.isnan(value))
+
+
+def _class_name(value: Any) -> str:
+    """Classes are words; a table reader may have made numbers of them (1.0 where a value is missing)."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _learn_classes(target: Target, values: Sequence[Any], where: Callable[[int], str]) -> _Bound:
+    counts: dict[str, int] = {}
+    for value in values:
+        if not _is_missing(value):
+            for entry in [value] if target.level == "record" else value:
+                name = "" if _is_missing(entry) else _class_name(entry)
+                counts[name] = counts.get(name, 0) + 1
+    counts.pop("", None)
+    classes = tuple(sorted(counts))
+    if len(classes) < 2:
+        raise DataError(
+            f"{where(0)}: label column {target.name!r} must have two classes or more among the training records; "
+            f"got {', '.join(classes) or 'no label'}"
+        )
+    weights: tuple[float, ...] = ()
+    if target.class_weights == "balanced":
+        total = sum(counts.values())
+        weights = tuple(total / (len(classes) * counts[name]) for name in classes)
+    elif target.class_weights is not None:
+        weights = tuple(float(weight) for weight in target.class_weights)
+        if len(weights) != len(classes) or min(weights) < 0:
+            raise ConfigError(
+                f"target {target.name!r}: class_weights must be one weight of 0 or more a class; "
+                f"got {len(weights)} for {len(classes)} classes: {', '.join(classes)}"
+            )
+    codes = {name: code for code, name in enumerate(classes)}
+    return _Bound(target, _readout(target, classes=classes), codes, weights)
+
+
+def _learn_scale(target: Target, values: Sequence[Any], where: Callable[[int], str]) -> _Bound:
+    bound = _Bound(target, _readout(target))
+    known = []
+    for row, value in enumerate(values):
+        if not _is_missing(value):
+            entries = [value] if target.level == "record" else value
+            try:
+                encoded = np.array([float("nan") if _is_missing(entry) else float(entry) for entry in entries])
+            except (TypeError, ValueError):
+                encoded = _encode(entries, bound, where(row))
+            known.append(encoded[~np.isnan(encoded)])
+    numbers = np.concatenate(known) if known else np.zeros(0)
+    if len(numbers) < 2 or not np.isfinite(numbers).all() or numbers.std() == 0:
+        raise DataError(
+            f"{where(0)}: label column {target.name!r} must have two different finite values or more among the "
+            f"training records; got {len(numbers)} value(s), {len(np.unique(numbers))} different"
+        )
+    return replace(bound, readout=_readout(target, mean=(float(numbers.mean()),), std=(float(numbers.std()),)))
+
+
+def _readout(target: Target, **learned: Any) -> Readout:
+    learned.setdefault("classes", ())
+    return Readout(
+        name=target.name,
+        level=target.level,
+        task=target.task,
+        pool=POOLS[target.pool](),
+        hidden_width=target.hidden_width,
+        dropout=target.dropout,
+        **learned,
+    )
+
+
+def _encode(values: Sequence[Any], bound: _Bound, source: str) -> np.ndarray:
+    """Labels as the loss takes them: codes of classes (`IGNORE` where missing), or scaled values (nan)."""
+    name = bound.target.name
+    if bound.is_classes:
+        names = [None if _is_missing(value) else _class_name(value) for value in values]
+        unknown = next((one for one in names if one is not None and one not in bound.codes), None)
+        if unknown is not None:
+            raise DataError(
+                f"{source}: label {name!r} must be a class of the training records "
+                f"({', '.join(bound.codes)}); got {unknown!r}"
+            )
+        return np.array([IGNORE if one is None else bound.codes[one] for one in names], np.int64)
+    mean, std = bound.readout.mean[0], bound.readout.std[0]
+    try:
+        numbers = np.array([np.nan if _is_missing(value) else float(value) for value in values])
+    except (TypeError, ValueError) as error:
+        wrong = next(value for value in values if not _is_missing(value) and not _is_number(value))
+        raise DataError(f"{source}: label {name!r} must be a number; got {wrong!r}") from error
+    return ((numbers - mean) / std).astype(np.float32)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Training: with `cli`, the only place that knows Lightning."""

@@ -1,0 +1,53 @@
+"""Draws `metrics.csv`."""
+
+import csv
+import math
+import os
+from pathlib import Path
+
+
+def draw_curves(metrics: Path, out: Path) -> None:
+    """Draw the loss of training and validation, and each other figure of the validation, over the steps.
+
+    Args:
+        metrics: the file that `Recorder` writes.
+        out: a PNG; replaced as a whole.
+    """
+    with metrics.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        return
+    # the object-oriented interface: no window system, no global state
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    validated = [name for name in rows[0] if name.startswith("val/") and name != "val/loss"]
+    validated = [name for name in validated if _curve(rows, name)[0]][:5]
+    num_columns = min(3, 1 + len(validated))
+    num_rows = math.ceil((1 + len(validated)) / num_columns)
+    figure = Figure(figsize=(5 * num_columns, 3.6 * num_rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    steps, losses = _curve(rows, "loss")
+    axes[0].plot(steps, losses, linewidth=1, label="training", alpha=0.7)
+    steps, losses = _curve(rows, "val/loss")
+    if steps:
+        axes[0].plot(steps, losses, marker=".", label="validation")
+    axes[0].legend()
+    axes[0].set_ylabel("loss (nats)")
+    for axis, name in zip(axes[1:], validated):
+        axis.plot(*_curve(rows, name), marker=".")
+        axis.set_ylabel(name.removeprefix("val/"))
+    for axis in axes[: 1 + len(validated)]:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    for axis in axes[1 + len(validated) :]:
+        axis.remove()
+    part = out.with_name(out.name + ".part")
+    figure.savefig(part, format="png", dpi=110)
+    os.replace(part, out)
+
+
+def _curve(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[float]]:
+    points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+    return [step for step, _ in points], [value for _, value in points]

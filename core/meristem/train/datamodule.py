@@ -1,0 +1,250 @@
+"""The data of a run: from the user's files to the packs of each step."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+
+from meristem.data.loader import EvalLoader, TrainLoader
+from meristem.data.records import ReadOptions, Source
+from meristem.data.split import split_by_column, split_by_hash, split_by_similarity
+from meristem.data.store import RecordStore
+from meristem.data.tokenizer import Tokenizer
+from meristem.domain import Domain, load_domain
+from meristem.errors import ConfigError, DataError
+from meristem.train.task import Task
+
+Part = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How records are dealt to the parts.
+
+    Attributes:
+        method: `hash` of the payload, so that equal payloads never straddle; a `column` that says `train`,
+            `validation` or `test`; or `similarity`, so that similar payloads never straddle.
+        column: its name, with method `column`.
+        validation_frac: of the records, for validation.
+        test_frac: of the records, for the test.
+        seed: another one deals anew.
+        k: length of the k-mers that similarity is measured by.
+        threshold: share of the k-mers of the shorter of two payloads that makes them similar.
+    """
+
+    method: Literal["hash", "column", "similarity"] = "hash"
+    column: str = ""
+    validation_frac: float = 0.05
+    test_frac: float = 0.0
+    seed: int = 0
+    k: int = 5
+    threshold: float = 0.25
+
+    def __post_init__(self) -> None:
+        if (self.method == "column") != bool(self.column):
+            raise ConfigError(
+                f"data.split.column must be set with method column, and only then; "
+                f"got method {self.method}, column {self.column!r}"
+            )
+        fracs = (self.validation_frac, self.test_frac)
+        if min(fracs) < 0 or sum(fracs) >= 1:
+            raise ConfigError(f"data.split: fractions must be 0 or more and leave some for training; got {fracs}")
+
+
+DEFAULT_SPLIT = Split()
+
+
+class DataModule(L.LightningDataModule):
+    """Reads the records, deals them to parts, and makes packs.
+
+    Args:
+        domain: name of an installed domain, or a dotted path to one.
+        sources: file or files to train on.
+        validation_sources: file or files to validate on; then nothing of `sources` is kept for that.
+        payload_column: column of a table that holds the payload; empty for the domain's usual name.
+        id_column: column of a table that holds the ids; empty for `id` where there is one.
+        tokenizer: options of the domain's tokenizer.
+        split: how records are dealt to training, validation and test.
+        tokens_per_pack: tokens that a device computes at once: the memory it takes goes with it.
+        max_tokens_per_record: a longer record is cropped to another random window each time; null for none.
+        on_error: `refuse` stops at a record that cannot be used; `skip` leaves it out and counts it.
+        num_workers: processes that prepare packs; without effect on what comes.
+        cache_dir: where record stores are kept; null for `$MERISTEM_CACHE`, else `~/.cache/meristem`.
+        seed: of order and corruption.
+    """
+
+    def __init__(
+        self,
+        domain: str,
+        sources: list[str] | str,
+        validation_sources: list[str] | str | None = None,
+        payload_column: str = "",
+        id_column: str = "",
+        tokenizer: dict[str, Any] | None = None,
+        split: Split = DEFAULT_SPLIT,
+        tokens_per_pack: int = 8192,
+        max_tokens_per_record: int | None = 1024,
+        on_error: Literal["refuse", "skip"] = "refuse",
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.domain: Domain = load_domain(domain)
+        self.sources = [sources] if isinstance(sources, str) else list(sources)
+        more = validation_sources or []
+        self.validation_sources = [more] if isinstance(more, str) else list(more)
+        self.payload_column, self.id_column = payload_column, id_column
+        self.tokenizer: Tokenizer = build_tokenizer(self.domain, tokenizer or {})
+        self.split = split
+        self.tokens_per_pack, self.max_tokens_per_record = tokens_per_pack, max_tokens_per_record
+        self.on_error, self.num_workers, self.cache_dir, self.seed = on_error, num_workers, cache_dir, seed
+        self.remarks: list[str] = []
+        self.parts: dict[str, tuple[RecordStore, np.ndarray]] = {}
+        self.build_progress: Callable[[int, int], None] | None = None
+        if not self.sources:
+            raise ConfigError("data.sources must name one file or more; got none (--data.sources FILE)")
+
+    @property
+    def task(self) -> Task:
+        task = self.trainer.lightning_module  # type: ignore[union-attr]
+        assert isinstance(task, Task)
+        return task
+
+    def setup(self, stage: str) -> None:
+        """Read, deal and bind the objective; once a process."""
+        if self.parts:
+            return
+        objective = self.task.objective
+        given = self.task.init_card
+        if given is not None:
+            self.tokenizer = _same_tokenizer(self.tokenizer, given.tokenizer)
+        store = self._store(self.sources, objective.label_columns, self.split.column)
+        rows = self._deal(store)
+        self.parts = {name: (store, part) for name, part in rows.items()}
+        if self.validation_sources:
+            other = self._store(self.validation_sources, objective.label_columns, "")
+            self.parts["validation"] = (other, np.arange(len(other)))
+        if "train" not in self.parts:
+            raise DataError(f"{', '.join(self.sources)}: no record is left for training; see data.split")
+        store, train = self.parts["train"]
+        labels = {name: store.labels(name, train).to_pylist() for name in objective.label_columns}
+        objective.bind(self.tokenizer, labels, lambda row: store.where(int(train[row])))
+        self.remarks.append(self._summary())
+
+    def _store(self, sources: list[str], labels: tuple[str, ...], split_column: str) -> RecordStore:
+        refused: list[Any] = []
+        options = ReadOptions(
+            payload_column=self.payload_column,
+            id_column=self.id_column,
+            label_columns=labels,
+            split_column=split_column,
+            on_error=refused.append if self.on_error == "skip" else None,
+        )
+        store = RecordStore.build(
+            self.domain.read,
+            [Source(path) for path in sources],
+            options,
+            name=self.domain.name,
+            cache_dir=self.cache_dir,
+            progress=self.build_progress,
+        )
+        if refused:
+            self.remarks.append(f"{len(refused):,} record(s) refused and left out, the first: {refused[0]}")
+        return store
+
+    def _deal(self, store: RecordStore) -> dict[str, np.ndarray]:
+        """Rows of each part."""
+        split = self.split
+        if split.method == "column":
+            parts = split_by_column(store)
+        else:
+            validation = 0.0 if self.validation_sources else split.validation_frac
+            fractions = {"validation": validation, "test": split.test_frac}
+            fractions["train"] = 1 - sum(fractions.values())
+            if split.method == "hash":
+                parts = split_by_hash(store, fractions, split.seed)
+            else:
+                parts = split_by_similarity(
+                    store, fractions, split.seed, k=split.k, threshold=split.threshold, progress=self.build_progress
+                )
+        return {name: rows for name, rows in parts.items() if len(rows)}
+
+    def _summary(self) -> str:
+        parts = []
+        for name, (store, rows) in self.parts.items():
+            num_tokens = int(store.token_lengths(self.tokenizer)[rows].sum())
+            parts.append(f"{name} {len(rows):,} records ({num_tokens:,} tokens)")
+        store, rows = self.parts["train"]
+        limit = self.max_tokens_per_record
+        num_cropped = int((store.token_lengths(self.tokenizer)[rows] > limit).sum()) if limit else 0
+        crops = f"; {num_cropped:,} are longer than {limit} tokens and cropped to a random window each time"
+        return f"data: {', '.join(parts)}{crops if num_cropped else ''}"
+
+    def train_dataloader(self) -> TrainLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        store, rows = self.parts["train"]
+        return TrainLoader(
+            store,
+            rows,
+            self.tokenizer,
+            self.task.objective,
+            seed=self.seed,
+            tokens_per_pack=self.tokens_per_pack,
+            packs_per_step=trainer.accumulate_grad_batches * trainer.world_size,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            num_workers=self.num_workers,
+            max_tokens_per_record=self.max_tokens_per_record,
+            start_step=lambda: trainer.global_step,
+        )
+
+    def val_dataloader(self) -> EvalLoader | list[Any]:
+        return self._eval_loader("validation") if "validation" in self.parts else []
+
+    def test_dataloader(self) -> EvalLoader:
+        if "test" not in self.parts:
+            raise DataError("there is no test part; set data.split.test_frac, or a column that names one")
+        return self._eval_loader("test")
+
+    def _eval_loader(self, part: Part) -> EvalLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        store, rows = self.parts[part]
+        return EvalLoader(
+            store,
+            rows,
+            self.tokenizer,
+            self.task.objective,
+            seed=self.seed,
+            tokens_per_pack=self.tokens_per_pack,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            num_workers=self.num_workers,
+            max_tokens_per_record=self.max_tokens_per_record,
+        )
+
+
+def build_tokenizer(domain: Domain, options: Mapping[str, Any]) -> Tokenizer:
+    """The domain's tokenizer with these options.
+
+    Raises:
+        ConfigError: an option that it does not take.
+    """
+    try:
+        return domain.tokenizer(**options)
+    except TypeError as error:
+        raise ConfigError(f"data.tokenizer: the tokenizer of {domain.name} does not take that: {error}") from error
+
+
+def _same_tokenizer(wanted: Tokenizer, given: Tokenizer) -> Tokenizer:
+    """The tokenizer of a model that is trained on; symbols must have the same numbers."""
+    if wanted.vocab != given.vocab:
+        raise ConfigError(
+            "model.init_from must be of the same alphabet as data.domain; "
+            f"got {len(given.vocab)} symbols for {len(wanted.vocab)}"
+        )
+    return wanted if wanted.fingerprint == given.fingerprint else given

@@ -1,0 +1,174 @@
+"""What a run leaves behind: a checkpoint to go on from, the best and the last model, its curves."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from meristem.errors import CheckpointError
+from meristem.model_directory import save_model
+from meristem.train.curves import draw_curves
+from meristem.train.recorder import Recorder
+from meristem.train.run_directory import RunDirectory
+from meristem.train.task import Task
+from meristem.train.watch import Watch
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints are whole or not there, and hold weights and plain values alone."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError where a disk is full
+            part.unlink(missing_ok=True)
+            raise CheckpointError(f"{path} cannot be written: {error}; the last good one is kept") from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+class Stopped(BaseException):
+    """The run was asked to stop and has saved what it could.
+
+    Attributes:
+        number: the signal.
+        step: that the run goes on from.
+    """
+
+    def __init__(self, number: int, step: int):
+        super().__init__(number, step)
+        self.number, self.step = number, step
+
+
+class Keeper(L.Callback):
+    """Saves at whole steps, after the validation that belongs to them.
+
+    Args:
+        run: where to.
+        watch: when, and what is better.
+        recorder: has the figures.
+        say: takes a line for the user.
+    """
+
+    def __init__(self, run: RunDirectory, watch: Watch, recorder: Recorder, say: Callable[[str], None]):
+        self.run, self.watch, self.recorder, self.say = run, watch, recorder, say
+        self.best: float | None = None
+        self.best_step = 0
+        self.num_worse = 0
+        self.is_stopped_early = False
+        self._saved_step = -1
+        self._signal: int | None = None
+        self._old_handlers: dict[int, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step, "num_worse": self.num_worse}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.best_step, self.num_worse = state["best"], state["best_step"], state["num_worse"]
+
+    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self._saved_step = trainer.global_step if trainer.ckpt_path else -1
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._old_handlers[number] = signal.signal(number, self._ask)
+        if not trainer.ckpt_path:
+            self.save(trainer)  # from here on the same command always finds something to go on from
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        """Stop at the next whole step; a second signal does not wait."""
+        self._signal = number
+        self.restore_handlers()
+        self.say("stopping after this step")
+
+    def restore_handlers(self) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers = {}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if self.watch.is_due(trainer):
+            if trainer.global_step == trainer.max_steps:
+                trainer.should_stop = True  # or Lightning leaves without a validation
+            return
+        self._save_if_due(trainer, task)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
+        if self._signal is not None:
+            raise Stopped(self._signal, self._saved_step)
+
+    def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        assert isinstance(task, Task)
+        value = self.recorder.last_validation.get(self.watch.monitor, float("nan"))
+        if self.watch.is_better(value, self.best):
+            self.best, self.best_step, self.num_worse = value, trainer.global_step, 0
+            self._save_model(trainer, task, self.run.best_model)
+        else:
+            self.num_worse += 1
+        if self.watch.patience and self.num_worse >= self.watch.patience:
+            self.is_stopped_early = trainer.should_stop = True
+        if trainer.is_global_zero:
+            draw_curves(self.run.metrics, self.run.curves)
+        self._save_if_due(trainer, task)
+
+    def _save_if_due(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        assert isinstance(task, Task)
+        if self._signal is not None or trainer.global_step % self.watch.save_every_n_steps == 0:
+            self.recorder.flush(trainer, task)
+            self.save(trainer)
+        if self._signal is not None:
+            raise Stopped(self._signal, self._saved_step)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write the checkpoint to go on from, after what is written of its steps."""
+        if self._saved_step == trainer.global_step:
+            return
+        trainer.save_checkpoint(self.run.last_checkpoint)
+        self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            self.run.write_state(step=trainer.global_step, finished=None)
+
+    def finish(self, trainer: L.Trainer, task: Task) -> None:
+        """Leave the last model, the best where nothing was validated, and the reason of the end."""
+        self.recorder.flush(trainer, task)
+        self.save(trainer)
+        self._save_model(trainer, task, self.run.last_model)
+        if self.best is None:
+            self._save_model(trainer, task, self.run.best_model)
+        if trainer.is_global_zero:
+            draw_curves(self.run.metrics, self.run.curves)
+            reason = f"no better {self.watch.monitor} for {self.num_worse} validations" if self.is_stopped_early else ""
+            self.run.write_state(
+                step=trainer.global_step,
+                finished=reason or f"all {trainer.global_step} steps taken",
+                best_step=self.best_step,
+            )
+
+    def _save_model(self, trainer: L.Trainer, task: Task, path: Path) -> None:
+        if not trainer.is_global_zero:
+            return
+        facts = {"steps": trainer.global_step}
+        facts |= {name: round(value, 5) for name, value in self.recorder.last_validation.items()}
+        save_model(path, replace(task.card, facts=facts), task.model)

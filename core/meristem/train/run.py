@@ -1,0 +1,154 @@
+"""Runs a task: starts it, or goes on where it stopped, and evaluates what it left."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import disable_possible_user_warnings
+
+from meristem.errors import ConfigError
+from meristem.train.datamodule import DataModule
+from meristem.train.keeper import AtomicCheckpointIO, Keeper
+from meristem.train.progress import TrainingProgress
+from meristem.train.recorder import Recorder, evaluation_values
+from meristem.train.run_directory import RunDirectory
+from meristem.train.task import Task
+from meristem.train.watch import Watch
+
+Say = Callable[[str], None]
+
+
+def fit(
+    task: Task, data: DataModule, run: RunDirectory, watch: Watch, trainer_options: dict[str, Any], say: Say
+) -> None:
+    """Train to `max_steps`, from where the run stands.
+
+    Args:
+        run: exists, with its config.
+        trainer_options: of Lightning's trainer.
+        say: takes lines for the user.
+
+    Raises:
+        keeper.Stopped: a signal asked for it.
+    """
+    checkpoint = run.checkpoint_to_go_on_from()
+    recorder = Recorder(run, watch, trainer_options.get("log_every_n_steps") or 1)
+    keeper = Keeper(run, watch, recorder, say)
+    greeter = _Greeter(say)
+    callbacks = [greeter, recorder]
+    if trainer_options.get("enable_progress_bar") is not False:
+        callbacks.append(TrainingProgress(recorder))
+    trainer = build_trainer(trainer_options, [*callbacks, keeper], run, watch)
+    if trainer.max_steps < 1:
+        raise ConfigError(f"trainer.max_steps must be 1 or more; got {trainer.max_steps}")
+    try:
+        with _fewer_warnings():
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            keeper.finish(trainer, task)
+    finally:
+        keeper.restore_handlers()
+
+
+def evaluate(task: Task, data: DataModule, part: str, trainer_options: dict[str, Any]) -> dict[str, float]:
+    """Figures of a model on a part of its data.
+
+    Args:
+        part: `validation` or `test`.
+    """
+    trainer = build_trainer({**trainer_options, "logger": False, "max_steps": 1}, [], None, Watch())
+    caught = _Caught()
+    trainer.callbacks.append(caught)
+    with _fewer_warnings():
+        run = trainer.test if part == "test" else trainer.validate
+        run(task, datamodule=data, verbose=False)
+    return caught.values
+
+
+def build_trainer(
+    options: dict[str, Any], callbacks: list[L.Callback], run: RunDirectory | None, watch: Watch
+) -> L.Trainer:
+    """Lightning's trainer as a run needs it: endless epochs, validation by steps, nothing saved by itself."""
+    options = dict(options)
+    loggers = options.pop("logger", None)
+    given = [] if loggers in (None, True, False) else loggers if isinstance(loggers, list) else [loggers]
+    if run is not None and loggers is not False:
+        given = [TensorBoardLogger(run.path, name="tensorboard", version=""), *given]
+    options.pop("enable_progress_bar", None)
+    more = options.pop("callbacks", None) or []
+    more = more if isinstance(more, list) else [more]
+    plugins = options.pop("plugins", None) or []
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    if options.get("precision") is None:
+        is_bf16 = options.get("accelerator") != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        options["precision"] = "bf16-mixed" if is_bf16 else "32-true"
+    if options.get("devices") in (None, "auto") and not torch.cuda.is_available():
+        options["devices"] = 1
+    accumulate = options.get("accumulate_grad_batches") or 1
+    return L.Trainer(
+        **{**options, "accumulate_grad_batches": accumulate},
+        logger=given or False,
+        callbacks=[*more, *callbacks],
+        plugins=[*plugins, AtomicCheckpointIO()],
+        max_epochs=-1,
+        val_check_interval=watch.validate_every_n_steps * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+class _Greeter(L.Callback):
+    """Says once what is trained on what, before the first step."""
+
+    def __init__(self, say: Say):
+        self.say = say
+
+    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        assert isinstance(task, Task)
+        if not trainer.is_global_zero:
+            return
+        num_parameters = sum(p.numel() for p in task.model.parameters())
+        num_trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+        trained = f" ({num_trained:,} trained)" if num_trained < num_parameters else ""
+        config = task.architecture
+        for line in [*trainer.datamodule.remarks, *task.remarks]:  # type: ignore[attr-defined]
+            self.say(line)
+        self.say(
+            f"model: {num_parameters:,} parameters{trained}, {config.num_layers} layers of width {config.width}; "
+            f"{task.device.type} x {trainer.world_size}, {trainer.precision}"
+        )
+        if trainer.ckpt_path:
+            self.say(f"goes on from step {trainer.global_step:,}")
+
+
+class _Caught(L.Callback):
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        assert isinstance(task, Task)
+        self.values = evaluation_values(task)
+
+    on_test_end = on_validation_end
+
+
+class _fewer_warnings:
+    """Lightning's advice on data loaders is about loaders that are not ours."""
+
+    def __enter__(self) -> None:
+        import logging
+
+        self._catch = warnings.catch_warnings()
+        self._catch.__enter__()
+        disable_possible_user_warnings()
+        warnings.filterwarnings("ignore", module="lightning")
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+    def __exit__(self, *raised: object) -> None:
+        self._catch.__exit__(*raised)  # type: ignore[arg-type]

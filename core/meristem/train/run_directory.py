@@ -1,0 +1,96 @@
+"""A run on disk: its paths, its configuration, and how far it came.
+
+<run>/config.yaml              resolved; the command line writes and compares it
+<run>/run.json                 step, and whether and why the run is finished
+<run>/metrics.csv              a row a step
+<run>/curves.png
+<run>/tensorboard/
+<run>/checkpoints/last.ckpt    all that going on needs
+<run>/model/                   the best by validation, or the last where nothing is validated
+<run>/model-last/              the last
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meristem.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where a run keeps its things.
+
+    Attributes:
+        path: of the run.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def best_model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def last_model(self) -> Path:
+        return self.path / "model-last"
+
+    @property
+    def is_started(self) -> bool:
+        return self.config.exists() or self.metrics.exists() or self.last_checkpoint.exists()
+
+    def checkpoint_to_go_on_from(self) -> Path | None:
+        """The last checkpoint; None for a run that did not take a step.
+
+        Raises:
+            CheckpointError: steps were taken and the checkpoint is gone.
+        """
+        if self.last_checkpoint.exists():
+            return self.last_checkpoint
+        if self.metrics.exists():
+            raise CheckpointError(
+                f"{self.path} holds a run that has taken steps, but no {self.last_checkpoint.relative_to(self.path)}; "
+                "put it back, or start anew with another --run_dir"
+            )
+        return None
+
+    def read_state(self) -> dict[str, Any]:
+        """What `write_state` wrote last; empty for a new run."""
+        try:
+            state = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            return state if isinstance(state, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    def write_state(self, **state: Any) -> None:
+        """Say how far the run came: `step`, and `finished` with the reason once it is."""
+        write_atomically(self.path / "run.json", (json.dumps(state, indent=2) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,311 @@
+"""A model, an objective and an optimiser as Lightning runs them, exact in what is summed and what is random."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning as L
+import torch
+from torchmetrics import Metric
+
+from meristem.errors import CheckpointError, ConfigError
+from meristem.model.config import TransformerConfig
+from meristem.model.model import Model
+from meristem.model_directory import ModelCard, load_card, load_model
+from meristem.objectives.objective import Objective
+from meristem.shapes import Tensor
+from meristem.train.optim import OptimizerConfig, build_optimizer
+from meristem.types import PackedBatch, Term
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Exact figures of one optimiser step or one validation, over all its packs and ranks.
+
+    Attributes:
+        loss: the sum of the terms' weighted means.
+        terms: the mean of each term.
+        num_tokens: rows that the trunk computed.
+    """
+
+    loss: float
+    terms: Mapping[str, float]
+    num_tokens: int
+
+
+class NotFinite(ConfigError):
+    """The loss is no number any more; nothing was saved after it."""
+
+
+class Task(L.LightningModule):
+    """Trains a model for an objective.
+
+    Lightning divides a loss by the packs of a step and averages over ranks; the loss given to it is a sum
+    divided by the targets of the whole step and multiplied by both, so every target weighs the same.
+
+    Args:
+        architecture: of a model that starts from scratch; None with `init_from`.
+        objective: what is asked of the model; bound to the data by the data module.
+        optimizer: its settings.
+        init_from: a model directory whose trunk, and the heads that fit, the model starts from.
+        freeze_trunk: only heads are trained; the trunk is as in evaluation.
+        dropout: of every residual branch; None leaves what the architecture says.
+        seed: of initial weights and of what the model does at random.
+    """
+
+    def __init__(
+        self,
+        architecture: TransformerConfig | None,
+        objective: Objective,
+        optimizer: OptimizerConfig | None = None,
+        init_from: str | None = None,
+        freeze_trunk: bool = False,
+        dropout: float | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.objective = objective
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.init_from, self.freeze_trunk, self.seed = init_from, freeze_trunk, seed
+        self.init_card: ModelCard | None = load_card(init_from) if init_from else None
+        chosen = self.init_card.architecture if self.init_card else architecture
+        if chosen is None:
+            raise ConfigError("model.architecture must be set, or model.init_from a model directory; got neither")
+        if freeze_trunk and not init_from:
+            raise ConfigError(
+                "model.freeze_trunk needs model.init_from: a frozen trunk of random weights learns little"
+            )
+        if dropout is not None:
+            if not 0 <= dropout < 1:
+                raise ConfigError(f"model.dropout must be in [0, 1); got {dropout}")
+            chosen = replace(chosen, residual=replace(chosen.residual, dropout=dropout))
+        self.architecture = chosen
+        self.model: Model
+        self.remarks: list[str] = []
+        self._metrics: dict[str, Metric] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+        self._totals: dict[str, float] = {}
+        self._num_tokens = 0
+        self.grad_norm: Tensor = torch.zeros(())
+        self.step_lr = 0.0
+
+    @property
+    def card(self) -> ModelCard:
+        """What a model directory says beside the weights."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return ModelCard(
+            architecture=self.architecture,
+            tokenizer=data.tokenizer,
+            heads=tuple(name for name in self.model.heads if name not in {r.name for r in self.model.readouts}),
+            readouts=self.model.readouts,
+            domain=data.domain.name,
+        )
+
+    def configure_model(self) -> None:
+        """Build the model once data and objective are known; on the meta device it costs nothing."""
+        if hasattr(self, "model"):
+            return
+        heads = self.objective.heads
+        if "tokens" in heads and self.architecture.head is None:
+            self.architecture = replace(self.architecture, head=_default_head())
+        with torch.random.fork_rng():
+            torch.manual_seed(fold(self.seed, "init"))
+            self.model = Model(self.architecture, heads, self.objective.readouts)
+            self.extra = self.objective.build(self.architecture)
+        if self.init_from and not self.trainer.ckpt_path:
+            self._load_initial(self.init_from)
+        if self.freeze_trunk:
+            self.model.trunk.requires_grad_(False)
+        self._metrics = self.objective.metrics()
+
+    def _load_initial(self, path: str) -> None:
+        """Take over the trunk strictly, and each head that is the same; say which are new."""
+        _, given = load_model(path)
+        self.model.trunk.load_state_dict(given.trunk.state_dict(), strict=True)
+        taken, fresh = [], []
+        for name, head in self.model.heads.items():
+            old = given.heads[name].state_dict() if name in given.heads else {}
+            shapes = {key: value.shape for key, value in head.state_dict().items()}
+            known = {readout.name: readout.classes for readout in given.readouts}
+            same_classes = all(known.get(r.name) == r.classes for r in self.model.readouts if r.name == name)
+            if shapes == {key: value.shape for key, value in old.items()} and same_classes:
+                head.load_state_dict(old, strict=True)
+                taken.append(name)
+            else:
+                fresh.append(name)
+        self.remarks.append(
+            f"{path}: trunk taken over{' and frozen' if self.freeze_trunk else ''}"
+            + (f", heads taken over: {', '.join(taken)}" if taken else "")
+            + (f", new heads: {', '.join(fresh)}" if fresh else "")
+        )
+
+    def train(self, mode: bool = True) -> "Task":
+        """A frozen trunk stays in evaluation mode: its dropout would be noise without a use."""
+        super().train(mode)
+        if self.freeze_trunk and hasattr(self, "model"):
+            self.model.trunk.eval()
+        return self
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer, schedule = build_optimizer(self.model, self.optimizer_config, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:
+        return batch.to(device)
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        micro = batch_idx % accumulate
+        if micro == 0:
+            self._sums, self._num_tokens = {}, 0
+            self._totals = self._count_over_ranks(batch.step_counts)
+        self._reseed(micro)
+        out = self.objective.loss(self.model, self.extra, batch)
+        loss = torch.zeros((), device=self.device)
+        for name, term in out.terms.items():
+            if self._totals[name]:
+                loss = loss + term.sum * (term.weight / self._totals[name] * (accumulate * world))
+        self._add(out.terms)
+        self._num_tokens += batch.layout.num_tokens
+        return loss
+
+    def _count_over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """What each term counts in the whole step, on all ranks."""
+        if self.trainer.world_size == 1:
+            return dict(counts)
+        names = sorted(counts)
+        values = torch.tensor([counts[name] for name in names], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(values)
+        return dict(zip(names, values.tolist()))
+
+    def _reseed(self, micro: int) -> None:
+        """Make everything random in the model a function of (seed, step, micro-step, rank)."""
+        torch.manual_seed(fold(self.seed, "step", self.trainer.global_step, micro, self.trainer.global_rank))
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by the norm over all parameters, and keep that norm and the learning rate for the record."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = float("inf") if not gradient_clip_val else float(gradient_clip_val)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).detach()
+        self.step_lr = float(optimizer.param_groups[0]["lr"])
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.objective.after_step(self.model, self.extra)
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums, self._num_tokens = {}, 0
+        for metric in self._metrics.values():
+            metric.to(self.device).reset()
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        out = self.objective.loss(self.model, self.extra, batch)
+        self._add(out.terms)
+        self._num_tokens += batch.layout.num_tokens
+        for name, metric in self._metrics.items():
+            key = name.partition("/")[0]
+            if len(out.targets[key]):
+                metric.update(out.predictions[key], out.targets[key])
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def metric_values(self) -> dict[str, float]:
+        """Metrics of the part just evaluated, by name."""
+        values = {name: float(metric.compute()) for name, metric in self._metrics.items() if metric.update_called}
+        return values
+
+    def metric_names(self) -> list[str]:
+        """All that an evaluation reports beside the loss."""
+        return [*self._metrics, *(f"{term}/perplexity" for term in self.objective.perplexity_terms)]
+
+    def _add(self, terms: Mapping[str, Term]) -> None:
+        """Add up sums and counts on the device: no step waits for a figure."""
+        for name, term in terms.items():
+            pair = torch.stack([term.sum.detach().double(), term.count.detach().double()])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+            self._weights[name] = term.weight
+
+    def summed(self) -> Tensor:
+        """Sums and counts of all terms (in order of name), and tokens, over all ranks: `[2 * terms + 1]`."""
+        parts = [self._sums[name] for name in sorted(self._sums)]
+        tokens = torch.tensor([float(self._num_tokens)], dtype=torch.float64, device=self.device)
+        flat = torch.cat([*parts, tokens])
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(flat)
+        return flat
+
+    def result_of(self, flat: Tensor) -> StepResult:
+        """The figures that `summed` gave, on the host."""
+        values = flat.tolist()
+        terms = {
+            name: values[2 * i] / values[2 * i + 1] if values[2 * i + 1] else float("nan")
+            for i, name in enumerate(sorted(self._sums))
+        }
+        known = {name: value for name, value in terms.items() if values[2 * sorted(self._sums).index(name) + 1]}
+        loss = sum(self._weights[name] * value for name, value in known.items())
+        return StepResult(loss, terms, int(values[-1]))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["meristem"] = {
+            "packs_per_step": self.trainer.accumulate_grad_batches * self.trainer.world_size,
+            "seed": self.seed,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put Lightning's counters where they stand after a whole step, wherever the checkpoint was written."""
+        said = checkpoint.get("meristem")
+        if said is None:
+            raise CheckpointError("the checkpoint was not written by meristem fit")
+        packs_per_step = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        if said["packs_per_step"] != packs_per_step:
+            raise ConfigError(
+                "trainer.accumulate_grad_batches times devices must stay as it was; "
+                f"got {packs_per_step}, was {said['packs_per_step']}"
+            )
+        if "fit_loop" in checkpoint.get("loops", {}):
+            place_loops(
+                checkpoint["loops"]["fit_loop"], checkpoint["global_step"], self.trainer.accumulate_grad_batches
+            )
+
+
+def place_loops(loops: dict[str, Any], step: int, accumulate: int) -> None:
+    """Set the counters of Lightning's fit loop to "step whole steps done, validation after them done too".
+
+    A checkpoint may be written in a hook, when some counters are ahead of others; Lightning then guesses
+    where to go on. All of them follow from the step.
+    """
+    packs = step * accumulate
+
+    def set_all(progress: dict[str, Any], value: int) -> None:
+        for part in ("total", "current"):
+            for key in progress[part]:
+                progress[part][key] = value
+
+    set_all(loops["epoch_loop.batch_progress"], packs)
+    loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+    set_all(loops["epoch_loop.scheduler_progress"], step)
+    optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    set_all(optimizer["step"], step)
+    set_all(optimizer["zero_grad"], step)
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+    for part in ("total", "current"):
+        loops["epoch_progress"][part] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        for key in loops["epoch_loop.val_loop.batch_progress"][part]:
+            loops["epoch_loop.val_loop.batch_progress"][part][key] = 0
+
+
+def fold(seed: int, *parts: int | str) -> int:
+    """One seed of many numbers: equal only where all are equal."""
+    digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _default_head() -> Any:
+    from meristem.model.config import TokenHead
+
+    return TokenHead()
