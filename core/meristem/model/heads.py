@@ -74,39 +74,26 @@ class LabelHead(nn.Module):
 
 
 class Standardise(nn.Module):
-    """Features less their running mean, over their running deviation.
+    """Batch normalisation without its affine part, as linear probes have it (He 2022, arXiv 2111.06377).
 
     For records that differ little, such as the mutants of one protein: their pooled vectors share almost
-    everything, and a head would first have to amplify what they do not share. Batch normalisation without its
-    affine part does this for linear probes (He 2022, arXiv 2111.06377); here training, too, divides by the
-    running figures, so that it sees what evaluation will see, and packs of one record work.
+    everything, and a head would first have to amplify what they do not share. In training the figures are
+    those of the pack, and running ones where a pack holds one record; in evaluation always the running ones.
     """
 
     mean: Tensor
     var: Tensor
-    num_updates: Tensor
 
-    def __init__(self, width: int, momentum: float = 0.05, eps: float = 1e-12):
+    def __init__(self, width: int, momentum: float = 0.05):
         super().__init__()
-        self.momentum, self.eps = momentum, eps
+        self.momentum = momentum
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("var", torch.ones(width))
-        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
     def forward(self, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
-        if self.training:
-            self._update(rows.detach().float())
-        return ((rows.float() - self.mean) * (self.var + self.eps).rsqrt()).to(rows.dtype)
-
-    @torch.no_grad()
-    def _update(self, rows: Float[Tensor, "R D"]) -> None:
-        self.num_updates += 1
-        # the plain mean of all packs at first, a moving one later: the trunk moves as well
-        share = torch.clamp(1.0 / self.num_updates, min=self.momentum)
-        previous = self.mean.clone()
-        self.mean.lerp_(rows.mean(0), share)
-        # deviations from the mean before and after: unbiased as the mean moves (Welford 1962)
-        self.var.lerp_(((rows - previous) * (rows - self.mean)).mean(0).clamp(min=0), share)
+        uses_pack = self.training and len(rows) > 1
+        # differences between mutants are small against the vectors: eps must be smaller still
+        return F.batch_norm(rows, self.mean, self.var, None, None, uses_pack, self.momentum, eps=1e-10)
 
 
 class ContactHead(nn.Module):

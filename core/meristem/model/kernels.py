@@ -11,8 +11,12 @@ does not depend on the group it is computed in.
 
 import inspect
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -96,64 +100,88 @@ def _attend_grouped(
     scale: float | None,
     dropout: float,
 ) -> Tensor:
-    """One SDPA call for all sequences of equal lengths; a group whose rows adjoin is a view, not a copy."""
-    num_heads, num_kv_heads = q_THE.shape[1], k_UKE.shape[1]
-    outputs, places = [], []
-    for (q_length, kv_length), q_starts, kv_starts in _groups(q_layout, kv_layout):
-        if not q_length:
+    """One SDPA call for all sequences of equal lengths; packs that are sorted by length are not copied.
+
+    Rows are split once and joined once: the gradient of a slice would be a tensor of all rows, and that for
+    each group.
+    """
+    num_heads, num_kv_heads, head_width = q_THE.shape[1], k_UKE.shape[1], q_THE.shape[2]
+    plan = _plan(q_layout.segments, kv_layout.segments)
+    q_groups = _split(q_THE, plan.q_order, plan.q_rows)
+    k_groups, v_groups = (_split(x_UKE, plan.kv_order, plan.kv_rows) for x_UKE in (k_UKE, v_UKE))
+    outputs = []
+    for (q_length, kv_length, count), q, k, v in zip(plan.groups, q_groups, k_groups, v_groups, strict=True):
+        if not q_length or not kv_length:  # spare rows of one side that face none of the other
+            outputs.append(torch.zeros_like(q))
             continue
-        places.append((q_starts, q_length))
-        if not kv_length:  # spare rows that have nothing to see
-            outputs.append(q_THE.new_zeros(len(q_starts) * q_length, num_heads, q_THE.shape[2]))
-            continue
-        q_GHmE = _gather(q_THE, q_starts, q_length).transpose(1, 2)
-        k_GKnE = _gather(k_UKE, kv_starts, kv_length).transpose(1, 2)
-        v_GKnE = _gather(v_UKE, kv_starts, kv_length).transpose(1, 2)
         mask = None
         if isinstance(pattern, Causal) and q_length != kv_length:
-            i = torch.arange(kv_length - q_length, kv_length, device=q_THE.device)[:, None]
-            mask = visible(pattern, i, torch.arange(kv_length, device=q_THE.device)[None, :])
+            i = torch.arange(kv_length - q_length, kv_length, device=q.device)[:, None]
+            mask = visible(pattern, i, torch.arange(kv_length, device=q.device)[None, :])
         o_GHmE = F.scaled_dot_product_attention(
-            q_GHmE,
-            k_GKnE,
-            v_GKnE,
+            q.view(count, q_length, num_heads, head_width).transpose(1, 2),
+            k.view(count, kv_length, num_kv_heads, head_width).transpose(1, 2),
+            v.view(count, kv_length, num_kv_heads, head_width).transpose(1, 2),
             attn_mask=mask,
             dropout_p=dropout,
             scale=scale,
             is_causal=isinstance(pattern, Causal) and mask is None,
             enable_gqa=num_heads != num_kv_heads,
         )
-        outputs.append(o_GHmE.transpose(1, 2).reshape(-1, num_heads, q_THE.shape[2]))
+        outputs.append(o_GHmE.transpose(1, 2).reshape(-1, num_heads, head_width))
     o_THE = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    rows = [start for starts, _ in places for start in starts]
-    if rows == sorted(rows):
+    if plan.q_order is None:
         return o_THE
-    index = torch.cat([_rows(starts, length, o_THE.device) for starts, length in places])
-    return torch.empty_like(o_THE).index_copy(0, index, o_THE)
+    return torch.empty_like(o_THE).index_copy(0, torch.from_numpy(plan.q_order).to(o_THE.device), o_THE)
 
 
-def _groups(q_layout: Layout, kv_layout: Layout) -> list[tuple[tuple[int, int], list[int], list[int]]]:
-    """Segments of equal lengths: ((query length, key length), query starts, key starts)."""
-    by_length: dict[tuple[int, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-    segments = zip(q_layout.segments, kv_layout.segments, q_layout.starts, kv_layout.starts, strict=True)
-    for q_length, kv_length, q_start, kv_start in segments:
-        q_starts, kv_starts = by_length[q_length, kv_length]
-        q_starts.append(q_start)
-        kv_starts.append(kv_start)
-    return [(lengths, *starts) for lengths, starts in by_length.items()]
+@dataclass(frozen=True)
+class _Plan:
+    """Groups of sequences of equal lengths.
+
+    Attributes:
+        groups: query length, key length and number of sequences of each group.
+        q_rows, kv_rows: rows of each group.
+        q_order, kv_order: rows in the order of the groups; None where they stand so already.
+    """
+
+    groups: tuple[tuple[int, int, int], ...]
+    q_rows: list[int]
+    kv_rows: list[int]
+    q_order: np.ndarray | None
+    kv_order: np.ndarray | None
 
 
-def _gather(x_THE: Tensor, starts: list[int], length: int) -> Tensor:
-    """`[G, length, H, E]`: the rows of a group, as a view where they adjoin."""
-    first = starts[0]
-    if starts == list(range(first, first + len(starts) * length, length)):
-        return x_THE[first : first + len(starts) * length].unflatten(0, (len(starts), length))
-    return x_THE[_rows(starts, length, x_THE.device)].unflatten(0, (len(starts), length))
+@lru_cache(maxsize=16)
+def _plan(q_segments: tuple[int, ...], kv_segments: tuple[int, ...]) -> _Plan:
+    """Group the sequences of a batch; every layer asks again for the same one."""
+    assert len(q_segments) == len(kv_segments), "each sequence of queries faces one of keys"
+    by_lengths: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, lengths in enumerate(zip(q_segments, kv_segments)):
+        by_lengths[lengths].append(index)
+    groups = tuple((q, kv, len(members)) for (q, kv), members in by_lengths.items())
+    order = [index for members in by_lengths.values() for index in members]
+
+    def rows_in(segments: tuple[int, ...]) -> np.ndarray | None:
+        if order == sorted(order):
+            return None
+        starts = np.concatenate([[0], np.cumsum(segments)])
+        return np.concatenate([np.arange(starts[index], starts[index + 1]) for index in order])
+
+    return _Plan(
+        groups=groups,
+        q_rows=[q * count for q, _, count in groups],
+        kv_rows=[kv * count for _, kv, count in groups],
+        q_order=rows_in(q_segments),
+        kv_order=rows_in(kv_segments),
+    )
 
 
-def _rows(starts: list[int], length: int, device: torch.device) -> Tensor:
-    first = torch.tensor(starts, device=device)[:, None]
-    return (first + torch.arange(length, device=device)).flatten()
+def _split(x_THE: Tensor, order: np.ndarray | None, rows: list[int]) -> Sequence[Tensor]:
+    """The rows of each group."""
+    if order is not None:
+        x_THE = x_THE.index_select(0, torch.from_numpy(order).to(x_THE.device))
+    return x_THE.split(rows)
 
 
 def _varlen_fits(q_THE: Tensor, pattern: Pattern, dropout: float) -> bool:

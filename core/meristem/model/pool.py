@@ -20,18 +20,19 @@ def pool_rows(
             there is nothing else.
     """
     before, behind = num_special
+    # split once: the gradient of a slice would be a tensor of all rows, and that for each sequence
+    sequences = x.split([*layout.lengths, x.shape[0] - layout.num_tokens])[:-1]
     vectors = []
-    for start, length in zip(layout.starts, layout.lengths):
-        inner = (
-            slice(start + before, start + length - behind) if length > before + behind else slice(start, start + length)
-        )
+    for rows_nD in sequences:
+        has_inner = len(rows_nD) > before + behind
+        inner_nD = rows_nD[before : len(rows_nD) - behind] if has_inner else rows_nD
         match pool:
             case Mean():
-                vectors.append(x[inner].float().mean(0))
+                vectors.append(inner_nD.float().mean(0))
             case Max():
-                vectors.append(x[inner].float().amax(0))
+                vectors.append(inner_nD.float().amax(0))
             case Prefix():
-                vectors.append(x[start].float())
+                vectors.append(rows_nD[0].float())
             case _:
                 raise AssertionError(pool)
     return torch.stack(vectors)
