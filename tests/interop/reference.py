@@ -1,4 +1,7 @@
-"""Models of `transformers` at random weights, every parameter redrawn."""
+"""Models of `transformers` at random weights, every parameter redrawn.
+
+Shapes: the first three are those published, from 8 to 150 million parameters.
+"""
 
 from pathlib import Path
 
@@ -33,12 +36,17 @@ def esm2(num_layers: int, width: int, num_heads: int, **settings: object) -> Esm
 
 
 def esm1b(num_layers: int, width: int, num_heads: int, **settings: object) -> EsmConfig:
-    return esm2(
-        num_layers,
-        width,
-        num_heads,
-        **{"position_embedding_type": "absolute", "emb_layer_norm_before": True, **settings},
-    )
+    kind = {"position_embedding_type": "absolute", "emb_layer_norm_before": True}
+    return esm2(num_layers, width, num_heads, **{**kind, **settings})
+
+
+SHAPES = {
+    "8M": esm2(6, 320, 20),
+    "35M": esm2(12, 480, 20),
+    "150M": esm2(30, 640, 20),
+    "reduced ESM-1b": esm1b(3, 96, 6),
+    "small": esm2(3, 48, 6),
+}
 
 
 def redrawn(config: EsmConfig, rng: np.random.Generator) -> EsmForMaskedLM:

@@ -1,0 +1,24 @@
+"""Reference models at random weights, made once a session."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import reference
+
+
+@pytest.fixture(scope="session")
+def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a reference model by shape name, every parameter redrawn."""
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print(f"reference seed={seed}")
+
+    @cache
+    def make(shape: str) -> Path:
+        model = reference.redrawn(reference.SHAPES[shape], np.random.default_rng(seed))
+        return reference.save(model, tmp_path_factory.mktemp(shape.replace(" ", "_")) / "hf")
+
+    return make
