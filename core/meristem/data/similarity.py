@@ -7,7 +7,7 @@ that is. So two records that share `threshold + 1 - REDUNDANT` of their sketches
 but for k-mers that are so common that no more than `POSTINGS` of their records are remembered.
 
 A k-mer survives substitutions at identity p with probability p ** k: with k = 5, a quarter of them at 76 %.
-Memory: a few hundred bytes for each hash of each record that is remembered, whatever the lengths.
+Memory: about 4 kB for each record that is remembered, whatever its length.
 """
 
 from collections import Counter
@@ -17,26 +17,31 @@ from itertools import pairwise
 import numpy as np
 
 from meristem.data.store import RecordStore
+from meristem.data.store_writer import Progress
 from meristem.data.tokenizer import column_bytes
 from meristem.errors import ConfigError
 
-SKETCH = 64
+SKETCH = 32
 REDUNDANT = 0.8
 POSTINGS = 100
 PIECE_BYTES = 1 << 21
 """Payload bytes whose k-mers are hashed and sorted at once."""
 
+HASH_BITS = np.uint64(40)
+"""Of a k-mer; the other 24 bits of a key are the row within a piece, which is under `PIECE_BYTES` or alone."""
+
 _UPPER = np.arange(256, dtype=np.uint8)
 _UPPER[ord("a") : ord("z") + 1] -= 32
 
 
-def similarity_clusters(store: RecordStore, k: int, threshold: float) -> np.ndarray:
+def similarity_clusters(store: RecordStore, k: int, threshold: float, progress: Progress | None = None) -> np.ndarray:
     """`[N]` cluster of each record, numbered from 0 in order of first records.
 
     Args:
         store: of records whose payloads are text or bytes; letters of both cases are alike.
         k: length of a k-mer in bytes: 5 for proteins, 15 or more for DNA.
         threshold: share of the sketch that joins two records, in (0, 1].
+        progress: called with records done and records in all, now and then.
 
     Raises:
         ConfigError: `k` or `threshold` is out of range.
@@ -46,7 +51,7 @@ def similarity_clusters(store: RecordStore, k: int, threshold: float) -> np.ndar
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold must be in (0, 1]; got {threshold}")
     parents = np.arange(len(store))
-    postings: dict[int, list[int]] = {}
+    postings: dict[int, int | list[int]] = {}  # most hashes have one record: a list each would double the memory
 
     def root(i: int) -> int:
         while parents[i] != i:
@@ -55,20 +60,30 @@ def similarity_clusters(store: RecordStore, k: int, threshold: float) -> np.ndar
         return i
 
     for row, sketch in enumerate(_sketches(store, k)):
-        shared = Counter[int]()
+        met: list[int] = []
         for value in sketch:
-            shared.update(postings.get(value, ()))
-        is_new = True
+            known = postings.get(value)
+            if isinstance(known, list):
+                met += known
+            elif known is not None:
+                met.append(known)
+        shared = Counter(met)
+        is_new, least = True, threshold * len(sketch)
         for other, count in shared.items():
-            if count >= threshold * len(sketch):
+            if count >= least:
                 one, two = root(other), root(row)
                 parents[max(one, two)] = min(one, two)
                 is_new &= count < REDUNDANT * len(sketch)
         if is_new:
             for value in sketch:
-                known = postings.setdefault(value, [])
-                if len(known) < POSTINGS:
-                    known.append(row)
+                known = postings.setdefault(value, row)
+                if isinstance(known, list):
+                    if len(known) < POSTINGS:
+                        known.append(row)
+                elif known != row:
+                    postings[value] = [known, row]
+        if progress is not None and (row % 1000 == 999 or row == len(store) - 1):
+            progress(row + 1, len(store))
     roots = np.array([root(i) for i in range(len(store))], np.int64)
     return np.unique(roots, return_inverse=True)[1]
 
@@ -80,47 +95,42 @@ def _sketches(store: RecordStore, k: int) -> Iterator[list[int]]:
         text, bounds = column_bytes(chunk)
         first = 0
         while first < len(chunk):
-            # as many whole payloads as fit, at least one
+            # as many whole payloads as fit, at least one, and no more than a key can number
             last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + PIECE_BYTES, side="right")) - 1)
+            last = min(last, first + PIECE_BYTES)
             yield from _sketch(text[bounds[first] : bounds[last]], bounds[first : last + 1] - bounds[first], k)
             first = last
 
 
 def _sketch(text: np.ndarray, bounds: np.ndarray, k: int) -> Iterator[list[int]]:
-    rows, hashes = np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    keys = np.zeros(0, np.uint64)  # row and hash in one number: one fast sort
     for start in range(0, max(1, len(text) - k + 1), PIECE_BYTES):  # more than one for a long payload alone
         piece = _UPPER[text[start : start + PIECE_BYTES + k - 1]]
         begins = start + np.arange(len(piece) - k + 1)
         row = np.searchsorted(bounds, begins, side="right") - 1
         is_whole = begins + k <= bounds[row + 1]
-        rows = np.concatenate([rows, row[is_whole]])
-        hashes = np.concatenate([hashes, _hash_kmers(piece, k)[is_whole]])
-        rows, hashes = _bottom(rows, hashes)
-    edges = np.searchsorted(rows, np.arange(len(bounds)))
-    for i, (start, stop) in enumerate(pairwise(edges.tolist())):
+        found = (row.astype(np.uint64) << HASH_BITS) | _hash_kmers(piece, k)
+        keys = np.sort(np.concatenate([keys, found[is_whole]]))  # np.unique is 60 times as slow here
+        keys = keys[np.append(True, keys[1:] != keys[:-1])[: len(keys)]]
+        first_of_row = np.searchsorted(keys, np.arange(len(bounds), dtype=np.uint64) << HASH_BITS)
+        counts = np.diff(first_of_row)
+        rank = np.arange(len(keys)) - np.repeat(first_of_row[:-1], counts)
+        keys = keys[rank < SKETCH]
+    edges = np.concatenate([[0], np.cumsum(np.minimum(counts, SKETCH))]).tolist()
+    hashes = keys & ((np.uint64(1) << HASH_BITS) - np.uint64(1))
+    for i, (start, stop) in enumerate(pairwise(edges)):
         if start < stop:
             yield hashes[start:stop].tolist()
         else:  # shorter than k; the sign keeps it apart from hashes of k-mers
             yield [-1 - int.from_bytes(_UPPER[text[bounds[i] : bounds[i + 1]]].tobytes(), "little")]
 
 
-def _bottom(rows: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The `SKETCH` smallest distinct hashes of each row, by row and size."""
-    order = np.lexsort([hashes, rows])
-    rows, hashes = rows[order], hashes[order]
-    is_first = np.ones(len(rows), bool)
-    is_first[1:] = (rows[1:] != rows[:-1]) | (hashes[1:] != hashes[:-1])
-    rows, hashes = rows[is_first], hashes[is_first]
-    rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    return rows[rank < SKETCH], hashes[rank < SKETCH]
-
-
 def _hash_kmers(text: np.ndarray, k: int) -> np.ndarray:
-    """A 64-bit hash of each k-mer: a polynomial, then the mixing steps of SplitMix64 (Steele et al. 2014)."""
+    """A hash of `HASH_BITS` of each k-mer: a polynomial, then the mixing steps of SplitMix64 (Steele et al. 2014)."""
     count = max(0, len(text) - k + 1)
     hashes = np.zeros(count, np.uint64)
     for j in range(k):
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + text[j : j + count]
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return hashes ^ (hashes >> np.uint64(31))
+    return (hashes ^ (hashes >> np.uint64(31))) >> (np.uint64(64) - HASH_BITS)

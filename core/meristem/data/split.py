@@ -9,6 +9,7 @@ from meristem.data.order import record_rng
 from meristem.data.records import SPLIT
 from meristem.data.similarity import similarity_clusters
 from meristem.data.store import RecordStore
+from meristem.data.store_writer import Progress
 from meristem.errors import ConfigError, DataError
 
 PART_NAMES = {
@@ -45,7 +46,12 @@ def split_by_hash(store: RecordStore, fractions: Mapping[str, float], seed: int)
 
 
 def split_by_similarity(
-    store: RecordStore, fractions: Mapping[str, float], seed: int, k: int = 5, threshold: float = 0.25
+    store: RecordStore,
+    fractions: Mapping[str, float],
+    seed: int,
+    k: int = 5,
+    threshold: float = 0.25,
+    progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:
     """Keep records that share many k-mers together: whole clusters go to one part.
 
@@ -55,6 +61,7 @@ def split_by_similarity(
         seed: decides which cluster goes where.
         k: length of a k-mer, as in `similarity_clusters`.
         threshold: share of the k-mers that joins two records, as in `similarity_clusters`.
+        progress: called with records done and records in all, now and then.
 
     Returns:
         Rows of each part, ascending.
@@ -64,7 +71,7 @@ def split_by_similarity(
         DataError: a part would be empty.
     """
     shares = _checked(fractions)
-    clusters = similarity_clusters(store, k, threshold)
+    clusters = similarity_clusters(store, k, threshold, progress)
     sizes = np.bincount(clusters)
     wanted = shares * len(store)
     missing = wanted.copy()
