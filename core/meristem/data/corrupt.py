@@ -61,7 +61,7 @@ def mask_tokens(
     ids[chosen[fate < mask_frac]] = mask_id
     replaced = chosen[(fate >= mask_frac) & (fate < mask_frac + random_frac)]
     if len(replaced):
-        ids[replaced] = rng.choice(random_ids, len(replaced))
+        ids[replaced] = random_ids[rng.integers(0, len(random_ids), len(replaced))]
     return ids, targets
 
 

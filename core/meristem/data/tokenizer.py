@@ -56,9 +56,11 @@ class Tokenizer(ABC):
         """
         ids = column.ids[column.offsets[row] : column.offsets[row + 1]].astype(np.int64)
         before, behind = self.num_special
-        places = np.arange(len(ids))
-        spans = np.stack([places, places + 1], axis=1) - before
-        return Tokens(positions=places[:, None], ids=ids, spans=np.clip(spans, 0, len(ids) - before - behind))
+        # of a token at place i, spans run from i to i + 1, but for the special ones at the ends
+        spans = np.arange(-before, len(ids) - before)[:, None] + np.array([0, 1])
+        spans[:before] = 0
+        spans[len(ids) - behind :] = len(ids) - before - behind
+        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans)
 
     @abstractmethod
     def decode(self, tokens: Tokens) -> Any:
