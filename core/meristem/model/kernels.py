@@ -34,6 +34,15 @@ except ImportError:
     VARLEN_ARGUMENTS = frozenset()
 
 
+CPU_MIN_QUERIES = 33
+"""Queries that a sequence is given at least when vectors are made on a CPU; the spare ones are not read.
+
+SDPA cuts queries into blocks of 32 and gives each thread a buffer whose size, for fewer queries, depends on their
+number: then the second thread's buffer is not aligned, the products in it round otherwise, and a vector depends on
+which thread its sequence falls to (seen at head widths 6, 8 and 10 and odd lengths below 32). One block alone
+runs outside of the threads and rounds otherwise as well; 33 queries are two."""
+
+
 def attend(
     q_THE: Float[Tensor, "T H E"],
     k_UKE: Float[Tensor, "U K E"],
@@ -118,8 +127,11 @@ def _attend_grouped(
         if isinstance(pattern, Causal) and q_length != kv_length:
             i = torch.arange(kv_length - q_length, kv_length, device=q.device)[:, None]
             mask = visible(pattern, i, torch.arange(kv_length, device=q.device)[None, :])
+        q_GHmE = q.view(count, q_length, num_heads, head_width).transpose(1, 2)
+        if q_length < CPU_MIN_QUERIES and mask is None and q.is_cpu and not torch.is_grad_enabled():
+            q_GHmE = F.pad(q_GHmE, (0, 0, 0, CPU_MIN_QUERIES - q_length))
         o_GHmE = F.scaled_dot_product_attention(
-            q.view(count, q_length, num_heads, head_width).transpose(1, 2),
+            q_GHmE,
             k.view(count, kv_length, num_kv_heads, head_width).transpose(1, 2),
             v.view(count, kv_length, num_kv_heads, head_width).transpose(1, 2),
             attn_mask=mask,
@@ -128,7 +140,7 @@ def _attend_grouped(
             is_causal=isinstance(pattern, Causal) and mask is None,
             enable_gqa=num_heads != num_kv_heads,
         )
-        outputs.append(o_GHmE.transpose(1, 2).reshape(-1, num_heads, head_width))
+        outputs.append(o_GHmE[:, :, :q_length].transpose(1, 2).reshape(-1, num_heads, head_width))
     o_THE = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if plan.q_order is None:
         return o_THE
