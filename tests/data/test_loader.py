@@ -87,7 +87,7 @@ def test_workers_change_nothing(store, num_workers):
     assert [bits(batch) for batch in take(train(store, num_workers=num_workers), 22)] == expected
     expected = [bits(batch) for batch in evaluation(store)]
     loader = evaluation(store, num_workers=num_workers)
-    for _ in range(2):  # the workers stay between passes
+    for _ in range(2):
         assert [bits(batch) for batch in loader] == expected
 
 

@@ -157,7 +157,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[PackedBatch]:
         steps = _Steps(self.maker, self.stream, self.rank, self.world_size, self.start_step())
-        for packs in _InWorkers(steps, self.num_workers, keep_workers=False):
+        for packs in _InWorkers(steps, self.num_workers):
             yield from packs
 
 
@@ -197,9 +197,7 @@ class EvalLoader:
         self.maker = PackMaker(store, np.asarray(rows), tokenizer, objective, seed, max_tokens_per_record)
         self.plan = plan_in_order(self.maker.lengths(), tokens_per_pack)
         self.rank, self.world_size = rank, world_size
-        self._packs = _InWorkers(
-            _Packs(self.maker, self.plan, rank, world_size), num_workers, keep_workers=num_workers > 0
-        )
+        self._packs = _InWorkers(_Packs(self.maker, self.plan, rank, world_size), num_workers)
 
     @property
     def num_cropped(self) -> int:
@@ -269,14 +267,14 @@ class _Carried(IterableDataset):
 class _InWorkers:
     """Iterates over a data set in worker processes. The global generators of torch stay untouched."""
 
-    def __init__(self, dataset: IterableDataset, num_workers: int, keep_workers: bool):
+    def __init__(self, dataset: IterableDataset, num_workers: int):
         self.loader = DataLoader(
             _Carried(dataset),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=num_workers,
             prefetch_factor=PREFETCH_STEPS if num_workers else None,
-            persistent_workers=keep_workers,
+            # not persistent: torch 2.15 waits 5 s for each worker that is done when a loader is given up
             generator=torch.Generator(),
         )
 
