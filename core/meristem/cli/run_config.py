@@ -28,6 +28,8 @@ from meristem.train.watch import Watch
 
 ARCHITECTURE = "model.architecture"
 
+TOP_KEYS = "model, data, trainer, watch, run_dir, seed"
+
 OBJECTIVES = (Masked, Supervised)
 """The core's own; jsonargparse knows a class by its short name once it is imported."""
 
@@ -182,7 +184,7 @@ class RunConfig:
             key = differing[0]
             more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
             raise ConfigError(
-                f"{path.parent} was started with another config: {key} was {old.get(key)!r}, is {new.get(key)!r}{more}; "
+                f"{path.parent} was started otherwise: {key} was {old.get(key)!r}, is {new.get(key)!r}{more}; "
                 f"to go on with it: meristem fit --config {path}; to start anew: --run_dir ANOTHER"
             )
 
@@ -355,16 +357,14 @@ def _explain(text: str, read: ReadConfig) -> str:
     if unknown := re.search(r"Option '([^']+)' is not accepted", text):
         option = unknown.group(1)
         place = read.place(_nested(key, option, read))
-        takes = _parameters_of(class_path) if class_path else "model, data, trainer, watch, run_dir, seed"
+        takes = _parameters_of(class_path) if class_path else TOP_KEYS
         return f"{place}{option} is no key{f' of {key}' if key else ''}; it takes {takes}"
     if missing := re.search(r"required: (.+)", text):
         return f"{missing.group(1)} must be set (--{missing.group(1).split(',')[0]} VALUE, or in the config)"
     if unknown := re.search(r"unrecognized arguments: (.+)", text):
         option = unknown.group(1).split()[0].removeprefix("--").partition("=")[0]
         group = option.partition(".")[0]
-        takes = (
-            f"{group} takes {_keys_of(group)}" if "." in option else "model, data, trainer, watch, run_dir, seed are"
-        )
+        takes = f"{group} takes {_keys_of(group)}" if "." in option else f"keys are {TOP_KEYS}"
         return f"--{option} is no key; {takes}"
     place = read.place(_nested(key, "", read))
     if "Expected a dot import path string" in text:

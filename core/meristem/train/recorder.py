@@ -134,7 +134,7 @@ class Recorder(L.Callback):
                 self._write(trainer, row)
 
     def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.state.fn == "fit":
+        if trainer.state.fn != "fit":
             return
         assert isinstance(task, Task)
         values = evaluation_values(task)
@@ -179,7 +179,8 @@ def _check_finite(step: int, result: StepResult, grad_norm: float) -> None:
         return
     raise NotFinite(
         f"step {step}: {what}; the last good checkpoint is kept; try a lower model.optimizer.lr, more "
-        "model.optimizer.warmup_steps, a lower trainer.gradient_clip_val or trainer.precision 32-true, in a new --run_dir"
+        "model.optimizer.warmup_steps, a lower trainer.gradient_clip_val or trainer.precision 32-true, and another "
+        "--run_dir"
     )
 
 

@@ -1,5 +1,6 @@
 """Runs a task: starts it, or goes on where it stopped, and evaluates what it left."""
 
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -41,11 +42,11 @@ def fit(
     callbacks = [greeter, recorder]
     if trainer_options.get("enable_progress_bar") is not False:
         callbacks.append(TrainingProgress(recorder))
-    trainer = build_trainer(trainer_options, [*callbacks, keeper], run, watch)
-    if trainer.max_steps < 1:
-        raise ConfigError(f"trainer.max_steps must be 1 or more; got {trainer.max_steps}")
+    if trainer_options["max_steps"] < 1:
+        raise ConfigError(f"trainer.max_steps must be 1 or more; got {trainer_options['max_steps']}")
     try:
         with _fewer_warnings():
+            trainer = build_trainer(trainer_options, [*callbacks, keeper], run, watch)
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             keeper.finish(trainer, task)
     finally:
@@ -58,10 +59,9 @@ def evaluate(task: Task, data: DataModule, part: str, trainer_options: dict[str,
     Args:
         part: `validation` or `test`.
     """
-    trainer = build_trainer({**trainer_options, "logger": False, "max_steps": 1}, [], None, Watch())
     caught = _Caught()
-    trainer.callbacks.append(caught)
     with _fewer_warnings():
+        trainer = build_trainer({**trainer_options, "logger": False, "max_steps": 1}, [caught], None, Watch())
         run = trainer.test if part == "test" else trainer.validate
         run(task, datamodule=data, verbose=False)
     return caught.values
@@ -142,8 +142,6 @@ class _fewer_warnings:
     """Lightning's advice on data loaders is about loaders that are not ours."""
 
     def __enter__(self) -> None:
-        import logging
-
         self._catch = warnings.catch_warnings()
         self._catch.__enter__()
         disable_possible_user_warnings()

@@ -216,8 +216,7 @@ class Task(L.LightningModule):
 
     def metric_values(self) -> dict[str, float]:
         """Metrics of the part just evaluated, by name."""
-        values = {name: float(metric.compute()) for name, metric in self._metrics.items() if metric.update_called}
-        return values
+        return {name: float(metric.compute()) for name, metric in self._metrics.items() if metric.update_called}
 
     def metric_names(self) -> list[str]:
         """All that an evaluation reports beside the loss."""
