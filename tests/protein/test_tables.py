@@ -239,3 +239,17 @@ def test_real_tables_are_read_as_the_csv_module_reads_them(
         assert str(column.type) == kind
         to = {"double": float, "int64": int, "string": str}[kind]
         assert column.to_pylist() == [to(row[label]) if row[label] else None for row in rows]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are listed on Linux only")
+@pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "x.fa"])
+def test_a_reader_that_is_left_early_closes_its_file(tmp_path: Path, name: str) -> None:
+    rows = "".join(f">r{i}\n{'MKV' * 40}\n" if name == "x.fa" else f"r{i},{'MKV' * 40}\n" for i in range(40_000))
+    data = (rows if name == "x.fa" else f"id,seq\n{rows}").encode()
+    path = write(tmp_path / name, gzip.compress(data, 1) if name.endswith("gz") else data)
+    for _ in range(5):
+        batches = read(Source(str(path)), ReadOptions(batch_bytes=1 << 20))
+        assert next(batches).num_rows > 1000
+        batches.close()  # type: ignore[attr-defined]
+    open_files = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert path not in open_files
