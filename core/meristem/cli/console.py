@@ -25,7 +25,7 @@ class progress:
     def __init__(self, total: int | None, unit: str, title: str = "", stream: TextIO | None = None):
         self._total, self._unit, self._title = total, unit, title or unit
         self._stream = stream or sys.stderr
-        self._done, self._skipped = 0, 0
+        self._done, self._skipped, self._note = 0, 0, ""
         self._bar: Any = None
         self._task: Any = None
         self._began = self._last_line = time.monotonic()
@@ -36,11 +36,16 @@ class progress:
             self._start_bar()
         return self
 
-    def advance(self, count: int = 1) -> None:
-        """Say that `count` more units are done."""
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Say that `count` more units are done.
+
+        Args:
+            note: another figure, shown beside the rate until the next one.
+        """
         self._done += count
+        self._note = note or self._note
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, rate=_rate(self._speed(), self._unit))
+            self._bar.update(self._task, completed=self._done, rate=self._rates())
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._print_line()
 
@@ -59,6 +64,10 @@ class progress:
 
     def _speed(self) -> float:
         return (self._done - self._skipped) / max(time.monotonic() - self._began, 1e-6)
+
+    def _rates(self) -> str:
+        rate = _rate(self._speed(), self._unit)
+        return f"{rate}, {self._note}" if self._note else rate
 
     def _start_bar(self) -> None:
         from rich.console import Console
@@ -83,7 +92,7 @@ class progress:
             line += f" of {self._total:,} {self._unit} ({self._done / max(self._total, 1):.0%})"
         else:
             line += f" {self._unit}"
-        line += f", {_rate(speed, self._unit)}"
+        line += f", {self._rates()}"
         if self._total is not None and speed > 0 and self._done < self._total:
             line += f", {_duration((self._total - self._done) / speed)} left"
         print(line, file=self._stream, flush=True)

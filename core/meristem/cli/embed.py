@@ -1,0 +1,117 @@
+"""`meristem embed MODEL INPUT... --output OUT`: one vector a record, or one a token, in input order."""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to embed, with what, how, and where to."""
+    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or a Hugging Face directory")
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="files of records; - for standard input")
+    parser.add_argument(
+        "--output", required=True, help="directory; a run that was stopped there goes on where it was stopped"
+    )
+    parser.add_argument(
+        "--format",
+        default="parquet",
+        choices=["parquet", "h5", "npz"],
+        help="part-*.parquet alone, or embeddings.h5 (as biotrainer reads it) or embeddings.npz beside them",
+    )
+    parser.add_argument(
+        "--pool",
+        choices=["mean", "cls", "max", "none"],
+        help="how tokens become one vector, none for one a token; the model's own by default, else mean",
+    )
+    parser.add_argument(
+        "--layer",
+        type=int,
+        default=-1,
+        help="layer whose vectors are wanted: 0 is the embedding, -1 (default) the last",
+    )
+    parser.add_argument("--tokens-per-batch", type=int, help="tokens run at once; 8192 on a CPU, 65536 on a GPU")
+    parser.add_argument(
+        "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    parser.add_argument("--devices", type=int, default=1, help="GPUs (processes on a CPU) that share the work")
+    parser.add_argument("--domain", default="", help="domain that reads the inputs; the model's own by default")
+    parser.add_argument(
+        "--on-error",
+        default="refuse",
+        choices=["refuse", "skip"],
+        help="a record that cannot be used: refuse everything, or skip it and name it in manifest.json",
+    )
+    parser.add_argument("--sequence-column", default="", help="column of a table that holds the sequences")
+    parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embed, and say what came of it."""
+    from meristem.data.records import ReadOptions
+    from meristem.embedding.run import EmbedOptions, embed_files
+
+    options = EmbedOptions(
+        pool=args.pool,
+        layer=args.layer,
+        format=args.format,
+        tokens_per_batch=args.tokens_per_batch,
+        precision=args.precision,
+        devices=args.devices,
+        domain=args.domain,
+        is_skipping=args.on_error == "skip",
+        read=ReadOptions(payload_column=args.sequence_column, id_column=args.id_column),
+    )
+    with ProgressReport("embed") as report:
+        manifest = embed_files(args.model, args.inputs, args.output, options, report)
+    print_summary(manifest)
+    file = f"/{manifest['file']}" if "file" in manifest else ""
+    per = "one a token" if manifest["options"]["pool"] == "none" else "one a record"
+    print(f"{manifest['vectors']:,} vectors of {manifest['width']} ({per}) in {args.output}{file}")
+    return 0
+
+
+def print_summary(manifest: dict[str, Any]) -> None:
+    """What was replaced, cut into windows or refused: nothing happens in silence."""
+    if manifest["replaced"]:
+        listed = ", ".join(f"{what} {count:,}" for what, count in manifest["replaced"].items())
+        print(f"replaced: {listed}")
+    if manifest["windowed"]["records"]:
+        print(f"longer than the model's positions, averaged over windows: {manifest['windowed']['records']:,} records")
+    refused = manifest["refused"]
+    for refusal in refused["records"][:5]:
+        print(f"refused {refusal['file']}:{refusal['line']}: {refusal['reason']}", file=sys.stderr)
+    if refused["count"]:
+        print(f"refused: {refused['count']:,} records (named in the manifest)")
+
+
+class ProgressReport:
+    """Shows progress in tokens, which is what work goes by, with records beside it."""
+
+    def __init__(self, title: str):
+        self._title = title
+        self._bar: Any = None
+        self._records, self._began = 0, time.monotonic()
+
+    def __enter__(self) -> "ProgressReport":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(*error)
+
+    def found(self, records: int | None, tokens: int | None) -> None:
+        from meristem.cli.console import progress
+
+        if records is not None:
+            print(f"{records:,} records, {tokens:,} tokens", file=sys.stderr)
+        self._bar = progress(tokens, "tokens", title=self._title).__enter__()
+        self._began = time.monotonic()
+
+    def skipped(self, records: int, tokens: int) -> None:
+        self._bar.skip(tokens)
+
+    def advance(self, records: int, tokens: int) -> None:
+        self._records += records
+        rate = self._records / max(time.monotonic() - self._began, 1e-6)
+        self._bar.advance(tokens, note=f"{rate:,.0f} records/s" if rate >= 10 else f"{rate:.2g} records/s")

@@ -1,0 +1,1 @@
+"""From files of records to files of vectors: streamed, resumable, in input order, with a loop of its own."""

@@ -1,0 +1,186 @@
+"""Inputs as a stream of chunks, the unit of work and of what is written.
+
+Where a chunk ends depends on the records before it and on the constants here alone: not on budgets, devices or
+how a file is read. So a run that was killed finds the same chunks again.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from meristem.data.records import SCHEMA, ReadOptions, Refusal, Source
+from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
+from meristem.domain import Domain
+from meristem.errors import DataError
+from meristem.types import TokenColumn
+
+CHUNK_RECORDS = 1024
+"""Records of a chunk at most: what a killed run computes again."""
+
+CHUNK_SYMBOLS = 1 << 17
+"""Payload symbols of a chunk at most, but for a single longer record."""
+
+MAX_NAMED_REFUSALS = 10_000
+"""Refused records that are kept by name; the rest are counted, since memory must stay flat."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Records that are worked on together.
+
+    Attributes:
+        index: from 0.
+        ids: names of the records.
+        column: their tokens.
+        where: `file:line` of each.
+        digest: of all records up to the last of this chunk.
+    """
+
+    index: int
+    ids: pa.Array
+    column: TokenColumn
+    where: pa.Array
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def name(self, row: int) -> str:
+        """A record as messages call it."""
+        return f"{self.where[row].as_py()}: record {self.ids[row].as_py()!r}"
+
+
+class ChunkReader:
+    """Reads inputs once, in order, as chunks; counts as it goes.
+
+    Args:
+        domain: reads the inputs.
+        tokenizer: of the model.
+        inputs: read one after another.
+        options: how to read; its `on_error` is replaced.
+        is_skipping: refused records are counted and left out; else they are errors.
+        max_symbols: payload symbols of a chunk at most.
+
+    Attributes:
+        num_records: read so far, refused ones left out.
+        num_symbols: payload tokens of these.
+        replaced: symbols that the tokenizer replaced, by `"old>new"`.
+        refused: the first refused records.
+        num_refused: how many were refused.
+        per_input: records read from each input, in their order.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        tokenizer: Tokenizer,
+        inputs: Sequence[str],
+        options: ReadOptions,
+        is_skipping: bool = False,
+        max_symbols: int = CHUNK_SYMBOLS,
+    ):
+        self._domain, self._tokenizer, self._max_symbols = domain, tokenizer, max_symbols
+        self._inputs, self._is_skipping = tuple(inputs), is_skipping
+        self._options = replace(options, on_error=self._refuse if is_skipping else None)
+        self._digest = _Digest()
+        self.num_records = self.num_symbols = self.num_refused = 0
+        self.replaced: Counter[str] = Counter()
+        self.refused: list[Refusal] = []
+        self.per_input = [0] * len(self._inputs)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Read all inputs.
+
+        Raises:
+            DataError: an input or a record that cannot be used, or no record at all.
+        """
+        for index, table in enumerate(self._cut()):
+            self._digest.add(table)
+            digest = self._digest.value()
+            table, column = self._encode(table)
+            self.num_records += table.num_rows
+            self.num_symbols += int(column.lengths.sum()) - len(column) * sum(self._tokenizer.num_special)
+            self.replaced.update(column.replaced)
+            where = [f"{file}:{line}" for file, line in zip(table["file"].to_pylist(), table["line"].to_pylist())]
+            yield Chunk(index, table["id"], column, pa.array(where, pa.string()), digest)
+        if not self.num_records:
+            refused = f": all {self.num_refused} were refused, {self.refused[0]}" if self.num_refused else ""
+            raise DataError(f"{', '.join(Source(name).name for name in self._inputs)}: no record to work on{refused}")
+
+    @property
+    def digest(self) -> str:
+        """Of all records read so far."""
+        return self._digest.value()
+
+    def _cut(self) -> Iterator[pa.RecordBatch]:
+        held: list[pa.RecordBatch] = []
+        num_records = num_symbols = 0
+        for batch in self._batches():
+            ends = np.cumsum(np.diff(column_bytes(batch.column("payload"))[1]))
+            at = 0
+            while at < batch.num_rows:
+                used = int(ends[at - 1]) if at else 0
+                room = used + self._max_symbols - num_symbols
+                stop = min(int(np.searchsorted(ends, room, side="right")), at + CHUNK_RECORDS - num_records)
+                if stop <= at and not held:
+                    stop = at + 1
+                if stop > at:
+                    held.append(batch.slice(at, stop - at))
+                    num_records, num_symbols = num_records + stop - at, num_symbols + int(ends[stop - 1]) - used
+                    at = stop
+                if at < batch.num_rows or num_records == CHUNK_RECORDS:
+                    yield pa.concat_batches(held)
+                    held, num_records, num_symbols = [], 0, 0
+        if held:
+            yield pa.concat_batches(held)
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        for number, name in enumerate(self._inputs):
+            for batch in self._domain.read(Source(name), self._options):
+                self.per_input[number] += batch.num_rows
+                columns = [batch.column(field.name) for field in SCHEMA]
+                columns[2] = columns[2].cast(pa.string())  # dictionaries of two files do not go together
+                yield pa.RecordBatch.from_arrays(columns, names=SCHEMA.names)
+
+    def _encode(self, table: pa.RecordBatch) -> tuple[pa.RecordBatch, TokenColumn]:
+        while True:
+            try:
+                return table, self._tokenizer.encode_column(table["payload"])
+            except RefusedSymbol as error:
+                row = error.row
+                refusal = Refusal(
+                    table["file"][row].as_py(), table["line"][row].as_py(), table["id"][row].as_py(), str(error)
+                )
+                if not self._is_skipping:
+                    raise DataError(f"{refusal.file}:{refusal.line}: record {refusal.id!r}: {error}") from error
+                self._refuse(refusal)
+                keep = np.arange(table.num_rows) != row
+                table = table.filter(pa.array(keep))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self.num_refused += 1
+        if len(self.refused) < MAX_NAMED_REFUSALS:
+            self.refused.append(refusal)
+
+
+class _Digest:
+    """Of a stream of records, however it is cut into batches."""
+
+    def __init__(self) -> None:
+        self._parts = [hashlib.blake2b(digest_size=16) for _ in range(3)]
+
+    def add(self, table: pa.RecordBatch) -> None:
+        texts = [column_bytes(table[name]) for name in ("id", "payload")]
+        for digest, (text, _) in zip(self._parts, texts):
+            digest.update(np.ascontiguousarray(text))
+        self._parts[2].update(np.stack([np.diff(bounds) for _, bounds in texts], axis=1).tobytes())
+
+    def value(self) -> str:
+        whole = hashlib.blake2b(digest_size=16)
+        for digest in self._parts:
+            whole.update(digest.digest())
+        return whole.hexdigest()

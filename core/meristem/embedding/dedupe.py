@@ -1,0 +1,66 @@
+"""Equal sequences are computed once, within a bounded window."""
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from meristem.types import TokenColumn
+
+WINDOW_SEQUENCES = 1 << 18
+"""Distinct sequences that are remembered: about 60 MB, whatever the size of the input."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the vector of each record of a chunk comes from.
+
+    Attributes:
+        parts: `[N]` part that holds it.
+        rows: `[N]` its row there.
+        new_rows: rows of the chunk that have to be computed, first occurrences in order.
+    """
+
+    parts: np.ndarray
+    rows: np.ndarray
+    new_rows: np.ndarray
+
+
+class Seen:
+    """Remembers where the vector of a sequence was first written.
+
+    Args:
+        window: distinct sequences that are remembered; the oldest are forgotten first.
+        is_across_parts: whether vectors of earlier parts are used again.
+    """
+
+    def __init__(self, window: int = WINDOW_SEQUENCES, is_across_parts: bool = True):
+        self._places: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
+        self._window, self._is_across_parts = window, is_across_parts
+
+    def look_up(self, part: int, column: TokenColumn) -> Sources:
+        """Look up the sequences of chunk `part` and remember the new ones."""
+        if not self._is_across_parts:
+            self._places.clear()
+        parts, rows = np.empty(len(column), np.int64), np.empty(len(column), np.int64)
+        data, offsets, width = column.ids.tobytes(), column.offsets.tolist(), column.ids.itemsize
+        for row in range(len(column)):
+            # 128 bits: no two sequences will ever share them
+            text = data[offsets[row] * width : offsets[row + 1] * width]
+            place = self._places.setdefault(hashlib.blake2b(text, digest_size=16).digest(), (part, row))
+            parts[row], rows[row] = place
+            if len(self._places) > self._window:
+                self._places.popitem(last=False)
+        is_new = (parts == part) & (rows == np.arange(len(column)))
+        return Sources(parts, rows, np.flatnonzero(is_new))
+
+
+def take(column: TokenColumn, rows: np.ndarray) -> TokenColumn:
+    """Those rows of a column."""
+    if len(rows) == len(column):
+        return column
+    lengths = column.lengths[rows]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    index = np.repeat(column.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return TokenColumn(ids=column.ids[index], offsets=offsets)

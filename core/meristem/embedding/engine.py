@@ -1,0 +1,187 @@
+"""From token columns to vectors; knows no file.
+
+Sequences are packed shortest first up to a budget, run, and put back in order. On a CPU in fp32 a vector is the
+same bit for bit whatever it is packed with: linear layers, norms and attention treat each row or sequence alone
+(packs have `MIN_ROWS` rows or more, see `meristem.types`), and pooling reduces each sequence on its own.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from meristem.data.order import plan_in_order
+from meristem.data.pack import pack_column
+from meristem.embedding.windows import WindowMean, cut
+from meristem.errors import ConfigError, DataError
+from meristem.model.config import Max, Mean, Pool, Prefix
+from meristem.model.model import Model
+from meristem.model.pool import pool_rows
+from meristem.shapes import Float, Tensor
+from meristem.types import Layout, TokenColumn
+
+POOLS: dict[str, Pool | None] = {"mean": Mean(), "cls": Prefix(), "max": Max(), "none": None}
+"""Poolings by the name the command line gives them; none is one vector a token."""
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 65536}
+"""Default budget of a pack. A CPU gains nothing from more, since activations leave its cache."""
+
+Advance = Callable[[int, int], None]
+"""Told of records and tokens as they are done."""
+
+
+class NotFinite(DataError):
+    """A vector that is not finite.
+
+    Attributes:
+        row: of the column.
+    """
+
+    def __init__(self, row: int):
+        super().__init__(f"the vector of record {row + 1} is not finite")
+        self.row = row
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Hidden rows of whole sequences.
+
+    Attributes:
+        values: `[T, D]`, spare rows at the end.
+        layout: of the rows.
+        records: row of the column that each sequence is.
+    """
+
+    values: Float[Tensor, "T D"]
+    layout: Layout
+    records: tuple[int, ...]
+
+
+class TrunkRunner:
+    """Runs the trunk over columns, within a token budget.
+
+    Args:
+        model: moved to `device` and `dtype`.
+        num_special: special rows before and behind each payload.
+        layer: whose rows are wanted; counted from the last where negative.
+        tokens_per_batch: tokens that a pack holds at most, but for a single longer sequence; None for a
+            default that suits the device.
+        dtype: of weights and activations.
+        device: to run on.
+
+    Raises:
+        ConfigError: a layer that the model does not have, or a budget below 1.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        num_special: tuple[int, int],
+        layer: int = -1,
+        tokens_per_batch: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.device = torch.device(device)
+        self.model = model.to(device=self.device, dtype=dtype).eval()
+        self.num_special = num_special
+        self.layer = model.trunk.resolve_layer(layer)
+        budget = TOKENS_PER_BATCH.get(self.device.type, 8192) if tokens_per_batch is None else tokens_per_batch
+        if budget < 1:
+            raise ConfigError(f"tokens_per_batch must be at least 1; got {budget}")
+        self.tokens_per_batch = budget
+
+    @torch.inference_mode()
+    def run(self, column: TokenColumn) -> Iterator[Rows]:
+        """Rows of every sequence of the column, in packs, in no particular order.
+
+        A sequence longer than positions allow is run in windows and comes in a pack of its own.
+        """
+        limit = self.model.config.max_length
+        lengths = column.lengths
+        is_long = lengths > limit if limit is not None else np.zeros(len(lengths), bool)
+        short = np.flatnonzero(~is_long)
+        for pack in plan_in_order(lengths[short], self.tokens_per_batch):
+            yield self._run_pack(column, short[pack])
+        for row in np.flatnonzero(is_long):
+            ids = column.ids[column.offsets[row] : column.offsets[row + 1]]
+            yield replace(self._run_windows(ids), records=(int(row),))
+
+    def _run_pack(self, column: TokenColumn, rows: np.ndarray) -> Rows:
+        batch = pack_column(column, rows, rows.tolist()).to(self.device)
+        hidden = self.model.trunk(batch, layers=(self.layer,))
+        return Rows(hidden.layers[self.layer], batch.layout, batch.records)
+
+    def _run_windows(self, ids: np.ndarray) -> Rows:
+        limit = self.model.config.max_length
+        assert limit is not None
+        windows = cut(ids, self.num_special, limit)
+        mean = WindowMean(windows, self.model.config.width, self.device)
+        for pack in plan_in_order(windows.column.lengths, self.tokens_per_batch):
+            rows = self._run_pack(windows.column, pack)
+            for index, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
+                mean.add(index, rows.values[start : start + length])
+        return Rows(mean.rows(), Layout.of([len(ids)], min_rows=0), (0,))
+
+
+class Embedder:
+    """Vectors of the sequences of a column, in its order.
+
+    Args:
+        trunk: runs the model.
+        pool: how the rows of a sequence become one vector; None for one vector a token of the payload.
+
+    Raises:
+        ConfigError: a class row is asked for and there is none.
+    """
+
+    def __init__(self, trunk: TrunkRunner, pool: Pool | None):
+        if isinstance(pool, Prefix) and not trunk.num_special[0]:
+            raise ConfigError(
+                "--pool cls needs a class row before the payload and this model has none; use --pool mean"
+            )
+        self.trunk, self.pool = trunk, pool
+        self.width = trunk.model.config.width
+
+    def num_vectors(self, column: TokenColumn) -> np.ndarray:
+        """`[N]` vectors that each sequence gets."""
+        if self.pool is not None:
+            return np.ones(len(column), np.int64)
+        return column.lengths - sum(self.trunk.num_special)
+
+    @torch.inference_mode()
+    def embed(self, column: TokenColumn, advance: Advance | None = None) -> np.ndarray:
+        """`[N, D]` float32, or `[sum of payload tokens, D]` where there is no pooling.
+
+        Raises:
+            NotFinite: names the first sequence whose vector is not finite.
+        """
+        counts = self.num_vectors(column)
+        ends = np.cumsum(counts)
+        values = np.empty((int(ends[-1]) if len(ends) else 0, self.width), np.float32)
+        before, behind = self.trunk.num_special
+        for rows in self.trunk.run(column):
+            if self.pool is not None:
+                pooled = pool_rows(self.pool, rows.values, rows.layout, self.trunk.num_special)
+                values[list(rows.records)] = pooled.cpu().numpy()
+            else:
+                host = rows.values.float().cpu().numpy()
+                for record, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
+                    place = slice(ends[record] - counts[record], ends[record])
+                    values[place] = host[start + before : start + length - behind]
+            if advance is not None:
+                advance(len(rows.records), rows.layout.num_tokens)
+        self._check_finite(values, ends)
+        return values
+
+    def _check_finite(self, values: np.ndarray, ends: np.ndarray) -> None:
+        # a sum is finite when all its terms are, or nearly always: look closer where it is not
+        with np.errstate(invalid="ignore"):
+            is_finite = np.isfinite(values.sum(dtype=np.float64))
+        if not is_finite:
+            bad = np.flatnonzero(~np.isfinite(values).all(1))
+            if len(bad):
+                raise NotFinite(int(np.searchsorted(ends, bad[0], side="right")))

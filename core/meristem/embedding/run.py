@@ -1,0 +1,410 @@
+"""Embed files: check them, stream them through the engine, leave parts and a manifest.
+
+Three threads share the work: one reads ahead, one computes, one writes behind. Each holds a chunk or two, so memory
+does not grow with the input.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from meristem import __version__
+from meristem.data.records import ReadOptions, Source
+from meristem.domain import load_domain
+from meristem.embedding.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS, Chunk, ChunkReader
+from meristem.embedding.dedupe import Seen, Sources, take
+from meristem.embedding.engine import POOLS, PRECISIONS, NotFinite
+from meristem.embedding.formats import FORMATS, convert
+from meristem.embedding.windows import OVERLAP_FRAC
+from meristem.embedding.workers import EngineOptions, InProcess, Workers
+from meristem.embedding.writer import OutputDirectory, PartWriter, run_id
+from meristem.errors import ConfigError, DataError
+from meristem.model.model import Model
+from meristem.model_directory import hash_weights, load_any
+
+MANIFEST_VERSION = 1
+CHUNK_VALUES = 1 << 24
+"""Numbers that the vectors of a chunk hold about, where each token has one: 64 MB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """How to embed.
+
+    Attributes:
+        pool: mean, cls, max, or none for one vector a token; None for the model's own, and mean where it has none.
+        layer: whose vectors are wanted: 0 is the embedding, -1 the last.
+        format: parquet, or h5 or npz beside it.
+        tokens_per_batch: tokens that are run at once at most; None for what suits the device.
+        precision: fp32, bf16, or auto: bf16 on a GPU and fp32 on a CPU.
+        devices: GPUs (or processes on a CPU) that share the work.
+        domain: reads the inputs; the model's own where empty.
+        is_skipping: refused records are counted and named in the manifest; else they are errors.
+        read: how to read tables.
+    """
+
+    pool: str | None = None
+    layer: int = -1
+    format: str = "parquet"
+    tokens_per_batch: int | None = None
+    precision: str = "auto"
+    devices: int = 1
+    domain: str = ""
+    is_skipping: bool = False
+    read: ReadOptions = field(default_factory=ReadOptions)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("pool", [None, *POOLS]),
+            ("format", [*FORMATS]),
+            ("precision", ["auto", *PRECISIONS]),
+        ):
+            got = getattr(self, name)
+            if got not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(filter(None, allowed))}; got {got!r}")
+        for name in ("devices", "tokens_per_batch"):
+            got = getattr(self, name)
+            if got is not None and got < 1:
+                raise ConfigError(f"{name} must be 1 or more; got {got}")
+
+
+class Report(Protocol):
+    """Is told how the work goes."""
+
+    def found(self, records: int | None, tokens: int | None) -> None:
+        """What there is to do, special rows left out; None where it is not known."""
+
+    def skipped(self, records: int, tokens: int) -> None:
+        """Done by an earlier run."""
+
+    def advance(self, records: int, tokens: int) -> None:
+        """Done now."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def found(self, records: int | None, tokens: int | None) -> None: ...
+
+    def skipped(self, records: int, tokens: int) -> None: ...
+
+    def advance(self, records: int, tokens: int) -> None: ...
+
+
+def embed_files(
+    model: Path | str,
+    inputs: Sequence[str],
+    output: Path | str,
+    options: EmbedOptions | None = None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Embed files into a directory, or go on where that was stopped.
+
+    Args:
+        model: a run directory, a model directory or a foreign one.
+        inputs: files; `-` is standard input.
+        output: new, empty, or of the same run.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ConfigError: options that cannot work, or an output that belongs to another run.
+        DataError: an input that cannot be used; nothing is left behind unless it came from standard input.
+        CheckpointError: a model that cannot be read.
+    """
+    return _Run(Path(model), inputs, Path(output), options or EmbedOptions(), report or Silent()).go()
+
+
+class _Run:
+    def __init__(self, model: Path, inputs: Sequence[str], output: Path, options: EmbedOptions, report: Report):
+        self.model_path, self.inputs, self.options, self.report = model, list(inputs), options, report
+        if output.suffix in (".h5", ".hdf5", ".npz", ".parquet"):
+            raise ConfigError(
+                f"--output must be a directory; got {output}; with --output {output.with_suffix('')} "
+                f"--format {output.suffix[1:]} the file is in it"
+            )
+        if self.inputs.count("-") > 1:
+            raise ConfigError("standard input (-) can be read once; got it twice")
+        self.output = OutputDirectory(output)
+        self.began = time.monotonic()
+        self.num_new = self.num_windowed = self.num_vectors = 0
+
+    def go(self) -> dict[str, Any]:
+        self.output.check_foreign()
+        self.card, model = load_any(self.model_path)
+        self.domain = load_domain(self.options.domain or self.card.domain)
+        self.engine = self._engine_options(model)
+        self.embedder = self.engine.build(model, self.card.tokenizer.num_special)
+        counted = None
+        if "-" not in self.inputs:
+            counted = self._reader()
+            for _ in counted:
+                pass
+        identity = {
+            "model": hash_weights(self.model_path),
+            "input": counted.digest if counted else "<stdin>",
+            "pool": self.engine.pool,
+            "layer": self.engine.layer,
+            "precision": self.engine.precision,
+            "device": self.engine.device,
+            "chunk": [CHUNK_RECORDS, self._max_symbols()],
+        }
+        self.output.check_identity(identity)
+        self.report.found(counted and counted.num_records, counted and counted.num_symbols)
+        workers = self._workers()
+        self.output.claim()
+        try:
+            return self._work(identity, workers)
+        finally:
+            workers.close()
+            self.output.release()
+
+    def _engine_options(self, model: Model) -> EngineOptions:
+        options = self.options
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        pool = options.pool
+        if pool is None:
+            own = self.card.architecture.pool
+            pool = next((name for name, value in POOLS.items() if value is not None and value == own), "mean")
+        precision = options.precision
+        if precision == "auto":
+            precision = "bf16" if device == "cuda" else "fp32"
+        layer = model.trunk.resolve_layer(options.layer)
+        return EngineOptions(pool, layer, precision, device, options.tokens_per_batch)
+
+    def _workers(self) -> "Workers | InProcess":
+        if self.options.devices == 1:
+            return InProcess(self.embedder)
+        return Workers(self.model_path, self.engine, self.options.devices)
+
+    def _max_symbols(self) -> int:
+        """Tokens of a chunk: fewer where each has a vector, so that a chunk of vectors fits in memory."""
+        if self.engine.pool != "none":
+            return CHUNK_SYMBOLS
+        return max(1024, min(CHUNK_SYMBOLS, CHUNK_VALUES // self.embedder.width))
+
+    def _reader(self) -> ChunkReader:
+        return ChunkReader(
+            self.domain,
+            self.card.tokenizer,
+            self.inputs,
+            self.options.read,
+            self.options.is_skipping,
+            self._max_symbols(),
+        )
+
+    def _work(self, identity: dict[str, Any], workers: "Workers | InProcess") -> dict[str, Any]:
+        done = self.output.count_parts()
+        spent = self.output.part_facts(done - 1)["seconds"] if done else 0.0
+        reader = self._reader()
+        run = run_id(identity)
+        manifest = lambda is_complete: self._manifest(identity, reader, is_complete, spent)  # noqa: E731
+        self.output.write_manifest(manifest(False))
+        tokenizer = self.card.tokenizer
+        writer = PartWriter(
+            self.output, run, self.embedder.width, self.engine.pool != "none", tokenizer.vocab, tokenizer.num_special
+        )
+        seen = Seen(is_across_parts=self.engine.pool != "none")
+        behind = _Behind(lambda job: self._write(writer, job, spent), ahead=2 * self.options.devices)
+        try:
+            with _ahead(reader) as chunks:
+                for chunk in chunks:
+                    sources = seen.look_up(chunk.index, chunk.column)
+                    self._count(chunk, sources)
+                    if chunk.index < done:
+                        self._check_part(chunk, run)
+                        self.report.skipped(len(chunk), self._num_symbols(chunk))
+                        continue
+                    column = take(chunk.column, sources.new_rows)
+                    future = workers.submit(column, self._advance)
+                    again = len(chunk) - len(column)
+                    if again:
+                        self.report.advance(again, self._num_symbols(chunk) - self._num_symbols(column))
+                    behind.put(_Job(chunk, sources, future))
+            behind.close()
+        except BaseException:
+            behind.close(is_giving_up=True)
+            self._leave(manifest(False))
+            raise
+        num_parts = self.output.count_parts()
+        if chunk.index + 1 != num_parts:
+            raise DataError(
+                f"--output {self.output.path} has {num_parts} parts and this input makes {chunk.index + 1}; "
+                "it belongs to a longer input: name another directory"
+            )
+        file = convert(self.output.path, self.options.format, reader.num_records, self.num_vectors)
+        values = manifest(True) | ({"file": file} if file else {})
+        self.output.write_manifest(values)
+        return values
+
+    def _leave(self, manifest: dict[str, Any]) -> None:
+        """Leave things so that the run can go on, or nothing where there is nothing to go on from."""
+        try:
+            if manifest["parts"]:
+                self.output.write_manifest(manifest)
+            else:
+                self.output.remove()
+        except (OSError, DataError):  # a full disk: the manifest that is there says incomplete as well
+            pass
+
+    def _num_symbols(self, chunk: Any) -> int:
+        column = chunk.column if isinstance(chunk, Chunk) else chunk
+        return int(column.offsets[-1]) - len(column) * sum(self.card.tokenizer.num_special)
+
+    def _advance(self, records: int, tokens: int) -> None:
+        self.report.advance(records, tokens - records * sum(self.card.tokenizer.num_special))
+
+    def _count(self, chunk: Chunk, sources: Sources) -> None:
+        self.num_new += len(sources.new_rows)
+        self.num_vectors += int(self.embedder.num_vectors(chunk.column).sum())
+        limit = self.card.architecture.max_length
+        if limit is not None:
+            self.num_windowed += int((chunk.column.lengths > limit).sum())
+
+    def _check_part(self, chunk: Chunk, run: str) -> None:
+        facts = self.output.part_facts(chunk.index)
+        if facts.get("run") != run or facts.get("digest") != chunk.digest:
+            raise ConfigError(
+                f"--output {self.output.path} belongs to another input: {self.output.part(chunk.index).name} holds "
+                "other records; name another directory, or remove this one"
+            )
+
+    def _write(self, writer: PartWriter, job: "_Job", spent: float) -> None:
+        try:
+            values = job.values.result()
+        except NotFinite as error:
+            name = job.chunk.name(int(job.sources.new_rows[error.row]))
+            raise DataError(
+                f"{name}: its vector is not finite (layer {self.engine.layer}, {self.engine.precision}); "
+                "the model is damaged, or needs --precision fp32"
+            ) from error
+        writer.write(job.chunk, job.sources, values, spent + time.monotonic() - self.began)
+
+    def _manifest(
+        self, identity: dict[str, Any], reader: ChunkReader, is_complete: bool, spent: float
+    ) -> dict[str, Any]:
+        refused = [asdict(refusal) for refusal in reader.refused]
+        return {
+            "format_version": MANIFEST_VERSION,
+            "complete": is_complete,
+            "run": identity,
+            "model": str(self.model_path),
+            "domain": self.domain.name,
+            "inputs": [
+                {"path": Source(name).name, "records": count} for name, count in zip(self.inputs, reader.per_input)
+            ],
+            "options": {
+                "pool": self.engine.pool,
+                "layer": self.engine.layer,
+                "precision": self.engine.precision,
+                "device": self.engine.device,
+                "devices": self.options.devices,
+                "tokens_per_batch": self.embedder.trunk.tokens_per_batch,
+                "on_error": "skip" if self.options.is_skipping else "refuse",
+                "sequence_column": self.options.read.payload_column,
+                "id_column": self.options.read.id_column,
+            },
+            "width": self.embedder.width,
+            "parts": self.output.count_parts(),
+            "records": reader.num_records,
+            "tokens": reader.num_symbols,
+            "vectors": self.num_vectors,
+            "computed": self.num_new,
+            "windowed": {"records": self.num_windowed, "overlap": OVERLAP_FRAC},
+            "replaced": dict(reader.replaced),
+            "refused": {"count": reader.num_refused, "records": refused},
+            "seconds": round(spent + time.monotonic() - self.began, 3),
+            "versions": {"meristem": __version__, "torch": torch.__version__},
+        }
+
+
+@dataclass(frozen=True)
+class _Job:
+    chunk: Chunk
+    sources: Sources
+    values: "Future[np.ndarray]"
+
+
+class _Behind:
+    """Writes behind, in order, in a thread; what it raises is raised to whoever hands in the next job."""
+
+    def __init__(self, write: Callable[[_Job], None], ahead: int):
+        self._write = write
+        self._error: BaseException | None = None
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(ahead)
+        self._thread = threading.Thread(target=self._loop, name="write")
+        self._thread.start()
+
+    def put(self, job: _Job) -> None:
+        self._jobs.put(job)
+        self._raise()
+
+    def close(self, is_giving_up: bool = False) -> None:
+        """Wait until all is written; after an error of someone else's, that error is what matters."""
+        self._jobs.put(None)
+        self._thread.join()
+        if not is_giving_up:
+            self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _loop(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if self._error is None:
+                try:
+                    self._write(job)
+                except BaseException as error:
+                    self._error = error
+
+
+class _ahead:
+    """Iterates in a thread, one chunk ahead of whoever takes them."""
+
+    def __init__(self, chunks: ChunkReader):
+        self._chunks = chunks
+        self._ready: queue.Queue[Chunk | BaseException | None] = queue.Queue(1)
+        self._is_stopped = threading.Event()
+        # a daemon: standard input may never say another word
+        self._thread = threading.Thread(target=self._loop, name="read", daemon=True)
+
+    def __enter__(self) -> Iterator[Chunk]:
+        self._thread.start()
+        return self._take()
+
+    def __exit__(self, *_: object) -> None:
+        self._is_stopped.set()
+
+    def _take(self) -> Iterator[Chunk]:
+        while (item := self._ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def _loop(self) -> None:
+        try:
+            for chunk in self._chunks:
+                if not self._put(chunk):
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: "Chunk | BaseException | None") -> bool:
+        while not self._is_stopped.is_set():
+            try:
+                self._ready.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,89 @@
+"""Sequences longer than positions allow: overlapping windows, averaged where they overlap.
+
+A window is a stretch of the payload with the special rows around it, as long as positions allow. All windows
+of a sequence are equally long and evenly spread, and neighbours share a quarter of a window or more, so a token
+near the border of one window stands further inside another.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from meristem.errors import ConfigError
+from meristem.shapes import Float, Tensor
+from meristem.types import TokenColumn
+
+OVERLAP_FRAC = 0.25
+"""Share of a window that it has in common with the next one, at least."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of one sequence.
+
+    Attributes:
+        column: one row a window, special rows included.
+        starts: first payload token of each window.
+        width: payload tokens of each window.
+        num_tokens: of the whole sequence, special rows included.
+        num_special: special rows before and behind.
+    """
+
+    column: TokenColumn
+    starts: np.ndarray
+    width: int
+    num_tokens: int
+    num_special: tuple[int, int]
+
+
+def cut(ids: np.ndarray, num_special: tuple[int, int], max_length: int) -> Windows:
+    """Cut a sequence into windows.
+
+    Args:
+        ids: `[n]` symbols, special ones included; more than `max_length`.
+        num_special: special rows before and behind the payload.
+        max_length: tokens that positions allow.
+
+    Raises:
+        ConfigError: positions allow nothing beside the special rows.
+    """
+    before, behind = num_special
+    width = max_length - before - behind
+    if width < 1:
+        raise ConfigError(f"positions must allow more than {before + behind} special rows; got {max_length}")
+    payload = ids[before : len(ids) - behind]
+    step = max(1, width - int(np.ceil(width * OVERLAP_FRAC)))
+    count = 1 + -(-(len(payload) - width) // step)
+    starts = np.round(np.linspace(0, len(payload) - width, count)).astype(np.int64)
+    rows = np.empty((count, max_length), ids.dtype)
+    rows[:, :before], rows[:, max_length - behind :] = ids[:before], ids[len(ids) - behind :]
+    rows[:, before : before + width] = payload[starts[:, None] + np.arange(width)]
+    column = TokenColumn(ids=rows.reshape(-1), offsets=np.arange(count + 1, dtype=np.int64) * max_length)
+    return Windows(column, starts, width, len(ids), num_special)
+
+
+class WindowMean:
+    """Puts the rows of a sequence together from those of its windows, in order, in fp32."""
+
+    def __init__(self, windows: Windows, width: int, device: torch.device):
+        self._windows = windows
+        self._sum_nD = torch.zeros(windows.num_tokens, width, device=device)
+        self._count_n1 = torch.zeros(windows.num_tokens, 1, device=device)
+
+    def add(self, index: int, rows: Float[Tensor, "n D"]) -> None:
+        """Add the rows of window `index`; a special row is averaged over all windows."""
+        before, behind = self._windows.num_special
+        start, width = int(self._windows.starts[index]), self._windows.width
+        num_tokens = self._windows.num_tokens
+        for place, part in (
+            (slice(0, before), rows[:before]),
+            (slice(before + start, before + start + width), rows[before : before + width]),
+            (slice(num_tokens - behind, num_tokens), rows[before + width :]),
+        ):
+            self._sum_nD[place] += part.float()
+            self._count_n1[place] += 1
+
+    def rows(self) -> Float[Tensor, "n D"]:
+        """One row a token of the whole sequence, special rows included."""
+        return self._sum_nD / self._count_n1
