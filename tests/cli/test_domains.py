@@ -108,14 +108,14 @@ def test_the_fixture_of_the_plugin_raises_what_is_broken(check_domain, lab_rna, 
         check_domain(broken(lab_rna, monkeypatch, sample=tmp_path / "absent.fa"))
 
 
-def _lost_record(read):
-    """A reader that gives one record less the second time: order or state leaks between calls."""
+def _lost_record(read, good_reads):
+    """A reader that gives a record less after so many calls: state leaks from one to the next."""
     calls = []
 
     def mutant(source, options):
         calls.append(1)
         for batch in read(source, options):
-            yield batch.slice(len(calls) - 1)
+            yield batch.slice(len(calls) > good_reads)
 
     return mutant
 
@@ -136,7 +136,8 @@ def _truncated_column(self, payloads):
 
 
 MUTANTS = {
-    "a reader that forgets": ("records", lambda d: {"read": _lost_record(d.read)}),
+    "a reader that forgets": ("records", lambda d: {"read": _lost_record(d.read, 1)}),
+    "a reader that forgets later": ("embed", lambda d: {"read": _lost_record(d.read, 2)}),
     "a reader that raises": ("records", lambda d: {"read": lambda source, options: iter([1 / 0])}),
     "a column that differs": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode_column=_truncated_column)}),
     "a decoder that loses the end": (
