@@ -70,17 +70,21 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class TokenColumn:
-    """Many sequences of symbols as two arrays: the fast path from an Arrow column to packs.
+    """Many sequences as a few arrays: the fast path from an Arrow column to packs.
 
     Attributes:
-        ids: `[sum of n]` all symbols end to end, special ones included.
+        ids: `[sum of n]` all symbols end to end, special ones included; -1 where a row is a patch.
         offsets: `[N + 1]` where each sequence begins in `ids`.
         replaced: how many symbols of the payloads were replaced, by `"old>new"`.
+        features: `[sum of n, P]` float32 features of patches; None without patches.
+        positions: `[sum of n, A]` as in `Tokens`; None where they count from 0 in each sequence.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     replaced: Mapping[str, int] = field(default_factory=dict)
+    features: np.ndarray | None = None
+    positions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -89,6 +93,19 @@ class TokenColumn:
     def lengths(self) -> np.ndarray:
         """`[N]` tokens of each sequence."""
         return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> "TokenColumn":
+        """The sequences at `rows`, in that order; what was replaced is not counted anew."""
+        rows = np.asarray(rows)
+        lengths = self.lengths[rows].astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        index = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return TokenColumn(
+            ids=self.ids[index],
+            offsets=offsets,
+            features=None if self.features is None else self.features[index],
+            positions=None if self.positions is None else self.positions[index],
+        )
 
 
 @dataclass(frozen=True)

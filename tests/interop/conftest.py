@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import reference
+import esm_reference
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
     @cache
     def make(shape: str) -> Path:
-        model = reference.redrawn(reference.SHAPES[shape], np.random.default_rng(seed))
-        return reference.save(model, tmp_path_factory.mktemp(shape.replace(" ", "_")) / "hf")
+        model = esm_reference.redrawn(esm_reference.SHAPES[shape], np.random.default_rng(seed))
+        return esm_reference.save(model, tmp_path_factory.mktemp(shape.replace(" ", "_")) / "hf")
 
     return make

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
+import esm_reference
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -281,19 +281,19 @@ def check_mutant(
 def test_rounded_frequencies_of_a_checkpoint_are_kept(
     rounding: str, rng: np.random.Generator, tmp_path: Path
 ) -> None:
-    model = reference.redrawn(reference.SHAPES["small"], rng)
+    model = esm_reference.redrawn(esm_reference.SHAPES["small"], rng)
     frequencies = model.esm.rotary_embeddings.inv_freq
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[rounding]
     frequencies.copy_(frequencies.to(dtype).float())
-    folder = reference.save(model, tmp_path / "hf")
+    folder = esm_reference.save(model, tmp_path / "hf")
     imported = read_directory(folder)
     assert imported.architecture.position.rounding == rounding
     refuse_distance(compare(imported.model, imported.tokenizer, load_reference(folder), rng))
 
 
 def test_an_untied_head_is_kept(rng: np.random.Generator, tmp_path: Path) -> None:
-    folder = reference.save(
-        reference.redrawn(reference.esm2(2, 32, 4, tie_word_embeddings=False), rng), tmp_path / "hf"
+    folder = esm_reference.save(
+        esm_reference.redrawn(esm_reference.esm2(2, 32, 4, tie_word_embeddings=False), rng), tmp_path / "hf"
     )
     imported = read_directory(folder)
     assert not imported.architecture.head.is_tied

@@ -36,19 +36,15 @@ def pack(sequences: Sequence[Tokens], records: Sequence[int], min_rows: int = MI
     return PackedBatch(
         **sides[-1],
         records=tuple(int(records[main[i]]) for i in order),
-        source=PackedBatch(**sides[0], records=tuple(int(records[source[i]]) for i in order))
-        if source
-        else None,
+        source=PackedBatch(**sides[0], records=tuple(int(records[source[i]]) for i in order)) if source else None,
     )
 
 
-def pack_column(
-    column: TokenColumn, rows: np.ndarray, records: Sequence[int], min_rows: int = MIN_ROWS
-) -> PackedBatch:
+def pack_column(column: TokenColumn, rows: np.ndarray, records: Sequence[int], min_rows: int = MIN_ROWS) -> PackedBatch:
     """The pack of `rows` of a column, equal to `pack` of the same sequences, without a loop over them.
 
     Args:
-        column: one token a symbol, positions counted from 0.
+        column: of symbols or patches.
         rows: rows of the column, in any order; at least one.
         records: index of the record that each of `rows` came from.
         min_rows: rows that the pack holds at least.
@@ -56,19 +52,23 @@ def pack_column(
     assert len(rows), "a pack holds at least one sequence"
     assert len(rows) == len(records)
     rows = np.asarray(rows)
-    lengths = (column.offsets[rows + 1] - column.offsets[rows]).astype(np.int64)
-    order = np.argsort(lengths, kind="stable")
-    lengths, starts = lengths[order], column.offsets[rows[order]]
-    layout = Layout.of(lengths, min_rows)
-    within = np.arange(layout.num_tokens) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    ids = np.zeros(layout.num_rows, np.int64)
-    ids[: layout.num_tokens] = column.ids[np.repeat(starts, lengths) + within]
-    positions = np.zeros((layout.num_rows, 1), np.int64)
-    positions[: layout.num_tokens, 0] = within
+    order = np.argsort(column.lengths[rows], kind="stable")
+    taken = column.take(rows[order])
+    layout = Layout.of(taken.lengths, min_rows)
+    positions = taken.positions
+    if positions is None:
+        positions = (np.arange(layout.num_tokens) - np.repeat(taken.offsets[:-1], taken.lengths))[:, None]
+
+    def rows_of(values: np.ndarray, dtype: DTypeLike) -> torch.Tensor:
+        out = np.zeros((layout.num_rows, *values.shape[1:]), dtype)
+        out[: layout.num_tokens] = values
+        return torch.from_numpy(out)
+
     return PackedBatch(
         layout=layout,
-        positions=torch.from_numpy(positions),
-        ids=torch.from_numpy(ids),
+        positions=rows_of(positions, np.int64),
+        ids=rows_of(taken.ids, np.int64),
+        features=None if taken.features is None else rows_of(taken.features, np.float32),
         records=tuple(np.asarray(records)[order].tolist()),
     )
 

@@ -44,11 +44,15 @@ class Seen:
         if not self._is_across_parts:
             self._places.clear()
         parts, rows = np.empty(len(column), np.int64), np.empty(len(column), np.int64)
-        data, offsets, width = column.ids.tobytes(), column.offsets.tolist(), column.ids.itemsize
+        offsets = column.offsets.tolist()
+        arrays = [a for a in (column.ids, column.features, column.positions) if a is not None]
+        data = [(a.tobytes(), a.itemsize * a[:1].size) for a in arrays]
         for row in range(len(column)):
             # 128 bits: no two sequences will ever share them
-            text = data[offsets[row] * width : offsets[row + 1] * width]
-            place = self._places.setdefault(hashlib.blake2b(text, digest_size=16).digest(), (part, row))
+            digest = hashlib.blake2b(digest_size=16)
+            for text, width in data:
+                digest.update(text[offsets[row] * width : offsets[row + 1] * width])
+            place = self._places.setdefault(digest.digest(), (part, row))
             parts[row], rows[row] = place
             if len(self._places) > self._window:
                 self._places.popitem(last=False)
@@ -58,9 +62,4 @@ class Seen:
 
 def take(column: TokenColumn, rows: np.ndarray) -> TokenColumn:
     """Those rows of a column."""
-    if len(rows) == len(column):
-        return column
-    lengths = column.lengths[rows]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    index = np.repeat(column.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return TokenColumn(ids=column.ids[index], offsets=offsets)
+    return column if len(rows) == len(column) else column.take(rows)
