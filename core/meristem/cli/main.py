@@ -80,7 +80,7 @@ VERBS: dict[str, Verb] = {
     "test": ConfiguredVerb(
         "meristem.cli.fit",
         "measure a trained model on the test part of its data",
-        "meristem test --config runs/sample/config.yaml",
+        "meristem test --config runs/localization/config.yaml",
     ),
     "embed": Verb(
         "meristem.cli.embed",
