@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.length < 1:
         raise ConfigError(f"--length must be 1 or more; got {args.length}")
-    facts = _facts_of_model(args.model, args.length) if Path(args.model).is_dir() else _facts_of_config(args)
+    is_model = Path(args.model).is_dir()
+    facts = _facts_of_model(args.model, args.length) if is_model else _facts_of_config(args)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -61,15 +62,29 @@ def _facts_of_model(path: str, length: int) -> dict[str, Any]:
 
 
 def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
+    """What `meristem fit` would make of a config."""
     import torch
 
-    from meristem.cli.architecture import architecture_of
+    from meristem.cli.config_reader import read_configs
+    from meristem.cli.configs import find_config
+    from meristem.cli.run_config import resolve_architecture
+    from meristem.errors import ConfigError
+    from meristem.model.config import TransformerConfig, from_json
     from meristem.model.model import SYMBOLS, Model
 
-    architecture = architecture_of(args.model)
+    file = find_config(args.model)
+    values = read_configs([file]).values
+    model, data = values.get("model") or {}, values.get("data") or {}
+    if model.get("init_from"):
+        return {**_facts_of_model(model["init_from"], args.length), "config": str(file)}
+    if not data.get("domain"):
+        raise ConfigError(f"{file}: data.domain must be set, as it gives presets and vocabulary")
+    source = {"domain": data["domain"], "tokenizer": data.get("tokenizer")}
+    architecture = from_json(TransformerConfig, resolve_architecture(model.get("architecture") or {}, source))
     with torch.device("meta"):
-        model = Model(architecture, (SYMBOLS,) if architecture.head else ())
-    return {"model": args.model, **_facts_of_architecture(architecture, model, args.length)}
+        built = Model(architecture, (SYMBOLS,) if architecture.head else ())
+    facts = _facts_of_architecture(architecture, built, args.length)
+    return {"config": str(file), "domain": data["domain"], **facts}
 
 
 def _facts_of_architecture(architecture: "TransformerConfig", model: Any, length: int) -> dict[str, Any]:
@@ -114,7 +129,7 @@ def _print_tables(facts: dict[str, Any]) -> None:
         console.print(grid)
         console.print()
 
-    top = {name: facts[name] for name in ("model", "domain", "hash") if facts.get(name)}
+    top = {name: facts[name] for name in ("model", "config", "domain", "hash") if facts.get(name)}
     table("model", {**top, "max tokens": facts["max_tokens"] or "no limit of positions"})
     table("architecture", _flat(facts["architecture"]))
     table("parameters", {name: f"{count:>14,}" for name, count in facts["parameters"].items()})
