@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer",
         type=int,
         default=-1,
-        help="layer whose vectors are wanted: 0 is the embedding, -1 (default) the last",
+        help="layer whose vectors are wanted: 0 is the embedding, -1 the last",
     )
     parser.add_argument("--tokens-per-batch", type=int, help="tokens run at once; 8192 on a CPU, 65536 on a GPU")
     parser.add_argument(
@@ -82,7 +82,7 @@ def print_summary(manifest: dict[str, Any]) -> None:
     for refusal in refused["records"][:5]:
         print(f"refused {refusal['file']}:{refusal['line']}: {refusal['reason']}", file=sys.stderr)
     if refused["count"]:
-        print(f"refused: {refused['count']:,} records (named in the manifest)")
+        print(f"refused records: {refused['count']:,} (named in the manifest)")
 
 
 class ProgressReport:

@@ -176,7 +176,7 @@ class _Digest:
     def add(self, table: pa.RecordBatch) -> None:
         texts = [column_bytes(table[name]) for name in ("id", "payload")]
         for digest, (text, _) in zip(self._parts, texts):
-            digest.update(np.ascontiguousarray(text))
+            digest.update(text.data)
         self._parts[2].update(np.stack([np.diff(bounds) for _, bounds in texts], axis=1).tobytes())
 
     def value(self) -> str:

@@ -5,6 +5,7 @@ same bit for bit whatever it is packed with: linear layers, norms and attention 
 (packs have `MIN_ROWS` rows or more, see `meristem.types`), and pooling reduces each sequence on its own.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,18 @@ TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 65536}
 
 Advance = Callable[[int, int], None]
 """Told of records and tokens as they are done."""
+
+
+def best_device() -> str:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def best_precision(precision: str, device: str) -> str:
+    """What `auto` means on a device; other words mean themselves."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device == "cuda" else "fp32"
 
 
 class NotFinite(DataError):
@@ -64,12 +77,12 @@ class TrunkRunner:
     """Runs the trunk over columns, within a token budget.
 
     Args:
-        model: moved to `device` and `dtype`.
+        model: moved to `device`.
         num_special: special rows before and behind each payload.
         layer: whose rows are wanted; counted from the last where negative.
         tokens_per_batch: tokens that a pack holds at most, but for a single longer sequence; None for a
             default that suits the device.
-        dtype: of weights and activations.
+        dtype: of the trunk's weights and activations.
         device: to run on.
 
     Raises:
@@ -86,7 +99,9 @@ class TrunkRunner:
         device: torch.device | str = "cpu",
     ):
         self.device = torch.device(device)
-        self.model = model.to(device=self.device, dtype=dtype).eval()
+        self.model = model.to(self.device).eval()
+        # a copy: rounded weights must not find their way back into the model
+        self.trunk = self.model.trunk if dtype == torch.float32 else copy.deepcopy(self.model.trunk).to(dtype)
         self.num_special = num_special
         self.layer = model.trunk.resolve_layer(layer)
         budget = TOKENS_PER_BATCH.get(self.device.type, 8192) if tokens_per_batch is None else tokens_per_batch
@@ -112,7 +127,7 @@ class TrunkRunner:
 
     def _run_pack(self, column: TokenColumn, rows: np.ndarray) -> Rows:
         batch = pack_column(column, rows, rows.tolist()).to(self.device)
-        hidden = self.model.trunk(batch, layers=(self.layer,))
+        hidden = self.trunk(batch, layers=(self.layer,))
         return Rows(hidden.layers[self.layer], batch.layout, batch.records)
 
     def _run_windows(self, ids: np.ndarray) -> Rows:
@@ -140,9 +155,7 @@ class Embedder:
 
     def __init__(self, trunk: TrunkRunner, pool: Pool | None):
         if isinstance(pool, Prefix) and not trunk.num_special[0]:
-            raise ConfigError(
-                "--pool cls needs a class row before the payload and this model has none; use --pool mean"
-            )
+            raise ConfigError("pool cls needs a class row before the payload and this model has none; use mean")
         self.trunk, self.pool = trunk, pool
         self.width = trunk.model.config.width
 

@@ -193,7 +193,7 @@ def _entry(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: s
     """An array of an npz file whose values follow in blocks."""
     stream = archive.open(f"{name}.npy", "w", force_zip64=True)
     header = {"descr": dtype, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[arg-type]
+    np.lib.format.write_array_header_1_0(stream, header)
     return stream
 
 

@@ -4,10 +4,8 @@ Three threads share the work: one reads ahead, one computes, one writes behind. 
 does not grow with the input.
 """
 
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,14 +19,15 @@ from meristem.data.records import ReadOptions, Source
 from meristem.domain import load_domain
 from meristem.embedding.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS, Chunk, ChunkReader
 from meristem.embedding.dedupe import Seen, Sources, take
-from meristem.embedding.engine import POOLS, PRECISIONS, NotFinite
+from meristem.embedding.engine import POOLS, PRECISIONS, NotFinite, best_device, best_precision
 from meristem.embedding.formats import FORMATS, convert
+from meristem.embedding.threads import Behind, ahead
 from meristem.embedding.windows import OVERLAP_FRAC
 from meristem.embedding.workers import EngineOptions, InProcess, Workers
 from meristem.embedding.writer import OutputDirectory, PartWriter, run_id
 from meristem.errors import ConfigError, DataError
 from meristem.model.model import Model
-from meristem.model_directory import hash_weights, load_any
+from meristem.model_directory import ModelCard, hash_weights, load_any
 
 MANIFEST_VERSION = 1
 CHUNK_VALUES = 1 << 24
@@ -124,6 +123,12 @@ def embed_files(
     return _Run(Path(model), inputs, Path(output), options or EmbedOptions(), report or Silent()).go()
 
 
+def default_pool(card: ModelCard) -> str:
+    """The model's own pooling, and mean where it has none."""
+    own = card.architecture.pool
+    return next((name for name, pool in POOLS.items() if pool is not None and pool == own), "mean")
+
+
 class _Run:
     def __init__(self, model: Path, inputs: Sequence[str], output: Path, options: EmbedOptions, report: Report):
         self.model_path, self.inputs, self.options, self.report = model, list(inputs), options, report
@@ -159,7 +164,10 @@ class _Run:
             "chunk": [CHUNK_RECORDS, self._max_symbols()],
         }
         self.output.check_identity(identity)
-        self.report.found(counted and counted.num_records, counted and counted.num_symbols)
+        if counted:
+            self.report.found(counted.num_records, counted.num_symbols)
+        else:
+            self.report.found(None, None)
         workers = self._workers()
         self.output.claim()
         try:
@@ -170,16 +178,10 @@ class _Run:
 
     def _engine_options(self, model: Model) -> EngineOptions:
         options = self.options
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        pool = options.pool
-        if pool is None:
-            own = self.card.architecture.pool
-            pool = next((name for name, value in POOLS.items() if value is not None and value == own), "mean")
-        precision = options.precision
-        if precision == "auto":
-            precision = "bf16" if device == "cuda" else "fp32"
+        device = best_device()
+        pool = options.pool or default_pool(self.card)
         layer = model.trunk.resolve_layer(options.layer)
-        return EngineOptions(pool, layer, precision, device, options.tokens_per_batch)
+        return EngineOptions(pool, layer, best_precision(options.precision, device), device, options.tokens_per_batch)
 
     def _workers(self) -> "Workers | InProcess":
         if self.options.devices == 1:
@@ -214,9 +216,9 @@ class _Run:
             self.output, run, self.embedder.width, self.engine.pool != "none", tokenizer.vocab, tokenizer.num_special
         )
         seen = Seen(is_across_parts=self.engine.pool != "none")
-        behind = _Behind(lambda job: self._write(writer, job, spent), ahead=2 * self.options.devices)
+        behind: Behind[_Job] = Behind(lambda job: self._write(writer, job, spent), ahead=2 * self.options.devices)
         try:
-            with _ahead(reader) as chunks:
+            with ahead(reader) as chunks:
                 for chunk in chunks:
                     sources = seen.look_up(chunk.index, chunk.column)
                     self._count(chunk, sources)
@@ -305,6 +307,7 @@ class _Run:
             "options": {
                 "pool": self.engine.pool,
                 "layer": self.engine.layer,
+                "format": self.options.format,
                 "precision": self.engine.precision,
                 "device": self.engine.device,
                 "devices": self.options.devices,
@@ -332,79 +335,3 @@ class _Job:
     chunk: Chunk
     sources: Sources
     values: "Future[np.ndarray]"
-
-
-class _Behind:
-    """Writes behind, in order, in a thread; what it raises is raised to whoever hands in the next job."""
-
-    def __init__(self, write: Callable[[_Job], None], ahead: int):
-        self._write = write
-        self._error: BaseException | None = None
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(ahead)
-        self._thread = threading.Thread(target=self._loop, name="write")
-        self._thread.start()
-
-    def put(self, job: _Job) -> None:
-        self._jobs.put(job)
-        self._raise()
-
-    def close(self, is_giving_up: bool = False) -> None:
-        """Wait until all is written; after an error of someone else's, that error is what matters."""
-        self._jobs.put(None)
-        self._thread.join()
-        if not is_giving_up:
-            self._raise()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _loop(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if self._error is None:
-                try:
-                    self._write(job)
-                except BaseException as error:
-                    self._error = error
-
-
-class _ahead:
-    """Iterates in a thread, one chunk ahead of whoever takes them."""
-
-    def __init__(self, chunks: ChunkReader):
-        self._chunks = chunks
-        self._ready: queue.Queue[Chunk | BaseException | None] = queue.Queue(1)
-        self._is_stopped = threading.Event()
-        # a daemon: standard input may never say another word
-        self._thread = threading.Thread(target=self._loop, name="read", daemon=True)
-
-    def __enter__(self) -> Iterator[Chunk]:
-        self._thread.start()
-        return self._take()
-
-    def __exit__(self, *_: object) -> None:
-        self._is_stopped.set()
-
-    def _take(self) -> Iterator[Chunk]:
-        while (item := self._ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def _loop(self) -> None:
-        try:
-            for chunk in self._chunks:
-                if not self._put(chunk):
-                    return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: "Chunk | BaseException | None") -> bool:
-        while not self._is_stopped.is_set():
-            try:
-                self._ready.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False

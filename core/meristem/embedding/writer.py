@@ -30,15 +30,16 @@ CACHED_PARTS = 4
 Identity = Mapping[str, Any]
 """What a run is known by: model, input, and the options that decide what is in a part."""
 
-HINTS = {
+DIFFERENCES = {
     "model": "another model",
     "input": "another input",
-    "pool": "--pool {}",
-    "layer": "--layer {}",
-    "precision": "--precision {}",
-    "device": "a run on {}",
-    "chunk": "another version of meristem",
+    "pool": "--pool {}, and this is {}",
+    "layer": "--layer {}, and this is {}",
+    "precision": "--precision {}, and this is {}",
+    "device": "device {}, and this is {}",
+    "chunk": "other chunks (another version of meristem)",
 }
+"""What to say of a directory whose identity differs."""
 
 
 class OutputDirectory:
@@ -79,10 +80,9 @@ class OutputDirectory:
         had = self.read_manifest().get("run", {})
         for key, value in identity.items():
             if had.get(key) != value:
-                shown = "" if key in ("model", "input", "chunk") else f": {key} {value} here, {had.get(key)} there"
-                hint = HINTS[key].format(had.get(key))
                 raise ConfigError(
-                    f"--output {self.path} belongs to {hint}{shown}; name another directory, or remove this one"
+                    f"--output {self.path} belongs to a run with {DIFFERENCES[key].format(had.get(key), value)}; "
+                    "name another directory, or remove this one"
                 )
 
     def claim(self) -> None:
@@ -276,7 +276,7 @@ def replacing(path: Path) -> Any:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and "No space left" in str(error):
             raise DataError(
-                f"{path.parent}: no space left on device; finished parts stay: free space and run the same command again"
+                f"{path.parent}: no space left on device; finished parts stay: free some and run the same command again"
             ) from error
         raise
     directory = os.open(path.parent, os.O_RDONLY)

@@ -1,0 +1,198 @@
+"""What `import meristem` offers: load a model and use it, embed files, read vectors back."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from meristem.data.records import ReadOptions
+from meristem.data.tokenizer import RefusedSymbol
+from meristem.embedding.chunks import CHUNK_RECORDS
+from meristem.embedding.engine import POOLS, PRECISIONS, Embedder, NotFinite, TrunkRunner, best_device, best_precision
+from meristem.embedding.formats import Embeddings, read_embeddings
+from meristem.embedding.predict import Prediction, Predictor
+from meristem.embedding.run import EmbedOptions, Report, default_pool, embed_files
+from meristem.errors import ConfigError, DataError
+from meristem.model.model import Model
+from meristem.model_directory import ModelCard, load_any
+from meristem.types import TokenColumn
+
+__all__ = ["Embeddings", "LoadedModel", "embed", "load", "read_embeddings"]
+
+
+class LoadedModel:
+    """A model that is ready for sequences; `meristem.load` makes it.
+
+    Attributes:
+        card: architecture, tokenizer, labels.
+        model: the torch module.
+    """
+
+    def __init__(self, card: ModelCard, model: Model, device: str):
+        self.card, self.model, self.device = card, model, device
+
+    def embed(
+        self,
+        sequences: Iterable[str],
+        pool: str | None = None,
+        layer: int = -1,
+        tokens_per_batch: int | None = None,
+        precision: str = "auto",
+    ) -> "np.ndarray | list[np.ndarray]":
+        """Vectors of sequences, in their order.
+
+        Args:
+            pool: mean, cls or max; `none` for one vector a token; None for the model's own, else mean.
+            layer: 0 is the embedding, -1 the last.
+
+        Returns:
+            `[N, D]` float32; with `pool="none"` a list of `[n, D]`.
+
+        Raises:
+            ConfigError: a pooling or layer that the model does not have.
+            DataError: a sequence that is empty or has a symbol the model does not know.
+
+        Example:
+            >>> meristem.load("runs/sample").embed(["MKTAYIAKQR", "GSHMLEDP"]).shape
+        """
+        pool = default_pool(self.card) if pool is None else pool
+        if pool not in POOLS:
+            raise ConfigError(f"pool must be one of {', '.join(POOLS)}; got {pool!r}")
+        embedder = Embedder(self._trunk(layer, tokens_per_batch, precision), POOLS[pool])
+        pieces: list[np.ndarray] = []
+        for first, column in self._columns(sequences):
+            with _naming(first):
+                values = embedder.embed(column)
+            pieces += np.split(values, np.cumsum(embedder.num_vectors(column))[:-1]) if pool == "none" else [values]
+        if pool == "none":
+            return pieces
+        return np.concatenate(pieces) if pieces else np.zeros((0, embedder.width), np.float32)
+
+    def predict(
+        self, sequences: Iterable[str], tokens_per_batch: int | None = None, precision: str = "auto"
+    ) -> dict[str, Prediction]:
+        """What the model's labels are for sequences, by the label's name.
+
+        Raises:
+            ConfigError: the model predicts no label.
+            DataError: a sequence that is empty or has a symbol the model does not know.
+
+        Example:
+            >>> meristem.load("runs/localization").predict(["MKTAYIAKQR"])["localization"].classes
+        """
+        predictor = Predictor(self._trunk(-1, tokens_per_batch, precision))
+        pieces: dict[str, list[Prediction]] = {readout.name: [] for readout in predictor.readouts}
+        for first, column in self._columns(sequences):
+            with _naming(first):
+                for name, piece in predictor.predict(column).items():
+                    pieces[name].append(piece)
+        return {
+            name: Prediction(
+                parts[0].readout,
+                np.concatenate([part.values for part in parts]),
+                np.concatenate([part.lengths for part in parts]),
+            )
+            for name, parts in pieces.items()
+            if parts
+        }
+
+    def _trunk(self, layer: int, tokens_per_batch: int | None, precision: str) -> TrunkRunner:
+        precision = best_precision(precision, self.device)
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision must be one of auto, {', '.join(PRECISIONS)}; got {precision!r}")
+        num_special = self.card.tokenizer.num_special
+        return TrunkRunner(self.model, num_special, layer, tokens_per_batch, PRECISIONS[precision], self.device)
+
+    def _columns(self, sequences: Iterable[str]) -> Iterator[tuple[int, TokenColumn]]:
+        if isinstance(sequences, str):
+            raise ConfigError("sequences must be a list of strings; got one string: put it in a list")
+        held: list[str] = []
+        first = 0
+        for sequence in sequences:
+            if not sequence:
+                raise DataError(f"sequence {first + len(held)}: empty")
+            held.append(sequence)
+            if len(held) == CHUNK_RECORDS:
+                yield first, self._encode(first, held)
+                first, held = first + len(held), []
+        if held:
+            yield first, self._encode(first, held)
+
+    def _encode(self, first: int, sequences: Sequence[str]) -> TokenColumn:
+        try:
+            return self.card.tokenizer.encode_column(pa.array(sequences, pa.large_string()))
+        except RefusedSymbol as error:
+            raise DataError(f"sequence {first + error.row}: {error}") from error
+
+
+class _naming:
+    """Counts the sequence that an error speaks of from the first of all."""
+
+    def __init__(self, first: int):
+        self._first = first
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, NotFinite):
+            raise DataError(f"sequence {self._first + error.row}: the result is not finite") from error
+
+
+def load(path: Path | str, device: str | None = None) -> LoadedModel:
+    """Read a run directory, a model directory or a Hugging Face directory.
+
+    Args:
+        device: cpu or cuda; None for a GPU where there is one.
+
+    Raises:
+        CheckpointError: no model, or not exactly what its config says.
+
+    Example:
+        >>> model = meristem.load("runs/sample")
+    """
+    card, model = load_any(path)
+    return LoadedModel(card, model, device or best_device())
+
+
+def embed(
+    model: Path | str,
+    inputs: "str | Path | Sequence[str | Path]",
+    output: Path | str,
+    *,
+    on_error: str = "refuse",
+    sequence_column: str = "",
+    id_column: str = "",
+    report: Report | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Embed files into a directory, as `meristem embed` does, and return its manifest.
+
+    Args:
+        inputs: one file or several; `-` is standard input.
+        output: a directory; a run that was stopped there goes on.
+        on_error: refuse, or skip records that cannot be used.
+        sequence_column: column of a table that holds the sequences.
+        id_column: column of a table that holds the ids.
+        options: fields of `meristem.embedding.run.EmbedOptions`: pool, layer, format, precision ...
+
+    Raises:
+        UserError: as the command would.
+
+    Example:
+        >>> meristem.embed("runs/sample", "proteins.fasta", "vectors", pool="mean")["records"]
+    """
+    if on_error not in ("refuse", "skip"):
+        raise ConfigError(f"on_error must be refuse or skip; got {on_error!r}")
+    files = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    try:
+        chosen = EmbedOptions(
+            is_skipping=on_error == "skip",
+            read=ReadOptions(payload_column=sequence_column, id_column=id_column),
+            **options,
+        )
+    except TypeError as error:
+        raise ConfigError(f"embed: {error}") from error
+    return embed_files(model, [str(file) for file in files], output, chosen, report)

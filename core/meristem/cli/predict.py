@@ -1,0 +1,60 @@
+"""`meristem predict MODEL INPUT... --output FILE`: labels, probabilities or values, one row a record or a token."""
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to label, with what, and where to."""
+    parser.add_argument("model", metavar="MODEL", help="a run directory or model directory of a fine-tuned model")
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="files of records; - for standard input")
+    parser.add_argument("--output", required=True, help="a .csv, .tsv or .parquet file")
+    parser.add_argument("--label", action="append", dest="labels", help="to predict, may be repeated; all by default")
+    parser.add_argument(
+        "--per-token",
+        action="store_true",
+        help="one row a token with its probabilities; by default labels of tokens are one text a record",
+    )
+    parser.add_argument("--tokens-per-batch", type=int, help="tokens run at once; 8192 on a CPU, 65536 on a GPU")
+    parser.add_argument(
+        "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    parser.add_argument("--domain", default="", help="domain that reads the inputs; the model's own by default")
+    parser.add_argument(
+        "--on-error",
+        default="refuse",
+        choices=["refuse", "skip"],
+        help="what to do about a record that cannot be used",
+    )
+    parser.add_argument("--sequence-column", default="", help="column of a table that holds the sequences")
+    parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Label every record, then put the table in its place."""
+    from meristem.cli.embed import ProgressReport
+    from meristem.data.records import ReadOptions
+    from meristem.embedding.predict_run import predict_files
+
+    with ProgressReport("predict") as report:
+        done = predict_files(
+            args.model,
+            args.inputs,
+            args.output,
+            is_per_token=args.per_token,
+            labels=args.labels,
+            tokens_per_batch=args.tokens_per_batch,
+            precision=args.precision,
+            domain=args.domain,
+            is_skipping=args.on_error == "skip",
+            read=ReadOptions(payload_column=args.sequence_column, id_column=args.id_column),
+            report=report,
+        )
+    if done.replaced:
+        print(f"replaced: {', '.join(f'{what} {count:,}' for what, count in done.replaced.items())}")
+    for refusal in done.refused:
+        print(f"refused {refusal}", file=sys.stderr)
+    if done.num_refused:
+        print(f"refused records: {done.num_refused:,}")
+    print(f"{done.num_rows:,} rows for {done.num_records:,} records in {args.output}")
+    return 0
