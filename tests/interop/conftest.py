@@ -4,10 +4,12 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import esm_reference
 import numpy as np
 import pytest
+import torch
 
-import esm_reference
+from meristem.interop.parity import load_reference
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +24,9 @@ def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
         return esm_reference.save(model, tmp_path_factory.mktemp(shape.replace(" ", "_")) / "hf")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def reference_model(reference_folder: Callable[[str], Path]) -> Callable[[str], torch.nn.Module]:
+    """The same as `transformers` loads it, in evaluation mode, not to be changed."""
+    return cache(lambda shape: load_reference(reference_folder(shape)))

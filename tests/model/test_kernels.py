@@ -95,7 +95,7 @@ def test_queries_and_keys_of_different_lengths_equal_the_reference_in_forward_an
         torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**31), sides=sides_and_pattern)
 def test_the_reference_equals_a_loop_over_queries_and_heads(
     seed: int, sides: tuple[list[tuple[int, int]], Pattern]

@@ -6,9 +6,10 @@ at inference; rotary positions (ESM-2) or a learned table whose first row is tha
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -25,6 +26,7 @@ from meristem.model.config import (
     Position,
     Residual,
     Rotary,
+    Rounding,
     TokenHead,
     TransformerConfig,
 )
@@ -91,7 +93,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
     if config.get("hidden_act", "gelu") != "gelu":
         raise ConfigError(f"hidden_act must be gelu in an ESM config; got {config['hidden_act']!r}")
     try:
-        return TransformerConfig(
+        architecture = TransformerConfig(
             width=config["hidden_size"],
             num_layers=config["num_hidden_layers"],
             embedding=Embedding(
@@ -100,7 +102,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
                 mask_id=config["mask_token_id"] if config.get("token_dropout") else None,
                 mask_dropout_frac=MASK_DROPOUT_FRAC if config.get("token_dropout") else 0.0,
             ),
-            position=_read_position(config, tensors),
+            position=_read_position(config),
             attention=Attention(
                 num_heads=config["num_attention_heads"],
                 dropout=config.get("attention_probs_dropout_prob") or 0.0,
@@ -112,23 +114,30 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
         )
     except KeyError as error:
         raise ConfigError(f"an ESM config must have {error.args[0]}") from error
+    return _with_rounding(architecture, tensors)
 
 
-def _read_position(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Position:
+def _read_position(config: ForeignConfig) -> Position:
     kind = config.get("position_embedding_type", "absolute")
     if kind == "absolute":
         return Learned(max_positions=config["max_position_embeddings"], offset=config["pad_token_id"] + 1)
     if kind != "rotary":
         raise ConfigError(f"position_embedding_type must be rotary or absolute in an ESM config; got {kind!r}")
-    base = float(config.get("rope_theta") or 10000.0)
+    return Rotary(base=float(config.get("rope_theta") or 10000.0))
+
+
+def _with_rounding(architecture: TransformerConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """With rotary frequencies rounded as those of the checkpoint, which was trained to them."""
+    position = architecture.position
     stored = [tensor for name, tensor in tensors.items() if name.endswith(FREQUENCIES)]
-    head_width = config["hidden_size"] // config["num_attention_heads"]
-    for rounding in ("fp32", "fp16", "bf16"):
-        position = Rotary(base=base, rounding=rounding)
-        expected = rotary_frequencies(position, head_width)
+    if not isinstance(position, Rotary) or not stored:
+        return architecture
+    for rounding in get_args(Rounding):
+        rounded = replace(position, rounding=rounding)
+        expected = rotary_frequencies(rounded, architecture.head_width)
         if all(t.shape == expected.shape and torch.allclose(t, expected, rtol=1e-6, atol=0) for t in stored):
-            return position
-    raise CheckpointError(f"{FREQUENCIES} must be those of rope_theta={base:g}, rounded or not; got others")
+            return replace(architecture, position=rounded)
+    raise CheckpointError(f"{FREQUENCIES} must be those of rope_theta={position.base:g}, rounded or not; got others")
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from meristem.errors import ConfigError
 
 Activation = Literal["gelu", "relu", "silu"]
+Rounding = Literal["fp32", "fp16", "bf16"]
 ConfigPart = TypeVar("ConfigPart")
 
 
@@ -76,13 +77,13 @@ class Rotary(Position):
     """
 
     base: float = 10000.0
-    rounding: Literal["fp32", "fp16", "bf16"] = "fp32"
+    rounding: Rounding = "fp32"
 
     def __post_init__(self) -> None:
         _require(self.base > 0, "position.base must be positive", str(self.base))
         _require(
-            self.rounding in ("fp32", "fp16", "bf16"),
-            "position.rounding must be fp32, fp16 or bf16",
+            self.rounding in get_args(Rounding),
+            f"position.rounding must be one of {', '.join(get_args(Rounding))}",
             repr(self.rounding),
         )
 

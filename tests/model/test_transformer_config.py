@@ -125,7 +125,7 @@ def test_what_json_cannot_mean_is_refused_in_one_line(path: str, value: Any, mes
         (lambda: Learned(max_positions=4, offset=4), "offset must be within the table; got 4"),
         (lambda: Learned(max_positions=16, offset=1, grid=(4, 4)), "must hold the grid behind the offset; got max_pos"),
         (lambda: Rotary(base=0.0), "base must be positive"),
-        (lambda: Rotary(rounding="int8"), "rounding must be fp32, fp16 or bf16; got 'int8'"),
+        (lambda: Rotary(rounding="int8"), "rounding must be one of fp32, fp16, bf16; got 'int8'"),
         (lambda: Readout(name="x", classes=("a",)), "label 'x' must have two classes or more"),
     ],
 )
