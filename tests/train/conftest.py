@@ -1,13 +1,18 @@
 """A tiny run in a folder of its own, started as a user would."""
 
+import contextlib
 import csv
+import io
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from meristem.cli.main import main
 
 RESIDUES = np.array(list("LAGVSERTIDPKQNFYMHWC"))
 
@@ -19,6 +24,7 @@ model:
     embedding: {mask_dropout_frac: 0.12}
     attention: {num_heads: 4, dropout: 0.1}
     feedforward: {width: 64, dropout: 0.1}
+    head: {}
   dropout: 0.1
   objective: {class_path: Masked}
   optimizer: {lr: 1e-3, warmup_steps: 5}
@@ -32,6 +38,15 @@ watch: {validate_every_n_steps: 7, save_every_n_steps: 3}
 """
 
 
+@dataclass
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
 class Bench:
     """A folder with a config and proteins, and the command line in it."""
 
@@ -40,23 +55,25 @@ class Bench:
         self.config = path / "tiny.yaml"
         self.config.write_text(CONFIG)
 
-    def command(self, *arguments: str, verb: str = "fit", config: str = "tiny.yaml") -> list[str]:
-        return [sys.executable, "-m", "meristem.cli.main", verb, "--config", config, *arguments]
+    def replace(self, old: str, new: str) -> None:
+        """Change the config."""
+        text = self.config.read_text()
+        assert old in text
+        self.config.write_text(text.replace(old, new))
 
-    @property
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, "OMP_NUM_THREADS": "1", "MERISTEM_CACHE": str(self.path / "cache")}
-
-    def run(self, *arguments: str, **options: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*arguments, **options), cwd=self.path, env=self.environment, capture_output=True, text=True
-        )
+    def run(self, *arguments: str, verb: str = "fit", config: str = "tiny.yaml") -> Done:
+        """In this process: imports are paid for once."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([verb, "--config", config, *arguments])
+        return Done(code, out.getvalue(), err.getvalue())
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """In a process that can be killed."""
         return subprocess.Popen(
-            self.command(*arguments),
+            [sys.executable, "-m", "meristem.cli.main", "fit", "--config", "tiny.yaml", *arguments],
             cwd=self.path,
-            env=self.environment,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -72,8 +89,10 @@ def random_proteins(rng: np.random.Generator, count: int, longest: int = 90) -> 
 
 
 @pytest.fixture
-def bench(tmp_path: Path, rng: np.random.Generator) -> Bench:
+def bench(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> Bench:
     proteins = random_proteins(rng, 100)
     fasta = "".join(f">protein{i}\n{sequence}\n" for i, sequence in enumerate(proteins))
     (tmp_path / "proteins.fasta").write_text(fasta)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MERISTEM_CACHE", str(tmp_path / "cache"))
     return Bench(tmp_path)

@@ -1,10 +1,16 @@
 """`meristem fit`, `validate`, `test`: from a config to a run directory, and figures of what it left."""
 
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from meristem.errors import CheckpointError, ConfigError, UserError
 
 if TYPE_CHECKING:
     from meristem.cli.run_config import RunConfig
+    from meristem.train.datamodule import DataModule
 
 
 def run_argv(argv: list[str], verb: str) -> int:
@@ -19,6 +25,30 @@ def run_argv(argv: list[str], verb: str) -> int:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _progress_of(data: "DataModule") -> Iterator[None]:
+    """Show how far a record store is, where one is built."""
+    from meristem.cli.console import progress
+
+    shown: list[progress] = []
+    done = 0
+
+    def show(now: int, total: int) -> None:
+        nonlocal done
+        if not shown:
+            shown.append(progress(total, "bytes", title="reading").__enter__())
+        shown[0].advance(now - done)
+        done = now
+
+    data.build_progress = show
+    try:
+        yield
+    finally:
+        data.build_progress = None
+        if shown:
+            shown[0].__exit__(None, None, None)
 
 
 def _fit(config: "RunConfig") -> int:
@@ -36,10 +66,19 @@ def _fit(config: "RunConfig") -> int:
             _say(f"  to go on: {config.command} --trainer.max_steps {2 * state['step']}")
             return 0
     task, data = config.build()
-    run.path.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.config, config.to_yaml().encode())
+    with _progress_of(data):
+        data.bind(task)
+    is_new = not run.path.exists()
     try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.config, config.to_yaml().encode())
         fit(task, data, run, config.watch, config.trainer, _say)
+    except UserError:
+        if is_new and not run.last_checkpoint.exists():
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"run_dir must be a folder or new; {error.filename} is a file") from error
     except Stopped as stop:
         _say(f"stopped; the same command goes on from step {stop.step:,}")
         if stop.number == 2:
@@ -52,4 +91,22 @@ def _fit(config: "RunConfig") -> int:
 
 
 def _evaluate(config: "RunConfig", verb: str) -> int:
-    raise NotImplementedError
+    from meristem.train.run import evaluate
+    from meristem.train.run_directory import RunDirectory
+
+    run = RunDirectory(config.run_dir)
+    if not run.best_model.exists():
+        raise CheckpointError(f"{run.path} must be a run that has left a model; {run.best_model} is not there")
+    config.check_same(run.config)
+    task, data = config.build(init_from=run.best_model)
+    with _progress_of(data):
+        data.bind(task)
+    for line in data.remarks:
+        _say(line)
+    part = "validation" if verb == "validate" else "test"
+    values = evaluate(task, data, part, config.trainer)
+    width = max(len(name) for name in values)
+    print(f"{part} part, {run.best_model}")
+    for name, value in values.items():
+        print(f"  {name:<{width}}  {value:.5g}")
+    return 0

@@ -4,6 +4,8 @@ import argparse
 import inspect
 import re
 import tempfile
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -188,16 +190,22 @@ class RunConfig:
                 f"to go on with it: meristem fit --config {path}; to start anew: --run_dir ANOTHER"
             )
 
-    def build(self) -> tuple[Task, DataModule]:
+    def build(self, init_from: Path | None = None) -> tuple[Task, DataModule]:
         """The task and the data module.
+
+        Args:
+            init_from: a model directory to take instead of what the config starts from.
 
         Raises:
             ConfigError: with file and line of the key, where a file has it.
         """
         architecture = self.values["model"]["architecture"]
         try:
-            made = self._cli.parser.instantiate(self._cli.config)
-            task = build_task(architecture, **_without(made.model, "architecture"), seed=self.seed)
+            made = _quietly(self._cli.parser.instantiate, self._cli.config)
+            model = _without(made.model, "architecture")
+            if init_from is not None:
+                architecture, model["init_from"], model["dropout"] = None, str(init_from), None
+            task = build_task(architecture, **model, seed=self.seed)
             made.data.seed = self.seed
             return task, made.data
         except ConfigError as error:
@@ -225,7 +233,8 @@ def parse(argv: list[str], verb: str) -> RunConfig | None:
         file.flush()
         try:
             base = ["--config", file.name] if values else []
-            cli = RunCLI(
+            cli = _quietly(
+                RunCLI,
                 parser_class=RunParser,
                 parser_kwargs={"prog": f"meristem {verb}", "description": (__doc__ or "").splitlines()[0]},
                 save_config_callback=None,
@@ -238,7 +247,7 @@ def parse(argv: list[str], verb: str) -> RunConfig | None:
             raise ConfigError(_explain(str(error), read)) from error
         except ConfigError as error:
             raise _placed(error, read) from error
-    resolved = yaml.load(cli.parser.dump(cli.config, skip_none=False), Loader=NumberLoader)
+    resolved = yaml.load(_quietly(cli.parser.dump, cli.config, skip_none=False), Loader=NumberLoader)
     resolved.pop("config", None)
     if resolved["model"]["init_from"]:
         resolved["model"]["architecture"] = None
@@ -262,6 +271,13 @@ def parse(argv: list[str], verb: str) -> RunConfig | None:
         _cli=cli,
         _read=read,
     )
+
+
+def _quietly(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call what uses jsonargparse as Lightning does: it warns of what its next version takes away."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return call(*args, **options)
 
 
 def resolve_architecture(wanted: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -349,7 +365,9 @@ def _placed(error: ConfigError, read: ReadConfig) -> ConfigError:
 
 def _explain(text: str, read: ReadConfig) -> str:
     """One line out of what jsonargparse says, with file and line where a file has the key."""
-    key = ".".join(re.findall(r'Parser key "([^"]+)"', text))
+    key = ""
+    for inner in re.findall(r'Parser key "([^"]+)"', text):
+        key = inner if not key or inner.startswith(f"{key}.") else f"{key}.{inner}"
     class_path = (re.findall(r"Problem with given class_path '([^']+)'", text) or [""])[-1]
     if unknown := re.search(r"Group '([^']+)' does not accept option '([^']+)'", text):
         group, option = unknown.groups()
@@ -358,6 +376,7 @@ def _explain(text: str, read: ReadConfig) -> str:
         option = unknown.group(1)
         place = read.place(_nested(key, option, read))
         takes = _parameters_of(class_path) if class_path else TOP_KEYS
+        option = option if class_path or key else option.partition(".")[0]
         return f"{place}{option} is no key{f' of {key}' if key else ''}; it takes {takes}"
     if missing := re.search(r"required: (.+)", text):
         return f"{missing.group(1)} must be set (--{missing.group(1).split(',')[0]} VALUE, or in the config)"
@@ -380,12 +399,12 @@ def _explain(text: str, read: ReadConfig) -> str:
 
 def _nested(key: str, option: str, read: ReadConfig) -> str:
     """A key as the file has it: classes stand with `init_args`, lists with numbers."""
-    wanted = [*key.split("."), *([option] if option else [])]
+    wanted = [part for part in f"{key}.{option}".split(".") if part]
     for place in read.places:
         parts = [part for part in place.split(".") if part != "init_args" and not part.isdigit()]
         if parts == wanted:
             return place
-    return key
+    return ".".join(wanted)
 
 
 def _plain(kind: str) -> str:
@@ -417,7 +436,11 @@ def _parameters_of(class_path: str) -> str:
 
 
 def _subclasses(base: type) -> list[str]:
-    return [name for child in base.__subclasses__() for name in [child.__name__, *_subclasses(child)]]
+    names: list[str] = []
+    child: type
+    for child in base.__subclasses__():
+        names += [child.__name__, *_subclasses(child)]
+    return names
 
 
 def _without(namespace: Any, *names: str) -> dict[str, Any]:

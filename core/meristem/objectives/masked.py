@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from meristem.data.corrupt import mask_tokens
 from meristem.data.tokenizer import Tokenizer
@@ -96,8 +96,20 @@ class Masked(Objective):
         return {f"{SYMBOLS}/accuracy": HitRate()}
 
 
-class HitRate(MeanMetric):
+class HitRate(Metric):
     """The share of hits: predictions come as 1 for a hit, so that no logits are kept."""
 
-    def update(self, hits: torch.Tensor, _: torch.Tensor) -> None:
-        super().update(hits)
+    hits: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("hits", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, hits: torch.Tensor, targets: torch.Tensor) -> None:
+        self.hits += hits.double().sum()
+        self.count += len(targets)
+
+    def compute(self) -> torch.Tensor:
+        return self.hits / self.count

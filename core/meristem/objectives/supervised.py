@@ -36,6 +36,8 @@ class Target:
             records; or one weight a class, in the order of the sorted names; null for equal weights.
         weight: of this target's loss beside the others.
         pool: how the rows of a record become one vector; unused at token level.
+        is_standardised: the head sees each feature of the pooled vector less its mean, over its deviation; for
+            records that differ little, such as the mutants of one protein. Record level only.
         hidden_width: width of a hidden layer in the head; 0 for a linear head.
         dropout: in the head, in training.
     """
@@ -46,6 +48,7 @@ class Target:
     class_weights: Literal["balanced"] | list[float] | None = None
     weight: float = 1.0
     pool: Literal["mean", "max", "cls"] = "mean"
+    is_standardised: bool = False
     hidden_width: int = 0
     dropout: float = 0.0
 
@@ -56,6 +59,8 @@ class Target:
             raise ConfigError(f"target name must be a column's, without a dot and not {SYMBOLS!r}; got {self.name!r}")
         if self.weight <= 0:
             raise ConfigError(f"target {self.name!r}: weight must be positive; got {self.weight}")
+        if self.is_standardised and self.level == "token":
+            raise ConfigError(f"target {self.name!r}: is_standardised has an effect at record level only")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"target {self.name!r}: dropout must be in [0, 1); got {self.dropout}")
 
@@ -129,7 +134,7 @@ class Supervised(Objective):
                 f"{record.source}: label {bound.target.name!r} of {record.id!r} must have one entry for each of its "
                 f"{whole} symbols; got {got}"
             )
-        encoded = _encode(value, bound, record.source)
+        encoded = _encode(list(value), bound, record.source)
         assert tokens.spans is not None, "targets of tokens need to know where each token lies"
         encoded = encoded[tokens.spans[inner, 0]]
         rows[inner] = encoded if bound.is_classes else np.where(np.isnan(encoded), IGNORE, encoded)
@@ -269,6 +274,7 @@ def _readout(target: Target, **learned: Any) -> Readout:
         level=target.level,
         task=target.task,
         pool=POOLS[target.pool](),
+        is_standardised=target.is_standardised,
         hidden_width=target.hidden_width,
         dropout=target.dropout,
         **learned,

@@ -14,6 +14,7 @@ from meristem.data.store import RecordStore
 from meristem.data.tokenizer import Tokenizer
 from meristem.domain import Domain, load_domain
 from meristem.errors import ConfigError, DataError
+from meristem.objectives.objective import Objective
 from meristem.train.task import Task
 
 Part = Literal["train", "validation", "test"]
@@ -53,6 +54,8 @@ class Split:
             raise ConfigError(f"data.split: fractions must be 0 or more and leave some for training; got {fracs}")
 
 
+SAMPLE = "@sample"
+
 DEFAULT_SPLIT = Split()
 
 
@@ -61,7 +64,7 @@ class DataModule(L.LightningDataModule):
 
     Args:
         domain: name of an installed domain, or a dotted path to one.
-        sources: file or files to train on.
+        sources: file or files to train on; `@sample` is the sample that ships with the domain.
         validation_sources: file or files to validate on; then nothing of `sources` is kept for that.
         payload_column: column of a table that holds the payload; empty for the domain's usual name.
         id_column: column of a table that holds the ids; empty for `id` where there is one.
@@ -94,6 +97,7 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.domain: Domain = load_domain(domain)
         self.sources = [sources] if isinstance(sources, str) else list(sources)
+        self.sources = [str(self.domain.sample) if path == SAMPLE else path for path in self.sources]
         more = validation_sources or []
         self.validation_sources = [more] if isinstance(more, str) else list(more)
         self.payload_column, self.id_column = payload_column, id_column
@@ -108,17 +112,19 @@ class DataModule(L.LightningDataModule):
             raise ConfigError("data.sources must name one file or more; got none (--data.sources FILE)")
 
     @property
-    def task(self) -> Task:
+    def objective(self) -> Objective:
         task = self.trainer.lightning_module  # type: ignore[union-attr]
         assert isinstance(task, Task)
-        return task
+        return task.objective
 
-    def setup(self, stage: str) -> None:
-        """Read, deal and bind the objective; once a process."""
-        if self.parts:
-            return
-        objective = self.task.objective
-        given = self.task.init_card
+    def bind(self, task: Task) -> None:
+        """Read and deal the records, and bind the task's objective to them: before anything is written.
+
+        Raises:
+            DataError: by file and line.
+            ConfigError: data and model do not fit.
+        """
+        objective, given = task.objective, task.init_card
         if given is not None:
             self.tokenizer = _same_tokenizer(self.tokenizer, given.tokenizer)
         store = self._store(self.sources, objective.label_columns, self.split.column)
@@ -191,7 +197,7 @@ class DataModule(L.LightningDataModule):
             store,
             rows,
             self.tokenizer,
-            self.task.objective,
+            self.objective,
             seed=self.seed,
             tokens_per_pack=self.tokens_per_pack,
             packs_per_step=trainer.accumulate_grad_batches * trainer.world_size,
@@ -199,8 +205,13 @@ class DataModule(L.LightningDataModule):
             world_size=trainer.world_size,
             num_workers=self.num_workers,
             max_tokens_per_record=self.max_tokens_per_record,
-            start_step=lambda: trainer.global_step,
+            start_step=self.first_step,
         )
+
+    def first_step(self) -> int:
+        """The optimiser step that training begins with: where to go on is computed, not replayed."""
+        assert self.trainer is not None
+        return self.trainer.global_step
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         return self._eval_loader("validation") if "validation" in self.parts else []
@@ -218,7 +229,7 @@ class DataModule(L.LightningDataModule):
             store,
             rows,
             self.tokenizer,
-            self.task.objective,
+            self.objective,
             seed=self.seed,
             tokens_per_pack=self.tokens_per_pack,
             rank=trainer.global_rank,

@@ -169,6 +169,6 @@ class Keeper(L.Callback):
     def _save_model(self, trainer: L.Trainer, task: Task, path: Path) -> None:
         if not trainer.is_global_zero:
             return
-        facts = {"steps": trainer.global_step}
+        facts: dict[str, float] = {"steps": trainer.global_step}
         facts |= {name: round(value, 5) for name, value in self.recorder.last_validation.items()}
         save_model(path, replace(task.card, facts=facts), task.model)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import disable_possible_user_warnings
 
-from meristem.errors import ConfigError
+from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.train.datamodule import DataModule
 from meristem.train.keeper import AtomicCheckpointIO, Keeper
 from meristem.train.progress import TrainingProgress
@@ -29,6 +29,7 @@ def fit(
 
     Args:
         run: exists, with its config.
+        data: bound to the task.
         trainer_options: of Lightning's trainer.
         say: takes lines for the user.
 
@@ -64,6 +65,10 @@ def evaluate(task: Task, data: DataModule, part: str, trainer_options: dict[str,
         trainer = build_trainer({**trainer_options, "logger": False, "max_steps": 1}, [caught], None, Watch())
         run = trainer.test if part == "test" else trainer.validate
         run(task, datamodule=data, verbose=False)
+    if task.fresh_heads:
+        raise CheckpointError(f"the model must have the heads of the objective; it lacks {', '.join(task.fresh_heads)}")
+    if not caught.values:
+        raise DataError(f"there is no {part} part; see data.split")
     return caught.values
 
 
@@ -135,7 +140,8 @@ class _Caught(L.Callback):
         assert isinstance(task, Task)
         self.values = evaluation_values(task)
 
-    on_test_end = on_validation_end
+    def on_test_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self.on_validation_end(trainer, task)
 
 
 class _fewer_warnings:

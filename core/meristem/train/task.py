@@ -83,6 +83,7 @@ class Task(L.LightningModule):
         self.architecture = chosen
         self.model: Model
         self.remarks: list[str] = []
+        self.fresh_heads: tuple[str, ...] = ()
         self._metrics: dict[str, Metric] = {}
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
@@ -135,6 +136,7 @@ class Task(L.LightningModule):
                 taken.append(name)
             else:
                 fresh.append(name)
+        self.fresh_heads = tuple(fresh)
         self.remarks.append(
             f"{path}: trunk taken over{' and frozen' if self.freeze_trunk else ''}"
             + (f", heads taken over: {', '.join(taken)}" if taken else "")
@@ -148,7 +150,7 @@ class Task(L.LightningModule):
             self.model.trunk.eval()
         return self
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer, schedule = build_optimizer(self.model, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
