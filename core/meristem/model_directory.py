@@ -21,8 +21,9 @@ from meristem.data.tokenizer import TOKENIZERS, Tokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import Imported, read_config_file, read_directory
 from meristem.interop.weights import read_safetensors, refuse_tensors
-from meristem.model.config import TransformerConfig, from_json, to_json
+from meristem.model.config import TransformerConfig
 from meristem.model.model import Model
+from meristem.model.plain import from_json, to_json
 from meristem.model.readout import Readout
 
 FORMAT_VERSION = 1

@@ -23,9 +23,8 @@ from meristem.model.config import (
     Rotary,
     TokenHead,
     TransformerConfig,
-    from_json,
-    to_json,
 )
+from meristem.model.plain import from_json, to_json
 from meristem.model.readout import Readout
 
 CONFIGS = [

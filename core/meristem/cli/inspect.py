@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts_of_model(path: str, length: int) -> dict[str, Any]:
-    from meristem.model.config import to_json
+    from meristem.model.plain import to_json
     from meristem.model_directory import hash_weights, load_any
 
     card, model = load_any(path)
@@ -69,8 +69,9 @@ def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
     from meristem.cli.configs import find_config
     from meristem.cli.run_config import resolve_architecture
     from meristem.errors import ConfigError
-    from meristem.model.config import TransformerConfig, from_json
+    from meristem.model.config import TransformerConfig
     from meristem.model.model import SYMBOLS, Model
+    from meristem.model.plain import from_json
 
     file = find_config(args.model)
     values = read_configs([file]).values
@@ -88,8 +89,8 @@ def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _facts_of_architecture(architecture: "TransformerConfig", model: Any, length: int) -> dict[str, Any]:
-    from meristem.model.config import to_json
     from meristem.model.flops import flops_per_token
+    from meristem.model.plain import to_json
 
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():

@@ -15,8 +15,9 @@ from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.families import FAMILIES, find_family
 from meristem.interop.family import Family
 from meristem.interop.weights import read_weights
-from meristem.model.config import Init, TransformerConfig, from_json, to_json
+from meristem.model.config import Init, TransformerConfig
 from meristem.model.model import SYMBOLS, Model
+from meristem.model.plain import from_json, to_json
 from meristem.shapes import Tensor
 
 

@@ -1,0 +1,76 @@
+"""Configs as plain values, for JSON and YAML, and back: strict, whatever the dataclass."""
+
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from meristem.errors import ConfigError
+
+ConfigPart = TypeVar("ConfigPart")
+
+
+def to_json(part: Any) -> Any:
+    """A config or part of one as plain values; parts that come in kinds carry theirs."""
+    if is_dataclass(part) and not isinstance(part, type):
+        values = {f.name: to_json(getattr(part, f.name)) for f in fields(part)}
+        return {"kind": type(part).__name__, **values} if _kinds_of(type(part).__mro__[1]) else values
+    if isinstance(part, (tuple, list)):
+        return [to_json(item) for item in part]
+    return part
+
+
+def from_json(part_type: type[ConfigPart], values: Mapping[str, Any], where: str = "architecture") -> ConfigPart:
+    """The config that `to_json` wrote: every field known, every kind known, every value of its type.
+
+    Raises:
+        ConfigError: an unknown or missing field, an unknown kind, or a value of the wrong type.
+    """
+    _require(isinstance(values, Mapping), f"{where} must be a mapping", repr(values))
+    chosen: Any = part_type
+    values = dict(values)
+    kinds = _kinds_of(part_type)
+    if kinds:
+        kind = str(values.pop("kind", None))
+        _require(kind in kinds, f"{where}.kind must be one of {', '.join(kinds)}", kind)
+        chosen = kinds[kind]
+    hints = get_type_hints(chosen)
+    known = {f.name: f for f in fields(chosen)}
+    unknown = sorted(set(values) - set(known))
+    _require(not unknown, f"{where} takes {', '.join(known)}", ", ".join(unknown))
+    missing = [
+        name
+        for name, f in known.items()
+        if name not in values and f.default is MISSING and f.default_factory is MISSING
+    ]
+    _require(not missing, f"{where} needs {', '.join(missing)}", "no value")
+    return chosen(**{name: _read_value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _kinds_of(base: type[Any]) -> dict[str, type[Any]]:
+    """Subclasses by name, of a part that comes in kinds."""
+    return {kind.__name__: kind for kind in base.__subclasses__()} if ABC in base.__bases__ else {}
+
+
+def _read_value(hint: Any, value: Any, where: str) -> Any:
+    options = [option for option in get_args(hint) if option is not type(None)] or [hint]
+    if value is None:
+        _require(type(None) in get_args(hint), f"{where} must be set", "null")
+        return None
+    if isinstance(options[0], type) and is_dataclass(options[0]):
+        return from_json(options[0], value, where)
+    if get_origin(options[0]) is tuple or get_origin(hint) is tuple:
+        _require(isinstance(value, (list, tuple)), f"{where} must be a list", repr(value))
+        item = get_args(hint)[0]
+        return tuple(_read_value(item, entry, where) for entry in value)
+    if options[0] in (int, float, bool, str):
+        is_number = options[0] is float and type(value) is int
+        _require(type(value) is options[0] or is_number, f"{where} must be {options[0].__name__}", repr(value))
+        return float(value) if is_number else value
+    _require(value in options, f"{where} must be one of {', '.join(map(str, options))}", repr(value))
+    return value
+
+
+def _require(condition: bool, rule: str, got: str) -> None:
+    if not condition:
+        raise ConfigError(f"{rule}; got {got}")
