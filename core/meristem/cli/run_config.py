@@ -19,7 +19,8 @@ from meristem.cli.config_reader import NumberLoader, ReadConfig, merge, read_con
 from meristem.cli.configs import find_config
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
-from meristem.model.config import TransformerConfig, from_json, to_json
+from meristem.model.config import TransformerConfig
+from meristem.model.plain import from_json, to_json
 from meristem.objectives.masked import Masked
 from meristem.objectives.objective import Objective
 from meristem.objectives.supervised import Supervised
