@@ -84,7 +84,7 @@ class Standardise(nn.Module):
     mean: Tensor
     var: Tensor
 
-    def __init__(self, width: int, momentum: float = 0.05):
+    def __init__(self, width: int, momentum: float = 0.1):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(width))

@@ -18,6 +18,10 @@ from meristem.objectives.objective import Objective
 from meristem.types import IGNORE, LossOut, PackedBatch, Record, Term, Tokens
 
 
+HIDDEN = "hidden"
+"""Scored tokens that show the mask symbol: those left as they are would flatter a perplexity."""
+
+
 class Masked(Objective):
     """Predict masked symbols.
 
@@ -87,13 +91,18 @@ class Masked(Objective):
         # only scored rows reach the head: with a large vocabulary it costs as much as several blocks
         scored_MD = hidden.final.index_select(0, rows_M)
         logits_MV = model.heads[SYMBOLS](scored_MD, model.trunk.embedding.symbols.weight).float()
-        total = F.cross_entropy(logits_MV, targets_M, reduction="sum")
-        count = torch.tensor(float(len(rows_M)), device=total.device)
+        losses_M = F.cross_entropy(logits_MV, targets_M, reduction="none")
+        count = torch.tensor(float(len(rows_M)), device=losses_M.device)
         hits_M = (logits_MV.detach().argmax(-1) == targets_M).float()
-        return LossOut(terms={SYMBOLS: Term(total, count)}, predictions={SYMBOLS: hits_M}, targets={SYMBOLS: targets_M})
+        is_hidden_M = batch.ids.index_select(0, rows_M) == self._mask_id
+        return LossOut(
+            terms={SYMBOLS: Term(losses_M.sum(), count)},
+            predictions={SYMBOLS: hits_M, HIDDEN: losses_M.detach()[is_hidden_M]},
+            targets={SYMBOLS: targets_M, HIDDEN: targets_M[is_hidden_M]},
+        )
 
     def metrics(self) -> dict[str, Metric]:
-        return {f"{SYMBOLS}/accuracy": HitRate()}
+        return {f"{SYMBOLS}/accuracy": HitRate(), f"{HIDDEN}/perplexity": Perplexity()}
 
 
 class HitRate(Metric):
@@ -113,3 +122,22 @@ class HitRate(Metric):
 
     def compute(self) -> torch.Tensor:
         return self.hits / self.count
+
+
+class Perplexity(Metric):
+    """The exponential of the mean of losses (nats), taken over all of them at once."""
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, losses: torch.Tensor, targets: torch.Tensor) -> None:
+        self.total += losses.double().sum()
+        self.count += len(targets)
+
+    def compute(self) -> torch.Tensor:
+        return (self.total / self.count).exp()

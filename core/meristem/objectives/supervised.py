@@ -1,5 +1,6 @@
 """Labels of records and of tokens: classes and values, several at once, some of them missing."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -183,7 +184,9 @@ class Supervised(Objective):
                 found[f"{name}/mcc"] = MulticlassMatthewsCorrCoef(num)
                 found[f"{name}/macro_f1"] = MulticlassF1Score(num, average="macro")
             else:
-                found[f"{name}/spearman"] = SpearmanCorrCoef()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # it keeps every value: a rank needs them all
+                    found[f"{name}/spearman"] = SpearmanCorrCoef()
                 found[f"{name}/mae"] = MeanAbsoluteError()
                 found[f"{name}/r2"] = R2Score()
         return found
