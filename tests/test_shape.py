@@ -113,7 +113,7 @@ def test_an_image_comes_back_from_its_tokens(batch_of_records: pa.RecordBatch) -
 
 def test_images_learn_by_the_objective_of_proteins(batch_of_records: pa.RecordBatch, rng: np.random.Generator) -> None:
     tokenizer = domain.tokenizer()
-    records = [record_at(batch_of_records, row) for row in range(256)]
+    records = [record_at(batch_of_records, row) for row in range(128)]
     objective = Supervised([Target(name="digit", pool="cls")])
     labels = {"digit": [record.labels["digit"] for record in records]}
     objective.bind(tokenizer, labels, lambda row: records[row].source)
