@@ -60,10 +60,13 @@ def _fit(config: "RunConfig") -> int:
     if run.is_started:
         config.check_same(run.config)
         state = run.read_state()
-        if state.get("finished") and state["step"] >= config.trainer["max_steps"]:
+        max_steps, patience = config.trainer["max_steps"], config.watch.patience
+        is_all = state.get("step", 0) >= max_steps
+        if state.get("finished") and (is_all or (state["max_steps"], state["patience"]) == (max_steps, patience)):
             _say(f"{run.path} is finished: {state['finished']}")
             _say(f"  model: {run.best_model}")
-            _say(f"  to go on: {config.command} --trainer.max_steps {2 * state['step']}")
+            more = f"--trainer.max_steps {2 * state['step']}" if is_all else f"--watch.patience {2 * (patience or 1)}"
+            _say(f"  to go on: {config.command} {more}")
             return 0
     task, data = config.build()
     with _progress_of(data):

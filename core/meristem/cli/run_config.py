@@ -24,7 +24,7 @@ from meristem.model.plain import from_json, to_json
 from meristem.objectives.masked import Masked
 from meristem.objectives.objective import Objective
 from meristem.objectives.supervised import Supervised
-from meristem.train.datamodule import DataModule, build_tokenizer
+from meristem.train.datamodule import DataModule, Split, build_tokenizer
 from meristem.train.optim import OptimizerConfig
 from meristem.train.task import Task
 from meristem.train.watch import Watch
@@ -359,8 +359,9 @@ def _placed(error: ConfigError, read: ReadConfig) -> ConfigError:
     text = str(error)
     for word in re.findall(r"[a-z_]\w*(?:\.\w+)*", text.replace("architecture takes", "architecture")):
         for prefix in ("", "model.", "data.", f"{ARCHITECTURE}.", "model.optimizer."):
-            if f"{prefix}{word}" in read.places and "." in f"{prefix}{word}":
-                return ConfigError(f"{read.places[f'{prefix}{word}']}: {text}")
+            place = _nested(f"{prefix}{word}", "", read)
+            if place in read.places and "." in place:
+                return ConfigError(f"{read.places[place]}: {text}")
     return error
 
 
@@ -372,7 +373,8 @@ def _explain(text: str, read: ReadConfig) -> str:
     class_path = (re.findall(r"Problem with given class_path '([^']+)'", text) or [""])[-1]
     if unknown := re.search(r"Group '([^']+)' does not accept option '([^']+)'", text):
         group, option = unknown.groups()
-        return f"{read.place(f'{group}.{option}')}{group}.{option} is no key; {group} takes {_keys_of(group)}"
+        parent = f"{group}.{option}".rpartition(".")[0]
+        return f"{read.place(f'{group}.{option}')}{group}.{option} is no key; {parent} takes {_keys_of(parent)}"
     if unknown := re.search(r"Option '([^']+)' is not accepted", text):
         option = unknown.group(1)
         place = read.place(_nested(key, option, read))
@@ -383,8 +385,8 @@ def _explain(text: str, read: ReadConfig) -> str:
         return f"{missing.group(1)} must be set (--{missing.group(1).split(',')[0]} VALUE, or in the config)"
     if unknown := re.search(r"unrecognized arguments: (.+)", text):
         option = unknown.group(1).split()[0].removeprefix("--").partition("=")[0]
-        group = option.partition(".")[0]
-        takes = f"{group} takes {_keys_of(group)}" if "." in option else f"keys are {TOP_KEYS}"
+        parent = option.rpartition(".")[0]
+        takes = f"{parent} takes {_keys_of(parent)}" if "." in option else f"keys are {TOP_KEYS}"
         return f"--{option} is no key; {takes}"
     place = read.place(_nested(key, "", read))
     if "Expected a dot import path string" in text:
@@ -423,6 +425,7 @@ def _keys_of(group: str) -> str:
         "data": [*inspect.signature(DataModule.__init__).parameters][1:-1],
         "trainer": list(TRAINER_KEYS),
         "watch": [f.name for f in fields(Watch)],
+        "data.split": [f.name for f in fields(Split)],
         "model.optimizer": [f.name for f in fields(OptimizerConfig)],
     }
     return ", ".join(known.get(group, known.get(group.partition(".")[0], ["model", "data", "trainer", "watch"])))

@@ -17,7 +17,6 @@ from meristem.model.model import SYMBOLS, Model
 from meristem.objectives.objective import Objective
 from meristem.types import IGNORE, LossOut, PackedBatch, Record, Term, Tokens
 
-
 HIDDEN = "hidden"
 """Scored tokens that show the mask symbol: those left as they are would flatter a perplexity."""
 

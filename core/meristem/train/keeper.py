@@ -164,6 +164,8 @@ class Keeper(L.Callback):
                 step=trainer.global_step,
                 finished=reason or f"all {trainer.global_step} steps taken",
                 best_step=self.best_step,
+                max_steps=trainer.max_steps,
+                patience=self.watch.patience,
             )
 
     def _save_model(self, trainer: L.Trainer, task: Task, path: Path) -> None:

@@ -62,7 +62,7 @@ def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], floa
                 return config.min_lr_frac + (1 - config.min_lr_frac) * 0.5 * (1 + math.cos(math.pi * done))
             case "inverse_sqrt":
                 start = max(1, config.warmup_steps)
-                return max(config.min_lr_frac, math.sqrt(start / max(start, step + 1)))
+                return max(config.min_lr_frac, math.sqrt(start / max(start, step)))
             case _:
                 return 1.0
 

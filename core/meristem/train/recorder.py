@@ -171,7 +171,7 @@ def _columns(row: Mapping[str, Any], task: Task) -> list[str]:
 
 def _check_finite(step: int, result: StepResult, grad_norm: float) -> None:
     wrong = [f"term {name!r} is {value}" for name, value in result.terms.items() if math.isinf(value)]
-    if not math.isfinite(result.loss):
+    if result.is_scored and not math.isfinite(result.loss):
         what = f"the loss is {result.loss}" + (f" ({', '.join(wrong)})" if wrong else "")
     elif not math.isfinite(grad_norm):
         what = f"the norm of the gradient is {grad_norm}"

@@ -36,6 +36,7 @@ def fit(
     Raises:
         keeper.Stopped: a signal asked for it.
     """
+    _check_monitor(task, data, watch)
     checkpoint = run.checkpoint_to_go_on_from()
     recorder = Recorder(run, watch, trainer_options.get("log_every_n_steps") or 1)
     keeper = Keeper(run, watch, recorder, say)
@@ -52,6 +53,16 @@ def fit(
             keeper.finish(trainer, task)
     finally:
         keeper.restore_handlers()
+
+
+def _check_monitor(task: Task, data: DataModule, watch: Watch) -> None:
+    """Refuse to watch what no validation will measure."""
+    measured = ["loss", *(f"{term}/perplexity" for term in task.objective.perplexity_terms), *task.objective.metrics()]
+    is_term = watch.monitor.startswith("loss/")  # terms are known when the first pack is there
+    if "validation" in data.parts and watch.monitor not in measured and not is_term:
+        raise ConfigError(f"watch.monitor must be one of {', '.join(measured)}; got {watch.monitor!r}")
+    if "validation" not in data.parts and watch.patience:
+        raise ConfigError("watch.patience needs a validation part; see data.split")
 
 
 def evaluate(task: Task, data: DataModule, part: str, trainer_options: dict[str, Any]) -> dict[str, float]:

@@ -27,11 +27,13 @@ class StepResult:
         loss: the sum of the terms' weighted means.
         terms: the mean of each term.
         num_tokens: rows that the trunk computed.
+        is_scored: there was any target; without one there is no loss to speak of.
     """
 
     loss: float
     terms: Mapping[str, float]
     num_tokens: int
+    is_scored: bool = True
 
 
 class NotFinite(ConfigError):
@@ -167,8 +169,9 @@ class Task(L.LightningModule):
         out = self.objective.loss(self.model, self.extra, batch)
         loss = torch.zeros((), device=self.device)
         for name, term in out.terms.items():
-            if self._totals[name]:
-                loss = loss + term.sum * (term.weight / self._totals[name] * (accumulate * world))
+            # a step without a target of this term adds nothing, but a gradient of zero
+            share = 1 / self._totals[name] if self._totals[name] else 0.0
+            loss = loss + term.sum * (term.weight * share * accumulate * world)
         self._add(out.terms)
         self._num_tokens += batch.layout.num_tokens
         return loss
@@ -242,14 +245,11 @@ class Task(L.LightningModule):
 
     def result_of(self, flat: Tensor) -> StepResult:
         """The figures that `summed` gave, on the host."""
-        values = flat.tolist()
-        terms = {
-            name: values[2 * i] / values[2 * i + 1] if values[2 * i + 1] else float("nan")
-            for i, name in enumerate(sorted(self._sums))
-        }
-        known = {name: value for name, value in terms.items() if values[2 * sorted(self._sums).index(name) + 1]}
-        loss = sum(self._weights[name] * value for name, value in known.items())
-        return StepResult(loss, terms, int(values[-1]))
+        *pairs, num_tokens = flat.tolist()
+        sums = dict(zip(sorted(self._sums), zip(pairs[::2], pairs[1::2])))
+        terms = {name: total / count if count else float("nan") for name, (total, count) in sums.items()}
+        known = [self._weights[name] * terms[name] for name, (_, count) in sums.items() if count]
+        return StepResult(sum(known) if known else float("nan"), terms, int(num_tokens), bool(known))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["meristem"] = {
