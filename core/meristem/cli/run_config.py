@@ -2,12 +2,10 @@
 
 import argparse
 import inspect
-import re
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,96 +13,17 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from meristem.cli.config_errors import explain, placed
 from meristem.cli.config_reader import NumberLoader, ReadConfig, merge, read_configs
 from meristem.cli.configs import find_config
+from meristem.cli.run_keys import ARCHITECTURE, FREE_KEYS, TRAINER_DEFAULTS, TRAINER_KEYS, build_task
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
 from meristem.model.plain import from_json, to_json
-from meristem.objectives.masked import Masked
-from meristem.objectives.objective import Objective
-from meristem.objectives.supervised import Supervised
-from meristem.train.datamodule import DataModule, Split, build_tokenizer
-from meristem.train.optim import OptimizerConfig
+from meristem.train.datamodule import DataModule, build_tokenizer
 from meristem.train.task import Task
 from meristem.train.watch import Watch
-
-ARCHITECTURE = "model.architecture"
-
-TOP_KEYS = "model, data, trainer, watch, run_dir, seed"
-
-OBJECTIVES = (Masked, Supervised)
-"""The core's own; jsonargparse knows a class by its short name once it is imported."""
-
-TRAINER_KEYS = (
-    "accelerator",
-    "accumulate_grad_batches",
-    "benchmark",
-    "callbacks",
-    "detect_anomaly",
-    "deterministic",
-    "devices",
-    "enable_progress_bar",
-    "gradient_clip_val",
-    "limit_val_batches",
-    "log_every_n_steps",
-    "logger",
-    "max_steps",
-    "max_time",
-    "num_nodes",
-    "plugins",
-    "precision",
-    "profiler",
-    "strategy",
-)
-"""Of Lightning's trainer, what has a meaning here: a run is counted in steps, not epochs, and saved by `watch`."""
-
-TRAINER_DEFAULTS = {"max_steps": 1000, "gradient_clip_val": 1.0, "log_every_n_steps": 10}
-
-FREE_KEYS = (
-    "trainer.max_steps",
-    "trainer.max_time",
-    "trainer.log_every_n_steps",
-    "trainer.enable_progress_bar",
-    "trainer.logger",
-    "trainer.profiler",
-    "trainer.callbacks",
-    "trainer.devices",
-    "trainer.accelerator",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.accumulate_grad_batches",
-    "data.num_workers",
-    "data.cache_dir",
-    "watch",
-    "run_dir",
-)
-"""What may change when a run goes on: nothing that its past would contradict."""
-
-
-def build_task(
-    architecture: dict[str, Any] | None,
-    objective: Objective,
-    optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
-    init_from: str | None = None,
-    freeze_trunk: bool = False,
-    dropout: float | None = None,
-    seed: int = 0,
-) -> Task:
-    """A model, an objective and an optimiser.
-
-    Args:
-        architecture: a preset of the domain (`preset: esm2_8m`), or the fields of a transformer (`width`,
-            `num_layers`, `attention.num_heads`, `feedforward.width` ...), or both: fields go over the preset's.
-        objective: what the model is trained for: `Masked`, `Supervised`, or one of the domain's.
-        optimizer: AdamW and its schedule.
-        init_from: a model directory to start from; its architecture is then used.
-        freeze_trunk: only heads are trained.
-        dropout: of every residual branch; null leaves what the architecture says.
-        seed: of initial weights and dropout.
-    """
-    config = None if architecture is None else from_json(TransformerConfig, architecture)
-    return Task(config, objective, optimizer, init_from, freeze_trunk, dropout, seed)
 
 
 class RunParser(LightningArgumentParser):
@@ -210,7 +129,7 @@ class RunConfig:
             made.data.seed = self.seed
             return task, made.data
         except ConfigError as error:
-            raise _placed(error, self._read) from error
+            raise placed(error, self._read) from error
 
 
 def parse(argv: list[str], verb: str) -> RunConfig | None:
@@ -245,9 +164,9 @@ def parse(argv: list[str], verb: str) -> RunConfig | None:
                 load_from_checkpoint_support=False,
             )
         except argparse.ArgumentError as error:
-            raise ConfigError(_explain(str(error), read)) from error
+            raise ConfigError(explain(str(error), read)) from error
         except ConfigError as error:
-            raise _placed(error, read) from error
+            raise placed(error, read) from error
     resolved = yaml.load(_quietly(cli.parser.dump, cli.config, skip_none=False), Loader=NumberLoader)
     resolved.pop("config", None)
     if resolved["model"]["init_from"]:
@@ -256,7 +175,7 @@ def parse(argv: list[str], verb: str) -> RunConfig | None:
         try:
             resolved["model"]["architecture"] = resolve_architecture(wanted, resolved["data"])
         except ConfigError as error:
-            raise _placed(error, read) from error
+            raise placed(error, read) from error
     if resolved["run_dir"] is None:
         resolved["run_dir"] = f"runs/{paths[-1].stem if paths else 'unnamed'}"
     if is_print:
@@ -352,99 +271,6 @@ def _sort_arguments(argv: list[str]) -> tuple[list[str], dict[str, Any], list[st
             raise ConfigError(f"{key} must be a preset or a mapping; got {value!r}")
         merge(architecture, said)
     return names, architecture, rest, is_print
-
-
-def _placed(error: ConfigError, read: ReadConfig) -> ConfigError:
-    """The error with file and line of the key it speaks of."""
-    text = str(error)
-    for word in re.findall(r"[a-z_]\w*(?:\.\w+)*", text.replace("architecture takes", "architecture")):
-        for prefix in ("", "model.", "data.", f"{ARCHITECTURE}.", "model.optimizer."):
-            place = _nested(f"{prefix}{word}", "", read)
-            if place in read.places and "." in place:
-                return ConfigError(f"{read.places[place]}: {text}")
-    return error
-
-
-def _explain(text: str, read: ReadConfig) -> str:
-    """One line out of what jsonargparse says, with file and line where a file has the key."""
-    key = ""
-    for inner in re.findall(r'Parser key "([^"]+)"', text):
-        key = inner if not key or inner.startswith(f"{key}.") else f"{key}.{inner}"
-    class_path = (re.findall(r"Problem with given class_path '([^']+)'", text) or [""])[-1]
-    if unknown := re.search(r"Group '([^']+)' does not accept option '([^']+)'", text):
-        group, option = unknown.groups()
-        parent = f"{group}.{option}".rpartition(".")[0]
-        return f"{read.place(f'{group}.{option}')}{group}.{option} is no key; {parent} takes {_keys_of(parent)}"
-    if unknown := re.search(r"Option '([^']+)' is not accepted", text):
-        option = unknown.group(1)
-        place = read.place(_nested(key, option, read))
-        takes = _parameters_of(class_path) if class_path else TOP_KEYS
-        option = option if class_path or key else option.partition(".")[0]
-        return f"{place}{option} is no key{f' of {key}' if key else ''}; it takes {takes}"
-    if missing := re.search(r"required: (.+)", text):
-        return f"{missing.group(1)} must be set (--{missing.group(1).split(',')[0]} VALUE, or in the config)"
-    if unknown := re.search(r"unrecognized arguments: (.+)", text):
-        option = unknown.group(1).split()[0].removeprefix("--").partition("=")[0]
-        parent = option.rpartition(".")[0]
-        takes = f"{parent} takes {_keys_of(parent)}" if "." in option else f"keys are {TOP_KEYS}"
-        return f"--{option} is no key; {takes}"
-    place = read.place(_nested(key, "", read))
-    if "Expected a dot import path string" in text:
-        named = ", ".join(sorted(_subclasses(Objective)))
-        return f"{place}{key} must be one of {named}, or a dotted path to a class; got {text.rpartition(': ')[2]!r}"
-    expected = list(dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|$)", text, flags=re.MULTILINE)))
-    got = re.search(r"Got value: (.+)", text) or re.search(r"Given value: (.+)", text)
-    if expected:
-        allowed = " or ".join(_plain(kind) for kind in expected)
-        return f"{place}{key} must be {allowed}; got {got.group(1) if got else 'something else'}"
-    return f"{place}{' '.join(text.split())}"
-
-
-def _nested(key: str, option: str, read: ReadConfig) -> str:
-    """A key as the file has it: classes stand with `init_args`, lists with numbers."""
-    wanted = [part for part in f"{key}.{option}".split(".") if part]
-    for place in read.places:
-        parts = [part for part in place.split(".") if part != "init_args" and not part.isdigit()]
-        if parts == wanted:
-            return place
-    return ".".join(wanted)
-
-
-def _plain(kind: str) -> str:
-    """A type as a user would name it."""
-    if literal := re.fullmatch(r"typing\.Literal\[(.+)\]", kind):
-        return f"one of {literal.group(1)}"
-    named = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
-    name = re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", kind)
-    return named.get(name, f"a {name}")
-
-
-def _keys_of(group: str) -> str:
-    known = {
-        "model": [*inspect.signature(build_task).parameters][:-1],
-        "data": [*inspect.signature(DataModule.__init__).parameters][1:-1],
-        "trainer": list(TRAINER_KEYS),
-        "watch": [f.name for f in fields(Watch)],
-        "data.split": [f.name for f in fields(Split)],
-        "model.optimizer": [f.name for f in fields(OptimizerConfig)],
-    }
-    return ", ".join(known.get(group, known.get(group.partition(".")[0], ["model", "data", "trainer", "watch"])))
-
-
-def _parameters_of(class_path: str) -> str:
-    module, _, name = class_path.rpartition(".")
-    found = getattr(import_module(module), name)
-    if is_dataclass(found):
-        return ", ".join(f.name for f in fields(found))
-    return ", ".join(list(inspect.signature(found.__init__).parameters)[1:])
-
-
-def _subclasses(base: type) -> list[str]:
-    names: list[str] = []
-    child: type
-    for child in base.__subclasses__():
-        names += [child.__name__, *_subclasses(child)]
-    return names
 
 
 def _without(namespace: Any, *names: str) -> dict[str, Any]:

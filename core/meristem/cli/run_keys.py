@@ -1,0 +1,88 @@
+"""What a run's config may say: its keys, and what is made of the model's part."""
+
+from typing import Any
+
+from meristem.model.config import TransformerConfig
+from meristem.model.plain import from_json
+from meristem.objectives.masked import Masked
+from meristem.objectives.objective import Objective
+from meristem.objectives.supervised import Supervised
+from meristem.train.optim import OptimizerConfig
+from meristem.train.task import Task
+
+ARCHITECTURE = "model.architecture"
+
+TOP_KEYS = "model, data, trainer, watch, run_dir, seed"
+
+OBJECTIVES = (Masked, Supervised)
+"""The core's own; jsonargparse knows a class by its short name once it is imported."""
+
+TRAINER_KEYS = (
+    "accelerator",
+    "accumulate_grad_batches",
+    "benchmark",
+    "callbacks",
+    "detect_anomaly",
+    "deterministic",
+    "devices",
+    "enable_progress_bar",
+    "gradient_clip_val",
+    "limit_val_batches",
+    "log_every_n_steps",
+    "logger",
+    "max_steps",
+    "max_time",
+    "num_nodes",
+    "plugins",
+    "precision",
+    "profiler",
+    "strategy",
+)
+"""Of Lightning's trainer, what has a meaning here: a run is counted in steps, not epochs, and saved by `watch`."""
+
+TRAINER_DEFAULTS = {"max_steps": 1000, "gradient_clip_val": 1.0, "log_every_n_steps": 10}
+
+FREE_KEYS = (
+    "trainer.max_steps",
+    "trainer.max_time",
+    "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar",
+    "trainer.logger",
+    "trainer.profiler",
+    "trainer.callbacks",
+    "trainer.devices",
+    "trainer.accelerator",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.accumulate_grad_batches",
+    "data.num_workers",
+    "data.cache_dir",
+    "watch",
+    "run_dir",
+)
+"""What may change when a run goes on: nothing that its past would contradict."""
+
+
+def build_task(
+    architecture: dict[str, Any] | None,
+    objective: Objective,
+    optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
+    init_from: str | None = None,
+    freeze_trunk: bool = False,
+    dropout: float | None = None,
+    seed: int = 0,
+) -> Task:
+    """A model, an objective and an optimiser.
+
+    Args:
+        architecture: a preset of the domain (`preset: esm2_8m`), or the fields of a transformer (`width`,
+            `num_layers`, `attention.num_heads`, `feedforward.width` ...), or both: fields go over the preset's.
+        objective: what the model is trained for: `Masked`, `Supervised`, or one of the domain's.
+        optimizer: AdamW and its schedule.
+        init_from: a model directory to start from; its architecture is then used.
+        freeze_trunk: only heads are trained.
+        dropout: of every residual branch; null leaves what the architecture says.
+        seed: of initial weights and dropout.
+    """
+    config = None if architecture is None else from_json(TransformerConfig, architecture)
+    return Task(config, objective, optimizer, init_from, freeze_trunk, dropout, seed)
