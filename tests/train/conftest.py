@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from random_proteins import random_proteins
 
 from meristem.cli.main import main
-
-RESIDUES = np.array(list("LAGVSERTIDPKQNFYMHWC"))
 
 CONFIG = """
 model:
@@ -82,10 +81,6 @@ class Bench:
         """Rows of `metrics.csv` without what depends on the clock."""
         with (self.path / run / "metrics.csv").open(newline="") as file:
             return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in csv.DictReader(file)]
-
-
-def random_proteins(rng: np.random.Generator, count: int, longest: int = 90) -> list[str]:
-    return ["".join(rng.choice(RESIDUES, rng.integers(20, longest))) for _ in range(count)]
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from random_proteins import random_proteins
 
-from conftest import random_proteins
 from meristem.model_directory import load_model
 
 SUPERVISED = """

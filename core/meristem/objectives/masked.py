@@ -31,8 +31,6 @@ class Masked(Objective):
         mean_span: mean length, in tokens, of the spans they lie in; 1 scatters them.
     """
 
-    perplexity_terms = (SYMBOLS,)
-
     def __init__(self, rate: float = 0.15, mask_frac: float = 0.8, random_frac: float = 0.1, mean_span: float = 1.0):
         for name, value in {"rate": rate, "mask_frac": mask_frac, "random_frac": random_frac}.items():
             if not 0 <= value <= 1 or (name == "rate" and value == 0):

@@ -26,9 +26,6 @@ class Objective(ABC):
     label_columns: tuple[str, ...] = ()
     """Label columns of the records that this objective reads."""
 
-    perplexity_terms: tuple[str, ...] = ()
-    """Terms of the loss in nats a symbol, whose exponential is reported too."""
-
     def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
         """Learn from the training records what the objective must know.
 

@@ -71,7 +71,8 @@ class DataModule(L.LightningDataModule):
         tokenizer: options of the domain's tokenizer.
         split: how records are dealt to training, validation and test.
         tokens_per_pack: tokens that a device computes at once: the memory it takes goes with it.
-        max_tokens_per_record: a longer record is cropped to another random window each time; null for none.
+        max_tokens_per_record: a longer record is cropped to another random window each time it is trained on;
+            null for none. Evaluation takes whole records, but for what learned positions do not reach.
         on_error: `refuse` stops at a record that cannot be used; `skip` leaves it out and counts it.
         num_workers: processes that prepare packs; without effect on what comes.
         cache_dir: where record stores are kept; null for `$MERISTEM_CACHE`, else `~/.cache/meristem`.
@@ -138,6 +139,9 @@ class DataModule(L.LightningDataModule):
         store, train = self.parts["train"]
         labels = {name: store.labels(name, train).to_pylist() for name in objective.label_columns}
         objective.bind(self.tokenizer, labels, lambda row: store.where(int(train[row])))
+        self._position_limit = task.architecture.max_length
+        limits = [limit for limit in (self.max_tokens_per_record, self._position_limit) if limit]
+        self.max_tokens_per_record = min(limits, default=None)
         self.remarks.append(self._summary())
 
     def _store(self, sources: list[str], labels: tuple[str, ...], split_column: str) -> RecordStore:
@@ -186,7 +190,7 @@ class DataModule(L.LightningDataModule):
         store, rows = self.parts["train"]
         limit = self.max_tokens_per_record
         num_cropped = int((store.token_lengths(self.tokenizer)[rows] > limit).sum()) if limit else 0
-        crops = f"; {num_cropped:,} are longer than {limit} tokens and cropped to a random window each time"
+        crops = f"; {num_cropped:,} are longer than {limit} tokens and trained on in random windows"
         return f"data: {', '.join(parts)}{crops if num_cropped else ''}"
 
     def train_dataloader(self) -> TrainLoader:
@@ -235,7 +239,8 @@ class DataModule(L.LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             num_workers=self.num_workers,
-            max_tokens_per_record=self.max_tokens_per_record,
+            # an evaluation takes whole records wherever the model can
+            max_tokens_per_record=self._position_limit,
         )
 
 

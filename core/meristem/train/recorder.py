@@ -150,12 +150,9 @@ class Recorder(L.Callback):
 
 
 def evaluation_values(task: Task) -> dict[str, float]:
-    """Exact means, perplexities and metrics of the part just evaluated."""
+    """Exact means and metrics of the part just evaluated."""
     result = task.result_of(task.summed())
-    values = {"loss": result.loss, **_named(result, "loss/")}
-    for term in task.objective.perplexity_terms:
-        values[f"{term}/perplexity"] = math.exp(min(result.terms[term], 700.0))
-    return values | task.metric_values()
+    return {"loss": result.loss, **_named(result, "loss/"), **task.metric_values()}
 
 
 def _named(result: StepResult, prefix: str) -> dict[str, float]:

@@ -57,7 +57,7 @@ def fit(
 
 def _check_monitor(task: Task, data: DataModule, watch: Watch) -> None:
     """Refuse to watch what no validation will measure."""
-    measured = ["loss", *(f"{term}/perplexity" for term in task.objective.perplexity_terms), *task.objective.metrics()]
+    measured = ["loss", *task.objective.metrics()]
     is_term = watch.monitor.startswith("loss/")  # terms are known when the first pack is there
     if "validation" in data.parts and watch.monitor not in measured and not is_term:
         raise ConfigError(f"watch.monitor must be one of {', '.join(measured)}; got {watch.monitor!r}")

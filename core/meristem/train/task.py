@@ -225,7 +225,7 @@ class Task(L.LightningModule):
 
     def metric_names(self) -> list[str]:
         """All that an evaluation reports beside the loss."""
-        return [*self._metrics, *(f"{term}/perplexity" for term in self.objective.perplexity_terms)]
+        return list(self._metrics)
 
     def _add(self, terms: Mapping[str, Term]) -> None:
         """Add up sums and counts on the device: no step waits for a figure."""
