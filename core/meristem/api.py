@@ -80,7 +80,7 @@ class LoadedModel:
             DataError: a sequence that is empty or has a symbol the model does not know.
 
         Example:
-            >>> meristem.load("runs/localization").predict(["MKTAYIAKQR"])["localization"].classes
+            >>> meristem.load("runs/localization").predict(["MKTAYIAKQR"])["location"].classes
         """
         predictor = Predictor(self._trunk(-1, tokens_per_batch, precision))
         pieces: dict[str, list[Prediction]] = {readout.name: [] for readout in predictor.readouts}

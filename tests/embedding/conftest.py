@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from small_models import redraw, tiny_config
 
+from meristem.embedding import chunks, run
 from meristem.model.readout import Readout
 from meristem.model_directory import ModelCard, save_model
 from meristem_domains.protein import domain
@@ -24,3 +25,10 @@ def make_model_directory(tmp_path: Path, rng: np.random.Generator) -> Callable[.
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks in little time."""
+    monkeypatch.setattr(chunks, "CHUNK_RECORDS", 16)
+    monkeypatch.setattr(run, "CHUNK_RECORDS", 16)

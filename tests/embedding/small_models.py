@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from meristem.model.config import Attention, Embedding, FeedForward, TokenHead, TransformerConfig
@@ -63,3 +64,14 @@ def random_protein(rng: np.random.Generator, low: int = 5, high: int = 60) -> st
 def write_fasta(path: Path, records: list[tuple[str, str]]) -> Path:
     path.write_text("".join(f">{name}\n{sequence}\n" for name, sequence in records))
     return path
+
+
+def records_with_repeats(rng: np.random.Generator, count: int = 90) -> list[tuple[str, str]]:
+    """Ids and sequences, both with repeats near and far."""
+    pool = [random_protein(rng) for _ in range(count * 2 // 3)]
+    return [(f"p{rng.integers(count)}", pool[rng.integers(len(pool))]) for _ in range(count)]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Rows of every part."""
+    return {part.name: str(pq.read_table(part).to_pydict()).encode() for part in sorted(folder.glob("part-*"))}

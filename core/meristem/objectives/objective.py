@@ -2,17 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
-from torchmetrics import Metric
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.model.config import TransformerConfig
 from meristem.model.model import Model
 from meristem.model.readout import Readout
 from meristem.types import IGNORE, LossOut, PackedBatch, Record, Tokens
+
+if TYPE_CHECKING:  # it imports scipy and torchvision, for seconds, and verbs that only read models need none of it
+    from torchmetrics import Metric
 
 
 class Objective(ABC):
@@ -81,7 +83,7 @@ class Objective(ABC):
             extra: what `build` gave.
         """
 
-    def metrics(self) -> dict[str, Metric]:
+    def metrics(self) -> "dict[str, Metric]":
         """torchmetrics by name, updated with `predictions[name]`, `targets[name]` of the `LossOut`.
 
         A name is `<prediction>/<metric>`, such as `location/mcc`.
