@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import meristem
-from meristem.errors import ConfigError, DataError
+from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.model.config import Attention, Embedding, FeedForward, TransformerConfig
 from meristem.model.readout import Readout
 from meristem.model_directory import ModelCard, save_model
@@ -115,3 +115,8 @@ def test_an_unknown_option_of_embed_is_an_error(tmp_path: Path, model_directory:
         meristem.embed(model_directory, "in.fa", tmp_path / "out", pooling="mean")
     with pytest.raises(ConfigError, match="on_error"):
         meristem.embed(model_directory, "in.fa", tmp_path / "out", on_error="ignore")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="must be a run directory"):
+        meristem.load(tmp_path)

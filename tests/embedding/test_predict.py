@@ -11,7 +11,6 @@ import torch
 from small_models import READOUTS, column_of, random_ids, random_protein, write_fasta
 
 from meristem.data.pack import pack
-from meristem.embedding import chunks
 from meristem.embedding.engine import TrunkRunner
 from meristem.embedding.predict import Predictor
 from meristem.embedding.predict_run import predict_files
@@ -21,12 +20,6 @@ from meristem.model.model import Model
 from meristem.model_directory import ModelCard, load_model
 
 MakeModel = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many chunks in little time."""
-    monkeypatch.setattr(chunks, "CHUNK_RECORDS", 16)
 
 
 def slow_outputs(card: ModelCard, loaded: Model, text: str) -> dict[str, np.ndarray]:
