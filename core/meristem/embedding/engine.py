@@ -6,6 +6,7 @@ same bit for bit whatever it is packed with: linear layers, norms and attention 
 """
 
 import copy
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -142,6 +143,16 @@ class TrunkRunner:
         return Rows(mean.rows(), Layout.of([len(ids)], min_rows=0), (0,))
 
 
+def give_back_memory() -> None:
+    """Return freed memory to the system: packs of ever other shapes leave holes, which glibc's heap keeps.
+
+    Without it an ESM-2 8M grows by 50 MB with each 2,000 records; it costs milliseconds a chunk.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class Embedder:
     """Vectors of the sequences of a column, in its order.
 
@@ -188,6 +199,7 @@ class Embedder:
             if advance is not None:
                 advance(len(rows.records), rows.layout.num_tokens)
         self._check_finite(values, ends)
+        give_back_memory()
         return values
 
     def _check_finite(self, values: np.ndarray, ends: np.ndarray) -> None:
