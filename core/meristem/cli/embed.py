@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=-1,
         help="layer whose vectors are wanted: 0 is the embedding, -1 the last",
     )
-    parser.add_argument("--tokens-per-batch", type=int, help="tokens run at once; 8192 on a CPU, 65536 on a GPU")
+    parser.add_argument("--tokens-per-batch", type=int, help="tokens run at once; 4096 on a CPU, 65536 on a GPU")
     parser.add_argument(
         "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
     )
