@@ -29,8 +29,8 @@ POOLS: dict[str, Pool | None] = {"mean": Mean(), "cls": Prefix(), "max": Max(), 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
-"""Default budget of a pack. More gains nothing on a CPU and takes memory: at the width of ESM-2 8M, 2,048 to 8,192 tokens
-are equally fast and 16,384 are 15 % slower."""
+"""Default budget of a pack. More gains nothing on a CPU and takes memory: at the width of ESM-2 8M, 2,048 to 8,192
+tokens are equally fast and 16,384 are 15 % slower."""
 
 Advance = Callable[[int, int], None]
 """Told of records and tokens as they are done."""
@@ -106,7 +106,8 @@ class TrunkRunner:
         self.trunk = self.model.trunk if dtype == torch.float32 else copy.deepcopy(self.model.trunk).to(dtype)
         self.num_special = num_special
         self.layer = model.trunk.resolve_layer(layer)
-        budget = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cpu"]) if tokens_per_batch is None else tokens_per_batch
+        default = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cpu"])
+        budget = default if tokens_per_batch is None else tokens_per_batch
         if budget < 1:
             raise ConfigError(f"tokens_per_batch must be at least 1; got {budget}")
         self.tokens_per_batch = budget

@@ -30,6 +30,11 @@ from meristem.model.model import Model
 from meristem.model_directory import ModelCard, hash_weights, load_any
 
 MANIFEST_VERSION = 1
+CHUNK_WORK = 1.5e11
+"""Parameters times symbols of a chunk on a CPU, about: ten seconds of one core, and what a kill can cost."""
+
+MIN_CHUNK_SYMBOLS = 4096
+
 CHUNK_VALUES = 1 << 24
 """Numbers that the vectors of a chunk hold about, where each token has one: 64 MB."""
 
@@ -189,10 +194,14 @@ class _Run:
         return Workers(self.model_path, self.engine, self.options.devices)
 
     def _max_symbols(self) -> int:
-        """Tokens of a chunk: fewer where each has a vector, so that a chunk of vectors fits in memory."""
-        if self.engine.pool != "none":
-            return CHUNK_SYMBOLS
-        return max(1024, min(CHUNK_SYMBOLS, CHUNK_VALUES // self.embedder.width))
+        """Tokens of a chunk: fewer where they cost much, or where each has a vector that must fit in memory."""
+        most = CHUNK_SYMBOLS
+        if self.engine.device == "cpu":
+            num_parameters = sum(parameter.numel() for parameter in self.embedder.trunk.model.trunk.parameters())
+            most = min(most, max(MIN_CHUNK_SYMBOLS, int(CHUNK_WORK / num_parameters)))
+        if self.engine.pool == "none":
+            most = min(most, max(1024, CHUNK_VALUES // self.embedder.width))
+        return most
 
     def _reader(self) -> ChunkReader:
         return ChunkReader(

@@ -24,7 +24,7 @@ from meristem.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
 METADATA_KEY = b"meristem"
-CACHED_PARTS = 4
+CACHED_PARTS = 16
 """Parts whose vectors are kept in memory for records that come again."""
 
 Identity = Mapping[str, Any]
