@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types bench docs clean
+.PHONY: help setup demo test parity lint types bench docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: $(STAMP)  ## train on a sample of real proteins, embed it, find neighbours
 
 test: $(STAMP)  ## run every test that this machine can run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+parity: $(STAMP)  ## compare every family with the library it comes from, and write docs/parity.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --write-parity tests/interop tests/generation
 
 lint: $(STAMP)  ## check style, format and who imports whom
 	$(BIN)/ruff check .

@@ -24,7 +24,6 @@ from transformers import EsmConfig, EsmModel
 from meristem.data.records import ReadOptions, Source
 from meristem.domain import load_domain
 from meristem.embedding.engine import Embedder, TrunkRunner
-from meristem.model.config import Mean
 from meristem.model_directory import load_any
 from meristem.types import TokenColumn
 
@@ -55,7 +54,7 @@ def main() -> None:
         write_vocabulary(Path(folder), domain.tokenizer().vocab)
         card, model = load_any(Path(folder))
     column = card.tokenizer.encode_column(pa.array(payloads, pa.large_string()))
-    ours = Embedder(TrunkRunner(model, card.tokenizer.num_special), Mean())
+    ours = Embedder(TrunkRunner(model, card.tokenizer.num_special), "mean")
 
     by_length = np.argsort(column.lengths, kind="stable")
     ways: dict[str, Callable[[], np.ndarray]] = {

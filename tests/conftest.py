@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from parity_rows import parity_row, pytest_addoption, pytest_sessionfinish  # noqa: F401 (hooks and a fixture)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -38,7 +38,7 @@ def sequences(rng: np.random.Generator) -> list[str]:
 
 
 def test_the_surface_is_small_and_pinned() -> None:
-    assert meristem.__all__ == ["Embeddings", "LoadedModel", "embed", "load", "read_embeddings"]
+    assert meristem.__all__ == ["Embeddings", "LoadedModel", "embed", "generate", "load", "read_embeddings"]
     assert all(hasattr(meristem, name) for name in meristem.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = meristem.nonsense

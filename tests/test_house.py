@@ -12,8 +12,11 @@ from meristem.cli.configs import shipped_configs
 from meristem.cli.main import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_CONFIGS = 9
-FAMILIES = re.compile(r"esm|bert|gpt|llama|mistral|qwen|longformer|big_?bird|deit|dino|siglip|starcoder", re.I)
+NUM_CONFIGS = 13
+FAMILIES = re.compile(
+    r"esm|bert|gpt|llama|mistral|qwen|longformer|big_?bird|deit|dino|siglip|starcoder|codegen|switch|mosaic|\bt5|vit_",
+    re.I,
+)
 
 
 def tracked(*patterns: str) -> list[Path]:

@@ -4,7 +4,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Embeddings", "LoadedModel", "embed", "load", "read_embeddings"]
+__all__ = ["Embeddings", "LoadedModel", "embed", "generate", "load", "read_embeddings"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,21 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from meristem.data.records import ReadOptions
 from meristem.data.tokenizer import RefusedSymbol
-from meristem.embedding.chunks import CHUNK_RECORDS
-from meristem.embedding.engine import POOLS, PRECISIONS, Embedder, NotFinite, TrunkRunner, best_device, best_precision
+from meristem.embedding.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS
+from meristem.embedding.engine import PRECISIONS, Embedder, NotFinite, TrunkRunner, best_device, best_precision
 from meristem.embedding.formats import Embeddings, read_embeddings
 from meristem.embedding.predict import Prediction, Predictor
 from meristem.embedding.run import EmbedOptions, Report, default_pool, embed_files
 from meristem.errors import ConfigError, DataError
+from meristem.generation.text import Generator, check_options
 from meristem.model.model import Model
-from meristem.model_directory import ModelCard, load_any
+from meristem.model_directory import ModelCard, load_any, of_size
 from meristem.types import TokenColumn
 
-__all__ = ["Embeddings", "LoadedModel", "embed", "load", "read_embeddings"]
+IMAGES_AHEAD = 256
+"""Images that are held in memory at once."""
+
+__all__ = ["Embeddings", "LoadedModel", "embed", "generate", "load", "read_embeddings"]
 
 
 class LoadedModel:
@@ -35,7 +38,7 @@ class LoadedModel:
 
     def embed(
         self,
-        sequences: Iterable[str],
+        sequences: Iterable[Any],
         pool: str | None = None,
         layer: int = -1,
         tokens_per_batch: int | None = None,
@@ -44,7 +47,9 @@ class LoadedModel:
         """Vectors of sequences, in their order.
 
         Args:
-            pool: mean, cls or max; `none` for one vector a token; None for the model's own, else mean.
+            sequences: texts; for a model of images: paths, encoded images, images of Pillow or arrays
+                `[height, width, channels]` of bytes, or of floats between 0 and 1.
+            pool: mean, cls, max, own (the model's); `none` for one vector a token; None for own, else mean.
             layer: 0 is the embedding, -1 the last.
 
         Returns:
@@ -56,11 +61,10 @@ class LoadedModel:
 
         Example:
             >>> meristem.load("runs/sample").embed(["MKTAYIAKQR", "GSHMLEDP"]).shape
+            >>> meristem.load("runs/vit").embed(["a.jpg", np.zeros((224, 224, 3), np.uint8)]).shape
         """
         pool = default_pool(self.card) if pool is None else pool
-        if pool not in POOLS:
-            raise ConfigError(f"pool must be one of {', '.join(POOLS)}; got {pool!r}")
-        embedder = Embedder(self._trunk(layer, tokens_per_batch, precision), POOLS[pool])
+        embedder = Embedder(self._trunk(layer, tokens_per_batch, precision), pool)
         pieces: list[np.ndarray] = []
         for first, column in self._columns(sequences):
             with _naming(first):
@@ -71,9 +75,9 @@ class LoadedModel:
         return np.concatenate(pieces) if pieces else np.zeros((0, embedder.width), np.float32)
 
     def predict(
-        self, sequences: Iterable[str], tokens_per_batch: int | None = None, precision: str = "auto"
+        self, sequences: Iterable[Any], tokens_per_batch: int | None = None, precision: str = "auto"
     ) -> dict[str, Prediction]:
-        """What the model's labels are for sequences, by the label's name.
+        """What the model's labels are for sequences (as those of `embed`), by the label's name.
 
         Raises:
             ConfigError: the model predicts no label.
@@ -98,6 +102,30 @@ class LoadedModel:
             if parts
         }
 
+    def generate(self, prompts: Iterable[str], **options: Any) -> "list[str] | list[list[str]]":
+        """Texts that go on from prompts, in their order, without the prompts.
+
+        Args:
+            options: fields of `meristem.generation.options.GenerateOptions`: max_new_tokens, temperature, top_k,
+                top_p, num_beams, num_samples, stop, seed ...
+
+        Returns:
+            A text for each prompt; with `num_samples` above 1 a list of them.
+
+        Raises:
+            ConfigError: options that cannot work, or a model that cannot generate.
+            DataError: a prompt that is too long or that the tokenizer refuses.
+
+        Example:
+            >>> meristem.load("runs/decoder").generate(["MKT"], max_new_tokens=20, temperature=0)
+        """
+        if isinstance(prompts, str):
+            raise ConfigError("prompts must be a list of strings; got one string: put it in a list")
+        chosen = check_options(**options)
+        generator = Generator(self.model.to(self.device).eval(), self.card.tokenizer)
+        made = [[sample.text for sample in samples] for samples in generator.generate(prompts, chosen)]
+        return made if chosen.num_samples > 1 else [texts[0] for texts in made]
+
     def _trunk(self, layer: int, tokens_per_batch: int | None, precision: str) -> TrunkRunner:
         precision = best_precision(precision, self.device)
         if precision not in PRECISIONS:
@@ -105,24 +133,29 @@ class LoadedModel:
         num_special = self.card.tokenizer.num_special
         return TrunkRunner(self.model, num_special, layer, tokens_per_batch, PRECISIONS[precision], self.device)
 
-    def _columns(self, sequences: Iterable[str]) -> Iterator[tuple[int, TokenColumn]]:
-        if isinstance(sequences, str):
-            raise ConfigError("sequences must be a list of strings; got one string: put it in a list")
-        held: list[str] = []
-        first = 0
+    def _columns(self, sequences: Iterable[Any]) -> Iterator[tuple[int, TokenColumn]]:
+        one = {str: "one string", bytes: "one payload", Path: "one path"}
+        for kind, name in one.items():
+            if isinstance(sequences, kind):
+                raise ConfigError(f"sequences must be a list; got {name}: put it in a list")
+        if isinstance(sequences, np.ndarray) and sequences.ndim == 3:
+            raise ConfigError("images must be a list, or an array [count, height, width, channels]; got one of 3 axes")
+        held: list[Any] = []
+        first = size = 0
         for sequence in sequences:
-            if not sequence:
+            if isinstance(sequence, str | bytes) and not sequence:
                 raise DataError(f"sequence {first + len(held)}: empty")
             held.append(sequence)
-            if len(held) == CHUNK_RECORDS:
+            size += len(sequence) if isinstance(sequence, str) else CHUNK_SYMBOLS // IMAGES_AHEAD
+            if len(held) == CHUNK_RECORDS or size >= CHUNK_SYMBOLS:
                 yield first, self._encode(first, held)
-                first, held = first + len(held), []
+                first, held, size = first + len(held), [], 0
         if held:
             yield first, self._encode(first, held)
 
-    def _encode(self, first: int, sequences: Sequence[str]) -> TokenColumn:
+    def _encode(self, first: int, sequences: Sequence[Any]) -> TokenColumn:
         try:
-            return self.card.tokenizer.encode_column(pa.array(sequences, pa.large_string()))
+            return self.card.tokenizer.encode_values(sequences)
         except RefusedSymbol as error:
             raise DataError(f"sequence {first + error.row}: {error}") from error
 
@@ -141,20 +174,37 @@ class _naming:
             raise DataError(f"sequence {self._first + error.row}: the result is not finite") from error
 
 
-def load(path: Path | str, device: str | None = None) -> LoadedModel:
+def load(path: Path | str, device: str | None = None, image_px: tuple[int, int] | None = None) -> LoadedModel:
     """Read a run directory, a model directory or a Hugging Face directory.
 
     Args:
         device: cpu or cuda; None for a GPU where there is one.
+        image_px: height and width that a model of images is to read, another than it was trained for: its table of
+            positions is resampled. None for its own.
 
     Raises:
         CheckpointError: no model, or not exactly what its config says.
+        ConfigError: a size that the model cannot read.
 
     Example:
         >>> model = meristem.load("runs/sample")
     """
     card, model = load_any(path)
+    if image_px is not None:
+        card, model = of_size(card, model, image_px)
     return LoadedModel(card, model, device or best_device())
+
+
+def generate(model: Path | str, prompts: Iterable[str], **options: Any) -> "list[str] | list[list[str]]":
+    """Texts that go on from prompts; as `load(model).generate(prompts, **options)`.
+
+    Raises:
+        UserError: as the command would.
+
+    Example:
+        >>> meristem.generate("runs/decoder", ["MKT"], max_new_tokens=20, temperature=0)
+    """
+    return load(model).generate(prompts, **options)
 
 
 def embed(

@@ -14,7 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from meristem.data.records import ReadOptions, Source
+from meristem.data.store import Files
 from meristem.data.tokenizer import Tokenizer
+from meristem.data.views import Views
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
 from meristem.objectives.objective import Objective
@@ -35,6 +37,11 @@ class Domain:
         sample: a small file of real records that ships with the domain.
         objectives: what core has not; core's own are there for all.
         metrics: torchmetrics that core has not, by name.
+        sample_tokenizer: options of the tokenizer that suit the sample.
+        files: gives the files that a source names beside itself, such as those in a folder; None where a source is one
+            file. A change in one of them is a change of the source.
+        augment: makes the views that training takes of a record, of the tokenizer and the options of `data.augment`;
+            None for a domain that has none.
     """
 
     name: str
@@ -44,6 +51,9 @@ class Domain:
     sample: Path
     objectives: Mapping[str, type[Objective]] = field(default_factory=dict)
     metrics: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    sample_tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    files: Files | None = None
+    augment: Callable[..., Views] | None = None
 
 
 def installed_domains() -> dict[str, EntryPoint]:

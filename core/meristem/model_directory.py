@@ -10,24 +10,31 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from meristem.data.tokenizer import TOKENIZERS, Tokenizer
+from meristem.data.patches import PatchTokenizer
+from meristem.data.tokenizer import Tokenizer
+from meristem.data.tokenizer_kinds import TOKENIZERS
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import Imported, read_config_file, read_directory
 from meristem.interop.weights import read_safetensors, refuse_tensors
 from meristem.model.config import TransformerConfig
-from meristem.model.model import Model
+from meristem.model.grid import resampled, with_grid
+from meristem.model.model import CONTACTS, SYMBOLS, Model
 from meristem.model.plain import from_json, to_json
 from meristem.model.readout import Readout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
+
+
+LIBRARIES = {"hf": "Hugging Face", "timm": "timm"}
+"""Libraries by their names in `export --to`."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,26 @@ def load_any(path: Path | str) -> tuple[ModelCard, Model]:
     return load_model(place) if is_own(place) else import_model(place)[:2]
 
 
+def of_size(card: ModelCard, model: Model, image_px: tuple[int, int]) -> tuple[ModelCard, Model]:
+    """A model of images for images of another size: its table of positions is resampled (`resample_grid`).
+
+    Args:
+        image_px: height and width, multiples of a patch.
+
+    Raises:
+        ConfigError: no model of images, or a size that patches do not divide.
+    """
+    if not isinstance(card.tokenizer, PatchTokenizer):
+        raise ConfigError(f"image_px needs a model of images; this one reads {card.tokenizer.kind}")
+    tokenizer = card.tokenizer.of_size(image_px)
+    changed = replace(card, tokenizer=tokenizer, architecture=with_grid(card.architecture, tokenizer.grid))
+    with torch.device("meta"):
+        other = changed.build()
+    tensors = resampled(model.state_dict(), card.architecture, changed.architecture)
+    other.load_state_dict(tensors, strict=True, assign=True)
+    return changed, other.eval()
+
+
 def is_own(place: Path) -> bool:
     """Whether a directory is one of ours, or foreign."""
     return "format_version" in read_config_file(place)
@@ -193,12 +220,14 @@ def import_model(place: Path, domain: str = "") -> tuple[ModelCard, Model, Impor
         CheckpointError: of no family that is at home, or not exactly what its config says.
     """
     imported = read_directory(place)
+    family = imported.family
     card = ModelCard(
         architecture=imported.architecture,
         tokenizer=imported.tokenizer,
-        heads=tuple(imported.model.heads),
-        domain=domain or imported.family.domain,
-        facts={"imported_from": f"a Hugging Face directory of {imported.family.name}: {place.name}"},
+        heads=tuple(head for head in imported.model.heads if head in (SYMBOLS, CONTACTS)),
+        readouts=imported.model.readouts,
+        domain=domain or family.domain,
+        facts={"imported_from": f"a {LIBRARIES[family.library]} directory of {family.name}: {place.name}"},
     )
     return card, imported.model, imported
 

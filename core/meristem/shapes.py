@@ -10,6 +10,7 @@
 | K   | key/value heads                           | C   | classes                       |
 | E   | width of a head                           | N   | records                       |
 | F   | width of the feed-forward layer           | n   | tokens of one sequence        |
+| X   | experts                                   | k   | experts a token is sent to    |
 
 There is no batch axis in the trunk: sequences lie end to end along T. In bodies a suffix names the
 layout where it changes (`q_THE`, `scores_HTU`).

@@ -6,7 +6,7 @@ A protein, a text and an image differ in `Tokens` alone. From `PackedBatch` on t
 no batch axis: sequences lie end to end along `T`, and a `Layout` says where each begins.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from meristem.shapes import Float, Int, Tensor
+from meristem.shapes import Bool, Float, Int, Tensor
 
 IGNORE = -100
 """The target of a token that is not scored, and the label of a class that is missing."""
@@ -53,6 +53,8 @@ class Tokens:
         spans: `[n, 2]` start and end of each token in the payload (empty spans for special rows).
         targets: `[n]` or `[n, ...]` what is to be predicted at each token, by name; `IGNORE` where unscored.
         labels: what is to be predicted for the whole record, by name: a scalar or an array.
+        token_types: `[n]` kind of each token (0 for the first sentence, 1 for the second); None: all 0.
+        prefix_length: first tokens that every token may see, under a pattern that has a prefix.
         is_source: the sequence is read by an encoder and attended to by a decoder.
     """
 
@@ -62,6 +64,8 @@ class Tokens:
     spans: np.ndarray | None = None
     targets: Mapping[str, np.ndarray] = field(default_factory=dict)
     labels: Mapping[str, np.ndarray] = field(default_factory=dict)
+    token_types: np.ndarray | None = None
+    prefix_length: int = 0
     is_source: bool = False
 
     def __len__(self) -> int:
@@ -118,11 +122,13 @@ class Layout:
         lengths: tokens of each sequence, in the order of the pack.
         num_spare: rows at the end that belong to no sequence; they are computed and never read.
         device: where `cu_seqlens` lives.
+        prefix_lengths: tokens of each sequence's prefix; empty where there is none.
     """
 
     lengths: tuple[int, ...]
     num_spare: int = 0
     device: torch.device = torch.device("cpu")
+    prefix_lengths: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, lengths: "list[int] | tuple[int, ...] | np.ndarray", min_rows: int = MIN_ROWS) -> "Layout":
@@ -151,6 +157,11 @@ class Layout:
     def segments(self) -> tuple[int, ...]:
         """Lengths as the kernels see them: the spare rows, none or many, are a sequence of their own."""
         return (*self.lengths, self.num_spare)
+
+    @cached_property
+    def segment_prefixes(self) -> tuple[int, ...]:
+        """Prefix of each segment; the spare rows have none."""
+        return (*(self.prefix_lengths or (0,) * len(self.lengths)), 0)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -183,6 +194,7 @@ class PackedBatch:
         positions: `[T, A]` coordinates of each row.
         ids: `[T]` symbol of each row, -1 for a patch.
         features: `[T, P]` features of patches; None without patches.
+        token_types: `[T]` kind of each token; None where all are 0.
         targets: `[T]` or `[T, ...]` token targets by name, `IGNORE` where unscored.
         labels: `[S]` or `[S, ...]` record labels by name.
         records: index of the record that each sequence came from.
@@ -195,6 +207,7 @@ class PackedBatch:
     positions: Int[Tensor, "T A"]
     ids: Int[Tensor, "T"]
     features: Float[Tensor, "T P"] | None = None
+    token_types: Int[Tensor, "T"] | None = None
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     records: tuple[int, ...] = ()
@@ -204,31 +217,25 @@ class PackedBatch:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedBatch":
         """Move every tensor; Lightning's transfer hook calls this."""
         device = torch.device(device)
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
-        return replace(
-            self,
-            layout=self.layout.to(device),
-            positions=move(self.positions),
-            ids=move(self.ids),
-            features=None if self.features is None else move(self.features),
-            targets={name: move(value) for name, value in self.targets.items()},
-            labels={name: move(value) for name, value in self.labels.items()},
-            source=None if self.source is None else self.source.to(device, non_blocking),
-        )
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        source = None if self.source is None else self.source.to(device, non_blocking)
+        return replace(moved, layout=self.layout.to(device), source=source)
 
     def pin_memory(self) -> "PackedBatch":
         """Pin every tensor, so that transfers overlap with work."""
+        pinned = self._map(Tensor.pin_memory)
+        return replace(pinned, source=None if self.source is None else self.source.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        """With every tensor of this side changed."""
         return replace(
             self,
-            positions=self.positions.pin_memory(),
-            ids=self.ids.pin_memory(),
-            features=None if self.features is None else self.features.pin_memory(),
-            targets={name: value.pin_memory() for name, value in self.targets.items()},
-            labels={name: value.pin_memory() for name, value in self.labels.items()},
-            source=None if self.source is None else self.source.pin_memory(),
+            positions=change(self.positions),
+            ids=change(self.ids),
+            features=None if self.features is None else change(self.features),
+            token_types=None if self.token_types is None else change(self.token_types),
+            targets={name: change(value) for name, value in self.targets.items()},
+            labels={name: change(value) for name, value in self.labels.items()},
         )
 
 
@@ -242,12 +249,33 @@ class Hidden:
             the k-th block; the last one is `final`, as in other libraries.
         attentions: by layer where asked for, one `[H, n, n]` map of post-softmax weights a sequence.
         layout: of the rows.
+        routing: what the routers of expert layers did, by layer (counted from 0 through both stacks).
+        source: the source side of an encoder-decoder.
     """
 
     final: Float[Tensor, "T D"]
     layout: Layout
     layers: Mapping[int, Float[Tensor, "T D"]] = field(default_factory=dict)
     attentions: Mapping[int, list[Tensor]] = field(default_factory=dict)
+    routing: Mapping[int, "Routing"] = field(default_factory=dict)
+    source: "Hidden | None" = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router of one expert layer did with the rows of a pack; spare rows are among them.
+
+    Attributes:
+        logits: `[T, X]` of every expert, fp32, with gradient.
+        chosen: `[T, k]` experts that each token was sent to, the likeliest first.
+        is_taken: `[T, k]` whether the expert had room; a token that it had none for is dropped there.
+        layout: of the rows.
+    """
+
+    logits: Float[Tensor, "T X"]
+    chosen: Int[Tensor, "T k"]
+    is_taken: Bool[Tensor, "T k"]
+    layout: Layout
 
 
 @dataclass(frozen=True)

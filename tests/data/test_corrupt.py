@@ -1,11 +1,13 @@
-"""Masking: what is scored, what is seen, and how often, against the stated rates."""
+"""Corruption: what is scored, what is seen, and how often, against the stated rates."""
+
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meristem.data.corrupt import crop_window, mask_tokens
+from meristem.data.corrupt import crop_window, cut_spans, delete_tokens, draw_spans, infill_tokens, mask_tokens
 from meristem.types import IGNORE, Tokens
 
 MASK = 32
@@ -122,3 +124,103 @@ def test_every_window_is_equally_likely(rng):
     # 5 standard deviations of a binomial
     assert (np.abs(counts - 1_000) < 5 * np.sqrt(4_000 * 0.25 * 0.75)).all()
     assert len(counts) == 4
+
+
+SENTINELS = np.arange(1099, 999, -1)
+
+
+def restore(source: list[int], target: list[int]) -> list[int] | None:
+    """The slow oracle of `cut_spans`: read the target into a dictionary, fill each sentinel in; None if it fails."""
+    spans: dict[int, list[int]] = {}
+    for symbol in target:
+        if symbol in SENTINELS:
+            spans[symbol] = current = []
+        else:
+            current.append(symbol)
+    _, ending = spans.popitem()
+    restored: list[int] = []
+    for symbol in source:
+        if symbol in SENTINELS and symbol not in spans:
+            return None
+        restored += spans.pop(symbol) if symbol in SENTINELS else [symbol]
+    return None if spans or ending else restored
+
+
+@given(st.integers(0, 10_000), st.integers(1, 300), st.floats(0.01, 1), st.sampled_from([1, 1.7, 3, 8]))
+@settings(deadline=None)
+def test_source_and_target_of_cut_spans_make_the_whole_again(seed, length, rate, mean_span):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(4, 24, length)
+    before = ids.copy()
+    spans = draw_spans(length, rng, rate=rate, mean_span=mean_span, most=len(SENTINELS) - 2)
+    source, target = cut_spans(ids, spans, SENTINELS)
+    assert restore(source.tolist(), target.tolist()) == before.tolist()
+    assert (ids == before).all()
+    assert (spans[:, 1] > spans[:, 0]).all()
+    assert (spans[1:, 0] > spans[:-1, 1]).all()  # two side by side would be one
+    assert [symbol for symbol in source if symbol in SENTINELS] == SENTINELS[: len(spans)].tolist()
+    assert [symbol for symbol in target if symbol in SENTINELS] == SENTINELS[: len(spans) + 1].tolist()
+    # the mutant: sentinels off by one in the target
+    mutant = cut_spans(ids, spans, SENTINELS[1:])[1]
+    assert restore(source.tolist(), mutant.tolist()) != before.tolist()
+
+
+@given(st.integers(0, 10_000), st.integers(1, 2_000), st.floats(0.01, 0.6), st.sampled_from([1, 2, 3, 5]))
+@settings(deadline=None)
+def test_tokens_in_spans_and_spans_are_as_many_as_stated(seed, length, rate, mean_span):
+    spans = draw_spans(length, np.random.default_rng(seed), rate=rate, mean_span=mean_span, most=10_000)
+    num_cut = max(1, min(round(length * rate), length - 1))
+    assert np.diff(spans).sum() == num_cut
+    fit = length - num_cut + 1  # a kept token between each two
+    assert len(spans) == min(max(1, round(num_cut / mean_span)), fit)
+    few = draw_spans(length, np.random.default_rng(seed), rate=rate, mean_span=mean_span, most=3)
+    assert len(few) == min(3, len(spans))
+    assert np.diff(few).sum() == num_cut
+
+
+def test_a_text_of_512_tokens_has_the_77_noise_tokens_in_26_spans_of_the_paper(rng):
+    spans = draw_spans(512, rng, rate=0.15, mean_span=3, most=99)
+    assert (np.diff(spans).sum(), len(spans)) == (77, 26)
+
+
+def test_every_placement_of_spans_is_equally_likely(rng):
+    # 5 tokens, 3 of them in 2 spans: lengths 1 + 2 or 2 + 1, at 2 of 3 gaps around the 2 kept tokens
+    repeats = 6_000
+    drawn = [tuple(draw_spans(5, rng, rate=0.6, mean_span=1.5, most=9).ravel()) for _ in range(repeats)]
+    counts = np.array([drawn.count(placement) for placement in set(drawn)])
+    assert len(counts) == 6
+    # 5 standard deviations of a binomial
+    assert (np.abs(counts - repeats / 6) < 5 * np.sqrt(repeats * 5 / 36)).all()
+
+
+@given(st.integers(0, 10_000), st.integers(1, 200), st.floats(0, 1), st.sampled_from([0.5, 3]))
+@settings(deadline=None)
+def test_infilling_hides_the_stated_tokens_and_keeps_the_others_in_order(seed, length, rate, mean_span):
+    ids = np.arange(length) + 100
+    source = infill_tokens(ids, np.random.default_rng(seed), rate=rate, mean_span=mean_span, mask_id=MASK)
+    kept = source[source != MASK]
+    assert (np.diff(kept) > 0).all()
+    assert set(kept) <= set(ids)
+    assert np.floor(rate * length) <= length - len(kept) <= np.ceil(rate * length)
+    # what is missing shows as a mask, though a mask may stand for nothing
+    pairs = [(a, b) for a, b in itertools.pairwise(source) if a != MASK and b != MASK]
+    assert all(b == a + 1 for a, b in pairs)
+    assert source[0] in (MASK, ids[0])
+    assert source[-1] in (MASK, ids[-1])
+
+
+def test_lengths_behind_a_mask_are_poisson(rng):
+    n, mean_span = 30_000, 3.0
+    source = infill_tokens(np.arange(n) + 100, rng, rate=0.3, mean_span=mean_span, mask_id=MASK)
+    num_masks = int((source == MASK).sum())
+    # 0.3 * n tokens in spans of mean 3: their number has the standard deviation sqrt(0.3 n / 3) / sqrt(3)
+    assert abs(num_masks - 0.3 * n / mean_span) < 6 * np.sqrt(0.3 * n / mean_span / mean_span)
+
+
+@given(st.integers(0, 10_000), st.integers(0, 200), st.floats(0, 0.99))
+@settings(deadline=None)
+def test_deletion_leaves_the_stated_number_in_order(seed, length, rate):
+    kept = delete_tokens(np.arange(length) + 100, np.random.default_rng(seed), rate=rate)
+    assert (np.diff(kept) > 0).all()
+    assert len(kept) >= min(length, 1)
+    assert length - np.ceil(rate * length) <= len(kept) <= max(length - np.floor(rate * length), 1 if length else 0)

@@ -34,6 +34,9 @@ class Hide:
         counts = {name: int((value != IGNORE).sum()) for name, value in batch.targets.items()}
         return counts | {name: int((value != IGNORE).sum()) for name, value in batch.labels.items()}
 
+    def lengths(self, lengths):
+        return lengths
+
 
 class Bare:
     """Tokens as they are."""
@@ -43,6 +46,9 @@ class Bare:
 
     def counts(self, batch):
         return {}
+
+    def lengths(self, lengths):
+        return lengths
 
 
 @pytest.fixture

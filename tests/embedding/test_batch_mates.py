@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_models import column_of, random_ids, tiny_model
 
-from meristem.embedding.engine import POOLS, Embedder, TrunkRunner
+from meristem.embedding.engine import Embedder, TrunkRunner
 from meristem.model import kernels
 from meristem.model.config import FeedForward, Learned
 from meristem.model.model import Model
@@ -35,7 +35,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def embed(model: Model, sequences: list[np.ndarray], pool: str, budget: int) -> list[np.ndarray]:
-    embedder = Embedder(TrunkRunner(model, (1, 1), tokens_per_batch=budget), POOLS[pool])
+    embedder = Embedder(TrunkRunner(model, (1, 1), tokens_per_batch=budget), pool)
     column = column_of(sequences)
     return np.split(embedder.embed(column), np.cumsum(embedder.num_vectors(column))[:-1])
 
@@ -99,10 +99,10 @@ def test_bf16_stays_near_fp32(rng: np.random.Generator) -> None:
     model = tiny_model(width=64)
     column = column_of([random_ids(rng, int(n)) for n in rng.integers(5, 200, 10)])
     exact, rounded = (
-        Embedder(TrunkRunner(model, (1, 1), dtype=dtype), POOLS["mean"]).embed(column)
+        Embedder(TrunkRunner(model, (1, 1), dtype=dtype), "mean").embed(column)
         for dtype in (torch.float32, torch.bfloat16)
     )
     # bf16 keeps 8 bits, 0.4 % a rounding; some dozen roundings in two layers
     assert np.abs(exact - rounded).max() < 0.03 * np.sqrt((exact**2).mean())
-    again = Embedder(TrunkRunner(model, (1, 1)), POOLS["mean"]).embed(column)
+    again = Embedder(TrunkRunner(model, (1, 1)), "mean").embed(column)
     assert np.array_equal(again, exact), "the model's own weights must not have been rounded"

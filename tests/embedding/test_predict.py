@@ -30,7 +30,7 @@ def slow_outputs(card: ModelCard, loaded: Model, text: str) -> dict[str, np.ndar
     with torch.inference_mode():
         hidden = loaded.trunk(batch)
         for readout in card.readouts:
-            out = loaded.heads[readout.name](hidden.final, batch.layout, (1, 1)).double()
+            out = loaded.label_outputs(readout.name, hidden.final, batch.layout, (1, 1)).double()
             out = out[:1] if readout.level == "record" else out[1 : 1 + len(text)]
             if readout.task == "classification":
                 out = out.exp() / out.exp().sum(-1, keepdim=True)

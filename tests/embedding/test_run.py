@@ -14,7 +14,7 @@ import torch
 from small_models import RESIDUES, records_with_repeats, snapshot, write_fasta
 
 from meristem.embedding.chunks import ChunkReader
-from meristem.embedding.engine import POOLS, Embedder, TrunkRunner
+from meristem.embedding.engine import Embedder, TrunkRunner
 from meristem.embedding.formats import read_embeddings
 from meristem.embedding.run import EmbedOptions, embed_files
 from meristem.errors import CheckpointError, ConfigError, DataError
@@ -27,7 +27,7 @@ MakeModel = Callable[..., Path]
 def slow_vectors(model: Path, sequences: list[str], pool: str, layer: int = -1) -> list[np.ndarray]:
     """The oracle: one sequence at a time, straight from the trunk."""
     card, loaded = load_model(model)
-    embedder = Embedder(TrunkRunner(loaded, card.tokenizer.num_special, layer), POOLS[pool])
+    embedder = Embedder(TrunkRunner(loaded, card.tokenizer.num_special, layer), pool)
     return [
         embedder.embed(card.tokenizer.encode_column(pa.array([text], pa.large_string()))).squeeze(
             0 if pool != "none" else ()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from meristem.interop.parity import load_reference
+from meristem.interop.runners import load_transformers
 
 
 @pytest.fixture(scope="session")
@@ -29,4 +29,4 @@ def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 @pytest.fixture(scope="session")
 def reference_model(reference_folder: Callable[[str], Path]) -> Callable[[str], torch.nn.Module]:
     """The same as `transformers` loads it, in evaluation mode, not to be changed."""
-    return cache(lambda shape: load_reference(reference_folder(shape)))
+    return cache(lambda shape: load_transformers(reference_folder(shape)))

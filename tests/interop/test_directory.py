@@ -18,7 +18,9 @@ from meristem.cli.main import main
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import read_directory, write_directory
-from meristem.interop.parity import compare, load_reference
+from meristem.interop.esm import ESM
+from meristem.interop.parity import compare
+from meristem.interop.runners import load_transformers
 from meristem.model.config import FeedForward, Learned, RMSNorm
 from meristem.model.model import Model
 from meristem.model.readout import Readout
@@ -76,6 +78,12 @@ def as_shards(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def add_shard(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["more"] = "model-3-of-2.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def as_bin_shards(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     files = {name: f"pytorch_model-{i % 3}.bin" for i, name in enumerate(tensors)}
@@ -130,7 +138,7 @@ def test_a_trunk_saved_alone_comes_without_a_symbol_head(
     assert list(imported.model.heads) == ["contacts"]
     assert imported.architecture.head is None
     assert imported.notes == ("the pooler is left out: it was never trained",)
-    parity = compare(imported.model, imported.tokenizer, load_reference(folder), rng)
+    parity = compare(imported.model, imported.tokenizer, load_transformers(folder), rng, ESM.runner)
     assert parity.logits is None
     assert parity.largest < 1e-4
     # and back
@@ -205,6 +213,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing shard": (
         lambda f: (as_shards(f), (f / "model-2-of-2.safetensors").unlink()),
         r"index\.json names model-2-of-2\.safetensors, which is missing",
+    ),
+    "tensor in two shards": (
+        lambda f: (as_shards(f), save_file({QUERY: torch.zeros(32, 32)}, f / "model-3-of-2.safetensors"), add_shard(f)),
+        r"a tensor must be there once; got esm.* in two files",
     ),
     "shard elsewhere": (
         lambda f: (as_shards(f), (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.bin"}}')),

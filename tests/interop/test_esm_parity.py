@@ -8,12 +8,15 @@ import esm_reference
 import numpy as np
 import pytest
 import torch
+from parity_checks import Case
 from torch import nn
 from torch.nn import functional as F
 
 from meristem.data.pack import pack
 from meristem.interop.directory import Imported, read_directory, write_directory
-from meristem.interop.parity import Parity, compare, load_reference, random_tokens
+from meristem.interop.esm import ESM
+from meristem.interop.parity import Parity, compare
+from meristem.interop.runners import load_transformers, random_tokens
 from meristem.model.model import Model
 from meristem.model.position import RotaryLayer
 
@@ -52,18 +55,23 @@ def report(shape: str, parity: Parity) -> None:
     ],
 )
 def test_logits_layers_and_contacts_are_those_of_the_reference(
-    shape: str, reference_folder: FolderOf, rng: np.random.Generator
+    shape: str, reference_folder: FolderOf, rng: np.random.Generator, parity_row: Callable[..., None]
 ) -> None:
     folder = reference_folder(shape)
     imported = read_directory(folder)
-    parity = compare(imported.model, imported.tokenizer, load_reference(folder), rng)
+    parity = compare(imported.model, imported.tokenizer, load_transformers(folder), rng, ESM.runner)
     report(shape, parity)
     refuse_distance(parity)
+    parity_row(ESM.name, shape, library="transformers", forward=parity.logits)
 
 
 @pytest.mark.parametrize("shape", ["small", "8M", "reduced ESM-1b"])
 def test_exported_models_load_in_transformers_and_give_the_same(
-    shape: str, reference_folder: FolderOf, rng: np.random.Generator, tmp_path: Path
+    shape: str,
+    reference_folder: FolderOf,
+    rng: np.random.Generator,
+    tmp_path: Path,
+    parity_row: Callable[..., None],
 ) -> None:
     imported = read_directory(reference_folder(shape))
     notes = write_directory(tmp_path / "back", imported.architecture, imported.tokenizer, imported.model)
@@ -72,12 +80,13 @@ def test_exported_models_load_in_transformers_and_give_the_same(
 
     exported, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info.values()), info
-    refuse_distance(compare(imported.model, imported.tokenizer, load_reference(tmp_path / "back"), rng))
+    refuse_distance(compare(imported.model, imported.tokenizer, load_transformers(tmp_path / "back"), rng, ESM.runner))
     # the same tensors as those of the directory it came from, to the bit
-    original = load_reference(reference_folder(shape)).state_dict()
+    original = load_transformers(reference_folder(shape)).state_dict()
     assert set(exported.state_dict()) == set(original)
     for name, tensor in exported.state_dict().items():
         assert torch.equal(tensor, original[name]), name
+    parity_row(ESM.name, shape, export=True)
 
 
 def test_the_exported_tokenizer_gives_the_same_ids(reference_folder: FolderOf, tmp_path: Path) -> None:
@@ -99,6 +108,18 @@ def test_a_sequence_alone_gives_the_bits_it_gives_in_a_pack(
     packed = _logits(imported, pack(sequences, range(len(sequences))))
     for index, tokens in enumerate(sequences):
         assert torch.equal(_logits(imported, pack([tokens], [index]))[index], packed[index])
+
+
+@pytest.mark.parametrize("shape", ["small", "reduced ESM-1b"])
+def test_gradients_are_those_of_the_reference(
+    shape: str,
+    reference_folder: FolderOf,
+    rng: np.random.Generator,
+    tmp_path: Path,
+    parity_row: Callable[..., None],
+) -> None:
+    case = Case.of(reference_folder(shape), ESM)
+    parity_row(ESM.name, shape, gradients=case.check_gradients(rng, tmp_path))
 
 
 def _logits(imported: Imported, batch: object) -> dict[int, torch.Tensor]:
@@ -243,16 +264,16 @@ class Interleaved(RotaryLayer):
 
 
 def turn_keys_one_ahead(model: Model) -> None:
-    model.trunk.position = KeysOneAhead(model.config.position, model.config.head_width)
+    model.trunk.positions[0] = KeysOneAhead(model.config.position, model.config.head_width)
 
 
 def interleave_rotation(model: Model) -> None:
-    model.trunk.position = Interleaved(model.config.position, model.config.head_width)
+    model.trunk.positions[0] = Interleaved(model.config.position, model.config.head_width)
 
 
 def round_frequencies(model: Model) -> None:
     config = replace(model.config.position, rounding="bf16")
-    model.trunk.position = RotaryLayer(config, model.config.head_width)
+    model.trunk.positions[0] = RotaryLayer(config, model.config.head_width)
 
 
 @pytest.mark.parametrize("mutate", [turn_keys_one_ahead, interleave_rotation, round_frequencies])
@@ -263,7 +284,7 @@ def test_a_mutant_of_the_rotation_is_caught(
 
 
 def shift_positions(model: Model) -> None:
-    position = model.trunk.position
+    position = model.trunk.embedding.position
     position.config = replace(position.config, offset=position.config.offset + 1)
 
 
@@ -287,7 +308,7 @@ def check_mutant(
 ) -> None:
     imported = read_directory(folder_of(shape))
     mutate(imported.model)
-    parity = compare(imported.model, imported.tokenizer, model_of(shape), rng)
+    parity = compare(imported.model, imported.tokenizer, model_of(shape), rng, ESM.runner)
     report(f"{shape} {mutate.__name__}", parity)
     with pytest.raises(AssertionError, match="differ"):
         refuse_distance(parity)
@@ -302,7 +323,7 @@ def test_rounded_frequencies_of_a_checkpoint_are_kept(rounding: str, rng: np.ran
     folder = esm_reference.save(model, tmp_path / "hf")
     imported = read_directory(folder)
     assert imported.architecture.position.rounding == rounding
-    refuse_distance(compare(imported.model, imported.tokenizer, load_reference(folder), rng))
+    refuse_distance(compare(imported.model, imported.tokenizer, load_transformers(folder), rng, ESM.runner))
 
 
 def test_an_untied_head_is_kept(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -311,4 +332,4 @@ def test_an_untied_head_is_kept(rng: np.random.Generator, tmp_path: Path) -> Non
     )
     imported = read_directory(folder)
     assert not imported.architecture.head.is_tied
-    refuse_distance(compare(imported.model, imported.tokenizer, load_reference(folder), rng))
+    refuse_distance(compare(imported.model, imported.tokenizer, load_transformers(folder), rng, ESM.runner))

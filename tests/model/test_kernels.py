@@ -144,7 +144,7 @@ def test_a_leaked_mask_is_caught(rng: np.random.Generator) -> None:
 def test_a_causal_mask_one_too_wide_is_caught(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make(int(rng.integers(2**31)), [(5, 9), (4, 12)], 2, 1, 8)
     wanted = results(reference, made, Causal())[0]
-    monkeypatch.setattr(kernels, "visible", lambda pattern, i, j: j <= i + 1)
+    monkeypatch.setattr(kernels, "visible", lambda pattern, i, j, length, prefix_length: j <= i + 1)
     with pytest.raises(AssertionError, match="not close"):
         torch.testing.assert_close(results(attend, made, Causal())[0], wanted, atol=2e-5, rtol=1e-5)
 

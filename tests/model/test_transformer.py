@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from meristem.data.pack import pack
 from meristem.errors import ConfigError, DataError
-from meristem.model.attention import AttentionLayer, Context
+from meristem.model.attention import AttentionLayer, Context, Placed
 from meristem.model.config import (
     Attention,
     Causal,
@@ -27,7 +27,7 @@ from meristem.model.config import (
 )
 from meristem.model.feedforward import FeedForwardLayer
 from meristem.model.model import Model
-from meristem.model.position import RotaryLayer, build_position
+from meristem.model.position import BetweenLayer, LearnedLayer, RotaryLayer
 from meristem.model.readout import Readout
 from meristem.model.transformer import Encoder
 from meristem.types import Layout, PackedBatch
@@ -147,7 +147,7 @@ def test_a_stack_equals_that_of_torch_in_forward_and_gradient(is_before: bool, r
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 def test_a_gated_feedforward_is_activation_of_gate_times_value(activation: str, rng: np.random.Generator) -> None:
-    layer = redraw(FeedForwardLayer(config(feedforward=FeedForward(width=24, activation=activation, is_gated=True))))
+    layer = redraw(FeedForwardLayer(32, FeedForward(width=24, activation=activation, is_gated=True)))
     x = torch.randn(7, 32, dtype=torch.float64)
     layer.double()
     gate, value = layer.up.weight[:24], layer.up.weight[24:]
@@ -162,16 +162,15 @@ def test_a_gated_feedforward_is_activation_of_gate_times_value(activation: str, 
 
 
 def test_grouped_queries_equal_repeated_keys_and_values(rng: np.random.Generator) -> None:
-    grouped = redraw(AttentionLayer(config(attention=Attention(num_heads=6, num_kv_heads=2, head_width=8))))
-    plain = AttentionLayer(config(attention=Attention(num_heads=6, head_width=8))).eval()
+    grouped = redraw(AttentionLayer(config(attention=Attention(num_heads=6, num_kv_heads=2, head_width=8)).layer(0)))
+    plain = AttentionLayer(config(attention=Attention(num_heads=6, head_width=8)).layer(0)).eval()
     for mine, its in ((plain.qkv.weight, grouped.qkv.weight), (plain.qkv.bias, grouped.qkv.bias)):
         query, key, value = its.data.split([48, 16, 16])
         repeat = [x.unflatten(0, (2, 8)).repeat_interleave(3, 0).flatten(0, 1) for x in (key, value)]
         mine.data = torch.cat([query, *repeat])
     plain.out.load_state_dict(grouped.out.state_dict())
     layout = Layout.of([5, 9, 9])
-    position = build_position(NoPosition(), 32, 8)
-    context = Context(layout, position, ())
+    context = Context(layout, (Placed(BetweenLayer(), (), None),))
     x = torch.randn(layout.num_rows, 32)
     torch.testing.assert_close(grouped(x, context), plain(x, context), atol=1e-5, rtol=1e-5)
 
@@ -193,7 +192,7 @@ def test_token_dropout_is_counted_in_each_sequence(rng: np.random.Generator) -> 
     table = trunk.embedding.symbols.weight
     sequences = [np.array([5, MASK, 6, 7]), np.array([5, 6]), np.array([MASK, MASK, 9, 9, 9])]
     batch = pack([tokens(ids) for ids in sequences], range(3))
-    rows = trunk.embedding(batch, trunk.position)
+    rows = trunk.embedding(batch)
     for record, num_masks in enumerate([1, 0, 2]):
         ids = torch.from_numpy(sequences[record])
         scale = 0.88 / (1 - num_masks / len(ids))
@@ -243,10 +242,11 @@ def test_rotary_scores_depend_on_distance_alone(rng: np.random.Generator) -> Non
 
 
 def test_rows_without_a_place_get_no_position() -> None:
-    learned = build_position(Learned(max_positions=20, offset=3, grid=(4, 4)), 8, 8)
-    x = torch.zeros(3, 8)
-    rows = learned.add(x, torch.tensor([[-1, -1], [0, 0], [2, 1]]))
-    assert torch.equal(rows, torch.stack([x[0], learned.table.weight[3], learned.table.weight[3 + 2 * 4 + 1]]))
+    learned = LearnedLayer(Learned(max_positions=20, offset=3, grid=(4, 4)), 8)
+    rows = learned(torch.tensor([[-1, -1], [0, 0], [2, 1]]))
+    assert torch.equal(
+        rows, torch.stack([torch.zeros(8), learned.table.weight[3], learned.table.weight[3 + 2 * 4 + 1]])
+    )
     rotary = RotaryLayer(Rotary(), 8)
     q = torch.randn(1, 2, 8)
     assert torch.equal(rotary.turn(q, rotary.tables(torch.tensor([[-1]]))), q)

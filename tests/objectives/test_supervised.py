@@ -66,7 +66,7 @@ def test_class_weights_are_those_of_torch(rng):
     batch = pack(tokens, range(4))
     model = Model(CONFIG, (), objective.readouts).eval()
     term = objective.loss(model, objective.build(CONFIG), batch).terms["place"]
-    logits = model.heads["place"](model.trunk(batch).final, batch.layout, TOKENIZER.num_special)
+    logits = model.label_outputs("place", model.trunk(batch).final, batch.layout, TOKENIZER.num_special)
     expected = F.cross_entropy(logits, batch.labels["place"], torch.tensor(weights))
     torch.testing.assert_close(term.sum / term.count, expected)
 

@@ -32,6 +32,7 @@ class _Trainer:
     def __init__(self, accumulate: int):
         self.accumulate_grad_batches, self.world_size, self.global_rank, self.global_step = accumulate, 1, 0, 0
         self.ckpt_path = None
+        self.max_steps = 1
 
 
 def _gradients(objective, packs) -> dict[str, torch.Tensor]:

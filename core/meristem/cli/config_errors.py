@@ -103,5 +103,5 @@ def _subclasses(base: type) -> list[str]:
     names: list[str] = []
     child: type
     for child in base.__subclasses__():
-        names += [child.__name__, *_subclasses(child)]
+        names += [*([] if inspect.isabstract(child) else [child.__name__]), *_subclasses(child)]
     return names

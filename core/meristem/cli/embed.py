@@ -21,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pool",
-        choices=["mean", "cls", "max", "none"],
-        help="how tokens become one vector, none for one a token; the model's own by default, else mean",
+        choices=["mean", "cls", "max", "own", "none"],
+        help="how tokens become one vector: own is the model's, with its weights; none is one a token; "
+        "own by default, mean where the model has none",
     )
     parser.add_argument(
         "--layer",
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
 
 def print_summary(manifest: dict[str, Any]) -> None:
     """What was replaced, cut into windows or refused: nothing happens in silence."""
+    from meristem.data.records import Refusal
+
     if manifest["replaced"]:
         listed = ", ".join(f"{what} {count:,}" for what, count in manifest["replaced"].items())
         print(f"replaced: {listed}")
@@ -80,7 +83,7 @@ def print_summary(manifest: dict[str, Any]) -> None:
         print(f"longer than the model's positions, averaged over windows: {manifest['windowed']['records']:,} records")
     refused = manifest["refused"]
     for refusal in refused["records"][:5]:
-        print(f"refused {refusal['file']}:{refusal['line']}: {refusal['reason']}", file=sys.stderr)
+        print(f"refused {Refusal(**refusal)}", file=sys.stderr)
     if refused["count"]:
         print(f"refused records: {refused['count']:,} (named in the manifest)")
 

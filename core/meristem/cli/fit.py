@@ -54,7 +54,7 @@ def _progress_of(data: "DataModule") -> Iterator[None]:
 def _fit(config: "RunConfig") -> int:
     from meristem.train.keeper import Stopped
     from meristem.train.run import fit
-    from meristem.train.run_directory import RunDirectory, write_atomically
+    from meristem.train.run_directory import RunDirectory, refusals_as_csv, write_atomically
 
     run = RunDirectory(config.run_dir)
     if run.is_started:
@@ -75,6 +75,8 @@ def _fit(config: "RunConfig") -> int:
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         write_atomically(run.config, config.to_yaml().encode())
+        if data.refused:
+            write_atomically(run.refused, refusals_as_csv(data.refused))
         fit(task, data, run, config.watch, config.trainer, _say)
     except UserError:
         if is_new and not run.last_checkpoint.exists():
@@ -94,6 +96,7 @@ def _fit(config: "RunConfig") -> int:
 
 
 def _evaluate(config: "RunConfig", verb: str) -> int:
+    from meristem.train.confusion import draw_confusion
     from meristem.train.run import evaluate
     from meristem.train.run_directory import RunDirectory
 
@@ -112,4 +115,9 @@ def _evaluate(config: "RunConfig", verb: str) -> int:
     print(f"{part} part, {run.best_model}")
     for name, value in values.items():
         print(f"  {name:<{width}}  {value:.5g}")
+    classes = {readout.name: readout.classes for readout in task.objective.readouts}
+    for name, counts in task.confusion_values().items():
+        drawn = run.picture(f"confusion_{name}_{part}")
+        draw_confusion(counts, classes[name], drawn)
+        _say(f"confusion matrix: {drawn}")
     return 0

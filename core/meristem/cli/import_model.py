@@ -5,11 +5,11 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where from, where to."""
-    parser.add_argument("source", metavar="SOURCE", help="a Hugging Face directory (safetensors or .bin)")
+    parser.add_argument("source", metavar="SOURCE", help="a Hugging Face or timm directory (safetensors or .bin)")
     parser.add_argument("out", metavar="OUT", help="the model directory to write; must be new or empty")
     parser.add_argument("--domain", default="", help="domain that reads its inputs; the family's own by default")
     parser.add_argument(
-        "--skip-parity", action="store_true", help="do not compare with transformers, which loads the model twice"
+        "--skip-parity", action="store_true", help="do not compare with the other library, which loads the model twice"
     )
 
 
@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     config = card.architecture
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{imported.family.name}: {num_parameters:,} parameters, {config.num_layers} layers of width {config.width}")
-    print(f"heads: {', '.join(card.heads) or 'none: a trunk alone'}")
+    heads = (*card.heads, *(readout.name for readout in card.readouts))
+    print(f"heads: {', '.join(heads) or 'none: a trunk alone'}")
     for note in imported.notes:
         print(f"note: {note}")
     if not args.skip_parity:

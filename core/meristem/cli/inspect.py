@@ -89,16 +89,18 @@ def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _facts_of_architecture(architecture: "TransformerConfig", model: Any, length: int) -> dict[str, Any]:
-    from meristem.model.flops import flops_per_token
+    from meristem.model.flops import flops_per_token, num_idle_parameters
     from meristem.model.plain import to_json
 
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         parts[_part(name)] = parts.get(_part(name), 0) + parameter.numel()
     total = sum(parts.values())
+    # of a model with experts, a token passes some of them alone
+    active = {"active": total - num_idle_parameters(architecture)} if num_idle_parameters(architecture) else {}
     return {
         "architecture": to_json(architecture),
-        "parameters": {"total": total, **parts},
+        "parameters": {"total": total, **active, **parts},
         "flops_per_token": {"length": length, "forward": flops_per_token(architecture, length)},
         "weights_bytes": {"fp32": 4 * total, "bf16": 2 * total},
         "max_tokens": architecture.max_length,
@@ -110,9 +112,13 @@ def _part(name: str) -> str:
     words = name.split(".")
     if words[0] == "heads":
         return f"head {words[1]}"
-    if words[1] == "blocks":
-        return f"blocks {words[3].removesuffix('_norm')}" if not words[3].endswith("_norm") else "blocks norms"
-    return words[1]
+    if words[0] == "pool":
+        return "pool"
+    side = f"{words.pop(1)} " if words[1] in ("encoder", "decoder") else ""
+    if words[1] != "blocks":
+        return side + words[1]
+    kind = "norms" if words[3].endswith("_norm") else "scales" if words[3].endswith("_scale") else words[3]
+    return f"{side}blocks {kind}"
 
 
 def _print_tables(facts: dict[str, Any]) -> None:

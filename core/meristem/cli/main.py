@@ -92,9 +92,19 @@ VERBS: dict[str, Verb] = {
         "write labels, probabilities or values from a fine-tuned model",
         "meristem predict runs/localization/model proteins.fasta --output labels.csv",
     ),
+    "probe": Verb(
+        "meristem.cli.probe",
+        "measure what the vectors of a model tell about a label: linear map and nearest neighbours",
+        "meristem probe runs/sample/model proteins.csv --label location --output probe",
+    ),
+    "generate": Verb(
+        "meristem.cli.generate",
+        "go on from prompts: greedy, drawn, or by beam search",
+        "meristem generate runs/decoder/model --prompt MKT --temperature 0.8 --top-p 0.95",
+    ),
     "score": Verb(
         "meristem.cli.score",
-        "score records with a model: likelihoods, or contact maps of proteins",
+        "score records with a model: likelihoods, contact maps of proteins, attention over patches",
         "meristem score runs/sample/model proteins.fasta --contacts --output contacts.npz",
     ),
     "import": Verb(

@@ -5,23 +5,33 @@ from pathlib import Path
 import numpy as np
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.interop.parity import LENGTHS, compare, is_reference_installed, load_reference
+from meristem.interop.directory import read_config_file
+from meristem.interop.families import find_family
+from meristem.interop.parity import Parity, compare
 from meristem.model.model import Model
 
 
 def print_parity(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
-    """Compare with `transformers` on random input, where it is installed and loads the directory."""
-    if not is_reference_installed():
-        print("no parity report: transformers is not installed")
+    """Compare with the library that a directory is for, on random input, where it is installed and loads it."""
+    family = find_family(folder, read_config_file(folder))
+    runner = family.runner
+    if runner is None:
+        print(f"no parity report: no library that can be installed has {family.name}")
+        return
+    if not runner.is_installed:
+        print(f"no parity report: {runner.library} is not installed")
         return
     try:
-        reference = load_reference(folder)
-    except (OSError, ValueError, RuntimeError, ImportError, AttributeError) as error:
-        print(f"no parity report: transformers does not load {folder}: {str(error).splitlines()[0]}")
+        reference = runner.load(folder)
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"no parity report: {runner.library} does not load {folder}: {reason}")
         return
-    parity = compare(model, tokenizer, reference, np.random.default_rng(0))
-    print(f"parity with transformers (fp32, CPU, {len(LENGTHS)} random sequences with masks), largest difference:")
-    worst = max(range(len(parity.layers)), key=parity.layers.__getitem__)
-    print(f"  layers    {parity.layers[worst]:.1e}   of {len(parity.layers)} hidden states; layer {worst}")
-    for name, value in (("logits", parity.logits), ("contacts", parity.contacts)):
-        print(f"  {name:<10}{'not compared: no such head' if value is None else f'{value:.1e}'}")
+    parity = compare(model, tokenizer, reference, np.random.default_rng(0), runner)
+    print(f"parity with {runner.library} (fp32, CPU, random input), largest difference:")
+    print(_table(parity))
+
+
+def _table(parity: Parity) -> str:
+    """A line a hidden state, and one an output."""
+    return "\n".join(f"  {name:<16}{value:.1e}" for name, value in parity.differences.items())

@@ -13,6 +13,7 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from meristem.cli.architecture import check_fit, fill_in
 from meristem.cli.config_errors import explain, placed
 from meristem.cli.config_reader import NumberLoader, ReadConfig, merge, read_configs
 from meristem.cli.configs import find_config
@@ -223,17 +224,9 @@ def resolve_architecture(wanted: dict[str, Any], data: dict[str, Any]) -> dict[s
             "or model.init_from a model directory"
         )
     merge(values, wanted)
-    embedding = values.setdefault("embedding", {})
-    if isinstance(embedding, dict):
-        embedding.setdefault("vocab_size", len(tokenizer.vocab))
-        if embedding.get("mask_dropout_frac") and embedding.get("mask_id") is None:
-            embedding["mask_id"] = tokenizer.mask_id
+    fill_in(values, tokenizer, wanted)
     config = from_json(TransformerConfig, values)
-    if config.embedding.vocab_size < len(tokenizer.vocab):
-        raise ConfigError(
-            f"architecture.embedding.vocab_size must be {len(tokenizer.vocab)} or more, as {domain.name} has so many "
-            f"symbols; got {config.embedding.vocab_size}"
-        )
+    check_fit(config, tokenizer, domain.name)
     return to_json(config)
 
 

@@ -4,8 +4,16 @@ from typing import Any
 
 from meristem.model.config import TransformerConfig
 from meristem.model.plain import from_json
+from meristem.objectives.causal import Causal
+from meristem.objectives.denoising import Denoising
 from meristem.objectives.masked import Masked
+from meristem.objectives.masked_patches import MaskedPatches
+from meristem.objectives.next_sentence import NextSentence
 from meristem.objectives.objective import Objective
+from meristem.objectives.prefix import Prefix
+from meristem.objectives.self_distillation import SelfDistillation
+from meristem.objectives.sequence_to_sequence import SequenceToSequence
+from meristem.objectives.spans import SpanCorruption
 from meristem.objectives.supervised import Supervised
 from meristem.train.optim import OptimizerConfig
 from meristem.train.task import Task
@@ -14,7 +22,18 @@ ARCHITECTURE = "model.architecture"
 
 TOP_KEYS = "model, data, trainer, watch, run_dir, seed"
 
-OBJECTIVES = (Masked, Supervised)
+OBJECTIVES = (
+    Masked,
+    Supervised,
+    Causal,
+    Prefix,
+    SpanCorruption,
+    Denoising,
+    SequenceToSequence,
+    NextSentence,
+    MaskedPatches,
+    SelfDistillation,
+)
 """The core's own; jsonargparse knows a class by its short name once it is imported."""
 
 TRAINER_KEYS = (
@@ -70,6 +89,7 @@ def build_task(
     init_from: str | None = None,
     freeze_trunk: bool = False,
     dropout: float | None = None,
+    ema_decay: float | None = None,
     seed: int = 0,
 ) -> Task:
     """A model, an objective and an optimiser.
@@ -77,12 +97,14 @@ def build_task(
     Args:
         architecture: a preset of the domain (`preset: esm2_8m`), or the fields of a transformer (`width`,
             `num_layers`, `attention.num_heads`, `feedforward.width` ...), or both: fields go over the preset's.
-        objective: what the model is trained for: `Masked`, `Supervised`, or one of the domain's.
+        objective: what the model is trained for: `Masked`, `Causal`, `Supervised`, another of the core's, or one of the
+            domain's.
         optimizer: AdamW and its schedule.
         init_from: a model directory to start from; its architecture is then used.
         freeze_trunk: only heads are trained.
         dropout: of every residual branch; null leaves what the architecture says.
+        ema_decay: of a moving average of the weights, which is what is validated and saved; null for none.
         seed: of initial weights and dropout.
     """
     config = None if architecture is None else from_json(TransformerConfig, architecture)
-    return Task(config, objective, optimizer, init_from, freeze_trunk, dropout, seed)
+    return Task(config, objective, optimizer, init_from, freeze_trunk, dropout, ema_decay, seed)

@@ -1,8 +1,8 @@
-"""`meristem score MODEL INPUT... --output FILE`: how likely the tokens of each record are, or which are in contact."""
+"""`meristem score MODEL INPUT... --output FILE`: how likely tokens are, which touch, or where a model looks."""
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         required=True,
-        help="with --contacts an .npz, one map a record by its id; else a .csv or .parquet, one row a record",
+        help="with --contacts or --attention an .npz, one array a record by its id; else a .csv or .parquet, one row a "
+        "record",
     )
     parser.add_argument("--contacts", action="store_true", help="score which tokens touch, from attention maps")
-    parser.add_argument("--plots", metavar="FOLDER", help="with --contacts: one PNG a record, in this folder")
+    parser.add_argument(
+        "--attention", action="store_true", help="attention over the patches of each image, [heads, rows, columns]"
+    )
+    parser.add_argument("--layer", type=int, help="with --attention: the block, 0 is the first; the last by default")
+    parser.add_argument(
+        "--query",
+        choices=["class", "mean"],
+        help="with --attention: who looks, the class row or the mean of the patches; class where there is one",
+    )
+    parser.add_argument("--plots", metavar="FOLDER", help="with arrays: one PNG a record, in this folder")
     parser.add_argument("--domain", default="", help="domain that reads the input; the model's own by default")
     parser.add_argument("--tokens-per-batch", type=int, default=8192, help="tokens that a pack holds at most")
 
@@ -38,11 +48,16 @@ def run(args: argparse.Namespace) -> int:
     from meristem.model_directory import load_any
 
     output = Path(args.output)
-    kinds = [".npz"] if args.contacts else [".csv", ".parquet"]
+    has_arrays = args.contacts or args.attention
+    kinds = [".npz"] if has_arrays else [".csv", ".parquet"]
     if output.suffix not in kinds:
         raise ConfigError(f"--output must end in {' or '.join(kinds)}; got {args.output}")
-    if args.plots and not args.contacts:
-        raise ConfigError("--plots has no effect without --contacts; give both or none")
+    if args.contacts and args.attention:
+        raise ConfigError("--contacts and --attention are arrays of two kinds; give one of them")
+    if args.plots and not has_arrays:
+        raise ConfigError("--plots has no effect without --contacts or --attention; give both or none")
+    if not args.attention and (args.layer is not None or args.query is not None):
+        raise ConfigError("--layer and --query have no effect without --attention; leave them out")
     if args.tokens_per_batch < 1:
         raise ConfigError(f"--tokens-per-batch must be 1 or more; got {args.tokens_per_batch}")
     card, model = load_any(args.model)
@@ -52,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     replaced: Counter[str] = Counter()
     records = _records(args, card, model, replaced)
     try:
-        (_write_contacts if args.contacts else _write_likelihoods)(args, card, model, records, part)
+        write = _write_contacts if args.contacts else _write_attention if args.attention else _write_likelihoods
+        write(args, card, model, records, part)
         part.replace(output)
     finally:
         part.unlink(missing_ok=True)
@@ -65,27 +81,16 @@ def run(args: argparse.Namespace) -> int:
 def _write_contacts(
     args: argparse.Namespace, card: "ModelCard", model: "Model", records: Iterator["Scored"], part: Path
 ) -> None:
-    import zipfile
-
-    import numpy as np
-
-    from meristem.cli.console import progress
     from meristem.scoring.contacts import contact_maps, has_contact_weights
 
     is_probability = has_contact_weights(model)
-    seen: Counter[str] = Counter()
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file, progress(None, "records", title="score") as bar:
-        for name, column in records:
-            [values] = contact_maps(model, column, card.tokenizer.num_special)
-            seen[name] += 1
-            key = name if seen[name] == 1 else f"{name}#{seen[name]}"
-            with file.open(f"{key}.npy", "w", force_zip64=True) as stream:
-                np.lib.format.write_array(stream, values)
-            if args.plots:
-                _plot(Path(args.plots), sum(seen.values()), key, values, is_probability)
-            bar.advance()
-    repeated = sum(count - 1 for count in seen.values())
-    print(f"{sum(seen.values())} maps" + (f"; {repeated} repeated ids end in #2, #3 ..." if repeated else ""))
+    _write_arrays(
+        args,
+        records,
+        part,
+        lambda column: next(contact_maps(model, column, card.tokenizer.num_special)),
+        lambda path, name, column, values: _plot_contacts(path, name, values, is_probability),
+    )
     print(
         "probabilities of contact, by the model's own logistic regression"
         if is_probability
@@ -94,6 +99,51 @@ def _write_contacts(
     )
     if args.plots:
         print(f"plots in {args.plots}")
+
+
+def _write_attention(
+    args: argparse.Namespace, card: "ModelCard", model: "Model", records: Iterator["Scored"], part: Path
+) -> None:
+    from meristem.scoring.attention_maps import attention_maps, draw_attention
+
+    layer = -1 if args.layer is None else args.layer
+
+    def draw(path: Path, name: str, column: "TokenColumn", values: Any) -> None:
+        image = card.tokenizer.decode(card.tokenizer.tokens_at(column, 0))
+        draw_attention(path, values, image, name)
+
+    _write_arrays(args, records, part, lambda column: next(attention_maps(model, column, layer, args.query)), draw)
+    if args.plots:
+        print(f"plots in {args.plots}")
+
+
+def _write_arrays(
+    args: argparse.Namespace,
+    records: Iterator["Scored"],
+    part: Path,
+    make: Callable[["TokenColumn"], Any],
+    draw: Callable[[Path, str, "TokenColumn", Any], None],
+) -> None:
+    """An array a record by its id, and its picture where they are asked for."""
+    import zipfile
+
+    import numpy as np
+
+    from meristem.cli.console import progress
+
+    seen: Counter[str] = Counter()
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file, progress(None, "records", title="score") as bar:
+        for name, column in records:
+            values = make(column)
+            seen[name] += 1
+            key = name if seen[name] == 1 else f"{name}#{seen[name]}"
+            with file.open(f"{key}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, values)
+            if args.plots:
+                draw(_picture(Path(args.plots), sum(seen.values()), key), key, column, values)
+            bar.advance()
+    repeated = sum(count - 1 for count in seen.values())
+    print(f"{sum(seen.values())} maps" + (f"; {repeated} repeated ids end in #2, #3 ..." if repeated else ""))
 
 
 def _write_likelihoods(
@@ -138,7 +188,7 @@ def _records(
     args: argparse.Namespace, card: "ModelCard", model: "Model", replaced: "Counter[str]"
 ) -> Iterator["Scored"]:
     """Each record of the inputs, and in `replaced` a count of what was."""
-    from meristem.data.records import ReadOptions, Source
+    from meristem.data.records import ReadOptions, Source, place_of
     from meristem.data.tokenizer import RefusedSymbol
     from meristem.domain import load_domain
     from meristem.errors import ConfigError, DataError
@@ -151,7 +201,7 @@ def _records(
     for source in args.inputs:
         for batch in domain.read(Source(source), ReadOptions()):
             for row in range(len(batch)):
-                where = f"{batch.column('file')[row].as_py()}:{batch.column('line')[row].as_py()}"
+                where = place_of(*(batch.column(name)[row].as_py() for name in ("file", "line", "id")))
                 try:
                     column = card.tokenizer.encode_column(batch.column("payload").slice(row, 1))
                 except RefusedSymbol as error:
@@ -164,13 +214,19 @@ def _records(
                 yield batch.column("id")[row].as_py(), column
 
 
-def _plot(folder: Path, number: int, name: str, values: Any, is_probability: bool) -> None:
+def _picture(folder: Path, number: int, name: str) -> Path:
+    """Where the picture of a record goes."""
     import re
 
+    folder.mkdir(parents=True, exist_ok=True)
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80]
+    return folder / f"{number:05}_{safe}.png"
+
+
+def _plot_contacts(path: Path, name: str, values: Any, is_probability: bool) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(5, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -186,5 +242,4 @@ def _plot(folder: Path, number: int, name: str, values: Any, is_probability: boo
     )
     figure.colorbar(image, label="probability of contact" if is_probability else "mean APC-corrected attention")
     axes.set(title=name, xlabel="token", ylabel="token")
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80]
-    figure.savefig(folder / f"{number:05}_{safe}.png", dpi=120)
+    figure.savefig(path, dpi=120)

@@ -16,6 +16,7 @@ from meristem.data.order import PackStream, Plan, plan_in_order, record_rng
 from meristem.data.pack import pack
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import Tokenizer
+from meristem.data.views import Views
 from meristem.errors import ConfigError, DataError, UserError
 from meristem.types import PackedBatch, Record, Tokens
 
@@ -30,6 +31,8 @@ class Prepares(Protocol):
 
     def counts(self, batch: PackedBatch) -> Mapping[str, float]: ...
 
+    def lengths(self, lengths: np.ndarray) -> np.ndarray: ...
+
 
 @dataclass(frozen=True, eq=False)
 class PackMaker:
@@ -43,6 +46,7 @@ class PackMaker:
         seed: what happens to a record depends on (seed, epoch, row) alone.
         max_tokens_per_record: longer records are cropped to a random window, another one each epoch;
             special tokens are counted and kept. None crops nothing.
+        views: what is seen of a record in training; None for the record as it is.
     """
 
     store: RecordStore
@@ -51,6 +55,7 @@ class PackMaker:
     objective: Prepares
     seed: int
     max_tokens_per_record: int | None = None
+    views: Views | None = None
 
     def __post_init__(self) -> None:
         least = sum(self.tokenizer.num_special) + 1
@@ -66,11 +71,12 @@ class PackMaker:
         Raises:
             DataError: a payload that the tokenizer refuses, by file and line.
         """
-        return np.asarray(self.store.token_lengths(self.tokenizer)[self.rows])
+        return np.asarray(self.store.token_lengths(self.tokenizer, self.rows))
 
     def lengths(self) -> np.ndarray:
-        """`[N]` tokens of each record as they reach a pack."""
-        return np.minimum(self.full_lengths(), self.max_tokens_per_record or np.iinfo(np.int32).max)
+        """`[N]` rows of each record as it reaches a pack."""
+        cropped = np.minimum(self.full_lengths(), self.max_tokens_per_record or np.iinfo(np.int32).max)
+        return self.objective.lengths(cropped) * (1 if self.views is None else self.views.repeats)
 
     def num_cropped(self) -> int:
         """Records that are longer than `max_tokens_per_record`."""
@@ -82,17 +88,22 @@ class PackMaker:
         """The pack of these `members` of `rows`, as they are in `epoch`."""
         rows = self.rows[members]
         records = self.store.records(rows)
-        column = self.tokenizer.encode_column(self.store.payloads(rows))
+        column = None if self.views else self.tokenizer.encode_column(self.store.payloads(rows))
         sequences: list[Tokens] = []
         indices: list[int] = []
-        for i, row in enumerate(rows.tolist()):
+        for record, row, i in zip(records, rows.tolist(), range(len(rows))):
             rng = record_rng(self.seed, epoch, row)
-            tokens = self.tokenizer.tokens_at(column, i)
-            if self.max_tokens_per_record is not None:
-                tokens = crop_window(tokens, self.max_tokens_per_record, self.tokenizer.num_special, rng)
-            prepared = self.objective.prepare(records[i], (tokens,), rng)
-            sequences += prepared
-            indices += [row] * len(prepared)
+            for _ in range(self.views.repeats if self.views else 1):
+                if column is None:
+                    assert self.views is not None
+                    tokens = self.views.encode_view(record.payload, rng)
+                else:
+                    tokens = self.tokenizer.tokens_at(column, i)
+                if self.max_tokens_per_record is not None:
+                    tokens = crop_window(tokens, self.max_tokens_per_record, self.tokenizer.num_special, rng)
+                prepared = self.objective.prepare(record, (tokens,), rng)
+                sequences += prepared
+                indices += [row] * len(prepared)
         return pack(sequences, indices)
 
 
@@ -113,6 +124,7 @@ class TrainLoader:
         world_size: processes that share each step.
         num_workers: processes that prepare steps ahead; 0 prepares in this one. Without effect on what comes.
         max_tokens_per_record: longer records are cropped to a random window each epoch (`num_cropped`).
+        views: what is seen of a record; None for the record as it is.
         start_step: asked when iteration begins: the optimiser step to begin with.
 
     Raises:
@@ -134,6 +146,7 @@ class TrainLoader:
         world_size: int = 1,
         num_workers: int = 0,
         max_tokens_per_record: int | None = None,
+        views: Views | None = None,
         start_step: Callable[[], int] = lambda: 0,
     ):
         _check_shares(rank, world_size, num_workers)
@@ -143,7 +156,7 @@ class TrainLoader:
                 f"packs_per_step must be a multiple of the number of processes ({world_size}); "
                 f"got {packs_per_step}; nearest: {nearest}"
             )
-        self.maker = PackMaker(store, np.asarray(rows), tokenizer, objective, seed, max_tokens_per_record)
+        self.maker = PackMaker(store, np.asarray(rows), tokenizer, objective, seed, max_tokens_per_record, views)
         self.stream = PackStream(
             self.maker.lengths(), tokens_per_pack=tokens_per_pack, packs_per_step=packs_per_step, seed=seed
         )

@@ -1,6 +1,7 @@
 """From token sequences to packs: end to end, shortest first, no padding."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,8 @@ def pack_column(column: TokenColumn, rows: np.ndarray, records: Sequence[int], m
 def _lay(sequences: list[Tokens], min_rows: int) -> dict[str, Any]:
     """The fields of one side of a pack, in the order of `sequences`."""
     layout = Layout.of([len(tokens) for tokens in sequences], min_rows)
+    if any(tokens.prefix_length for tokens in sequences):
+        layout = replace(layout, prefix_lengths=tuple(tokens.prefix_length for tokens in sequences))
 
     def rows(parts: list[np.ndarray], fill: float, dtype: DTypeLike) -> torch.Tensor:
         out = np.full((layout.num_rows, *parts[0].shape[1:]), fill, dtype)
@@ -89,6 +92,11 @@ def _lay(sequences: list[Tokens], min_rows: int) -> dict[str, Any]:
         blank = np.zeros((layout.max_length, widths.pop()), np.float32)
         parts = [blank[: len(tokens)] if tokens.features is None else tokens.features for tokens in sequences]
         features = rows(parts, 0, np.float32)
+    types = None
+    if any(tokens.token_types is not None for tokens in sequences):
+        zeros = np.zeros(layout.max_length, np.int64)
+        parts = [zeros[: len(tokens)] if tokens.token_types is None else tokens.token_types for tokens in sequences]
+        types = rows(parts, 0, np.int64)
     targets = {}
     for name, like in _first_of([tokens.targets for tokens in sequences]).items():
         dtype = _tensor_dtype(like)
@@ -107,6 +115,7 @@ def _lay(sequences: list[Tokens], min_rows: int) -> dict[str, Any]:
         "positions": rows([tokens.positions for tokens in sequences], 0, np.int64),
         "ids": rows([tokens.ids for tokens in sequences], 0, np.int64),
         "features": features,
+        "token_types": types,
         "targets": targets,
         "labels": labels,
     }

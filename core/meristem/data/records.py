@@ -21,6 +21,7 @@ SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
         pa.field("payload", pa.large_string(), nullable=False),  # or large_binary
+        # where it ends in "/", it holds a file for each record, under its id
         pa.field("file", pa.dictionary(pa.int32(), pa.string()), nullable=False),
         pa.field("line", pa.int64(), nullable=False),  # from 1; the row of a Parquet file; 0 for none
     ]
@@ -33,7 +34,7 @@ class Source:
     """An input that records are read from.
 
     Attributes:
-        path: a file, or `-` for standard input.
+        path: a file, or `-` for standard input; where the domain says so, a folder of files.
     """
 
     path: str
@@ -47,6 +48,11 @@ class Source:
         """As messages call it."""
         return "<stdin>" if self.is_stdin else self.path
 
+    @property
+    def within(self) -> str:
+        """Column `file` of records that are files within this source: a folder, or an archive."""
+        return f"{self.name.rstrip('/')}/"
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -58,7 +64,12 @@ class Refusal:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}"
+        return f"{self.where}: {self.reason}"
+
+    @property
+    def where(self) -> str:
+        """Where it stands, as messages say it."""
+        return place_of(self.file, self.line, self.id)
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,8 @@ class ReadOptions:
         split_column: column of a table that names the part a record belongs to (train, validation, test).
         on_error: called with each refused record when set; when None a refusal is a `DataError`.
         batch_bytes: payload bytes that a record batch holds, about.
+        is_checking: payloads are looked at as closely as the tokenizer will, so that none is refused later on; False
+            where all are encoded next, in any case.
     """
 
     payload_column: str = ""
@@ -81,6 +94,7 @@ class ReadOptions:
     split_column: str = ""
     on_error: Callable[[Refusal], None] | None = field(default=None, compare=False)
     batch_bytes: int = 4 << 20
+    is_checking: bool = True
 
     def refuse(self, refusal: Refusal) -> None:
         """Report a refused record to `on_error`.
@@ -93,6 +107,13 @@ class ReadOptions:
         self.on_error(refusal)
 
 
+def place_of(file: str, line: int, id: str) -> str:
+    """Where a record stands, as messages say it: `file:line`, or the name of its own file."""
+    if line:
+        return f"{file}:{line}"
+    return f"{file}{id}" if file.endswith("/") else file
+
+
 def record_at(batch: pa.RecordBatch, row: int) -> Record:
     """Row `row` of a record batch as a `Record`; missing labels are left out."""
     labels = {
@@ -100,9 +121,10 @@ def record_at(batch: pa.RecordBatch, row: int) -> Record:
         for name in batch.schema.names
         if name.startswith(LABEL_PREFIX)
     }
+    id, payload, file, line = (batch.column(name)[row].as_py() for name in ("id", "payload", "file", "line"))
     return Record(
-        id=batch.column("id")[row].as_py(),
-        payload=batch.column("payload")[row].as_py(),
+        id=id,
+        payload=payload,
         labels={name: value for name, value in labels.items() if value is not None},
-        source=f"{batch.column('file')[row].as_py()}:{batch.column('line')[row].as_py()}",
+        source=place_of(file, line, id),
     )

@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -18,11 +18,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.records import LABEL_PREFIX, ReadOptions, Refusal, Source
+from meristem.data.records import LABEL_PREFIX, ReadOptions, Refusal, Source, place_of
 from meristem.data.store_writer import END, Progress, Read, replaced, write_store
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
 from meristem.errors import DataError
 from meristem.types import Record
+
+Files = Callable[[Source, ReadOptions], Iterable[Path]]
+"""Gives the files that a source names beside itself."""
 
 VERSION = 1
 """Changes with the format, so that a store of another one is not opened but built anew."""
@@ -57,6 +60,7 @@ class RecordStore:
         options: ReadOptions,
         *,
         name: str,
+        files: Files | None = None,
         cache_dir: Path | str | None = None,
         progress: Progress | None = None,
     ) -> "RecordStore":
@@ -67,6 +71,8 @@ class RecordStore:
             sources: files; standard input can be read only once and is no source of a store.
             options: of `read`. `on_error` is called with each refused record, also when the store was there.
             name: of the domain, and whatever else changes what `read` gives.
+            files: of the domain: files that a source names beside itself, such as those in a folder. They count by
+                name, size and time of the last change, since they may be many.
             cache_dir: folder of the stores; None for the default one.
             progress: called with bytes done and bytes in all while a store is built. Bytes done follow
                 from the records, so they are an estimate within a file, and exact at its end.
@@ -74,7 +80,8 @@ class RecordStore:
         Raises:
             DataError: a source that cannot be read or holds no record; the folder cannot be written or is full.
         """
-        key = _key(sources, options, name)
+        named = {source: sorted(files(source, options)) if files and not source.is_stdin else [] for source in sources}
+        key = _key(sources, options, name, named)
         folder = Path(cache_dir) if cache_dir else default_cache_dir()
         path = folder / f"{key}.arrow"
         with _writable(folder), _locked(folder):
@@ -82,10 +89,13 @@ class RecordStore:
             if store is None:
                 for stale in folder.glob(f"{key}.*"):  # what a killed process left, or what is damaged
                     stale.unlink(missing_ok=True)
-                write_store(path, read, sources, options, progress)
+                sizes = [sum(_sizes([Path(source.path), *named[source]])) for source in sources]
+                write_store(path, read, sources, options, progress, sizes)
                 store = cls.open(path)
         # the same content may lie elsewhere by now; messages shall name the file that the user named
-        names = dict(zip(store._files[: len(sources)], (source.name for source in sources)))
+        before = [Source(file) for file in store._files[: len(sources)]]
+        names = {old.name: source.name for old, source in zip(before, sources)}
+        names |= {old.within: source.within for old, source in zip(before, sources)}
         store._files = [names.get(file, file) for file in store._files]
         store.refused = [replace(one, file=names.get(one.file, one.file)) for one in store.refused]
         if options.on_error is not None:
@@ -155,33 +165,58 @@ class RecordStore:
                 id=columns["id"][i],
                 payload=columns["payload"][i],
                 labels={name: values[i] for name, values in named.items() if values[i] is not None},
-                source=f"{columns['file'][i]}:{columns['line'][i]}",
+                source=place_of(columns["file"][i], columns["line"][i], columns["id"][i]),
             )
             for i in range(len(rows))
         ]
 
     def where(self, row: int) -> str:
-        """`file:line` of a record, for messages."""
+        """Where a record stands, for messages."""
         return self[row].source
 
-    def token_lengths(self, tokenizer: Tokenizer) -> np.ndarray:
+    def token_lengths(
+        self, tokenizer: Tokenizer, rows: np.ndarray | None = None, on_error: Callable[[Refusal], None] | None = None
+    ) -> np.ndarray:
         """`[N]` tokens of each record, computed once a store and tokenizer and kept beside the store.
 
+        Args:
+            rows: that are asked for; None for all.
+            on_error: called with each record of `rows` that the tokenizer refuses; it gets -1 tokens.
+
         Raises:
-            DataError: a payload that the tokenizer refuses, by file and line.
+            DataError: a payload that the tokenizer refuses and no `on_error`; names where it stands.
         """
+        lengths = self._lengths_of_all(tokenizer)
+        lengths = lengths if rows is None else lengths[rows]
+        for place in np.flatnonzero(lengths < 0).tolist():
+            row = place if rows is None else int(rows[place])
+            record = self[row]
+            try:
+                tokenizer.lengths(self.payloads(np.array([row])))
+            except RefusedSymbol as error:
+                if on_error is None:
+                    raise DataError(f"{record.source}: {error}") from error
+                file, line = (self._take(name, np.array([row]))[0].as_py() for name in ("file", "line"))
+                on_error(Refusal(file, line, record.id, str(error)))
+        return lengths
+
+    def _lengths_of_all(self, tokenizer: Tokenizer) -> np.ndarray:
         path = self.path.with_suffix(f".{tokenizer.fingerprint}.lengths.npy")
         with suppress(OSError, ValueError):
             lengths = np.load(path, mmap_mode="r")
             if len(lengths) == len(self):
                 return lengths
-        parts = []
-        for chunk, start in zip(self._chunks, self._bounds):
-            try:
-                parts.append(tokenizer.encode_column(chunk.column("payload")).lengths.astype(np.int32))
-            except RefusedSymbol as error:
-                raise DataError(f"{self.where(int(start) + error.row)}: {error}") from error
-        lengths = np.concatenate(parts)
+        lengths = np.full(len(self), -1, np.int32)
+        for chunk, first in zip(self._chunks, self._bounds.tolist()):
+            payloads, done = chunk.column("payload"), 0
+            while done < len(payloads):
+                count = len(payloads) - done
+                try:
+                    lengths[first + done : first + done + count] = tokenizer.lengths(payloads.slice(done))
+                except RefusedSymbol as error:  # it stays at -1
+                    count = error.row
+                    lengths[first + done : first + done + count] = tokenizer.lengths(payloads.slice(done, count))
+                done += count + 1
         with suppress(OSError), replaced(path) as temporary:  # a full disk costs the next run some seconds
             np.save(temporary, lengths)
         return lengths
@@ -189,15 +224,18 @@ class RecordStore:
     def payload_hashes(self, seed: int) -> np.ndarray:
         """`[N]` 64-bit hashes of the payloads, keyed by `seed`: equal payloads, equal numbers.
 
-        Letters of both cases hash alike: a soft-masked sequence is the same sequence.
+        Letters of a text hash alike in both cases: a soft-masked sequence is the same sequence.
         """
         key = seed.to_bytes(8, "little")
         out = np.empty(len(self), np.uint64)
         for chunk, start in zip(self._chunks, self._bounds):
-            text, bounds = column_bytes(chunk.column("payload"))
+            payloads = chunk.column("payload")
+            text, bounds = column_bytes(payloads)
             data, ends = text.tobytes(), bounds.tolist()
+            is_text = pa.types.is_string(payloads.type) or pa.types.is_large_string(payloads.type)
+            spelled = bytes.upper if is_text else bytes
             digests = b"".join(
-                hashlib.blake2b(data[a:b].upper(), digest_size=8, key=key).digest() for a, b in pairwise(ends)
+                hashlib.blake2b(spelled(data[a:b]), digest_size=8, key=key).digest() for a, b in pairwise(ends)
             )
             out[start : start + chunk.num_rows] = np.frombuffer(digests, "<u8")
         return out
@@ -238,7 +276,7 @@ def _open_or_none(path: Path) -> RecordStore | None:
         return None
 
 
-def _key(sources: Sequence[Source], options: ReadOptions, name: str) -> str:
+def _key(sources: Sequence[Source], options: ReadOptions, name: str, named: Mapping[Source, Sequence[Path]]) -> str:
     """A hash of everything that a store depends on."""
     if not sources:
         raise DataError("there must be at least one source of records; got none")
@@ -248,8 +286,14 @@ def _key(sources: Sequence[Source], options: ReadOptions, name: str) -> str:
     for source in sources:
         if source.is_stdin:
             raise DataError("<stdin>: training data is read more than once; write it to a file and name that")
-        if os.path.isdir(source.path):
-            raise DataError(f"{source.name}: is a directory; name the files in it")
+        is_folder = os.path.isdir(source.path)
+        root = Path(source.path) if is_folder else Path(source.path).parent
+        for path in named[source]:
+            digest.update(json.dumps([os.path.relpath(path, root), *_facts_of(path)]).encode())
+        if is_folder:
+            if not named[source]:
+                raise DataError(f"{source.name}: is a directory; name the files in it")
+            continue
         # a reader may go by the ending of a name, so it counts as content
         digest.update(json.dumps(Path(source.path).suffixes[-2:]).encode())
         try:
@@ -260,6 +304,20 @@ def _key(sources: Sequence[Source], options: ReadOptions, name: str) -> str:
         except OSError as error:
             raise DataError(f"{source.name}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def _facts_of(file: Path) -> tuple[int, int]:
+    """Size and time of the last change; of a file that is not there, none."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return -1, -1
+    return facts.st_size, facts.st_mtime_ns
+
+
+def _sizes(files: Sequence[Path]) -> list[int]:
+    """Bytes of each file; of a folder, none."""
+    return [max(_facts_of(file)[0], 0) if not file.is_dir() else 0 for file in files]
 
 
 @contextmanager

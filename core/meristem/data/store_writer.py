@@ -51,13 +51,23 @@ class _Wider(Exception):
 
 
 def write_store(
-    path: Path, read: Read, sources: Sequence[Source], options: ReadOptions, progress: Progress | None
+    path: Path,
+    read: Read,
+    sources: Sequence[Source],
+    options: ReadOptions,
+    progress: Progress | None,
+    sizes: Sequence[int],
 ) -> None:
+    """Read the sources and write their store.
+
+    Args:
+        sizes: bytes of each source, with the files that it names.
+    """
     schema: pa.Schema | None = None
     while True:
         try:
             with replaced(path) as temporary:
-                return _write_chunks(temporary, schema, read, sources, options, progress)
+                return _write_chunks(temporary, schema, read, sources, options, progress, sizes)
         except _Wider as wider:  # rare: begin again; types only widen, so this ends
             schema = wider.schema
 
@@ -69,6 +79,7 @@ def _write_chunks(
     sources: Sequence[Source],
     options: ReadOptions,
     progress: Progress | None,
+    sizes: Sequence[int],
 ) -> None:
     refused: list[Refusal] = []
     if options.on_error is not None:
@@ -78,7 +89,7 @@ def _write_chunks(
     held_bytes = 0
     writer: pa.ipc.RecordBatchFileWriter | None = None
     with pa.OSFile(os.fspath(path), "wb") as sink:
-        for batch in _with_progress(read, sources, options, progress):
+        for batch in _with_progress(read, sources, options, progress, sizes):
             plain = _plain(batch, codes)
             schema = schema or plain.schema
             if plain.schema != schema:
@@ -106,9 +117,8 @@ def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
 
 
 def _with_progress(
-    read: Read, sources: Sequence[Source], options: ReadOptions, progress: Progress | None
+    read: Read, sources: Sequence[Source], options: ReadOptions, progress: Progress | None, sizes: Sequence[int]
 ) -> Iterator[pa.RecordBatch]:
-    sizes = [os.path.getsize(source.path) for source in sources]
     before = 0
     for source, size in zip(sources, sizes):
         done = 0

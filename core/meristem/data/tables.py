@@ -8,17 +8,17 @@ import csv
 import io
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyarrow import csv as arrow_csv
 
-from meristem.data.open import BOM, open_source, read_text_blocks
+from meristem.data.csv_blocks import csv_blocks
+from meristem.data.open import BOM, open_source
 from meristem.data.records import LABEL_PREFIX, SCHEMA, SPLIT, ReadOptions, Refusal, Source
 from meristem.errors import DataError
 
@@ -28,7 +28,10 @@ MISSING = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
 """Words of a CSV label column that mean no label."""
 
 _COLUMN_NAME = re.compile(r"[\w.%()/+: -]+")
-_ROWS_AHEAD = 1024
+BYTES = "bytes"
+"""Field of a column of structures that holds a file."""
+
+_ROWS_AHEAD, _BYTES_AHEAD = 1024, 32 << 20
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def read_table(
     options: ReadOptions,
     form: TableFormat,
     payload_names: Sequence[str],
+    holds_files: bool = False,
 ) -> Iterator[pa.RecordBatch]:
     """Read the records of a table.
 
@@ -101,14 +105,16 @@ def read_table(
     Args:
         stream: the opened source, at its start.
         payload_names: usual names of the payload column, lower case, the first found is taken.
+        holds_files: payloads are files. A column of bytes stays one (also in the field `bytes` of a structure); one of
+            text holds paths, which are the ids where no column names them.
 
     Raises:
         DataError: a column that is not there, a damaged file, or a refused record when there is no `on_error`.
     """
     if form.delimiter:
-        yield from _read_csv(stream, source, options, form, payload_names)
+        yield from _read_csv(stream, source, options, form, payload_names, holds_files)
     else:
-        yield from _read_parquet(stream, source, options, payload_names)
+        yield from _read_parquet(stream, source, options, payload_names, holds_files)
 
 
 def batch_of(
@@ -117,7 +123,8 @@ def batch_of(
     """A record batch of `SCHEMA` and the columns in `extra`."""
     extra = extra or {}
     files = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(ids), np.int32)), pa.array([source.name]))
-    schema = pa.schema([*SCHEMA, *(pa.field(name, column.type) for name, column in extra.items())])
+    schema = SCHEMA.set(1, pa.field("payload", payloads.type, nullable=False))
+    schema = pa.schema([*schema, *(pa.field(name, column.type) for name, column in extra.items())])
     columns = [ids, payloads, files, pa.array(lines, pa.int64()), *extra.values()]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
@@ -156,28 +163,40 @@ def _find_columns(columns: Sequence[str], where: str, options: ReadOptions, payl
 def _assemble(
     table: pa.RecordBatch,
     wanted: _Columns,
-    label_types: dict[str, pa.DataType],
+    label_types: dict[str, pa.DataType] | None,
     numbers: np.ndarray,
     lines: np.ndarray,
     source: Source,
     options: ReadOptions,
+    holds_files: bool,
 ) -> pa.RecordBatch:
     """Rows of a user's table as a record batch, without the rows that have to be refused."""
     reasons: dict[int, str] = {}
-    payloads = _text(table, wanted.payload, pa.large_string(), reasons)
+    is_binary = holds_files and label_types is None and not _is_text(table.column(wanted.payload).type)
+    payloads = _bytes(table, wanted.payload) if is_binary else _text(table, wanted.payload, pa.large_string(), reasons)
     ids = pa.array(numbers).cast(pa.string())
-    if wanted.id:
-        named = _text(table, wanted.id, pa.string(), reasons)
+    if wanted.id or (holds_files and not is_binary):
+        named = _text(table, wanted.id or wanted.payload, pa.string(), reasons)
         ids = pc.if_else(_is_empty(named), ids, named)
-    extra = {LABEL_PREFIX + name: _label(table, name, label_types.get(name), reasons) for name in wanted.labels}
+    extra = {LABEL_PREFIX + name: _label(table, name, (label_types or {}).get(name), reasons) for name in wanted.labels}
     if wanted.split:
         extra[SPLIT] = _text(table, wanted.split, pa.string(), reasons)
     for row in np.flatnonzero(_is_empty(payloads).to_numpy(zero_copy_only=False)).tolist():
         reasons.setdefault(row, f"empty record (nothing in column {wanted.payload!r})")
     for row in sorted(reasons):
         options.refuse(Refusal(source.name, int(lines[row]), ids[row].as_py(), reasons[row]))
-    batch = batch_of(ids, pc.fill_null(payloads, ""), source, lines, extra)
+    batch = batch_of(ids, pc.fill_null(payloads, b"" if is_binary else ""), source, lines, extra)
     return keep_rows(batch, np.array(sorted(reasons), np.int64))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)
+
+
+def _bytes(table: pa.RecordBatch, name: str) -> pa.Array:
+    """A column of bytes; of a column of structures, the field that holds them."""
+    column = table.column(name)
+    return (pc.struct_field(column, BYTES) if pa.types.is_struct(column.type) else column).cast(pa.large_binary())
 
 
 def _is_empty(texts: pa.Array) -> pa.Array:
@@ -224,7 +243,12 @@ def _label(table: pa.RecordBatch, name: str, to: pa.DataType | None, reasons: di
 
 
 def _read_csv(
-    stream: IO[bytes], source: Source, options: ReadOptions, form: TableFormat, payload_names: Sequence[str]
+    stream: IO[bytes],
+    source: Source,
+    options: ReadOptions,
+    form: TableFormat,
+    payload_names: Sequence[str],
+    holds_files: bool,
 ) -> Iterator[pa.RecordBatch]:
     wanted = _find_columns(form.columns, f"{source.name}:1", options, payload_names)
     rank = {pa.null(): 0, pa.int64(): 1, pa.float64(): 2, pa.string(): 3}
@@ -237,13 +261,13 @@ def _read_csv(
     if wanted.labels and not source.is_stdin:
         # a column of 0 and 1 may hold a .5 further on: look at all of it before the first batch leaves
         with open_source(source) as again:
-            for table, _, _ in _csv_blocks(again, source, options, form, list(wanted.labels), lambda _: None):
+            for table, _, _ in csv_blocks(again, source, options, form.delimiter, list(wanted.labels), lambda _: None):
                 widen(types, table)
-    for table, lines, numbers in _csv_blocks(stream, source, options, form, wanted.all, options.refuse):
+    for table, lines, numbers in csv_blocks(stream, source, options, form.delimiter, wanted.all, options.refuse):
         if wanted.labels and not types:
             widen(types, table)
         settled = {name: pa.float64() if kind == pa.null() else kind for name, kind in types.items()}
-        batch = _assemble(table, wanted, settled, numbers - 1, lines, source, options)
+        batch = _assemble(table, wanted, settled, numbers - 1, lines, source, options, holds_files)
         if batch.num_rows:
             yield batch
 
@@ -263,117 +287,11 @@ def _narrowest(table: pa.RecordBatch, name: str) -> pa.DataType:
     return pa.string()
 
 
-def _csv_blocks(
-    stream: IO[bytes],
-    source: Source,
-    options: ReadOptions,
-    form: TableFormat,
-    columns: list[str],
-    refuse: Callable[[Refusal], None],
-) -> Iterator[tuple[pa.RecordBatch, np.ndarray, np.ndarray]]:
-    """Blocks of rows as bytes columns, the line each row begins in, and its number (the header's is 1)."""
-    block_bytes = max(options.batch_bytes, 1 << 20)
-    text = _CountedText(stream, block_bytes)
-    bad_rows: list[Any] = []
-
-    def on_bad_row(row: Any) -> str:
-        bad_rows.append(row)
-        return "error" if options.on_error is None else "skip"
-
-    def report() -> None:
-        while bad_rows:
-            row = bad_rows.pop(0)
-            line = int(text.lines_of(np.array([row.number]))[0])
-            reason = f"the row has {row.actual_columns} values and the header {row.expected_columns}"
-            refuse(Refusal(source.name, line, "", reason))
-
-    skipped: list[int] = []
-    number = 2
-    try:
-        reader = arrow_csv.open_csv(
-            text,
-            read_options=arrow_csv.ReadOptions(use_threads=False, block_size=block_bytes),
-            parse_options=arrow_csv.ParseOptions(
-                delimiter=form.delimiter, newlines_in_values=True, invalid_row_handler=on_bad_row
-            ),
-            convert_options=arrow_csv.ConvertOptions(
-                include_columns=columns, column_types=dict.fromkeys(columns, pa.large_binary())
-            ),
-        )
-        for table in reader:
-            skipped += [row.number for row in bad_rows]
-            ahead = np.arange(number, number + table.num_rows + len(skipped))
-            numbers = ahead[~np.isin(ahead, skipped)][: table.num_rows]
-            report()
-            yield table, text.lines_of(numbers), numbers
-            if len(numbers):
-                number = int(numbers[-1]) + 1
-                skipped = [n for n in skipped if n >= number]
-                text.forget_before(number)
-        report()
-    except pa.ArrowInvalid as error:
-        report()
-        reason = " ".join(str(error).split())
-        raise DataError(f"{source.name}: cannot be read as a table of values: {reason}") from error
-
-
-class _CountedText(io.RawIOBase):
-    """A text that keeps the line in which each record of it begins: blank lines and quoted ones do not count."""
-
-    def __init__(self, stream: IO[bytes], block_bytes: int):
-        self._blocks = read_text_blocks(stream, block_bytes)
-        self._rest = b""
-        self._line, self._num_quotes, self._is_at_start = 1, 0, True
-        self._first, self._lines = 1, np.zeros(0, np.int64)
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        if not self._rest:
-            self._rest = next(self._blocks, b"")
-            self._count(self._rest)
-        size = len(self._rest) if size < 0 else size
-        block, self._rest = self._rest[:size], self._rest[size:]
-        return block
-
-    def lines_of(self, numbers: np.ndarray) -> np.ndarray:
-        """Lines in which the records with these numbers (the header's is 1) begin."""
-        at = numbers - self._first
-        is_known = (at >= 0) & (at < len(self._lines))
-        # stray quotes can hide the ends of records; then their number is the best there is
-        return np.where(is_known, self._lines[np.where(is_known, at, 0)] if len(self._lines) else 0, numbers)
-
-    def forget_before(self, number: int) -> None:
-        """Let go of the records before `number`."""
-        drop = min(number - self._first, len(self._lines))
-        self._lines, self._first = self._lines[drop:], self._first + drop
-
-    def _count(self, block: bytes) -> None:
-        if not block:
-            return
-        text = np.frombuffer(block, np.uint8)
-        ends = np.flatnonzero(text == 10)
-        starts, lines = ends + 1, self._line + 1 + np.arange(len(ends))
-        if self._num_quotes % 2 or b'"' in block:
-            quotes = np.flatnonzero(text == 34)
-            is_outside = (np.searchsorted(quotes, ends) + self._num_quotes) % 2 == 0
-            starts, lines = starts[is_outside], lines[is_outside]
-            self._num_quotes += len(quotes)
-        if self._is_at_start:
-            starts, lines = np.r_[0, starts], np.r_[self._line, lines]
-        self._is_at_start = bool(len(starts)) and bool(starts[-1] == len(text))
-        if self._is_at_start:
-            starts, lines = starts[:-1], lines[:-1]
-        self._lines = np.concatenate([self._lines, lines[text[starts] != 10]])
-        self._line += len(ends)
-
-
 # Parquet
 
 
 def _read_parquet(
-    stream: IO[bytes], source: Source, options: ReadOptions, payload_names: Sequence[str]
+    stream: IO[bytes], source: Source, options: ReadOptions, payload_names: Sequence[str], holds_files: bool
 ) -> Iterator[pa.RecordBatch]:
     with tempfile.TemporaryFile() as copy:
         # Parquet is read from its end: what cannot be wound back is copied first
@@ -385,14 +303,24 @@ def _read_parquet(
             wanted = _find_columns(file.schema_arrow.names, source.name, options, payload_names)
             for name in (wanted.payload, wanted.id, wanted.split):
                 kind = file.schema_arrow.field(name).type if name else pa.string()
-                if pa.types.is_nested(kind):
+                if holds_files and name == wanted.payload and pa.types.is_struct(kind):
+                    if kind.get_field_index(BYTES) < 0:
+                        raise DataError(f"{source.name}: column {name!r} must have a field {BYTES!r}; got {kind}")
+                elif pa.types.is_nested(kind):
                     raise DataError(f"{source.name}: column {name!r} must hold text; got {kind}")
             first_row = 0
-            for table in file.iter_batches(_ROWS_AHEAD, columns=wanted.all):
+            for table in file.iter_batches(_rows_ahead(file), columns=wanted.all):
                 rows = np.arange(first_row + 1, first_row + 1 + table.num_rows)
-                batch = _assemble(table, wanted, {}, rows, rows, source, options)
+                batch = _assemble(table, wanted, None, rows, rows, source, options, holds_files)
                 first_row += table.num_rows
                 if batch.num_rows:
                     yield batch
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{source.name}: damaged Parquet file: {' '.join(str(error).split())}") from error
+
+
+def _rows_ahead(file: pq.ParquetFile) -> int:
+    """Rows that are read at once: fewer where they are large."""
+    facts = file.metadata
+    num_bytes = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
+    return max(1, min(_ROWS_AHEAD, _BYTES_AHEAD * max(facts.num_rows, 1) // max(num_bytes, 1)))

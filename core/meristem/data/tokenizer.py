@@ -7,7 +7,7 @@ token (residues, bases): encoding a column is one table look-up over bytes, what
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -62,6 +62,54 @@ class Tokenizer(ABC):
         spans[len(ids) - behind :] = len(ids) - before - behind
         return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans)
 
+    def encode_values(self, values: Sequence[Any]) -> TokenColumn:
+        """Encode payloads that a program hands over, as `encode_column`."""
+        return self.encode_column(pa.array(values, pa.large_string()))
+
+    def lengths(self, payloads: pa.Array) -> np.ndarray:
+        """`[N]` tokens of each payload, special ones included.
+
+        Raises:
+            DataError: as `encode_column`.
+        """
+        return self.encode_column(payloads).lengths
+
+    def estimate_lengths(self, payloads: pa.Array) -> np.ndarray:
+        """`[N]` tokens of each payload without the special ones, about, without a look at what is in it."""
+        return np.diff(column_bytes(payloads)[1])
+
+    @property
+    def num_features(self) -> int:
+        """Features of a patch (P); 0 where every token is a symbol."""
+        return 0
+
+    @property
+    def num_axes(self) -> int:
+        """Position axes (A)."""
+        return 1
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Places along each position axis, where all payloads have the same; else empty."""
+        return ()
+
+    def adapted(self, wanted: "Tokenizer", asked: Collection[str]) -> "Tokenizer":
+        """This tokenizer, which a model was trained with, with what the data asks for that leaves the model valid.
+
+        Args:
+            wanted: as the data would have it; symbols must have the same numbers.
+            asked: options that were set for it.
+
+        Raises:
+            ConfigError: the model cannot be trained on with what is asked for.
+        """
+        if wanted.vocab != self.vocab:
+            raise ConfigError(
+                "model.init_from must be of the same alphabet as data.domain; "
+                f"got {len(self.vocab)} symbols for {len(wanted.vocab)}"
+            )
+        return wanted if wanted.fingerprint == self.fingerprint else self
+
     @abstractmethod
     def decode(self, tokens: Tokens) -> Any:
         """The payload that `tokens` came from (after replacements)."""
@@ -95,6 +143,26 @@ class Tokenizer(ABC):
     @abstractmethod
     def random_ids(self) -> np.ndarray:
         """Ids that a corrupted token may be replaced with: payload symbols, not special ones."""
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """What ids spell as they are generated; symbols in angle brackets are special and left out."""
+        symbols = (self.vocab[i] for i in ids)
+        return "".join(symbol for symbol in symbols if not (symbol.startswith("<") and symbol.endswith(">")))
+
+    @property
+    def pad_id(self) -> int | None:
+        """The symbol of padding, which is in no pack, but from which encoder-decoders start; None for none."""
+        return None
+
+    @property
+    def bos_id(self) -> int | None:
+        """The symbol that a generated text starts from; None where there is none."""
+        return None
+
+    @property
+    def eos_id(self) -> int | None:
+        """The symbol that ends a generated text; None where there is none."""
+        return None
 
 
 class RefusedSymbol(DataError):
@@ -186,6 +254,14 @@ class AlphabetTokenizer(Tokenizer):
     def random_ids(self) -> np.ndarray:
         return np.array([self._index[symbol] for symbol in self.random], dtype=np.int64)
 
+    @property
+    def bos_id(self) -> int | None:
+        return self._index[self.prefix[-1]] if self.prefix else None
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._index[self.suffix[0]] if self.suffix else None
+
     def encode(self, payload: str) -> Tokens:
         return self.tokens_at(self.encode_column(pa.array([payload], pa.large_string())), 0)
 
@@ -261,7 +337,3 @@ def column_bytes(payloads: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     bounds = bounds.astype(np.int64) if len(bounds) else np.zeros(1, np.int64)
     text = np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, np.uint8)
     return text[bounds[0] : bounds[-1]], bounds - bounds[0]
-
-
-TOKENIZERS: dict[str, type[Tokenizer]] = {AlphabetTokenizer.kind: AlphabetTokenizer}
-"""Tokenizers that a model directory may name and the core can open by itself, by kind."""

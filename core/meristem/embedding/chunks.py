@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.records import SCHEMA, ReadOptions, Refusal, Source
+from meristem.data.records import SCHEMA, ReadOptions, Refusal, Source, place_of
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
 from meristem.domain import Domain
 from meristem.errors import DataError
@@ -22,7 +22,7 @@ CHUNK_RECORDS = 1024
 """Records of a chunk at most: what a killed run computes again."""
 
 CHUNK_SYMBOLS = 1 << 17
-"""Payload symbols of a chunk at most, but for a single longer record."""
+"""Payload symbols of a chunk at most, about, but for a single longer record."""
 
 MAX_NAMED_REFUSALS = 10_000
 """Refused records that are kept by name; the rest are counted, since memory must stay flat."""
@@ -85,7 +85,8 @@ class ChunkReader:
     ):
         self._domain, self._tokenizer, self._max_symbols = domain, tokenizer, max_symbols
         self._inputs, self._is_skipping = tuple(inputs), is_skipping
-        self._options = replace(options, on_error=self._refuse if is_skipping else None)
+        # every payload is encoded here, which finds what is wrong with it; a chunk anew for each that is left out
+        self._options = replace(options, on_error=self._refuse if is_skipping else None, is_checking=is_skipping)
         self._digest = _Digest()
         self.num_records = self.num_symbols = self.num_refused = 0
         self.replaced: Counter[str] = Counter()
@@ -105,7 +106,8 @@ class ChunkReader:
             self.num_records += table.num_rows
             self.num_symbols += int(column.lengths.sum()) - len(column) * sum(self._tokenizer.num_special)
             self.replaced.update(column.replaced)
-            where = [f"{file}:{line}" for file, line in zip(table["file"].to_pylist(), table["line"].to_pylist())]
+            columns = (table[name].to_pylist() for name in ("file", "line", "id"))
+            where = [place_of(*place) for place in zip(*columns)]
             yield Chunk(index, table["id"], column, pa.array(where, pa.string()), digest)
         if not self.num_records:
             refused = f": all {self.num_refused} were refused, {self.refused[0]}" if self.num_refused else ""
@@ -120,7 +122,7 @@ class ChunkReader:
         held: list[pa.RecordBatch] = []
         num_records = num_symbols = 0
         for batch in self._batches():
-            ends = np.cumsum(np.diff(column_bytes(batch.column("payload"))[1]))
+            ends = np.cumsum(self._tokenizer.estimate_lengths(batch.column("payload")))
             at = 0
             while at < batch.num_rows:
                 used = int(ends[at - 1]) if at else 0
@@ -156,7 +158,7 @@ class ChunkReader:
                     table["file"][row].as_py(), table["line"][row].as_py(), table["id"][row].as_py(), str(error)
                 )
                 if not self._is_skipping:
-                    raise DataError(f"{refusal.file}:{refusal.line}: record {refusal.id!r}: {error}") from error
+                    raise DataError(f"{refusal.where}: record {refusal.id!r}: {error}") from error
                 self._refuse(refusal)
                 keep = np.arange(table.num_rows) != row
                 table = table.filter(pa.array(keep))

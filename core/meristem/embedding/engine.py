@@ -19,12 +19,14 @@ from meristem.embedding.windows import WindowMean, cut
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Max, Mean, Pool, Prefix
 from meristem.model.model import Model
-from meristem.model.pool import pool_rows
+from meristem.model.pool import PoolLayer
 from meristem.shapes import Float, Tensor
 from meristem.types import Layout, TokenColumn
 
-POOLS: dict[str, Pool | None] = {"mean": Mean(), "cls": Prefix(), "max": Max(), "none": None}
-"""Poolings by the name the command line gives them; none is one vector a token."""
+PLAIN_POOLS: dict[str, Pool] = {"mean": Mean(), "cls": Prefix(), "max": Max()}
+
+POOLS = (*PLAIN_POOLS, "own", "none")
+"""Poolings as the command line names them: own is the model's, with its weights; none is one vector a token."""
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -130,7 +132,7 @@ class TrunkRunner:
 
     def _run_pack(self, column: TokenColumn, rows: np.ndarray) -> Rows:
         batch = pack_column(column, rows, rows.tolist()).to(self.device)
-        hidden = self.trunk(batch, layers=(self.layer,))
+        hidden = self.trunk.read(batch, layers=(self.layer,))
         return Rows(hidden.layers[self.layer], batch.layout, batch.records)
 
     def _run_windows(self, ids: np.ndarray) -> Rows:
@@ -160,17 +162,24 @@ class Embedder:
 
     Args:
         trunk: runs the model.
-        pool: how the rows of a sequence become one vector; None for one vector a token of the payload.
+        pool: how the rows of a sequence become one vector, one of `POOLS`.
 
     Raises:
-        ConfigError: a class row is asked for and there is none.
+        ConfigError: no such pooling, or one that this model does not have.
     """
 
-    def __init__(self, trunk: TrunkRunner, pool: Pool | None):
-        if isinstance(pool, Prefix) and not trunk.num_special[0]:
+    def __init__(self, trunk: TrunkRunner, pool: str):
+        if pool not in POOLS:
+            raise ConfigError(f"pool must be one of {', '.join(POOLS)}; got {pool!r}")
+        if pool == "cls" and not trunk.num_special[0]:
             raise ConfigError("pool cls needs a class row before the payload and this model has none; use mean")
-        self.trunk, self.pool = trunk, pool
-        self.width = trunk.model.config.width
+        if pool == "own" and trunk.model.pool is None:
+            raise ConfigError("pool own needs a model that has a pooling of its own, and this one has none; use mean")
+        width = trunk.model.config.width
+        plain = PLAIN_POOLS.get(pool)
+        self.trunk = trunk
+        self.pool = PoolLayer(plain, width) if plain is not None else trunk.model.pool if pool == "own" else None
+        self.width = width if self.pool is None else self.pool.width
 
     def num_vectors(self, column: TokenColumn) -> np.ndarray:
         """`[N]` vectors that each sequence gets."""
@@ -191,7 +200,7 @@ class Embedder:
         before, behind = self.trunk.num_special
         for rows in self.trunk.run(column):
             if self.pool is not None:
-                pooled = pool_rows(self.pool, rows.values, rows.layout, self.trunk.num_special)
+                pooled = self.pool(rows.values, rows.layout, self.trunk.num_special)
                 values[list(rows.records)] = pooled.cpu().numpy()
             else:
                 host = rows.values.float().cpu().numpy()

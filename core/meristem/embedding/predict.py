@@ -10,11 +10,9 @@ from torch.nn import functional as F
 
 from meristem.embedding.engine import Advance, NotFinite, TrunkRunner
 from meristem.errors import ConfigError
-from meristem.model.heads import LabelHead
-from meristem.model.pool import pool_rows
 from meristem.model.readout import Readout
 from meristem.shapes import Float, Tensor
-from meristem.types import TokenColumn
+from meristem.types import Layout, TokenColumn
 
 ROWS_MULTIPLE = 16
 """A head gets its rows in a multiple of this. On a CPU a map onto one output (a value) rounds the last few rows
@@ -100,14 +98,11 @@ class Predictor:
             _check_finite(prediction)
         return found
 
-    def _run_head(self, readout: Readout, values_TD: Float[Tensor, "T D"], layout: object) -> Float[Tensor, "R C"]:
-        head = self.trunk.model.heads[readout.name]
-        assert isinstance(head, LabelHead)
-        rows_RD = values_TD
-        if _is_pooled(readout):
-            rows_RD = pool_rows(readout.pool, values_TD, layout, self.trunk.num_special)  # type: ignore[arg-type]
+    def _run_head(self, readout: Readout, values_TD: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "R C"]:
+        model = self.trunk.model
+        rows_RD = model.pooled(readout.name, values_TD, layout, self.trunk.num_special)
         spare = -len(rows_RD) % ROWS_MULTIPLE
-        outputs_RC = head.layers(F.pad(rows_RD, (0, 0, 0, spare)))[: len(rows_RD)].float()
+        outputs_RC = model.heads[readout.name](F.pad(rows_RD, (0, 0, 0, spare)))[: len(rows_RD)].float()
         if readout.task == "classification":
             return outputs_RC.softmax(-1)
         scale, shift = (torch.tensor(part, device=outputs_RC.device) for part in (readout.std, readout.mean))

@@ -129,7 +129,7 @@ def _columns(
     return {
         "id": [ids[row] for row in rows],
         "position": [place for n in lengths for place in range(1, n + 1)],
-        "token": [tokenizer.vocab[symbol] for symbol in chunk.column.ids[is_payload]],
+        "token": [tokenizer.vocab[symbol] if symbol >= 0 else "" for symbol in chunk.column.ids[is_payload]],
         **token_columns(predictions),
     }
 

@@ -19,7 +19,7 @@ from meristem.data.records import ReadOptions, Source
 from meristem.domain import load_domain
 from meristem.embedding.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS, Chunk, ChunkReader
 from meristem.embedding.dedupe import Seen, Sources, take
-from meristem.embedding.engine import POOLS, PRECISIONS, NotFinite, best_device, best_precision
+from meristem.embedding.engine import PLAIN_POOLS, POOLS, PRECISIONS, NotFinite, best_device, best_precision
 from meristem.embedding.formats import FORMATS, convert
 from meristem.embedding.threads import Behind, ahead
 from meristem.embedding.windows import OVERLAP_FRAC
@@ -44,7 +44,8 @@ class EmbedOptions:
     """How to embed.
 
     Attributes:
-        pool: mean, cls, max, or none for one vector a token; None for the model's own, and mean where it has none.
+        pool: mean, cls, max, own (the model's), or none for one vector a token; None for own, and mean where
+            the model has none.
         layer: whose vectors are wanted: 0 is the embedding, -1 the last.
         format: parquet, or h5 or npz beside it.
         tokens_per_batch: tokens that are run at once at most; None for what suits the device.
@@ -131,7 +132,7 @@ def embed_files(
 def default_pool(card: ModelCard) -> str:
     """The model's own pooling, and mean where it has none."""
     own = card.architecture.pool
-    return next((name for name, pool in POOLS.items() if pool is not None and pool == own), "mean")
+    return next((name for name, pool in PLAIN_POOLS.items() if pool == own), "mean" if own is None else "own")
 
 
 class _Run:

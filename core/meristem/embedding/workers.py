@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meristem.embedding.engine import POOLS, PRECISIONS, Advance, Embedder, TrunkRunner
+from meristem.embedding.engine import PRECISIONS, Advance, Embedder, TrunkRunner
 from meristem.errors import ConfigError
 from meristem.model.model import Model
 from meristem.model_directory import load_any
@@ -24,7 +24,7 @@ class EngineOptions:
     """What an `Embedder` is made from, as plain values that cross to another process.
 
     Attributes:
-        pool: mean, cls, max or none.
+        pool: mean, cls, max, own or none.
         layer: whose rows are wanted.
         precision: fp32 or bf16.
         device: cpu or cuda.
@@ -42,7 +42,7 @@ class EngineOptions:
         trunk = TrunkRunner(
             model, num_special, self.layer, self.tokens_per_batch, PRECISIONS[self.precision], device or self.device
         )
-        return Embedder(trunk, POOLS[self.pool])
+        return Embedder(trunk, self.pool)
 
 
 def count_devices(device: str) -> int:

@@ -229,7 +229,8 @@ class PartWriter:
         starts = chunk.column.offsets[:-1] + self._num_special[0]
         symbols = chunk.column.ids[np.repeat(starts - bounds[:-1], lengths) + np.arange(bounds[-1])]
         offsets = pa.array(bounds, pa.int32())
-        tokens = pa.DictionaryArray.from_arrays(pa.array(symbols, pa.int32()), self._vocab)
+        # a patch is no symbol
+        tokens = pa.DictionaryArray.from_arrays(pa.array(symbols, pa.int32(), mask=symbols < 0), self._vocab)
         return pa.ListArray.from_arrays(offsets, tokens), pa.ListArray.from_arrays(offsets, _vectors(values))
 
     def _vectors_of(self, part: int) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""A Hugging Face directory to a model, and back."""
+"""A foreign directory to a model, and back."""
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.families import FAMILIES, find_family
 from meristem.interop.family import Family
-from meristem.interop.weights import read_weights
-from meristem.model.config import Init, TransformerConfig
+from meristem.interop.weights import Weights, open_weights
+from meristem.model.config import TransformerConfig
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.plain import from_json, to_json
 from meristem.shapes import Tensor
@@ -27,53 +27,79 @@ class Imported:
 
     Attributes:
         family: that it is of.
-        architecture: of trunk and symbol head.
         tokenizer: with the directory's own ids.
         model: in evaluation mode, on the CPU, in fp32.
         notes: what the user should know, such as tensors left out.
     """
 
     family: Family
-    architecture: TransformerConfig
     tokenizer: Tokenizer
     model: Model
     notes: tuple[str, ...]
 
+    @property
+    def architecture(self) -> TransformerConfig:
+        """Of trunk and symbol head."""
+        return self.model.config
 
-def read_directory(folder: Path) -> Imported:
-    """Read a Hugging Face directory, strictly.
+
+def read_directory(folder: Path, family: Family | None = None) -> Imported:
+    """Read a foreign directory, strictly.
+
+    Args:
+        family: that it is of; found from its config by default.
 
     Raises:
         CheckpointError: no family at home, a file that is missing or damaged, or tensors that are missing, extra or
             of another shape.
     """
     config = read_config_file(folder)
-    family = find_family(folder / "config.json", config)
-    file, tensors = read_weights(folder)
-    tensors = family.table.spell(file, _with_prefix(family, tensors))
-    heads = [head for head, prefix in family.heads.items() if any(name.startswith(prefix) for name in tensors)]
-    try:
-        architecture = family.read_config(config, tensors)
+    family = family or find_family(folder / "config.json", config)
+    with _blamed(folder / "config.json"):
+        tokenizer, notes = family.read_tokenizer(folder, config)
+    model, left_out = read_model(folder, family)
+    return Imported(family, tokenizer, model, (*notes, *left_out))
+
+
+def read_model(folder: Path, family: Family | None = None) -> tuple[Model, list[str]]:
+    """The model of a foreign directory without its tokenizer, in evaluation mode, and notes for the user.
+
+    Raises:
+        CheckpointError: as `read_directory`.
+    """
+    config = read_config_file(folder)
+    family = family or find_family(folder / "config.json", config)
+    weights = _spelled(family, open_weights(folder))
+    with _blamed(folder / "config.json"):
+        architecture = family.read_config(config, weights)
         # a second reading checks the type of every value
         architecture = from_json(TransformerConfig, to_json(architecture))
+        heads = family.read_heads(config, weights)
+        readouts = family.read_readouts(config, weights)
         if SYMBOLS not in heads:
             architecture = replace(architecture, head=None)
-        tokenizer, notes = family.read_tokenizer(folder, config)
-    except (ConfigError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    with torch.device("meta"):
-        model = Model(architecture, heads)
+        with torch.device("meta"):
+            model = Model(architecture, heads, readouts)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    own, left_out = family.table.read(file, tensors, wanted)
-    model.load_state_dict(own, strict=True, assign=True)
-    return Imported(family, architecture, tokenizer, model.eval(), (*notes, *left_out))
+    tensors, notes = family.table_of(architecture, config, weights).read(weights, wanted, architecture)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.eval(), notes
 
 
-def write_directory(folder: Path, architecture: TransformerConfig, tokenizer: Tokenizer, model: Model) -> list[str]:
-    """Write a model as a Hugging Face directory: all of it or nothing.
+def write_directory(
+    folder: Path,
+    architecture: TransformerConfig,
+    tokenizer: Tokenizer,
+    model: Model,
+    library: str = "hf",
+    family: Family | None = None,
+) -> list[str]:
+    """Write a model as a directory of another library: all of it or nothing.
 
     Args:
         folder: must be new or empty.
+        library: that is to read it: hf or timm.
+        family: to write it as; the first one that can say the architecture by default.
 
     Returns:
         Notes for the user: what the other library has no place for.
@@ -84,19 +110,16 @@ def write_directory(folder: Path, architecture: TransformerConfig, tokenizer: To
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} must be new or an empty folder; it holds something else")
-    family, config, notes = _family_for(architecture, tokenizer)
-    files, left_out = _weights_of(family, architecture, model)
-    has_symbols = SYMBOLS in model.heads
-    config = {"architectures": [family.classes[0 if has_symbols else 1]], **config, "dtype": "float32"}
-
+    candidates = [f for f in FAMILIES if f.library == library] if family is None else [family]
+    written = _first_that_can(candidates, architecture, tokenizer, model)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        save_file(files, part / "model.safetensors", metadata={"format": "pt"})
-        for name, text in family.write_tokenizer(tokenizer).items():
+        save_file(written.tensors, part / "model.safetensors", metadata={"format": "pt"})
+        for name, text in written.files.items():
             (part / name).write_text(text, encoding="utf-8")
-        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (part / "config.json").write_text(json.dumps(written.config, indent=2) + "\n", encoding="utf-8")
         # safetensors lets nobody else read what it writes; the rest obeys the user's umask
         shutil.copymode(part / "config.json", part / "model.safetensors")
         if folder.exists():
@@ -105,7 +128,7 @@ def write_directory(folder: Path, architecture: TransformerConfig, tokenizer: To
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return [*notes, *left_out]
+    return written.notes
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
@@ -126,58 +149,153 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _with_prefix(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of a trunk that was saved alone, as those of one within a whole model."""
-    if any(name.startswith(family.prefix) for name in tensors):
-        return dict(tensors)
-    return {family.prefix + name: tensor for name, tensor in tensors.items()}
+class _blamed:
+    """Says which file was wrong, where a reader of it found something."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (ConfigError, TypeError, KeyError)):
+            reason = f"must have {error}" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(f"{self.file}: {reason}") from error
 
 
-def _weights_of(family: Family, architecture: TransformerConfig, model: Model) -> tuple[dict[str, Tensor], list[str]]:
-    """Foreign tensors of a model, and notes on the heads that stay behind or are missing there."""
-    heads = set(model.heads)
-    tensors = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not name.startswith("heads.") or name.split(".")[1] in family.heads
-    }
-    foreign = {**family.table.write(tensors, architecture), **family.derived(architecture)}
-    if SYMBOLS not in heads:
-        foreign = {name.removeprefix(family.prefix): tensor for name, tensor in foreign.items()}
-    notes = []
-    if left := sorted(heads - set(family.heads)):
-        notes.append(f"heads of labels stay behind, the other library has no place for them: {', '.join(left)}")
-    if lacking := sorted(set(family.heads) - heads):
-        notes.append(f"the other library starts at random the heads that this model lacks: {', '.join(lacking)}")
-    return foreign, notes
+def _spelled(family: Family, stored: Weights) -> Weights:
+    """Under the names of the family's plain spelling, also those of a trunk that was saved alone."""
+    stored = stored.renamed(family.spell)
+    if not family.prefix or any(name.startswith(family.prefix) for name in stored):
+        return stored
+    return stored.renamed(lambda name: family.prefix + name)
 
 
-def _family_for(architecture: TransformerConfig, tokenizer: Tokenizer) -> tuple[Family, dict[str, Any], list[str]]:
-    """The family whose config, written and read back, says this architecture."""
-    reasons = []
-    for family in FAMILIES:
+# --- export ------------------------------------------------------------------------------------------------------
+
+
+NUM_REASONS = 3
+"""Families that a refusal names, the nearest ones."""
+
+REFUSED, UNWRITABLE = 2, 100
+"""As many differences as a config counts for that a family refuses to read back, or cannot even write."""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What is written of a model."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    files: dict[str, str]
+    notes: list[str]
+
+
+class _Differs(ConfigError):
+    """A family has no such config; `count` says how far it is from one."""
+
+    def __init__(self, message: str, count: int):
+        super().__init__(message)
+        self.count = count
+
+
+def _first_that_can(
+    candidates: Sequence[Family], architecture: TransformerConfig, tokenizer: Tokenizer, model: Model
+) -> _Written:
+    reasons: list[tuple[int, str]] = []
+    for family in candidates:
+        distance = UNWRITABLE
         try:
             config = family.write_config(architecture, tokenizer)
-            back = family.read_config(config, {})
-            if architecture.head is None:
-                back = replace(back, head=None)
+            distance = REFUSED
+            # what names and shapes do not say is compared at once, before any tensor is moved
+            back = family.read_config(config, family.derived(architecture))
+            _refuse_differences(architecture, back, has_pool=False)
+            distance = 0
+            return _write(family, config, architecture, tokenizer, model)
         except (ConfigError, TypeError) as error:
-            reasons.append(f"{family.name}: {error}")
-            continue
-        # what matters in training alone may differ: the numbers of the model do not depend on it
-        differences = _differences(to_json(_resolved(architecture)), to_json(_resolved(back)))
-        wrong = [name for name in differences if not name.endswith("dropout")]
-        if not wrong:
-            lost = [name for name in differences if name.endswith("dropout")]
-            return family, config, [f"the other library has no {name}" for name in lost]
-        reasons.append(f"{family.name} cannot have {', '.join(f'{n}={differences[n]!r}' for n in wrong)}")
-    raise ConfigError(f"a model must be of a family that is at home to be exported; {'; '.join(reasons)}")
+            distance = error.count if isinstance(error, _Differs) else distance
+            reasons.append((distance, f"{family.name}: {error}"))
+    nearest = [reason for _, reason in sorted(reasons, key=lambda reason: reason[0])]
+    others = f"; and {len(nearest) - NUM_REASONS} families that differ more" if len(nearest) > NUM_REASONS else ""
+    raise ConfigError(
+        f"a model must be of a family that is at home to be exported; {'; '.join(nearest[:NUM_REASONS])}{others}"
+    )
 
 
-def _resolved(config: TransformerConfig) -> TransformerConfig:
-    """The config with implied values written out, and without those that have no part in a forward pass."""
-    attention = replace(config.attention, num_kv_heads=config.num_kv_heads, head_width=config.head_width)
-    return replace(config, attention=attention, init=Init(), pool=None)
+def _write(
+    family: Family, config: dict[str, Any], architecture: TransformerConfig, tokenizer: Tokenizer, model: Model
+) -> _Written:
+    """A model as one of the family, which has its config.
+
+    Raises:
+        ConfigError: the family cannot have it all the same; says why.
+    """
+    table = family.table_of(architecture, config)
+    tensors = model.state_dict()
+    heads = {head: [name for name in tensors if name.startswith(f"heads.{head}.")] for head in model.heads}
+    kept = [head for head, names in heads.items() if all(table.has(name, architecture) for name in names)]
+    readouts = [readout for readout in model.readouts if readout.name in kept]
+    # a pool without weights that no label reads is a way to embed, and not a part of the model
+    has_pool = any(readout.pool is None for readout in readouts) or any(name.startswith("pool.") for name in tensors)
+    behind = {name for head, names in heads.items() if head not in kept for name in names}
+    foreign = table.write({name: t for name, t in tensors.items() if name not in behind}, architecture)
+    foreign |= family.derived(architecture)
+    config = {**config, **family.write_readouts(readouts)}
+    if family.name_class is not None:
+        config = {"architectures": [family.name_class(kept)], **config, "dtype": "float32"}
+    back = family.read_config(config, foreign)
+    lost = _refuse_differences(architecture, back, has_pool)
+    if not kept and family.prefix:
+        foreign = {name.removeprefix(family.prefix): tensor for name, tensor in foreign.items()}
+    notes = [f"the other library has no {name}" for name in lost]
+    if left := sorted(set(heads) - set(kept)):
+        notes.append(f"heads of labels stay behind, the other library has no place for them: {', '.join(left)}")
+    if lacking := [head for head in family.implied_heads if SYMBOLS in kept and head not in kept]:
+        notes.append(f"the other library starts at random the heads that this model lacks: {', '.join(lacking)}")
+    return _Written(config, foreign, family.write_tokenizer(tokenizer), notes)
+
+
+def _refuse_differences(ours: TransformerConfig, theirs: TransformerConfig, has_pool: bool) -> list[str]:
+    """Compare our config with what the other library makes of it.
+
+    Returns:
+        Names of dropouts that are lost: the numbers of the model do not depend on them.
+
+    Raises:
+        ConfigError: a difference that they depend on.
+    """
+    if ours.head is None:
+        theirs = replace(theirs, head=None)
+    differences = _differences(_of_model(ours, has_pool), _of_model(theirs, has_pool))
+    if ours.total_layers == theirs.total_layers:
+        # layer by layer: one stack can be said by several sets of rules
+        for layer in range(ours.total_layers):
+            differences |= _differences(_of_layer(ours, layer), _of_layer(theirs, layer))
+    lost = [name for name in differences if name.rpartition(".")[2] in TRAINING_ONLY]
+    if wrong := [name for name in differences if name not in lost]:
+        raise _Differs(f"cannot have {', '.join(f'{n}={differences[n]!r}' for n in wrong)}", len(wrong))
+    return lost
+
+
+TRAINING_ONLY = {"dropout", "drop_path", "jitter", "balance_weight", "z_weight"}
+"""Fields of a config without part in a forward pass of a trained model."""
+
+
+def _of_model(config: TransformerConfig, has_pool: bool) -> dict[str, Any]:
+    """What a config says of the whole model, without what has no part in a forward pass."""
+    by_layer = ("attention", "feedforward", "experts", "position", "layers", "init")
+    plain: dict[str, Any] = to_json(replace(config, pool=config.pool if has_pool else None))
+    return {name: value for name, value in plain.items() if name not in by_layer}
+
+
+def _of_layer(config: TransformerConfig, layer: int) -> dict[str, Any]:
+    """What a config says of one layer, with implied values written out."""
+    parts = config.layer(layer)
+    attention = replace(parts.attention, num_kv_heads=parts.attention.kv_heads, head_width=parts.head_width)
+    plain: dict[str, Any] = to_json(replace(parts, attention=attention))
+    return plain
 
 
 def _differences(ours: Any, theirs: Any, where: str = "") -> dict[str, Any]:

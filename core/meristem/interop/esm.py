@@ -5,7 +5,7 @@ at inference; rotary positions (ESM-2) or a learned table whose first row is tha
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -15,7 +15,8 @@ import torch
 
 from meristem.data.tokenizer import AlphabetTokenizer, Tokenizer
 from meristem.errors import CheckpointError, ConfigError
-from meristem.interop.family import Family, ForeignConfig
+from meristem.interop.family import Family, ForeignConfig, classes_by_head, heads_by_prefix
+from meristem.interop.runners import SEQUENCES, Results, padded
 from meristem.interop.table import FuseHeads, Ignored, KeyTable, Rename, Tied
 from meristem.model.config import (
     Attention,
@@ -32,6 +33,7 @@ from meristem.model.config import (
 )
 from meristem.model.position import rotary_frequencies
 from meristem.shapes import Tensor
+from meristem.types import Tokens
 
 MASK_DROPOUT_FRAC = 0.15 * 0.8
 """Share of masks in pre-training; a constant of the reference, not of its config."""
@@ -47,7 +49,7 @@ LAYER = "esm.encoder.layer.{}"
 TABLE = KeyTable(
     rows=(
         Rename("trunk.embedding.symbols", "esm.embeddings.word_embeddings"),
-        Rename("trunk.position.table", "esm.embeddings.position_embeddings"),
+        Rename("trunk.embedding.position.table", "esm.embeddings.position_embeddings"),
         Rename("trunk.embedding.norm", "esm.embeddings.layer_norm"),
         Rename("trunk.blocks.{}.attention_norm", f"{LAYER}.attention.LayerNorm"),
         FuseHeads(
@@ -75,8 +77,6 @@ TABLE = KeyTable(
         Ignored(r"esm\.embeddings\.position_embeddings\.weight", "a table of positions beside rotary ones is unused"),
         Ignored(r"esm\.pooler\.dense\.(weight|bias)", "the pooler is left out: it was never trained"),
     ),
-    # transformers 5 writes the names of long ago, and the star of a pattern, when it saves; it reads both
-    spellings=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
 )
 
 
@@ -142,15 +142,13 @@ def _with_rounding(architecture: TransformerConfig, tensors: Mapping[str, Tensor
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """The `EsmConfig` of ours, as far as one can say it."""
-    ids = {name: _id_of(tokenizer, symbol) for name, symbol in SPECIAL.items()}
     position = architecture.position
     return {
         "model_type": "esm",
         "vocab_size": architecture.embedding.vocab_size,
-        "mask_token_id": ids["mask"],
-        "pad_token_id": ids["pad"],
-        "bos_token_id": ids["cls"],
-        "eos_token_id": ids["eos"],
+        **ids_of_special(tokenizer),
+        # one that is zeroed goes before the tokenizer's
+        **({} if architecture.embedding.mask_id is None else {"mask_token_id": architecture.embedding.mask_id}),
         "hidden_size": architecture.width,
         "num_hidden_layers": architecture.num_layers,
         "num_attention_heads": architecture.attention.num_heads,
@@ -180,12 +178,28 @@ def derived(architecture: TransformerConfig) -> dict[str, Tensor]:
 def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
     """One token a residue, with the ids of the directory's vocabulary.
 
+    Raises:
+        CheckpointError: a vocabulary that is damaged, or whose ids are not those of the config.
+    """
+    return read_residues(folder, config, SYMBOLS, len(SYMBOLS), "ESM")
+
+
+def read_residues(
+    folder: Path, config: ForeignConfig, published: Sequence[str], num_rows: int, kind: str
+) -> tuple[Tokenizer, list[str]]:
+    """One token a residue, with the ids of the directory's vocabulary.
+
     Letters and `*` without a symbol are read as X, and counted; the reference merges a run of them into one token.
+
+    Args:
+        published: the vocabulary of a directory that holds none.
+        num_rows: of the embedding of published models: such a directory must have as many.
+        kind: of models that have it, for notes.
 
     Raises:
         CheckpointError: a vocabulary that is damaged, or whose ids are not those of the config.
     """
-    vocab, notes = _read_vocab(folder, config)
+    vocab, notes = _read_vocab(folder, config, published, num_rows, kind)
     special = {**SPECIAL, **_read_special(folder)}
     if unknown := [symbol for symbol in special.values() if symbol not in vocab]:
         raise CheckpointError(f"{folder}: the vocabulary must hold every special symbol; it lacks {unknown[0]!r}")
@@ -211,7 +225,9 @@ def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list
     return tokenizer, notes
 
 
-def _read_vocab(folder: Path, config: ForeignConfig) -> tuple[list[str], list[str]]:
+def _read_vocab(
+    folder: Path, config: ForeignConfig, published: Sequence[str], num_rows: int, kind: str
+) -> tuple[list[str], list[str]]:
     if (folder / "vocab.txt").is_file():
         return (folder / "vocab.txt").read_text(encoding="utf-8").split(), []
     if (folder / "tokenizer.json").is_file():
@@ -222,9 +238,9 @@ def _read_vocab(folder: Path, config: ForeignConfig) -> tuple[list[str], list[st
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise CheckpointError(f"{folder / 'tokenizer.json'} must have model.vocab: {error}") from error
         return vocab, []
-    if config["vocab_size"] != len(SYMBOLS):
+    if config["vocab_size"] != num_rows:
         raise CheckpointError(f"{folder} must hold vocab.txt or tokenizer.json; it holds neither")
-    return list(SYMBOLS), ["no vocab.txt: the 33 symbols of all published ESM models are taken"]
+    return list(published), [f"no vocab.txt: the {len(published)} symbols of all published {kind} models are taken"]
 
 
 def _read_special(folder: Path) -> dict[str, str]:
@@ -245,7 +261,13 @@ def _read_special(folder: Path) -> dict[str, str]:
 
 
 def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files of an `EsmTokenizer`."""
+    """The files of an `EsmTokenizer`.
+
+    Raises:
+        ConfigError: a tokenizer of another kind, or one that lacks a special symbol.
+    """
+    if not isinstance(tokenizer, AlphabetTokenizer) or not set(SPECIAL.values()) <= set(tokenizer.vocab):
+        raise ConfigError(f"a tokenizer of ESM must have {', '.join(SPECIAL.values())}, and one token a residue")
     names = {f"{role}_token": symbol for role, symbol in SPECIAL.items()}
     settings = {**names, "tokenizer_class": "EsmTokenizer", "clean_up_tokenization_spaces": False}
     return {
@@ -255,10 +277,31 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
     }
 
 
-def _id_of(tokenizer: Tokenizer, symbol: str) -> int:
-    if symbol not in tokenizer.vocab:
-        raise ConfigError(f"a tokenizer of ESM must have {', '.join(SPECIAL.values())}; got none for {symbol}")
-    return tokenizer.vocab.index(symbol)
+def ids_of_special(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """Settings that name the ids of special symbols; null for one that the tokenizer lacks."""
+    named: Mapping[str, str] = getattr(tokenizer, "special", {})
+    ids = {}
+    for role, symbol in SPECIAL.items():
+        name = named.get(role, symbol)
+        ids[role] = tokenizer.vocab.index(name) if name in tokenizer.vocab else None
+    return {
+        "mask_token_id": ids["mask"],
+        "pad_token_id": ids["pad"],
+        "bos_token_id": ids["cls"],
+        "eos_token_id": ids["eos"],
+    }
+
+
+def _run_reference(reference: Any, sequences: Sequence[Tokens]) -> Results:
+    """Results of `transformers`, contacts among them."""
+    found = dict(SEQUENCES.theirs(reference, sequences))
+    if hasattr(reference, "predict_contacts"):
+        ids, mask = padded(sequences, reference.config.pad_token_id)
+        # the reference drops the first row and the last one of the padding, so that inner places come first
+        inner = [len(tokens) - 2 for tokens in sequences]
+        contacts = reference.predict_contacts(ids, mask)
+        found["contacts"] = [row[:length, :length] for row, length in zip(contacts, inner)]
+    return found
 
 
 ESM = Family(
@@ -270,8 +313,12 @@ ESM = Family(
     read_tokenizer=read_tokenizer,
     write_tokenizer=write_tokenizer,
     table=TABLE,
-    heads={"tokens": "lm_head.", "contacts": "esm.contact_head."},
+    read_heads=heads_by_prefix(tokens="lm_head.", contacts="esm.contact_head."),
+    # transformers 5 writes the names of long ago, and the star of a pattern, when it saves; it reads both
+    spellings=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
     prefix="esm.",
     derived=derived,
-    classes=("EsmForMaskedLM", "EsmModel"),
+    name_class=classes_by_head("EsmForMaskedLM", "EsmModel"),
+    implied_heads=("contacts",),
+    runner=replace(SEQUENCES, theirs=_run_reference),
 )

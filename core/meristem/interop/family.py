@@ -1,20 +1,26 @@
 """What a family of foreign models is: a value, made of functions and a key table."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
+from meristem.interop.runners import Runner
 from meristem.interop.table import KeyTable
 from meristem.model.config import TransformerConfig
+from meristem.model.model import SYMBOLS
+from meristem.model.readout import Readout
 from meristem.shapes import Tensor
 
 ForeignConfig = Mapping[str, Any]
 """`config.json` of a foreign directory."""
 
+HeadReader = Callable[[ForeignConfig, Collection[str]], tuple[str, ...]]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A family that is at home.
 
@@ -22,16 +28,25 @@ class Family:
         name: as reports call it.
         domain: name of the domain that reads the inputs of its models.
         recognises: whether a foreign config is of this family.
-        read_config: our config, of the foreign one and the tensors beside it.
+        read_config: our config, of the foreign one and the tensors beside it (names of the table; read when asked
+            for). At export it is called with the tensors that are written.
         write_config: the foreign config, of ours and the tokenizer; what it cannot say is found by reading it
             back, so it need not check.
         read_tokenizer: the tokenizer of a foreign directory, and notes for the user.
         write_tokenizer: texts of the foreign tokenizer's files by file name.
-        table: every tensor.
-        heads: heads of ours by the prefix of their foreign tensors; a head is there where its tensors are.
+        table: every tensor; or a function of our config, the foreign one and the names of the tensors that are there
+            (none at export), where the names of the table depend on them.
+        read_heads: heads that are no label's, of the foreign config and the names of its tensors.
+        read_readouts: labels that a foreign model predicts, of the same.
+        write_readouts: settings of the foreign config about the labels that come along; the others stay behind.
+        spellings: other spellings of foreign names, a regular expression and what to write in its place, in order.
         prefix: of the trunk's foreign tensors, which a trunk saved alone leaves out.
         derived: foreign tensors that we compute and do not keep.
-        classes: names of the foreign classes with a symbol head and without.
+        name_class: name of the foreign class, of the names of the heads and labels that are written; goes into
+            the foreign config as `architectures`.
+        implied_heads: heads that the other library makes anew where a model with symbols lacks them.
+        runner: runs its models beside the reference; None where no library that can be installed has it.
+        library: that reads what is written: hf or timm.
     """
 
     name: str
@@ -41,8 +56,65 @@ class Family:
     write_config: Callable[[TransformerConfig, Tokenizer], dict[str, Any]]
     read_tokenizer: Callable[[Path, ForeignConfig], tuple[Tokenizer, list[str]]]
     write_tokenizer: Callable[[Tokenizer], dict[str, str]]
-    table: KeyTable
-    heads: Mapping[str, str]
-    prefix: str
-    derived: Callable[[TransformerConfig], dict[str, Tensor]]
-    classes: tuple[str, str]
+    table: KeyTable | Callable[[TransformerConfig, ForeignConfig, Collection[str]], KeyTable]
+    read_heads: HeadReader
+    read_readouts: Callable[[ForeignConfig, Collection[str]], tuple[Readout, ...]] = lambda config, names: ()
+    write_readouts: Callable[[Sequence[Readout]], dict[str, Any]] = lambda readouts: {}
+    spellings: tuple[tuple[str, str], ...] = ()
+    prefix: str = ""
+    derived: Callable[[TransformerConfig], dict[str, Tensor]] = lambda config: {}
+    name_class: Callable[[Collection[str]], str] | None = None
+    implied_heads: tuple[str, ...] = ()
+    runner: Runner | None = None
+    library: str = "hf"
+
+    def table_of(self, config: TransformerConfig, foreign: ForeignConfig, names: Collection[str] = ()) -> KeyTable:
+        """The key table of models of our config.
+
+        Args:
+            foreign: config that it was read from, or that is written.
+            names: of the foreign tensors that are there; none at export.
+        """
+        return self.table if isinstance(self.table, KeyTable) else self.table(config, foreign, names)
+
+    def spell(self, name: str) -> str:
+        """A foreign name as the rows of the table have it."""
+        for pattern, plain in self.spellings:
+            name = re.sub(pattern, plain, name)
+        return name
+
+
+def heads_by_prefix(**prefixes: str) -> HeadReader:
+    """A head is there where a tensor has its prefix."""
+
+    def read(config: ForeignConfig, names: Collection[str]) -> tuple[str, ...]:
+        return tuple(head for head, prefix in prefixes.items() if any(name.startswith(prefix) for name in names))
+
+    return read
+
+
+def symbols_by_class(*classes: str) -> HeadReader:
+    """The symbol head is there where the config names one of these classes: a tied head has no tensor of its own."""
+
+    def read(config: ForeignConfig, names: Collection[str]) -> tuple[str, ...]:
+        named = config.get("architectures") or ()
+        return (SYMBOLS,) if any(name in classes for name in named) else ()
+
+    return read
+
+
+def symbols_but_for(trunk: str) -> HeadReader:
+    """The symbol head is there unless the config names the class of a trunk alone.
+
+    For decoders: most heads are tied and have no tensor, and files of long ago name no class.
+    """
+
+    def read(config: ForeignConfig, names: Collection[str]) -> tuple[str, ...]:
+        return () if trunk in (config.get("architectures") or ()) else (SYMBOLS,)
+
+    return read
+
+
+def classes_by_head(with_symbols: str, without: str) -> Callable[[Collection[str]], str]:
+    """One class for models with a symbol head, one for trunks alone."""
+    return lambda heads: with_symbols if SYMBOLS in heads else without

@@ -1,28 +1,16 @@
 """The same input through both libraries, and how far the results lie apart."""
 
-import importlib
-import importlib.util
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from meristem.data.pack import pack
 from meristem.data.tokenizer import Tokenizer
-from meristem.interop.directory import read_config_file
-from meristem.model.model import CONTACTS, SYMBOLS, Model
+from meristem.interop.runners import Results, Runner, run_ours
+from meristem.model.model import Model
 from meristem.shapes import Tensor
-from meristem.types import Tokens
-
-LENGTHS = (1, 7, 7, 19, 30, 46)
-"""Payload tokens of the sequences compared: ragged, one as short as can be, two alike."""
-
-MASKED_FRAC = 0.2
 
 
 @dataclass(frozen=True)
@@ -30,131 +18,69 @@ class Parity:
     """Largest absolute differences, in fp32 on the CPU.
 
     Attributes:
-        layers: of each hidden state: the embedding, then each block, the last after the final norm.
-        logits: of the symbol head; None where either library has none.
-        contacts: of the probabilities of contact; None where either has none.
+        differences: by name of the result, layers first; only what both libraries have.
     """
 
-    layers: tuple[float, ...]
-    logits: float | None
-    contacts: float | None
+    differences: Mapping[str, float]
+
+    @property
+    def layers(self) -> tuple[float, ...]:
+        """Of each hidden state, in order; those of a source side first."""
+        return tuple(value for name, value in self.differences.items() if _is_layer(name))
+
+    @property
+    def outputs(self) -> dict[str, float]:
+        """Of what heads and pools give."""
+        return {name: value for name, value in self.differences.items() if not _is_layer(name)}
+
+    @property
+    def logits(self) -> float | None:
+        """Of the symbol head."""
+        return self.differences.get("logits")
+
+    @property
+    def contacts(self) -> float | None:
+        """Of the probabilities of contact."""
+        return self.differences.get("contacts")
 
     @property
     def largest(self) -> float:
-        return max(*self.layers, self.logits or 0.0, self.contacts or 0.0)
+        return max(self.differences.values())
 
 
-def is_reference_installed() -> bool:
-    """Whether `transformers` can be asked."""
-    return importlib.util.find_spec("transformers") is not None
-
-
-def load_reference(folder: Path) -> nn.Module:
-    """The foreign directory as `transformers` loads it, in fp32, with explicit attention weights."""
-    transformers = importlib.import_module("transformers")
-    name = read_config_file(folder).get("architectures", ["AutoModelForMaskedLM"])[0]
-    with _quiet(transformers):
-        loaded = getattr(transformers, name).from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
-        )
-    model: nn.Module = loaded.eval()
-    return model
-
-
-def compare(
-    model: Model,
-    tokenizer: Tokenizer,
-    reference: Any,
-    rng: np.random.Generator,
-    lengths: Sequence[int] = LENGTHS,
-) -> Parity:
-    """Run both on random payloads with masks, here packed, there padded with an attention mask."""
-    sequences = [random_tokens(tokenizer, length, rng) for length in lengths]
+def compare(model: Model, tokenizer: Tokenizer, reference: Any, rng: np.random.Generator, runner: Runner) -> Parity:
+    """Run both on random inputs: here packed, there padded with an attention mask."""
+    sequences = runner.draw(model, tokenizer, rng)
     with torch.inference_mode():
-        ours = _run_ours(model, tokenizer, sequences)
-        theirs = _run_reference(reference, sequences, has_contacts=CONTACTS in model.heads)
+        ours, theirs = run_ours(model, tokenizer, sequences), runner.theirs(reference, sequences)
+    return distances(ours, theirs)
+
+
+def distances(ours: Results, theirs: Results) -> Parity:
+    """Largest differences of two runs; hidden states that one of them lacks are a difference without bound."""
+    layers = [name for name in {**ours, **theirs} if _is_layer(name)]
+    outputs = [name for name in ours if not _is_layer(name) and name in theirs]
     return Parity(
-        layers=tuple(
-            max(_distance(a, b) for a, b in zip(mine, its, strict=True))
-            for mine, its in zip(ours["layers"], theirs["layers"], strict=True)
-        ),
-        logits=_largest(ours, theirs, "logits"),
-        contacts=_largest(ours, theirs, "contacts"),
+        {name: _largest(ours.get(name), theirs.get(name)) for name in (*sorted(layers, key=_order), *outputs)}
     )
 
 
-def random_tokens(tokenizer: Tokenizer, length: int, rng: np.random.Generator) -> Tokens:
-    """A random payload between its special symbols, a share of it masked."""
-    before, behind = tokenizer.num_special
-    framed = tokenizer.encode("".join(tokenizer.vocab[i] for i in rng.choice(tokenizer.random_ids, length)))
-    ids = framed.ids.copy()
-    is_masked = rng.random(length) < MASKED_FRAC
-    if tokenizer.mask_id is not None:
-        ids[before : len(ids) - behind][is_masked] = tokenizer.mask_id
-    return Tokens(positions=framed.positions, ids=ids)
+def _is_layer(name: str) -> bool:
+    return name.removeprefix("source ").startswith("layer ")
 
 
-def _run_ours(model: Model, tokenizer: Tokenizer, sequences: list[Tokens]) -> dict[str, Any]:
-    """Results by name, one a sequence in the order given; `layers` is a list of these."""
-    batch = pack(sequences, range(len(sequences)))
-    num_layers = model.config.num_layers
-    has_contacts = CONTACTS in model.heads
-    hidden = model.trunk(batch, layers=range(num_layers + 1), attentions=range(num_layers) if has_contacts else ())
-    places = {record: place for place, record in enumerate(batch.records)}
-
-    def split(rows: Tensor) -> list[Tensor]:
-        parts = rows[: batch.layout.num_tokens].split(list(batch.layout.lengths))
-        return [parts[places[record]] for record in range(len(sequences))]
-
-    found: dict[str, Any] = {"layers": [split(hidden.layers[layer]) for layer in range(num_layers + 1)]}
-    if SYMBOLS in model.heads:
-        found["logits"] = split(model.symbol_logits(hidden))
-    if has_contacts:
-        logits = model.contact_logits(hidden, tokenizer.num_special)
-        found["contacts"] = [logits[places[record]].sigmoid() for record in range(len(sequences))]
-    return found
+def _order(name: str) -> tuple[bool, int]:
+    return (not name.startswith("source "), int(name.rpartition(" ")[2]))
 
 
-def _run_reference(reference: Any, sequences: list[Tokens], has_contacts: bool) -> dict[str, Any]:
-    lengths = [len(tokens) for tokens in sequences]
-    ids = torch.full((len(sequences), max(lengths)), reference.config.pad_token_id)
-    for row, tokens in zip(ids, sequences):
-        row[: len(tokens)] = torch.from_numpy(tokens.ids)
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    out = reference(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-
-    def split(rows: Tensor) -> list[Tensor]:
-        return [row[:length] for row, length in zip(rows, lengths)]
-
-    found: dict[str, Any] = {"layers": [split(layer) for layer in out.hidden_states]}
-    if getattr(out, "logits", None) is not None:
-        found["logits"] = split(out.logits)
-    if has_contacts and hasattr(reference, "predict_contacts"):
-        # the reference drops the first row and the last one of the padding, so that inner places come first
-        contacts = reference.predict_contacts(ids, mask)
-        found["contacts"] = [row[: length - 2, : length - 2] for row, length in zip(contacts, lengths)]
-    return found
+def _largest(ours: list[Tensor] | None, theirs: list[Tensor] | None) -> float:
+    if ours is None or theirs is None:
+        return float("inf")
+    return max(_distance(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
     distance = (a.double() - b.double()).abs().max().item()
     return float("inf") if distance != distance else distance
-
-
-def _largest(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> float | None:
-    if name not in ours or name not in theirs:
-        return None
-    return max(_distance(a, b) for a, b in zip(ours[name], theirs[name], strict=True))
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the library's bars and remarks, which would stand in the middle of ours."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        transformers.logging.enable_progress_bar()

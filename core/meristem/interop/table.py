@@ -1,82 +1,139 @@
 """Key tables: which foreign tensor is which of ours, said once and used in both directions.
 
 A name in a table is a tensor's or a module's: `trunk.final_norm` stands for its weight and, where there is one,
-its bias. `{}` is the number of a layer.
+its bias. `{}` is the number of a layer, `{expert}` that of an expert.
 """
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from meristem.errors import CheckpointError
-from meristem.interop.weights import refuse_tensors
+from meristem.errors import CheckpointError, ConfigError
+from meristem.interop.weights import Weights, refuse_tensors
 from meristem.model.config import TransformerConfig
 from meristem.shapes import Tensor
 
 
 @dataclass(frozen=True)
-class Row(ABC):
+class Transform:
+    """How foreign tensors become one of ours, and back.
+
+    Both must run on the meta device too, where shapes are checked before anything is read.
+
+    Attributes:
+        read: our tensor, of the foreign ones in the order of the row.
+        write: the foreign tensors, of ours; None for one that another row writes.
+    """
+
+    read: Callable[[Sequence[Tensor], TransformerConfig], Tensor]
+    write: Callable[[Tensor, TransformerConfig], Sequence[Tensor | None]]
+
+    def then(self, other: "Transform") -> "Transform":
+        """This one, then another one of a single tensor."""
+
+        def write(tensor: Tensor, config: TransformerConfig) -> Sequence[Tensor | None]:
+            (inner,) = other.write(tensor, config)
+            assert inner is not None
+            return self.write(inner, config)
+
+        return Transform(lambda tensors, config: other.read([self.read(tensors, config)], config), write)
+
+
+def _split_heads(tensor: Tensor, config: TransformerConfig) -> Sequence[Tensor]:
+    queries, keys = (heads * config.head_width for heads in (config.attention.num_heads, config.num_kv_heads))
+    return tensor.split([queries, keys, keys])
+
+
+def _swap(tensor: Tensor) -> Tensor:
+    return torch.cat(list(tensor.chunk(2))[::-1])
+
+
+AS_IS = Transform(lambda tensors, _: tensors[0], lambda tensor, _: [tensor])
+"""The same tensor."""
+
+TRANSPOSED = Transform(lambda tensors, _: tensors[0].t(), lambda tensor, _: [tensor.t()])
+"""A matrix kept the other way round (`[in, out]`); a bias, of one axis, stays as it is."""
+
+HEADS = Transform(lambda tensors, _: torch.cat(list(tensors)), _split_heads)
+"""Maps to queries, keys and values, one after the other in one tensor of ours."""
+
+SWAPPED = Transform(lambda tensors, _: _swap(tensors[0]), lambda tensor, _: [_swap(tensor)])
+"""One tensor whose first half of rows is our second: gate and value in the other order."""
+
+STACKED = Transform(lambda tensors, _: torch.stack(list(tensors)), lambda tensor, _: tensor.unbind())
+"""A tensor an expert, along a new first axis of ours."""
+
+
+def joined(count: int) -> Transform:
+    """Equal parts one after the other in one tensor of ours, such as keys and values, or gate and value."""
+    return Transform(lambda tensors, _: torch.cat(list(tensors)), lambda tensor, _: tensor.chunk(count))
+
+
+@dataclass(frozen=True)
+class Row:
     """One line of a key table.
 
     Attributes:
         own: name of ours.
         foreign: names that the tensor is made of, in this order.
+        via: how it is made of them.
     """
 
     own: str
     foreign: tuple[str, ...]
+    via: Transform = AS_IS
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         return re.compile(re.escape(self.own).replace(r"\{\}", r"(\d+)") + r"(\.weight|\.bias)?")
 
-    def names(self, own: str) -> tuple[str, ...]:
-        """Foreign names of our tensor `own`; none where this row is not about it."""
+    def names(self, own: str, config: TransformerConfig) -> tuple[str, ...] | None:
+        """Foreign names of our tensor `own`; None where this row is not about it."""
         match = self._pattern.fullmatch(own)
         if match is None:
-            return ()
+            return None
         *layer, ending = match.groups(default="")
-        return tuple(name.format(*layer) + ending for name in self.foreign)
-
-    @abstractmethod
-    def read(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Our tensor, of the foreign ones."""
-
-    @abstractmethod
-    def write(self, tensor: Tensor, config: TransformerConfig) -> Sequence[Tensor]:
-        """The foreign tensors, of ours."""
+        names = [
+            name.replace("{expert}", str(expert))
+            for expert in range(_num_experts(config) if any("{expert}" in name for name in self.foreign) else 1)
+            for name in self.foreign
+        ]
+        return tuple(name.format(*layer) + ending for name in names)
 
 
-class Rename(Row):
+def Rename(own: str, foreign: str) -> Row:
     """The same tensor under another name."""
-
-    def __init__(self, own: str, foreign: str):
-        super().__init__(own, (foreign,))
-
-    def read(self, tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0]
-
-    def write(self, tensor: Tensor, config: TransformerConfig) -> Sequence[Tensor]:
-        return [tensor]
+    return Row(own, (foreign,))
 
 
-class FuseHeads(Row):
+def FuseHeads(own: str, query: str, key: str, value: str) -> Row:
     """Maps to queries, keys and values, one after the other in one tensor of ours."""
+    return Row(own, (query, key, value), HEADS)
 
-    def __init__(self, own: str, query: str, key: str, value: str):
-        super().__init__(own, (query, key, value))
 
-    def read(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(tensors))
+def Transposed(own: str, foreign: str) -> Row:
+    """A matrix kept the other way round."""
+    return Row(own, (foreign,), TRANSPOSED)
 
-    def write(self, tensor: Tensor, config: TransformerConfig) -> Sequence[Tensor]:
-        queries, keys = (heads * config.head_width for heads in (config.attention.num_heads, config.num_kv_heads))
-        return tensor.split([queries, keys, keys])
+
+def Lacking(own: str) -> Row:
+    """A bias of ours that the other library does without: zero when read, and it must be zero to be written."""
+
+    def write(tensor: Tensor, _: TransformerConfig) -> Sequence[Tensor]:
+        if tensor.any():
+            raise ConfigError(f"the other library has no place for {own}, which must be zero")
+        return []
+
+    return Row(own, (), Transform(lambda _, config: torch.zeros(config.width), write))
+
+
+def _num_experts(config: TransformerConfig) -> int:
+    parts = [config.experts, *(rule.experts for rule in config.layers)]
+    return next((experts.count for experts in parts if experts is not None), 0)
 
 
 @dataclass(frozen=True)
@@ -101,6 +158,21 @@ class Ignored:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """Foreign tensors that must hold what we take for granted; checked, and not kept.
+
+    Attributes:
+        pattern: a regular expression for the whole name.
+        holds: whether a tensor does.
+        rule: what must hold, as the message says it.
+    """
+
+    pattern: str
+    holds: Callable[[Tensor], Any]
+    rule: str
+
+
+@dataclass(frozen=True)
 class KeyTable:
     """Every tensor of a family: nothing is left over on either side.
 
@@ -108,37 +180,21 @@ class KeyTable:
         rows: one for each tensor of ours.
         tied: foreign tensors that repeat others.
         ignored: foreign tensors that we need not keep.
-        spellings: other spellings of foreign names, a regular expression and what to write in its place.
+        constants: foreign tensors that must hold what we take for granted.
     """
 
     rows: tuple[Row, ...]
     tied: tuple[Tied, ...] = ()
     ignored: tuple[Ignored, ...] = ()
-    spellings: tuple[tuple[str, str], ...] = ()
-
-    def spell(self, where: Path, foreign: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same tensors, under the names that the rows use.
-
-        Raises:
-            CheckpointError: a tensor that is there under two names.
-        """
-        spelled: dict[str, Tensor] = {}
-        for old, tensor in foreign.items():
-            name = old
-            for pattern, plain in self.spellings:
-                name = re.sub(pattern, plain, name)
-            if name in spelled:
-                raise CheckpointError(f"{where}: a tensor must be there once; got {name} under two names")
-            spelled[name] = tensor
-        return spelled
+    constants: tuple[Constant, ...] = ()
 
     def read(
-        self, where: Path, foreign: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]
+        self, weights: Weights, wanted: Mapping[str, torch.Size], config: TransformerConfig
     ) -> tuple[dict[str, Tensor], list[str]]:
-        """Our tensors, of foreign ones.
+        """Our tensors, of foreign ones: names and shapes are checked first, then each tensor is read once.
 
         Args:
-            where: the file, for messages.
+            weights: under the names of the rows.
             wanted: shapes of our tensors by name.
 
         Returns:
@@ -147,47 +203,82 @@ class KeyTable:
         Raises:
             CheckpointError: names what is missing, extra, mis-shaped, or tied and not equal.
         """
-        tensors: dict[str, Tensor] = {}
-        missing: list[str] = []
-        shapes: list[str] = []
-        used: set[str] = set()
-        for own, shape in wanted.items():
-            row, names = self._row_of(own)
-            lacking = [name for name in names if name not in foreign]
-            missing += lacking
-            used.update(names)
-            if lacking:
-                continue
-            tensors[own] = row.read([foreign[name] for name in names])
-            if tensors[own].shape != shape:
-                shapes.append(f"{' + '.join(names)} {list(tensors[own].shape)} for {list(shape)}")
-        extra = set(foreign) - used
-        for tie in self.tied:
-            if tie.foreign in extra and tie.same_as in foreign:
-                if not torch.equal(foreign[tie.foreign], foreign[tie.same_as]):
-                    raise CheckpointError(
-                        f"{where}: {tie.foreign} must equal {tie.same_as}, to which the config ties it; they differ"
-                    )
-                extra.discard(tie.foreign)
+        rows = {own: self._row_of(own, config) for own in wanted}
+        used = {name for _, names in rows.values() for name in names}
+        missing = sorted(used - set(weights))
+        extra, notes = self._leave_out(set(weights) - used, weights)
+        shapes = []
+        for own, (row, names) in rows.items():
+            if not set(names) & set(missing) and (wrong := _wrong_shape(row, names, weights, wanted[own], config)):
+                shapes.append(wrong)
+        refuse_tensors(weights.file, missing, sorted(extra), shapes)
+        self._check_values(set(weights) - used, weights)
+        # in the order of the files, so that none is opened twice where that can be helped
+        order = sorted(rows, key=lambda own: [weights.file_of(name) for name in rows[own][1]])
+        own_tensors = {}
+        for own in order:
+            row, names = rows[own]
+            own_tensors[own] = row.via.read([weights[name] for name in names], config).contiguous()
+        return own_tensors, notes
+
+    def _leave_out(self, extra: set[str], weights: Weights) -> tuple[set[str], list[str]]:
+        """What is left of `extra` without tensors that need no row, and notes about those."""
+        extra = extra - {tie.foreign for tie in self.tied if tie.same_as in weights}
         notes = []
         for ignored in self.ignored:
             found = {name for name in extra if re.fullmatch(ignored.pattern, name)}
-            extra -= found
+            extra = extra - found
             if found and ignored.note:
                 notes.append(ignored.note)
-        refuse_tensors(where, missing, sorted(extra), shapes)
-        return tensors, notes
+        for constant in self.constants:
+            extra = {name for name in extra if not re.fullmatch(constant.pattern, name)}
+        return extra, notes
+
+    def _check_values(self, unread: set[str], weights: Weights) -> None:
+        for tie in self.tied:
+            is_there = tie.foreign in unread and tie.same_as in weights
+            if is_there and not torch.equal(weights[tie.foreign], weights[tie.same_as]):
+                raise CheckpointError(
+                    f"{weights.file}: {tie.foreign} must equal {tie.same_as}, to which the config ties it; they differ"
+                )
+        for constant in self.constants:
+            for name in sorted(unread):
+                if re.fullmatch(constant.pattern, name) and not constant.holds(weights[name]):
+                    raise CheckpointError(f"{weights.file}: {name} must {constant.rule}; it does not")
 
     def write(self, tensors: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
-        """Foreign tensors by name, of ours."""
+        """Foreign tensors by name, of ours.
+
+        Raises:
+            ConfigError: a tensor that the family has no place for.
+        """
         foreign: dict[str, Tensor] = {}
         for own, tensor in tensors.items():
-            row, names = self._row_of(own)
-            parts = row.write(tensor, config)
-            foreign.update({name: part.detach().cpu().contiguous() for name, part in zip(names, parts, strict=True)})
+            if not self.has(own, config):
+                raise ConfigError(f"the other library has no place for {own}")
+            row, names = self._row_of(own, config)
+            for name, part in zip(names, row.via.write(tensor, config), strict=True):
+                if part is not None:
+                    foreign[name] = part.detach().cpu().contiguous()
         return foreign
 
-    def _row_of(self, own: str) -> tuple[Row, tuple[str, ...]]:
-        found = [(row, names) for row in self.rows if (names := row.names(own))]
+    def has(self, own: str, config: TransformerConfig) -> bool:
+        """Whether a row is about our tensor."""
+        return any(row.names(own, config) is not None for row in self.rows)
+
+    def _row_of(self, own: str, config: TransformerConfig) -> tuple[Row, tuple[str, ...]]:
+        found = [(row, names) for row in self.rows if (names := row.names(own, config)) is not None]
         assert len(found) == 1, f"{own} must be in one row of the table; it is in {len(found)}"
         return found[0]
+
+
+def _wrong_shape(
+    row: Row, names: Sequence[str], weights: Weights, wanted: torch.Size, config: TransformerConfig
+) -> str:
+    """What is wrong with the shapes of the foreign tensors of one row; empty where nothing is."""
+    shapes = [weights.shape(name) for name in names]
+    try:
+        got = row.via.read([torch.empty(shape, device="meta") for shape in shapes], config).shape
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return f"{' + '.join(names)} {' + '.join(str(list(shape)) for shape in shapes)} for {list(wanted)}"
+    return "" if got == wanted else f"{' + '.join(names)} {list(got)} for {list(wanted)}"

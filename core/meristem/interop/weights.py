@@ -1,9 +1,17 @@
-"""Tensors of a directory, in safetensors or in `.bin`, whole or in shards; nothing in them is run."""
+"""Tensors of a directory, in safetensors or in `.bin`, whole or in shards; nothing in them is run.
+
+Names and shapes are known at once, a tensor is read when it is asked for and held by nobody here: what fills a
+model with them needs the memory of one model and not of two.
+"""
 
 import json
 import pickle
-from collections.abc import Sequence
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,9 +22,162 @@ from meristem.shapes import Tensor
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Where a directory may keep its weights; the first that is there is read."""
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types of safetensors that are read."""
 
-def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """All tensors of a directory, floats in fp32, and the file that lists them.
+
+class Part(ABC):
+    """One file of tensors.
+
+    Attributes:
+        file: that it is.
+        shapes: of its tensors by name.
+    """
+
+    file: Path
+    shapes: Mapping[str, torch.Size]
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """A tensor, in memory of its own."""
+
+    def close(self) -> None:
+        """Give back what is held between two reads."""
+
+
+class SafePart(Part):
+    """A safetensors file. Read by offsets: a mapped file would count as memory for as long as it is open."""
+
+    def __init__(self, file: Path):
+        try:
+            with safe_open(file, framework="pt"):  # refuses what is damaged
+                pass
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} must be a safetensors file: {error}") from error
+        header.pop("__metadata__", None)
+        if wrong := sorted({entry["dtype"] for entry in header.values()} - set(DTYPES)):
+            raise CheckpointError(f"{file}: tensors must be of {', '.join(DTYPES)}; got {wrong[0]}")
+        self.file, self._header, self._start = file, header, 8 + length
+        self.shapes = {name: torch.Size(entry["shape"]) for name, entry in header.items()}
+
+    def read(self, name: str) -> Tensor:
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        if begin == end:
+            return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        buffer = bytearray(end - begin)
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self._start + begin)
+            view, place = memoryview(buffer), 0
+            while place < len(buffer):
+                count = stream.readinto(view[place:])
+                if not count:
+                    raise CheckpointError(f"{self.file} was cut short while it was read")
+                place += count
+        return torch.frombuffer(buffer, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+
+
+class BinPart(Part):
+    """A file that `torch.save` wrote; opened for as long as tensors are read from it, and mapped where it can be."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._tensors: dict[str, Tensor] | None = None
+        self.shapes = {name: tensor.shape for name, tensor in self._open().items()}
+        self.close()
+
+    def read(self, name: str) -> Tensor:
+        return self._open()[name].clone()
+
+    def close(self) -> None:
+        self._tensors = None
+
+    def _open(self) -> dict[str, Tensor]:
+        if self._tensors is None:
+            self._tensors = self._load()
+        return self._tensors
+
+    def _load(self) -> dict[str, Tensor]:
+        try:
+            # files from before torch 1.6 are no archives, and cannot be mapped
+            is_archive = zipfile.is_zipfile(self.file)
+            tensors = torch.load(self.file, map_location="cpu", weights_only=True, mmap=is_archive or None)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(
+                f"{self.file} must be a file of tensors, and of nothing that runs: {reason}"
+            ) from error
+        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise CheckpointError(f"{self.file} must map names to tensors; got {type(tensors).__name__}")
+        return tensors
+
+
+@dataclass(frozen=True)
+class Weights(Mapping[str, Tensor]):
+    """Tensors by name; each is read from its file when it is asked for, floats in fp32.
+
+    Attributes:
+        file: that lists them, for messages.
+        places: the part and the name there, by name.
+    """
+
+    file: Path
+    places: Mapping[str, tuple[Part, str]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        part, stored = self.places[name]
+        for other in {id(p): p for p, _ in self.places.values()}.values():
+            if other is not part:  # one file open at a time
+                other.close()
+        tensor = part.read(stored)
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def shape(self, name: str) -> torch.Size:
+        """Of a tensor, which is not read."""
+        part, stored = self.places[name]
+        return part.shapes[stored]
+
+    def file_of(self, name: str) -> str:
+        """Name of the file that holds a tensor."""
+        return self.places[name][0].file.name
+
+    def renamed(self, change: Callable[[str], str]) -> "Weights":
+        """The same tensors under other names.
+
+        Raises:
+            CheckpointError: two tensors of one name.
+        """
+        places: dict[str, tuple[Part, str]] = {}
+        for old, place in self.places.items():
+            name = change(old)
+            if name in places:
+                raise CheckpointError(f"{self.file}: a tensor must be there once; got {name} under two names")
+            places[name] = place
+        return Weights(self.file, places)
+
+
+def open_weights(folder: Path) -> Weights:
+    """All tensors of a directory.
 
     Raises:
         CheckpointError: no file of weights, or one that is damaged, or a shard that is missing.
@@ -24,11 +185,13 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     found = [folder / name for name in FILES if (folder / name).is_file()]
     if not found:
         raise CheckpointError(f"{folder} must hold one of {', '.join(FILES)}; it holds none")
-    file = found[0]
-    tensors: dict[str, Tensor] = {}
-    for part in _shards(file) if file.suffix == ".json" else [file]:
-        tensors.update(read_safetensors(part) if part.suffix == ".safetensors" else _read_bin(part))
-    return file, {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    places: dict[str, tuple[Part, str]] = {}
+    for file in _shards(found[0]) if found[0].suffix == ".json" else [found[0]]:
+        part: Part = SafePart(file) if file.suffix == ".safetensors" else BinPart(file)
+        if twice := sorted(set(places) & set(part.shapes)):
+            raise CheckpointError(f"{found[0]}: a tensor must be there once; got {twice[0]} in two files")
+        places.update({name: (part, name) for name in part.shapes})
+    return Weights(found[0], places)
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -59,22 +222,12 @@ def refuse_tensors(where: Path, missing: Sequence[str], extra: Sequence[str], sh
         raise CheckpointError(f"{where}: tensors must be those of the architecture; {'; '.join(wrong)}")
 
 
-def _read_bin(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{file} must be a file of tensors, and of nothing that runs: {reason}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{file} must map names to tensors; got {type(tensors).__name__}")
-    return tensors
-
-
 def _shards(index: Path) -> list[Path]:
     """The files that an index names, which must lie beside it."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        values: Any = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(values["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} must be a JSON object with weight_map: {error}") from error
     for name in names:
         if Path(name).name != name:

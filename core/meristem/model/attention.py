@@ -1,29 +1,54 @@
-"""The attention layer: projections, positions, a kernel, the way out."""
+"""The attention layers: projections, positions, a kernel, the way out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from meristem.model.config import TransformerConfig
+from meristem.model.cache import Cache
+from meristem.model.cached import attend_cached
+from meristem.model.config import Full, LayerParts
 from meristem.model.kernels import attend, attend_reference
-from meristem.model.position import PositionLayer, Tables
+from meristem.model.norm import build_norm
+from meristem.model.position import BetweenLayer, ScoreBias, Tables
 from meristem.shapes import Float, Tensor
-from meristem.types import Layout
+from meristem.types import Hidden, Layout, Routing
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A position as it stands in one batch.
+
+    Attributes:
+        layer: turns queries and keys.
+        tables: its tables for these rows.
+        bias: what is added to the scores.
+    """
+
+    layer: BetweenLayer
+    tables: Tables
+    bias: ScoreBias | None
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer of a stack shares within one batch.
+    """What the layers of a stack share within one batch, and where they leave what was asked for.
 
     Attributes:
         layout: of the rows.
-        position: turns queries and keys.
-        tables: its tables for these rows.
+        placed: the stack's positions.
+        source: hidden rows that a decoder attends to.
+        cache: keys and values of the tokens before these.
+        maps: attention weights `[H, n, n]` of each sequence, by layer; those of the layers that have a list here
+            are kept, and run on the slow reference kernel.
+        routing: what routers did, by layer.
     """
 
     layout: Layout
-    position: PositionLayer
-    tables: Tables
+    placed: tuple[Placed, ...]
+    source: Hidden | None = None
+    cache: Cache | None = None
+    maps: dict[int, list[Tensor]] = field(default_factory=dict)
+    routing: dict[int, Routing] = field(default_factory=dict)
 
 
 class AttentionLayer(nn.Module):
@@ -31,35 +56,93 @@ class AttentionLayer(nn.Module):
 
     Queries, keys and values come from one product; the rows of its weight are queries, keys, values in
     this order, each head after head.
+
+    Args:
+        layer: number of the layer, counted through both stacks.
+        position: which of the stack's positions is this layer's.
     """
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, parts: LayerParts, layer: int = 0, position: int = 0):
         super().__init__()
-        self.config = config.attention
-        self.num_heads, self.num_kv_heads = config.attention.num_heads, config.num_kv_heads
-        self.head_width = config.head_width
+        self.config, self.layer, self.position = parts.attention, layer, position
+        self.head_width = parts.head_width
+        self.num_heads, self.num_kv_heads = self.config.num_heads, self.config.kv_heads
         out = (self.num_heads + 2 * self.num_kv_heads) * self.head_width
-        self.qkv = nn.Linear(config.width, out, bias=self.config.qkv_bias)
-        self.out = nn.Linear(self.num_heads * self.head_width, config.width, bias=self.config.out_bias)
+        self.qkv = nn.Linear(parts.width, out, bias=self.config.qkv_bias)
+        if self.config.qk_norm is not None:
+            is_full = self.config.qk_norm == "full"
+            widths = [heads * self.head_width if is_full else self.head_width for heads in self._heads]
+            self.q_norm, self.k_norm = (build_norm(parts.norm, width, has_bias=False) for width in widths)
+        self.out = nn.Linear(self.num_heads * self.head_width, parts.width, bias=self.config.out_bias)
 
-    def forward(
-        self, x: Float[Tensor, "T D"], context: Context, maps: list[Tensor] | None = None
-    ) -> Float[Tensor, "T D"]:
-        """Attend within each sequence.
+    @property
+    def _heads(self) -> tuple[int, int]:
+        return self.num_heads, self.num_kv_heads
 
-        Args:
-            maps: a list that attention weights `[H, n, n]` of each sequence are appended to; the slow reference
-                kernel computes them.
-        """
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T D"]:
+        """Attend within each sequence."""
         heads_TXE = self.qkv(x).unflatten(-1, (-1, self.head_width))
         q_THE, k_TKE, v_TKE = heads_TXE.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q_THE = context.position.turn(q_THE, context.tables)
-        k_TKE = context.position.turn(k_TKE, context.tables)
-        layout, pattern = context.layout, self.config.pattern
-        if maps is not None:
-            o_THE, weights = attend_reference(q_THE, k_TKE, v_TKE, layout, layout, pattern)
-            maps.extend(weights)
+        if self.config.qk_norm is not None:
+            q_THE, k_TKE = self._norm(self.q_norm, q_THE), self._norm(self.k_norm, k_TKE)
+        placed = context.placed[self.position]
+        q_THE = placed.layer.turn(q_THE, placed.tables)
+        k_TKE = placed.layer.turn(k_TKE, placed.tables)
+        return self.out(self._attend(q_THE, k_TKE, v_TKE, context, placed.bias).flatten(1))
+
+    def _norm(self, norm: nn.Module, x_THE: Float[Tensor, "T H E"]) -> Float[Tensor, "T H E"]:
+        if self.config.qk_norm == "head":
+            normed: Tensor = norm(x_THE)
+            return normed
+        return norm(x_THE.flatten(1)).unflatten(-1, (-1, self.head_width))
+
+    def _attend(
+        self,
+        q_THE: Float[Tensor, "T H E"],
+        k_TKE: Float[Tensor, "T K E"],
+        v_TKE: Float[Tensor, "T K E"],
+        context: Context,
+        bias: ScoreBias | None,
+    ) -> Float[Tensor, "T H E"]:
+        layout, cache = context.layout, context.cache
+        pattern, scale = self.config.pattern, self.config.scale
+        if cache is not None:
+            slots = cache.add(self.layer, k_TKE, v_TKE, layout)
+            if not cache.is_empty:
+                lengths = [n + more for n, more in zip(cache.lengths, layout.lengths)]
+                return attend_cached(q_THE, slots.keys, slots.values, layout, lengths, pattern, bias, scale)
+        if self.layer in context.maps:
+            o_THE, weights = attend_reference(q_THE, k_TKE, v_TKE, layout, layout, pattern, bias, scale)
+            context.maps[self.layer].extend(weights)
+            return o_THE
+        dropout = self.config.dropout if self.training else 0.0
+        return attend(q_THE, k_TKE, v_TKE, layout, layout, pattern, bias, scale, dropout)
+
+
+class CrossAttentionLayer(nn.Module):
+    """Attention from the rows of a decoder to those of the source: all of its sequence, without positions."""
+
+    def __init__(self, parts: LayerParts, layer: int):
+        super().__init__()
+        self.config, self.layer, self.head_width = parts.attention, layer, parts.head_width
+        q_width, kv_width = (heads * self.head_width for heads in (self.config.num_heads, self.config.kv_heads))
+        self.q = nn.Linear(parts.width, q_width, bias=self.config.qkv_bias)
+        self.kv = nn.Linear(parts.width, 2 * kv_width, bias=self.config.qkv_bias)
+        self.out = nn.Linear(q_width, parts.width, bias=self.config.out_bias)
+
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T D"]:
+        """Attend to the source of each sequence."""
+        source, cache = context.source, context.cache
+        assert source is not None, "a decoder layer needs a source"
+        kv = cache.cross(self.layer) if cache is not None else None
+        if kv is None:
+            heads_UXE = self.kv(source.final).unflatten(-1, (-1, self.head_width))
+            k_UKE, v_UKE = heads_UXE.chunk(2, dim=1)
+            if cache is not None:
+                cache.keep_cross(self.layer, k_UKE, v_UKE)
         else:
-            dropout = self.config.dropout if self.training else 0.0
-            o_THE = attend(q_THE, k_TKE, v_TKE, layout, layout, pattern, dropout=dropout)
+            k_UKE, v_UKE = kv
+        q_THE = self.q(x).unflatten(-1, (-1, self.head_width))
+        dropout = self.config.dropout if self.training else 0.0
+        o_THE = attend(q_THE, k_UKE, v_UKE, context.layout, source.layout, Full(), None, self.config.scale, dropout)
         return self.out(o_THE.flatten(1))

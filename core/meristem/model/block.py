@@ -1,31 +1,92 @@
-"""One block: attention and feed-forward, each joined to the trunk with a norm."""
+"""One block: attention, cross-attention in a decoder, feed-forward; each branch joined to the trunk with a norm."""
 
+import torch
 from torch import nn
 
-from meristem.model.attention import AttentionLayer, Context
-from meristem.model.config import TransformerConfig
+from meristem.model.attention import AttentionLayer, Context, CrossAttentionLayer
+from meristem.model.config import Init, LayerParts
+from meristem.model.experts import ExpertsLayer
 from meristem.model.feedforward import FeedForwardLayer
 from meristem.model.norm import build_norm
 from meristem.shapes import Float, Tensor
+from meristem.types import Layout
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward; the norm stands before each branch or after each sum."""
+    """One layer of a stack.
 
-    def __init__(self, config: TransformerConfig):
+    Args:
+        layer: its number, counted through both stacks.
+        position: which of the stack's positions its attention takes.
+    """
+
+    attention_scale: Tensor | None
+    cross_scale: Tensor | None
+    feedforward_scale: Tensor | None
+
+    def __init__(self, parts: LayerParts, layer: int = 0, position: int = 0):
         super().__init__()
-        self.is_before = config.residual.placement == "before"
-        self.attention_norm = build_norm(config.norm, config.width)
-        self.attention = AttentionLayer(config)
-        self.feedforward_norm = build_norm(config.norm, config.width)
-        self.feedforward = FeedForwardLayer(config)
-        self.dropout = nn.Dropout(config.residual.dropout)
+        self.residual, self.drop_path, self.layer = parts.residual, parts.drop_path, layer
+        self.attention_norm = build_norm(parts.attention_norm, parts.width)
+        self.attention = AttentionLayer(parts, layer, position)
+        if parts.has_source:
+            self.cross_norm = build_norm(parts.norm, parts.width)
+            self.cross = CrossAttentionLayer(parts, layer)
+        self.has_source = parts.has_source
+        if self.residual.placement != "parallel":
+            self.feedforward_norm = build_norm(parts.norm, parts.width)
+        if parts.experts is None:
+            self.feedforward = FeedForwardLayer(parts.width, parts.feedforward)
+        else:
+            self.experts = ExpertsLayer(parts)
+        self.has_experts = parts.experts is not None
+        self.dropout = nn.Dropout(self.residual.dropout)
+        names = ["attention_scale", *(["cross_scale"] if parts.has_source else []), "feedforward_scale"]
+        for name in names:
+            scaled = self.residual.layer_scale is not None
+            self.register_parameter(name, nn.Parameter(torch.empty(parts.width)) if scaled else None)
+        self.init_own_weights(None)
 
-    def forward(
-        self, x: Float[Tensor, "T D"], context: Context, maps: list[Tensor] | None = None
-    ) -> Float[Tensor, "T D"]:
-        if self.is_before:
-            x = x + self.dropout(self.attention(self.attention_norm(x), context, maps))
-            return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, context, maps)))
-        return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
+    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T D"]:
+        layout = context.layout
+        match self.residual.placement:
+            case "before":
+                x = x + self._join(self.attention(self.attention_norm(x), context), self.attention_scale, layout)
+                if self.has_source:
+                    x = x + self._join(self.cross(self.cross_norm(x), context), self.cross_scale, layout)
+                return x + self._join(self._feed(self.feedforward_norm(x), context), self.feedforward_scale, layout)
+            case "after":
+                x = self.attention_norm(x + self._join(self.attention(x, context), self.attention_scale, layout))
+                if self.has_source:
+                    x = self.cross_norm(x + self._join(self.cross(x, context), self.cross_scale, layout))
+                return self.feedforward_norm(x + self._join(self._feed(x, context), self.feedforward_scale, layout))
+            case _:  # parallel
+                normed = self.attention_norm(x)
+                attended = self._join(self.attention(normed, context), self.attention_scale, layout)
+                return x + attended + self._join(self._feed(normed, context), self.feedforward_scale, layout)
+
+    def _feed(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T D"]:
+        if not self.has_experts:
+            fed: Tensor = self.feedforward(x)
+            return fed
+        fed, context.routing[self.layer] = self.experts(x, context.layout)
+        return fed
+
+    def _join(self, branch: Float[Tensor, "T D"], scale: Tensor | None, layout: Layout) -> Float[Tensor, "T D"]:
+        """A branch as it is added to the trunk."""
+        branch = self.dropout(branch)
+        if scale is not None:
+            branch = branch * scale
+        if self.residual.scale != 1.0:
+            branch = branch * self.residual.scale
+        if self.training and self.drop_path:
+            kept = torch.rand(len(layout.segments), device=branch.device) >= self.drop_path
+            factor = (kept / (1 - self.drop_path)).to(branch.dtype)
+            branch = branch * factor[layout.segment_of_row, None]
+        return branch
+
+    def init_own_weights(self, config: Init | None) -> None:
+        """Factors of branches start at the value their config says."""
+        for name, parameter in self.named_parameters(recurse=False):
+            assert name.endswith("_scale"), name
+            nn.init.constant_(parameter, self.residual.layer_scale or 0.0)

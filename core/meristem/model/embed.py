@@ -5,30 +5,39 @@ from torch import nn
 
 from meristem.model.config import TransformerConfig
 from meristem.model.norm import build_norm
-from meristem.model.position import PositionLayer
+from meristem.model.position import build_added
 from meristem.shapes import Float, Tensor
 from meristem.types import PackedBatch
 
 
 class EmbeddingLayer(nn.Module):
-    """Symbols and patches to `[T, D]`, with token dropout, positions, a norm and dropout, in this order."""
+    """Symbols and patches to `[T, D]`: token dropout, token types, positions, a norm, dropout, in this order."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.config = config.embedding
-        self.symbols = nn.Embedding(self.config.vocab_size, config.width)
-        self.patches = nn.Linear(self.config.patch_features, config.width) if self.config.patch_features else None
-        self.norm = build_norm(config.norm, config.width) if self.config.is_normed else nn.Identity()
-        self.dropout = nn.Dropout(self.config.dropout)
+        part = self.config = config.embedding
+        self.symbols = nn.Embedding(part.vocab_size, config.width)
+        self.patches = nn.Linear(part.patch_features, config.width, part.feature_bias) if part.patch_features else None
+        self.types = nn.Embedding(part.token_types, config.width) if part.token_types else None
+        self.position = build_added(config.position, config.width)
+        self.norm = build_norm(config.norm, config.width) if part.is_normed else nn.Identity()
+        self.dropout = nn.Dropout(part.dropout)
 
-    def forward(self, batch: PackedBatch, position: PositionLayer) -> Float[Tensor, "T D"]:
+    def forward(self, batch: PackedBatch) -> Float[Tensor, "T D"]:
         x_TD = self.symbols(batch.ids.clamp(min=0))
+        if self.config.scale != 1.0:
+            x_TD = x_TD * self.config.scale
         if self.patches is not None:
             assert batch.features is not None, "a model of patches needs features"
             x_TD = torch.where(batch.ids[:, None] < 0, self.patches(batch.features.to(x_TD.dtype)), x_TD)
         if self.config.mask_dropout_frac:
             x_TD = self._drop_masked(x_TD, batch)
-        return self.dropout(self.norm(position.add(x_TD, batch.positions)))
+        if self.types is not None:
+            types = torch.zeros_like(batch.ids) if batch.token_types is None else batch.token_types
+            x_TD = x_TD + self.types(types)
+        if self.position is not None:
+            x_TD = x_TD + self.position(batch.positions).to(x_TD.dtype)
+        return self.dropout(self.norm(x_TD))
 
     def _drop_masked(self, x_TD: Float[Tensor, "T D"], batch: PackedBatch) -> Float[Tensor, "T D"]:
         """Zero masked rows and scale each sequence for the share of masks it has.

@@ -1,28 +1,61 @@
 """How much arithmetic a forward pass takes."""
 
-from meristem.model.config import Causal, TransformerConfig
+from meristem.model.config import Attention, FeedForward, LayerParts, TransformerConfig, sees_the_future
+from meristem.model.config.pattern import Window
 
 
 def flops_per_token(config: TransformerConfig, length: int) -> int:
     """Floating-point operations of a forward pass for one token: trunk and symbol head.
 
-    A product of matrices counts two operations an element; norms, activations and biases are left out. A backward
-    pass takes twice as many.
+    A product of matrices counts two operations an element; norms, activations, biases and routers are left out. A
+    backward pass takes twice as many. Experts count as many as a token is sent to.
 
     Args:
-        length: tokens of the sequence that the token stands in.
+        length: tokens of the sequence that the token stands in; of an encoder-decoder, of both sides.
     """
-    width, attention = config.width, config.attention
-    query_width, key_width = attention.num_heads * config.head_width, config.num_kv_heads * config.head_width
-    num_seen = (length + 1) / 2 if isinstance(attention.pattern, Causal) else length
-    maps_in = 2 if config.feedforward.is_gated else 1
-    products = (
-        width * (query_width + 2 * key_width)
-        + query_width * width
-        + 2 * query_width * num_seen
-        + (maps_in + 1) * width * config.feedforward.width
-    ) * config.num_layers
-    products += config.embedding.patch_features * width
+    products = sum(_layer_products(config.layer(layer), length) for layer in range(config.total_layers))
+    products += config.embedding.patch_features * config.width
     if config.head is not None:
-        products += width * width + width * config.embedding.vocab_size
+        dense = config.width * config.width if config.head.activation is not None else 0
+        products += dense + config.width * config.embedding.vocab_size
     return round(2 * products)
+
+
+def _layer_products(parts: LayerParts, length: int) -> float:
+    width, attention = parts.width, parts.attention
+    query_width, key_width = attention.num_heads * parts.head_width, attention.kv_heads * parts.head_width
+    maps = width * (query_width + 2 * key_width) + query_width * width
+    products = maps + 2 * query_width * _num_seen(attention, length)
+    if parts.has_source:
+        products += maps + 2 * query_width * length
+    if parts.experts is None:
+        return products + _feedforward_products(width, parts.feedforward)
+    num_active = parts.experts.top_k + parts.experts.num_shared
+    return products + num_active * _feedforward_products(width, parts.feedforward)
+
+
+def _feedforward_products(width: int, part: FeedForward) -> int:
+    return (3 if part.is_gated else 2) * width * part.width
+
+
+def _num_seen(attention: Attention, length: int) -> float:
+    """Keys that a query sees, on average; patterns beside windows and causal ones count as full."""
+    pattern = attention.pattern
+    if isinstance(pattern, Window):
+        return min(length, pattern.left + 1 + pattern.right)
+    return length if sees_the_future(pattern) else (length + 1) / 2
+
+
+def num_idle_parameters(config: TransformerConfig) -> int:
+    """Parameters of the experts that a token is not sent to."""
+    return sum(_idle(config.layer(layer)) for layer in range(config.total_layers))
+
+
+def _idle(parts: LayerParts) -> int:
+    if parts.experts is None:
+        return 0
+    part = parts.feedforward
+    maps_in = 2 if part.is_gated else 1
+    biases = maps_in * part.width * part.in_bias + parts.width * part.out_bias
+    one = (maps_in + 1) * part.width * parts.width + biases
+    return (parts.experts.count - parts.experts.top_k) * one

@@ -6,14 +6,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from meristem.model.config import TransformerConfig
+from meristem.model.config import Prefix, TransformerConfig
 from meristem.model.feedforward import ACTIVATIONS
 from meristem.model.init import init_weights
 from meristem.model.norm import build_norm
-from meristem.model.pool import pool_rows
+from meristem.model.pool import PoolLayer, build_pool
 from meristem.model.readout import Readout
 from meristem.shapes import Float, Tensor
-from meristem.types import Layout
 
 
 class SymbolHead(nn.Module):
@@ -24,9 +23,10 @@ class SymbolHead(nn.Module):
         assert config.head is not None, "a symbol head needs config.head"
         self.config = config.head
         vocab_size = config.embedding.vocab_size
-        self.activation = ACTIVATIONS[config.head.activation]
-        self.dense = nn.Linear(config.width, config.width)
-        self.norm = build_norm(config.norm, config.width)
+        if config.head.activation is not None:
+            self.activation = ACTIVATIONS[config.head.activation]
+            self.dense = nn.Linear(config.width, config.width, bias=config.head.dense_bias)
+            self.norm = build_norm(config.norm, config.width)
         self.out = None if config.head.is_tied else nn.Linear(config.width, vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if config.head.bias else None
         init_weights(self, config.init, config.num_layers)
@@ -37,9 +37,12 @@ class SymbolHead(nn.Module):
         Args:
             table: the embedding table, used where the head is tied to it.
         """
-        hidden_MD = self.norm(self.activation(self.dense(rows)))
+        if self.config.activation is not None:
+            rows = self.norm(self.activation(self.dense(rows)))
+        if self.config.scale != 1.0:
+            rows = rows * self.config.scale
         weight = table if self.out is None else self.out.weight
-        return F.linear(hidden_MD, weight, self.bias)
+        return F.linear(rows, weight, self.bias)
 
     def init_own_weights(self, _: object) -> None:
         """Start without a preference for any symbol."""
@@ -48,29 +51,35 @@ class SymbolHead(nn.Module):
 
 
 class LabelHead(nn.Module):
-    """Predicts what a `Readout` says, from pooled rows or from each row."""
+    """Predicts what a `Readout` says, from one vector a record or from each row.
+
+    Attributes:
+        pool: how rows become vectors; None at token level, and where the model's own pool does it.
+    """
 
     def __init__(self, config: TransformerConfig, readout: Readout):
         super().__init__()
         self.readout = readout
+        is_pooled = readout.level == "record"
+        pool = readout.pool if is_pooled else None
+        self.pool = None if pool is None else build_pool(pool, config)
+        own = config.pool if is_pooled and pool is None else None
         width = config.width
-        layers: list[nn.Module] = [Standardise(width)] if readout.is_standardised else []
-        if readout.hidden_width:
-            layers += [nn.Linear(width, readout.hidden_width), nn.GELU()]
-            width = readout.hidden_width
-        layers += [nn.Dropout(readout.dropout), nn.Linear(width, readout.num_outputs)]
-        self.layers = nn.Sequential(*layers)
+        if is_pooled and isinstance(pool or own, Prefix):
+            width = PoolLayer(pool or own, width).width  # type: ignore[arg-type]
+        self.standardise = Standardise(width) if readout.is_standardised else None
+        self.hidden = nn.Linear(width, readout.hidden_width) if readout.hidden_width else None
+        self.dropout = nn.Dropout(readout.dropout)
+        self.out = nn.Linear(readout.hidden_width or width, readout.num_outputs)
         init_weights(self, config.init, config.num_layers)
 
-    def forward(self, rows: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int]) -> Float[Tensor, "R C"]:
-        """Logits or scaled values: `[S, C]` for records, `[T, C]` for tokens.
-
-        Args:
-            num_special: special rows before and behind each payload, left out of a mean.
-        """
-        if self.readout.level == "record":
-            rows = pool_rows(self.readout.pool, rows, layout, num_special).to(rows.dtype)
-        return self.layers(rows)
+    def forward(self, rows: Float[Tensor, "R W"]) -> Float[Tensor, "R C"]:
+        """Logits or scaled values, of one vector a record or of one a token."""
+        if self.standardise is not None:
+            rows = self.standardise(rows)
+        if self.hidden is not None:
+            rows = F.gelu(self.hidden(rows))
+        return self.out(self.dropout(rows))
 
 
 class Standardise(nn.Module):

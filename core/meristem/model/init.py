@@ -14,7 +14,7 @@ from torch import nn
 
 from meristem.model.config import Init
 
-BRANCH_OUTPUTS = ("attention.out", "feedforward.down")
+BRANCH_OUTPUTS = ("attention.out", "cross.out", "feedforward.down")
 
 
 def init_weights(module: nn.Module, config: Init, num_layers: int) -> None:

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
 from meristem.model.heads import ContactHead, LabelHead, SymbolHead
+from meristem.model.pool import build_pool
 from meristem.model.readout import Readout
-from meristem.model.transformer import Encoder
+from meristem.model.transformer import build_trunk
 from meristem.shapes import Float, Tensor
-from meristem.types import Hidden
+from meristem.types import Hidden, Layout
 
 SYMBOLS = "tokens"
 """Name of the head that predicts symbols."""
@@ -41,19 +43,47 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.readouts = tuple(readouts)
-        self.trunk = Encoder(config)
+        self.trunk = build_trunk(config)
+        self.pool = None if config.pool is None else build_pool(config.pool, config)
         self.heads = nn.ModuleDict()
         if SYMBOLS in heads:
             self.heads[SYMBOLS] = SymbolHead(config)
         if CONTACTS in heads:
             self.heads[CONTACTS] = ContactHead(config)
         for readout in readouts:
+            if readout.level == "record" and readout.pool is None and config.pool is None:
+                raise ConfigError(f"label {readout.name!r} takes the model's own pool (pool: null), and it has none")
             self.heads[readout.name] = LabelHead(config, readout)
 
     def symbol_logits(self, hidden: Hidden) -> Float[Tensor, "T V"]:
         """Logits of every row; training scores only the rows that have a target."""
         logits: Tensor = self.heads[SYMBOLS](hidden.final, self.trunk.embedding.symbols.weight)
         return logits
+
+    def label_outputs(
+        self, name: str, rows: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int]
+    ) -> Float[Tensor, "R C"]:
+        """Logits or scaled values of a label: `[S, C]` for records, `[T, C]` for tokens.
+
+        Args:
+            rows: the trunk's last.
+            num_special: special rows before and behind each payload, left out of a mean.
+        """
+        outputs: Tensor = self.heads[name](self.pooled(name, rows, layout, num_special).to(rows.dtype))
+        return outputs
+
+    def pooled(
+        self, name: str, rows: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int]
+    ) -> Float[Tensor, "R W"]:
+        """What the head of a label reads: one vector a record, or every row; arguments as above."""
+        head = self.heads[name]
+        assert isinstance(head, LabelHead)
+        if head.readout.level == "token":
+            return rows
+        pool = self.pool if head.pool is None else head.pool
+        assert pool is not None
+        vectors: Tensor = pool(rows, layout, num_special)
+        return vectors
 
     def contact_logits(self, hidden: Hidden, num_special: tuple[int, int]) -> list[Float[Tensor, "n n"]]:
         """Logits of contact between the tokens of each payload, one map a sequence.

@@ -3,7 +3,8 @@
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from meristem.errors import ConfigError
 
@@ -53,21 +54,24 @@ def _kinds_of(base: type[Any]) -> dict[str, type[Any]]:
 
 
 def _read_value(hint: Any, value: Any, where: str) -> Any:
-    options = [option for option in get_args(hint) if option is not type(None)] or [hint]
+    is_union = get_origin(hint) in (Union, UnionType)
+    options = [option for option in get_args(hint) if option is not type(None)] if is_union else [hint]
     if value is None:
-        _require(type(None) in get_args(hint), f"{where} must be set", "null")
+        _require(is_union and type(None) in get_args(hint), f"{where} must be set", "null")
         return None
-    if isinstance(options[0], type) and is_dataclass(options[0]):
-        return from_json(options[0], value, where)
-    if get_origin(options[0]) is tuple or get_origin(hint) is tuple:
+    chosen = options[0]
+    if get_origin(chosen) is tuple:
         _require(isinstance(value, (list, tuple)), f"{where} must be a list", repr(value))
-        item = get_args(hint)[0]
-        return tuple(_read_value(item, entry, where) for entry in value)
-    if options[0] in (int, float, bool, str):
-        is_number = options[0] is float and type(value) is int
-        _require(type(value) is options[0] or is_number, f"{where} must be {options[0].__name__}", repr(value))
+        item = get_args(chosen)[0]
+        return tuple(_read_value(item, entry, f"{where}[{index}]") for index, entry in enumerate(value))
+    if isinstance(chosen, type) and is_dataclass(chosen):
+        return from_json(chosen, value, where)
+    if chosen in (int, float, bool, str):
+        is_number = chosen is float and type(value) is int
+        _require(type(value) is chosen or is_number, f"{where} must be {chosen.__name__}", repr(value))
         return float(value) if is_number else value
-    _require(value in options, f"{where} must be one of {', '.join(map(str, options))}", repr(value))
+    words = get_args(chosen)  # of a Literal
+    _require(value in words, f"{where} must be one of {', '.join(map(str, words))}", repr(value))
     return value
 
 

@@ -3,17 +3,24 @@
 Each sequence is reduced on its own: a sum over a pack with `index_add` would round by what lies beside it.
 """
 
-import torch
+from dataclasses import replace
 
-from meristem.model.config import Max, Mean, Pool, Prefix
+import torch
+from torch import nn
+
+from meristem.model.config import AttentionPool, Full, Init, Max, Mean, Pool, Prefix, TransformerConfig
+from meristem.model.feedforward import ACTIVATIONS
+from meristem.model.init import init_weights
+from meristem.model.kernels import attend
+from meristem.model.norm import build_norm
 from meristem.shapes import Float, Tensor
 from meristem.types import Layout
 
 
 def pool_rows(
     pool: Pool, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int] = (0, 0)
-) -> Float[Tensor, "S D"]:
-    """One vector a sequence, in fp32.
+) -> Float[Tensor, "S W"]:
+    """One vector a sequence, in fp32, of a pool without weights; several prefix rows stand side by side.
 
     Args:
         num_special: special rows before and behind each payload; means and maxima leave them out, unless
@@ -32,7 +39,119 @@ def pool_rows(
             case Max():
                 vectors.append(inner_nD.float().amax(0))
             case Prefix():
-                vectors.append(rows_nD[0].float())
+                first_D = rows_nD[: pool.count].float().flatten()
+                vectors.append(torch.cat([first_D, inner_nD.float().mean(0)]) if pool.has_mean else first_D)
             case _:
                 raise AssertionError(pool)
     return torch.stack(vectors)
+
+
+def _num_rows(pool: Prefix) -> int:
+    """Rows that stand side by side in the vector."""
+    return pool.count + pool.has_mean
+
+
+class PoolLayer(nn.Module):
+    """A way to one vector a sequence; of the kinds without weights as it stands.
+
+    Attributes:
+        config: of the pool.
+        width: of the vectors.
+    """
+
+    def __init__(self, pool: Pool, width: int):
+        super().__init__()
+        self.config = pool
+        self.width = width * _num_rows(pool) if isinstance(pool, Prefix) and not pool.is_dense else width
+
+    def forward(
+        self, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int] = (0, 0)
+    ) -> Float[Tensor, "S W"]:
+        """One vector a sequence, in fp32; arguments as those of `pool_rows`."""
+        return pool_rows(self.config, x, layout, num_special)
+
+
+class NormedMean(PoolLayer):
+    """A mean, then a norm."""
+
+    def __init__(self, pool: Mean, config: TransformerConfig):
+        super().__init__(pool, config.width)
+        self.norm = build_norm(config.norm, config.width)
+        init_weights(self, config.init, config.num_layers)
+
+    def forward(
+        self, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int] = (0, 0)
+    ) -> Float[Tensor, "S W"]:
+        return self.norm(pool_rows(self.config, x, layout, num_special))
+
+
+class DensePrefix(PoolLayer):
+    """The first rows, a linear map, tanh (Devlin 2019)."""
+
+    def __init__(self, pool: Prefix, config: TransformerConfig):
+        super().__init__(pool, config.width)
+        self.dense = nn.Linear(config.width * _num_rows(pool), config.width)
+        init_weights(self, config.init, config.num_layers)
+
+    def forward(
+        self, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int] = (0, 0)
+    ) -> Float[Tensor, "S W"]:
+        return self.dense(pool_rows(self.config, x, layout, num_special)).tanh()
+
+
+class AttentionPoolLayer(PoolLayer):
+    """A learned query attends to the rows of a sequence, then a feed-forward layer with a residual (Zhai 2022)."""
+
+    def __init__(self, pool: AttentionPool, config: TransformerConfig):
+        super().__init__(pool, config.width)
+        width, self.num_heads, self.has_special = config.width, pool.num_heads, pool.has_special
+        self.query = nn.Parameter(torch.empty(width))
+        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.norm = build_norm(config.norm, width)
+        self.up, self.down = nn.Linear(width, pool.feedforward_width), nn.Linear(pool.feedforward_width, width)
+        self.activation = ACTIVATIONS[pool.activation]
+        init_weights(self, config.init, config.num_layers)
+
+    def forward(
+        self, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int] = (0, 0)
+    ) -> Float[Tensor, "S W"]:
+        x = x.float()
+        kv_THE = self.kv(x).unflatten(-1, (2 * self.num_heads, -1))
+        if not self.has_special:
+            kv_THE, layout = _payload_rows(kv_THE, layout, num_special)
+        k_THE, v_THE = kv_THE.chunk(2, dim=1)
+        q_layout = Layout((1,) * layout.num_sequences, device=layout.device)
+        # one product for one query, then as many rows as there are sequences: the same bits for each
+        q_SHE = self.q(self.query[None]).unflatten(-1, (self.num_heads, -1)).expand(layout.num_sequences, -1, -1)
+        pooled_SD = attend(q_SHE.contiguous(), k_THE, v_THE, q_layout, layout, Full()).flatten(1)
+        spare = -len(pooled_SD) % 16  # a linear layer rounds by the number of rows when they are few
+        pooled_SD = self.out(nn.functional.pad(pooled_SD, (0, 0, 0, spare)))
+        fed_SD = pooled_SD + self.down(self.activation(self.up(self.norm(pooled_SD))))
+        return fed_SD[: layout.num_sequences]
+
+    def init_own_weights(self, config: Init) -> None:
+        """The query starts as a row of a table does."""
+        nn.init.trunc_normal_(self.query, std=config.std, a=-2 * config.std, b=2 * config.std)
+
+
+def _payload_rows(
+    rows: Float[Tensor, "T H E"], layout: Layout, num_special: tuple[int, int]
+) -> tuple[Float[Tensor, "t H E"], Layout]:
+    """The rows of the payloads' own tokens, and where they lie; of a sequence that has none, all."""
+    before, behind = num_special
+    *sequences, spare = rows.split([*layout.lengths, layout.num_spare])
+    inner = [part[before : len(part) - behind] if len(part) > before + behind else part for part in sequences]
+    return torch.cat([*inner, spare]), replace(layout, lengths=tuple(map(len, inner)))
+
+
+def build_pool(pool: Pool, config: TransformerConfig) -> PoolLayer:
+    """The module of a pool in a model of this config."""
+    match pool:
+        case AttentionPool():
+            return AttentionPoolLayer(pool, config)
+        case Mean() if pool.is_normed:
+            return NormedMean(pool, config)
+        case Prefix() if pool.is_dense:
+            return DensePrefix(pool, config)
+        case _:
+            return PoolLayer(pool, config.width)

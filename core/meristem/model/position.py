@@ -1,24 +1,62 @@
-"""Positions: what is added to the embedding, and what turns queries and keys.
+"""Positions: what is added to the embedding, what turns queries and keys, and what is added to their scores.
 
-Every kind has the same three hooks, each doing nothing unless the kind needs it: `add` to the embedding,
-`tables` once a batch, and `turn` queries and keys in each layer.
+`build_added` gives the first sort, one for the whole model. `build_between` gives the others, one for all layers of a
+stack that share it; each has the same two hooks, which do nothing unless the kind needs them.
 """
+
+import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
 
-from meristem.model.config import Learned, NoPosition, Position, Rotary
+from meristem.model.config import (
+    AddedPosition,
+    BandScaling,
+    BucketBias,
+    Learned,
+    LinearBias,
+    LinearScaling,
+    Position,
+    Rotary,
+    Scaling,
+    SinCos2D,
+    Sinusoidal,
+)
 from meristem.shapes import Float, Int, Tensor
 
 Tables = tuple[Tensor, ...]
 
 
-class PositionLayer(nn.Module):
-    """No position at all, and the hooks that a kind of position may fill."""
+class ScoreBias(ABC):
+    """What is added to the scores of attention: a function of the distance of query and key within a sequence.
 
-    def add(self, x: Float[Tensor, "T D"], positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
-        """Add positions to the embedding."""
-        return x
+    Of nothing else: kernels look it up by distance. Made once a batch, so that layers share what was computed.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], Tensor] = {}
+
+    @abstractmethod
+    def at(self, i: Int[Tensor, "m 1"], j: Int[Tensor, "1 n"]) -> Float[Tensor, "H m n"]:
+        """For queries at places `i` and keys at places `j`."""
+
+    def over(self, q_length: int, kv_length: int) -> Float[Tensor, "H m n"]:
+        """For all keys of a sequence and its last `q_length` places as queries; remembered."""
+        key = (q_length, kv_length)
+        if key not in self._known:
+            i = torch.arange(kv_length - q_length, kv_length, device=self.device)[:, None]
+            self._known[key] = self.at(i, torch.arange(kv_length, device=self.device)[None, :])
+        return self._known[key]
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the bias is computed."""
+
+
+class BetweenLayer(nn.Module):
+    """No position at all, and the hooks that a kind of position between rows may fill."""
 
     def tables(self, positions: Int[Tensor, "T A"]) -> Tables:
         """What `turn` needs, computed once a batch and shared by the layers."""
@@ -28,9 +66,13 @@ class PositionLayer(nn.Module):
         """Turn queries or keys by their positions."""
         return x
 
+    def bias(self, device: torch.device) -> ScoreBias | None:
+        """What is added to the scores in this batch."""
+        return None
 
-class RotaryLayer(PositionLayer):
-    """Rotary positions, half against half (Su 2021).
+
+class RotaryLayer(BetweenLayer):
+    """Rotary positions (Su 2021), in halves or interleaved, of all features of a head or of the first ones.
 
     Angles are taken in fp32 from integer positions whatever the precision of the model: tables made in bf16
     are wrong by 31 % rms at positions 256-512. Rows that have no place (-1) stand at 0.
@@ -39,39 +81,165 @@ class RotaryLayer(PositionLayer):
     def __init__(self, config: Rotary, head_width: int):
         super().__init__()
         self.config, self.head_width = config, head_width
+        self.width = config.width or head_width
 
     def tables(self, positions: Int[Tensor, "T A"]) -> Tables:
-        assert positions.shape[1] == 1, f"rotary positions have one axis; got {positions.shape[1]}"
+        axes = self.config.num_axes
+        assert positions.shape[1] == axes, f"rotary positions have {axes} axes; got {positions.shape[1]}"
         frequencies = rotary_frequencies(self.config, self.head_width).to(positions.device, non_blocking=True)
-        angles = positions.clamp(min=0).float() * frequencies
-        angles_T1E = torch.cat([angles, angles], dim=-1)[:, None, :]
-        # the sign of the rotation is put into the sine, so that turning is one roll and two products
-        half = self.head_width // 2
-        sign = torch.ones(self.head_width, device=positions.device)
-        sign[:half] = -1.0
+        angles_TAf = positions.clamp(min=0).float()[:, :, None] * frequencies
+        angles = angles_TAf.flatten(1)
+        # the sign of the rotation is put into the sine, so that turning is one exchange and two products
+        sign = torch.ones(self.width, device=positions.device)
+        if self.config.is_interleaved:
+            angles_T1E = angles.repeat_interleave(2, dim=-1)[:, None, :]
+            sign[0::2] = -1.0
+        else:
+            angles_T1E = torch.cat([angles, angles], dim=-1)[:, None, :]
+            sign[: self.width // 2] = -1.0
         return angles_T1E.cos(), angles_T1E.sin() * sign
 
     def turn(self, x: Float[Tensor, "T H E"], tables: Tables) -> Float[Tensor, "T H E"]:
         cos, sin = tables
-        return (x * cos + x.roll(self.head_width // 2, dims=-1) * sin).to(x.dtype)
+        if self.width == self.head_width:
+            return (x * cos + self._partner(x) * sin).to(x.dtype)
+        turned, rest = x.split([self.width, self.head_width - self.width], dim=-1)
+        return torch.cat([(turned * cos + self._partner(turned) * sin).to(x.dtype), rest], dim=-1)
+
+    def _partner(self, x: Float[Tensor, "T H w"]) -> Float[Tensor, "T H w"]:
+        """The other feature of each pair."""
+        if self.config.is_interleaved:
+            return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return x.roll(self.width // 2, dims=-1)
 
 
-def rotary_frequencies(config: Rotary, head_width: int) -> Float[Tensor, "half_E"]:
-    """Radians a place of each pair of features, fp32, rounded as the model was trained."""
-    exponents = torch.arange(0, head_width, 2, dtype=torch.float32) / head_width
+def rotary_frequencies(config: Rotary, head_width: int) -> Float[Tensor, "f"]:
+    """Radians a place of each pair of one axis, fp32, scaled, and rounded as the model was trained."""
+    width = (config.width or head_width) // config.num_axes
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    frequencies = _scaled(1.0 / (config.base**exponents), config.scaling)
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.rounding]
-    return (1.0 / (config.base**exponents)).to(dtype).float()
+    return frequencies.to(dtype).float()
 
 
-class LearnedLayer(PositionLayer):
-    """A learned table, one row a place."""
+def _scaled(frequencies: Float[Tensor, "f"], scaling: Scaling) -> Float[Tensor, "f"]:
+    match scaling:
+        case LinearScaling():
+            return frequencies / scaling.factor
+        case BandScaling():
+            waves = 2 * math.pi / frequencies
+            # 0 for long waves, 1 for short ones, linear in the number of waves between
+            share = (scaling.original_tokens / waves - scaling.low) / (scaling.high - scaling.low)
+            share = share.clamp(0, 1)
+            return (1 - share) * frequencies / scaling.factor + share * frequencies
+        case _:
+            return frequencies
+
+
+class LinearBiasLayer(BetweenLayer):
+    """A score falls with distance, by a fixed slope for each head (Press 2021)."""
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+
+    def bias(self, device: torch.device) -> ScoreBias:
+        return _LinearScoreBias(linear_slopes(self.num_heads).to(device))
+
+
+class _LinearScoreBias(ScoreBias):
+    def __init__(self, slopes: Float[Tensor, "H"]):
+        super().__init__()
+        self.slopes = slopes
+
+    def at(self, i: Int[Tensor, "m 1"], j: Int[Tensor, "1 n"]) -> Float[Tensor, "H m n"]:
+        return -self.slopes[:, None, None] * (i - j).abs()
+
+    @property
+    def device(self) -> torch.device:
+        return self.slopes.device
+
+
+def linear_slopes(num_heads: int) -> Float[Tensor, "H"]:
+    """Slopes by head: `2 ** (-8 k / n)` for k in 1..n where n is a power of two.
+
+    Otherwise those of the power below, then every second one of the power above.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * k / power) for k in range(1, power + 1)]
+    between = [2 ** (-8 * k / (2 * power)) for k in range(1, 2 * power + 1, 2)]
+    return torch.tensor([*slopes, *between][:num_heads])
+
+
+class BucketBiasLayer(BetweenLayer):
+    """A learned bias for each head and bucket of distances, one table for all layers (Raffel 2020)."""
+
+    def __init__(self, config: BucketBias, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.table = nn.Embedding(config.num_buckets, num_heads)
+
+    def bias(self, device: torch.device) -> ScoreBias:
+        return _BucketScoreBias(self.config, self.table.weight)
+
+
+class _BucketScoreBias(ScoreBias):
+    def __init__(self, config: BucketBias, table: Float[Tensor, "buckets H"]):
+        super().__init__()
+        self.config, self.table = config, table
+
+    def at(self, i: Int[Tensor, "m 1"], j: Int[Tensor, "1 n"]) -> Float[Tensor, "H m n"]:
+        buckets_mn = distance_buckets(self.config, j - i)
+        return self.table.index_select(0, buckets_mn.flatten()).unflatten(0, buckets_mn.shape).permute(2, 0, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+
+def distance_buckets(config: BucketBias, distance: Int[Tensor, "m n"]) -> Int[Tensor, "m n"]:
+    """Bucket of each distance (place of the key less that of the query).
+
+    Half of a side's buckets hold one distance each, the other half grow by logarithm up to `max_distance`. On one
+    side only, keys behind the query fall into the bucket of distance 0.
+    """
+    num = config.num_buckets
+    first = torch.zeros_like(distance)
+    if config.is_two_sided:
+        num //= 2
+        first = (distance > 0).long() * num
+        far = distance.abs()
+    else:
+        far = (-distance).clamp(min=0)
+    num_exact = num // 2
+    grown = torch.log(far.float().clamp(min=1) / num_exact) / math.log(config.max_distance / num_exact)
+    shared = (num_exact + (grown * (num - num_exact)).long()).clamp(max=num - 1)
+    return first + torch.where(far < num_exact, far, shared)
+
+
+def build_between(config: Position, head_width: int, num_heads: int) -> BetweenLayer:
+    """The module of a kind that acts between rows; one that does nothing for the other kinds."""
+    match config:
+        case Rotary():
+            return RotaryLayer(config, head_width)
+        case LinearBias():
+            return LinearBiasLayer(num_heads)
+        case BucketBias():
+            return BucketBiasLayer(config, num_heads)
+        case _:
+            return BetweenLayer()
+
+
+class LearnedLayer(nn.Module):
+    """A learned table of positions, one row a place."""
 
     def __init__(self, config: Learned, width: int):
         super().__init__()
         self.config = config
         self.table = nn.Embedding(config.max_positions, width)
 
-    def add(self, x: Float[Tensor, "T D"], positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
+    def forward(self, positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
+        """What is added to each row; nothing where it has no place."""
         grid = self.config.grid or (self.config.max_positions,)
         assert positions.shape[1] == len(grid), f"positions must have {len(grid)} axes; got {positions.shape[1]}"
         place = positions[:, 0]
@@ -79,17 +247,69 @@ class LearnedLayer(PositionLayer):
             place = place * extent + positions[:, axis]
         has_place = (positions >= 0).all(1)
         rows = (place + self.config.offset).masked_fill(~has_place, 0)
-        return x + self.table(rows) * has_place[:, None]
+        added: Tensor = self.table(rows)
+        return added * has_place[:, None]
 
 
-def build_position(config: Position, width: int, head_width: int) -> PositionLayer:
-    """The module of a kind of position."""
+class SinusoidalLayer(nn.Module):
+    """Sines at even features, cosines at odd ones, in fp32 (Vaswani 2017, section 3.5)."""
+
+    def __init__(self, config: Sinusoidal, width: int):
+        super().__init__()
+        self.config, self.width = config, width
+
+    def forward(self, positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
+        """What is added to each row; nothing where it has no place."""
+        assert positions.shape[1] == 1, f"sinusoidal positions have one axis; got {positions.shape[1]}"
+        exponents = torch.arange(0, self.width, 2, device=positions.device, dtype=torch.float32) / self.width
+        angles = positions.float() / self.config.base**exponents
+        added = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : self.width]
+        return added * (positions >= 0)
+
+
+class SinCos2DLayer(nn.Module):
+    """Sines and cosines of two position axes, in fp32."""
+
+    def __init__(self, config: SinCos2D, width: int):
+        super().__init__()
+        self.config, self.width = config, width
+
+    def forward(self, positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
+        """What is added to each row; nothing where it has no place."""
+        assert positions.shape[1] == 2, f"these positions have two axes; got {positions.shape[1]}"
+        count = self.width // 4
+        steps = max(count - 1, 1) if self.config.reaches_base else count
+        exponents = torch.arange(count, device=positions.device, dtype=torch.float32) / steps
+        rows_Tf, columns_Tf = (positions.float()[:, axis, None] / self.config.base**exponents for axis in (0, 1))
+        added = torch.cat([columns_Tf.sin(), columns_Tf.cos(), rows_Tf.sin(), rows_Tf.cos()], dim=1)
+        return added * (positions >= 0).all(1, keepdim=True)
+
+
+def resample_grid(table: Float[Tensor, "N D"], old: tuple[int, int], new: tuple[int, int]) -> Float[Tensor, "n D"]:
+    """A table of positions for another grid: bicubic interpolation with antialiasing, in fp32.
+
+    Args:
+        table: one row a place, row after row of the old grid.
+        old: rows and columns that it has.
+        new: rows and columns that it is to have.
+    """
+    assert len(table) == old[0] * old[1], f"{len(table)} rows for a grid of {old}"
+    if tuple(old) == tuple(new):
+        return table
+    image = table.float().unflatten(0, old).permute(2, 0, 1)[None]
+    resized = nn.functional.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
+    return resized[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
+
+
+def build_added(config: Position, width: int) -> nn.Module | None:
+    """The module of a kind that is added to the embedding; None for the other kinds."""
     match config:
-        case Rotary():
-            return RotaryLayer(config, head_width)
         case Learned():
             return LearnedLayer(config, width)
-        case NoPosition():
-            return PositionLayer()
+        case Sinusoidal():
+            return SinusoidalLayer(config, width)
+        case SinCos2D():
+            return SinCos2DLayer(config, width)
         case _:
-            raise AssertionError(config)
+            assert not isinstance(config, AddedPosition), config
+            return None

@@ -18,7 +18,7 @@ class Readout:
         classes: names of the classes in the order of the logits; empty for values.
         mean: of the training values, by output; predictions are `output * std + mean`.
         std: of the training values, by output.
-        pool: how a record's rows become one vector; unused at token level.
+        pool: how a record's rows become one vector; None for the model's own pool; unused at token level.
         is_standardised: the head sees each feature less its running mean, over its running deviation.
         hidden_width: width of the hidden layer of the head; 0 for a linear head.
         dropout: before the last map, in training.
@@ -30,7 +30,7 @@ class Readout:
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
-    pool: Pool = field(default_factory=Mean)
+    pool: Pool | None = field(default_factory=Mean)
     is_standardised: bool = False
     hidden_width: int = 0
     dropout: float = 0.0

@@ -1,4 +1,4 @@
-"""Stacks of one `Block`."""
+"""Stacks of one `Block`: an encoder, a decoder, and both with attention from the one to the other."""
 
 from collections.abc import Collection
 
@@ -6,62 +6,78 @@ import torch
 from torch import nn
 
 from meristem.errors import ConfigError, DataError
-from meristem.model.attention import Context
+from meristem.model.attention import Context, Placed
 from meristem.model.block import Block
-from meristem.model.config import TransformerConfig
+from meristem.model.cache import Cache
+from meristem.model.config import BlockSparse, Position, TransformerConfig, sees_the_future
 from meristem.model.embed import EmbeddingLayer
 from meristem.model.init import init_weights
 from meristem.model.norm import build_norm
-from meristem.model.position import build_position
-from meristem.shapes import Tensor
-from meristem.types import Hidden, PackedBatch
+from meristem.model.patterns import parts_of
+from meristem.model.position import BetweenLayer, build_between
+from meristem.shapes import Float, Tensor
+from meristem.types import Hidden, Layout, PackedBatch
 
 
-class Encoder(nn.Module):
-    """Embedding, blocks, final norm: packed rows to `[T, D]`.
+class Stack(nn.Module):
+    """Blocks and a final norm: `[T, D]` to `[T, D]`.
 
-    Built on the meta device it costs nothing; `init_weights` then fills what `to_empty` has made.
+    Args:
+        layers: numbers of its blocks, counted through both stacks of a model.
     """
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, layers: range):
         super().__init__()
-        self.config = config
-        self.embedding = EmbeddingLayer(config)
-        self.position = build_position(config.position, config.width, config.head_width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.config, self.first = config, layers.start
+        kinds: list[tuple[Position, int, int]] = []
+        self.positions, self.blocks = nn.ModuleList(), nn.ModuleList()
+        for layer in layers:
+            parts = config.layer(layer)
+            kind = (parts.position, parts.head_width, parts.attention.num_heads)
+            if kind not in kinds:
+                kinds.append(kind)
+                self.positions.append(build_between(*kind))
+            self.blocks.append(Block(parts, layer, kinds.index(kind)))
         self.final_norm = build_norm(config.norm, config.width) if config.final_norm else nn.Identity()
-        init_weights(self, config.init, config.num_layers)
 
-    def forward(self, batch: PackedBatch, layers: Collection[int] = (), attentions: Collection[int] = ()) -> Hidden:
-        """Run the stack.
-
-        Args:
-            layers: hidden states to keep: 0 is the input of the first block, k the output of the k-th, the
-                last one after the final norm. Negative ones count from the last; each is kept as it was asked for.
-            attentions: blocks (from 0) whose attention maps to keep; these run on the slow reference kernel.
-
-        Raises:
-            ConfigError: a layer that the stack does not have.
-            DataError: a sequence longer than its positions allow.
-        """
+    def run(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        batch: PackedBatch,
+        layers: Collection[int] = (),
+        attentions: Collection[int] = (),
+        source: Hidden | None = None,
+        cache: Cache | None = None,
+    ) -> Hidden:
+        """Run the blocks over embedded rows; arguments as those of `Encoder.forward`."""
         resolved = {layer: self.resolve_layer(layer) for layer in layers}
-        longest, limit = max(batch.layout.lengths, default=0), self.config.max_length
-        if limit is not None and longest > limit:
-            raise DataError(f"a sequence must have {limit} tokens or fewer, as its positions allow; got {longest}")
-        x_TD = self.embedding(batch, self.position)
-        context = Context(batch.layout, self.position, self.position.tables(batch.positions))
+        layout = batch.layout
+        context = Context(
+            layout,
+            tuple(_place(position, batch) for position in self.positions),
+            source,
+            cache,
+            {self.first + block: [] for block in attentions},
+        )
+        if cache is not None:
+            cache.begin(layout)
         kept: dict[int, Tensor] = {0: x_TD}
-        maps: dict[int, list[Tensor]] = {}
         for index, block in enumerate(self.blocks):
-            if index in attentions:
-                maps[index] = []
-            x_TD = block(x_TD, context, maps.get(index))
+            x_TD = block(x_TD, context)
             if index + 1 in resolved.values():
                 kept[index + 1] = x_TD
+        if cache is not None:
+            cache.end(layout)
         x_TD = self.final_norm(x_TD)
         kept[len(self.blocks)] = x_TD
-        chosen = {layer: kept[index] for layer, index in resolved.items()}
-        return Hidden(final=x_TD, layout=batch.layout, layers=chosen, attentions=maps)
+        return Hidden(
+            final=x_TD,
+            layout=layout,
+            layers={layer: kept[index] for layer, index in resolved.items()},
+            attentions={layer - self.first: maps for layer, maps in context.maps.items()},
+            routing=context.routing,
+            source=source,
+        )
 
     def resolve_layer(self, layer: int) -> int:
         """The layer counted from 0, of one that may be counted from the last.
@@ -75,6 +91,138 @@ class Encoder(nn.Module):
             raise ConfigError(f"layer must be in 0..{num_layers} or -{num_layers + 1}..-1; got {layer}")
         return resolved
 
+
+def _place(position: nn.Module, batch: PackedBatch) -> Placed:
+    """A position as it stands in a batch."""
+    assert isinstance(position, BetweenLayer)
+    return Placed(position, position.tables(batch.positions), position.bias(batch.ids.device))
+
+
+class Encoder(Stack):
+    """A model of one stack: embedding, blocks, final norm.
+
+    Built on the meta device it costs nothing; `init_weights` then fills what `to_empty` has made.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config, range(config.num_layers))
+        self.embedding = EmbeddingLayer(config)
+        init_weights(self, config.init, config.num_layers)
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        layers: Collection[int] = (),
+        attentions: Collection[int] = (),
+        cache: Cache | None = None,
+    ) -> Hidden:
+        """Run the model.
+
+        Args:
+            layers: hidden states to keep: 0 is the input of the first block, k the output of the k-th, the
+                last one after the final norm. Negative ones count from the last; each is kept as it was asked for.
+            attentions: blocks (from 0) whose attention maps to keep; these run on the slow reference kernel.
+            cache: of a decoder: what it knows of the tokens before these, to which these are added.
+
+        Raises:
+            ConfigError: a layer that the stack does not have, or a cache for a model that sees the future.
+            DataError: a sequence longer than its positions allow.
+        """
+        check_lengths(self.config, batch.layout, cache)
+        if cache is not None:
+            self._check_cached()
+        return self.run(self.embedding(batch), batch, layers, attentions, cache=cache)
+
+    def read(self, batch: PackedBatch, layers: Collection[int] = ()) -> Hidden:
+        """Hidden rows of the inputs: what embeddings are made of."""
+        return self(batch, layers)
+
+    def _check_cached(self) -> None:
+        patterns = [self.config.layer(layer).attention.pattern for layer in range(self.config.num_layers)]
+        if any(map(sees_the_future, patterns)):
+            raise ConfigError("a cache needs a model whose tokens see none behind them (attention.pattern: Causal)")
+        if any(isinstance(part, BlockSparse) for pattern in patterns for part in parts_of(pattern)):
+            raise ConfigError(
+                "a cache needs patterns that stay as a sequence grows; the random blocks of BlockSparse are drawn anew "
+                "for each length"
+            )
+
     @property
     def device(self) -> torch.device:
         return self.embedding.symbols.weight.device
+
+
+class Decoder(Encoder):
+    """A model of one stack whose tokens see none behind them: it can go on from a cache."""
+
+
+class EncoderDecoder(nn.Module):
+    """Two stacks that share an embedding; each block of the second attends to the output of the first."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = EmbeddingLayer(config)
+        self.encoder = Stack(config, range(config.num_layers))
+        self.decoder = Stack(config, range(config.num_layers, config.total_layers))
+        init_weights(self, config.init, config.num_layers)
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        layers: Collection[int] = (),
+        attentions: Collection[int] = (),
+        cache: Cache | None = None,
+    ) -> Hidden:
+        """Read `batch.source`, then run the decoder over the batch.
+
+        Layers and attentions are kept of both sides: those of the source in `Hidden.source`.
+
+        Args:
+            cache: keeps the source too, so that only the first batch must have one.
+
+        Raises:
+            ConfigError: a layer that a stack does not have.
+            DataError: a sequence longer than its positions allow.
+        """
+        check_lengths(self.config, batch.layout, cache)
+        source = cache.source if cache is not None else None
+        if source is None:
+            assert batch.source is not None, "an encoder-decoder needs a source side"
+            source = self.read(batch.source, layers, attentions)
+            if cache is not None:
+                cache.source = source
+        return self.decoder.run(self.embedding(batch), batch, layers, attentions, source, cache)
+
+    def read(self, batch: PackedBatch, layers: Collection[int] = (), attentions: Collection[int] = ()) -> Hidden:
+        """Hidden rows of the source side: what embeddings are made of."""
+        check_lengths(self.config, batch.layout)
+        return self.encoder.run(self.embedding(batch), batch, layers, attentions)
+
+    def resolve_layer(self, layer: int) -> int:
+        """As `Stack.resolve_layer`, of the encoder."""
+        return self.encoder.resolve_layer(layer)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.symbols.weight.device
+
+
+def build_trunk(config: TransformerConfig) -> Encoder | EncoderDecoder:
+    """The stacks that a config describes."""
+    if config.num_decoder_layers:
+        return EncoderDecoder(config)
+    sees_ahead = any(sees_the_future(config.layer(layer).attention.pattern) for layer in range(config.num_layers))
+    return Encoder(config) if sees_ahead else Decoder(config)
+
+
+def check_lengths(config: TransformerConfig, layout: Layout, cache: Cache | None = None) -> None:
+    """Refuse sequences longer than positions allow.
+
+    Raises:
+        DataError: names the limit and the length.
+    """
+    before = cache.lengths if cache is not None and cache.lengths else [0] * layout.num_sequences
+    longest, limit = max((n + more for n, more in zip(before, layout.lengths)), default=0), config.max_length
+    if limit is not None and longest > limit:
+        raise DataError(f"a sequence must have {limit} tokens or fewer, as its positions allow; got {longest}")

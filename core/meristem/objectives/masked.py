@@ -5,9 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
-from torch.nn import functional as F
 from torchmetrics import Metric
 
 from meristem.data.corrupt import mask_tokens
@@ -15,13 +13,14 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.model.model import SYMBOLS, Model
 from meristem.objectives.objective import Objective
-from meristem.types import IGNORE, LossOut, PackedBatch, Record, Term, Tokens
+from meristem.objectives.symbols import HitRate, Perplexity, SymbolObjective, require_fractions, score_symbols
+from meristem.types import Hidden, LossOut, PackedBatch, Record, Tokens
 
 HIDDEN = "hidden"
 """Scored tokens that show the mask symbol: those left as they are would flatter a perplexity."""
 
 
-class Masked(Objective):
+class Masked(SymbolObjective):
     """Predict masked symbols.
 
     Args:
@@ -29,13 +28,19 @@ class Masked(Objective):
         mask_frac: fraction of those that are hidden.
         random_frac: fraction of those that are replaced by a random symbol; the rest stays as it is.
         mean_span: mean length, in tokens, of the spans they lie in; 1 scatters them.
+        label_smoothing: share of each target's probability that is spread evenly over all symbols.
     """
 
-    def __init__(self, rate: float = 0.15, mask_frac: float = 0.8, random_frac: float = 0.1, mean_span: float = 1.0):
-        for name, value in {"rate": rate, "mask_frac": mask_frac, "random_frac": random_frac}.items():
-            if not 0 <= value <= 1 or (name == "rate" and value == 0):
-                low = "above 0" if name == "rate" else "0 or more"
-                raise ConfigError(f"objective.{name} must be {low} and at most 1; got {value}")
+    def __init__(
+        self,
+        rate: float = 0.15,
+        mask_frac: float = 0.8,
+        random_frac: float = 0.1,
+        mean_span: float = 1.0,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__(label_smoothing)
+        require_fractions({"rate": rate, "mask_frac": mask_frac, "random_frac": random_frac}, above_zero=("rate",))
         if mask_frac + random_frac > 1:
             raise ConfigError(
                 f"objective.mask_frac + random_frac must be at most 1; got {mask_frac} + {random_frac}; "
@@ -50,19 +55,24 @@ class Masked(Objective):
 
     def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
         if tokenizer.mask_id is None:
-            raise ConfigError("objective Masked needs a tokenizer with a mask symbol; this one has none")
+            raise ConfigError(
+                f"objective {type(self).__name__} needs a tokenizer with a mask symbol; this one has none"
+            )
         self._mask_id, self._random_ids = tokenizer.mask_id, tokenizer.random_ids
         self._num_special = tokenizer.num_special
         if self.random_frac and not len(self._random_ids):
             raise ConfigError("objective.random_frac must be 0 where the tokenizer names no random symbols")
 
     def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        return tuple(self._mask(one, rng) for one in tokens)
-
-    def _mask(self, tokens: Tokens, rng: np.random.Generator) -> Tokens:
         before, behind = self._num_special
-        is_maskable = np.zeros(len(tokens), bool)
-        is_maskable[before : len(tokens) - behind] = True
+        prepared = []
+        for one in tokens:
+            is_maskable = np.zeros(len(one), bool)
+            is_maskable[before : len(one) - behind] = True
+            prepared.append(self._mask(one, is_maskable, rng))
+        return tuple(prepared)
+
+    def _mask(self, tokens: Tokens, is_maskable: np.ndarray, rng: np.random.Generator) -> Tokens:
         ids, targets = mask_tokens(
             tokens.ids,
             is_maskable,
@@ -76,65 +86,20 @@ class Masked(Objective):
         )
         return replace(tokens, ids=ids, targets={**tokens.targets, SYMBOLS: targets})
 
-    @property
-    def heads(self) -> tuple[str, ...]:
-        return (SYMBOLS,)
-
     def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
-        hidden = model.trunk(batch)
-        targets_T = batch.targets[SYMBOLS]
-        rows_M = (targets_T != IGNORE).nonzero().squeeze(1)
-        targets_M = targets_T.index_select(0, rows_M)
-        # only scored rows reach the head: with a large vocabulary it costs as much as several blocks
-        scored_MD = hidden.final.index_select(0, rows_M)
-        logits_MV = model.heads[SYMBOLS](scored_MD, model.trunk.embedding.symbols.weight).float()
-        losses_M = F.cross_entropy(logits_MV, targets_M, reduction="none")
-        count = torch.tensor(float(len(rows_M)), device=losses_M.device)
-        hits_M = (logits_MV.detach().argmax(-1) == targets_M).float()
-        is_hidden_M = batch.ids.index_select(0, rows_M) == self._mask_id
-        return LossOut(
-            terms={SYMBOLS: Term(losses_M.sum(), count)},
-            predictions={SYMBOLS: hits_M, HIDDEN: losses_M.detach()[is_hidden_M]},
-            targets={SYMBOLS: targets_M, HIDDEN: targets_M[is_hidden_M]},
+        return self._masked_loss(model, model.trunk(batch), batch)
+
+    def _masked_loss(self, model: Model, hidden: Hidden, batch: PackedBatch) -> LossOut:
+        scored = score_symbols(model, hidden, batch, self.label_smoothing)
+        is_hidden_M = batch.ids.index_select(0, scored.rows) == self._mask_id
+        out = LossOut(
+            terms={SYMBOLS: scored.term},
+            predictions={SYMBOLS: scored.figures, HIDDEN: scored.figures[is_hidden_M]},
+            targets={SYMBOLS: scored.targets, HIDDEN: scored.targets[is_hidden_M]},
         )
+        return self.with_routers(out, hidden)
 
     def metrics(self) -> dict[str, Metric]:
-        return {f"{SYMBOLS}/accuracy": HitRate(), f"{HIDDEN}/perplexity": Perplexity()}
-
-
-class HitRate(Metric):
-    """The share of hits: predictions come as 1 for a hit, so that no logits are kept."""
-
-    hits: torch.Tensor
-    count: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("hits", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, hits: torch.Tensor, targets: torch.Tensor) -> None:
-        self.hits += hits.double().sum()
-        self.count += len(targets)
-
-    def compute(self) -> torch.Tensor:
-        return self.hits / self.count
-
-
-class Perplexity(Metric):
-    """The exponential of the mean of losses (nats), taken over all of them at once."""
-
-    total: torch.Tensor
-    count: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, losses: torch.Tensor, targets: torch.Tensor) -> None:
-        self.total += losses.double().sum()
-        self.count += len(targets)
-
-    def compute(self) -> torch.Tensor:
-        return (self.total / self.count).exp()
+        # of all scored tokens a perplexity would say little: some show what is asked for
+        own = {f"{SYMBOLS}/accuracy": HitRate(), f"{HIDDEN}/perplexity": Perplexity()}
+        return {**Objective.metrics(self), **own}

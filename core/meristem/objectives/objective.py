@@ -11,7 +11,8 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.model.config import TransformerConfig
 from meristem.model.model import Model
 from meristem.model.readout import Readout
-from meristem.types import IGNORE, LossOut, PackedBatch, Record, Tokens
+from meristem.objectives.routing import routing_counts, routing_figures, routing_terms
+from meristem.types import IGNORE, Hidden, LossOut, PackedBatch, Record, Tokens
 
 if TYPE_CHECKING:  # it imports scipy and torchvision, for seconds, and verbs that only read models need none of it
     from torchmetrics import Metric
@@ -20,13 +21,17 @@ if TYPE_CHECKING:  # it imports scipy and torchvision, for seconds, and verbs th
 class Objective(ABC):
     """What a model is trained for.
 
-    The order of calls: `bind` once when data and tokenizer are known, `prepare` in the data path for each
-    record, `counts` for each pack, `build` once with the model, then `loss` and `after_step` at each step.
+    The order of calls: `bind` and `bind_model` once when data, tokenizer and architecture are known, `prepare` in
+    the data path for each record, `counts` for each pack, `build` and `start` once with the model, then `loss` and
+    `after_step` at each step.
     An objective is a plain value that travels to loader workers; tensors and modules live in what `build` gives.
     """
 
     label_columns: tuple[str, ...] = ()
     """Label columns of the records that this objective reads."""
+
+    config: TransformerConfig | None = None
+    """The architecture, known after `bind_model`."""
 
     def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
         """Learn from the training records what the objective must know.
@@ -40,6 +45,21 @@ class Objective(ABC):
             ConfigError: the objective cannot be trained on these records.
             DataError: a label is not what the objective needs.
         """
+
+    def bind_model(self, config: TransformerConfig) -> None:
+        """Learn what is trained, before anything is written.
+
+        Raises:
+            ConfigError: such a model cannot be trained for this objective.
+        """
+        self.config = config
+
+    def lengths(self, lengths: np.ndarray) -> np.ndarray:
+        """`[N]` rows that records of so many tokens have in a pack, on both sides together; packs are planned by it.
+
+        Known after `bind`. An estimate will do: a pack that is fuller than planned takes more memory, no more.
+        """
+        return lengths
 
     @abstractmethod
     def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
@@ -58,7 +78,23 @@ class Objective(ABC):
         for name, value in batch.labels.items():
             is_known = ~value.isnan() if value.is_floating_point() else value != IGNORE
             counts[name] = float(is_known.sum())
-        return counts
+        return counts | self.router_counts(batch)
+
+    def router_counts(self, batch: PackedBatch) -> dict[str, float]:
+        """How much each term of expert layers counts in this pack; part of all `counts`."""
+        return {} if self.config is None else routing_counts(batch, self.config)
+
+    def with_routers(self, out: LossOut, hidden: Hidden) -> LossOut:
+        """Add what expert layers are asked for, whatever the model is trained for; every `loss` returns this."""
+        if self.config is None:
+            assert not hidden.routing, "a model with expert layers is trained after bind_model"
+            return out
+        predictions, targets = routing_figures(hidden, self.config)
+        return LossOut(
+            terms={**out.terms, **routing_terms(hidden, self.config)},
+            predictions={**out.predictions, **predictions},
+            targets={**out.targets, **targets},
+        )
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -74,6 +110,15 @@ class Objective(ABC):
         """Modules that training alone needs (a light decoder, a teacher); they stay out of the model directory."""
         return nn.ModuleDict()
 
+    def start(self, model: Model, extra: nn.ModuleDict, total_steps: int) -> None:
+        """Called once when the model has its first weights: a teacher begins as its student is.
+
+        A run that goes on loads its state after this.
+
+        Args:
+            total_steps: steps that the run takes; where what rises or falls over a run ends.
+        """
+
     @abstractmethod
     def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
         """Loss terms as sums and counts; each count equals that of `counts`.
@@ -86,8 +131,23 @@ class Objective(ABC):
     def metrics(self) -> "dict[str, Metric]":
         """torchmetrics by name, updated with `predictions[name]`, `targets[name]` of the `LossOut`.
 
-        A name is `<prediction>/<metric>`, such as `location/mcc`.
+        A name is `<prediction>/<metric>`, such as `location/mcc`. Those of expert layers are in all of them.
         """
+        if self.config is None:
+            return {}
+        from meristem.objectives.router_metrics import router_metrics
+
+        return router_metrics(self.config)
+
+    def confusions(self) -> "dict[str, Metric]":
+        """torchmetrics of how often each class was taken for each: `[C, C]` by name of a prediction.
+
+        A name is that of a readout, whose classes they are.
+        """
+        return {}
+
+    def pictures(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> Mapping[str, np.ndarray]:
+        """What there is to see of a pack: `[H, W, 3]` bytes by name, kept in the run directory at each validation."""
         return {}
 
     def after_step(self, model: Model, extra: nn.ModuleDict) -> None:

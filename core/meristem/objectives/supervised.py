@@ -10,7 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+)
 from torchmetrics.regression import MeanAbsoluteError, R2Score, SpearmanCorrCoef
 
 from meristem.data.tokenizer import Tokenizer
@@ -18,6 +23,7 @@ from meristem.errors import ConfigError, DataError
 from meristem.model.config import Max, Mean, Pool, Prefix
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.readout import Readout
+from meristem.objectives.mixing import Mixed, Mixing, mix
 from meristem.objectives.objective import Objective
 from meristem.shapes import Float, Int, Tensor
 from meristem.types import IGNORE, LossOut, PackedBatch, Record, Term, Tokens
@@ -41,6 +47,7 @@ class Target:
             records that differ little, such as the mutants of one protein. Record level only.
         hidden_width: width of a hidden layer in the head; 0 for a linear head.
         dropout: in the head, in training.
+        label_smoothing: share of each target's probability that is spread evenly over all classes, in training.
     """
 
     name: str
@@ -52,6 +59,7 @@ class Target:
     is_standardised: bool = False
     hidden_width: int = 0
     dropout: float = 0.0
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         if self.class_weights is not None and self.task != "classification":
@@ -64,6 +72,10 @@ class Target:
             raise ConfigError(f"target {self.name!r}: is_standardised has an effect at record level only")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"target {self.name!r}: dropout must be in [0, 1); got {self.dropout}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"target {self.name!r}: label_smoothing must be in [0, 1); got {self.label_smoothing}")
+        if self.label_smoothing and self.task != "classification":
+            raise ConfigError(f"target {self.name!r}: label_smoothing needs task classification; got {self.task}")
 
 
 @dataclass(frozen=True)
@@ -85,19 +97,32 @@ class Supervised(Objective):
 
     Args:
         targets: what is predicted; at least one.
+        mixing: of pictures in pairs, in training; for classes of whole records, without weights.
     """
 
-    def __init__(self, targets: list[Target]):
+    def __init__(self, targets: list[Target], mixing: Mixing = Mixing()):  # noqa: B008 (frozen)
         names = [target.name for target in targets]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"objective.targets must name one column or more, each once; got {names}")
         self.targets = tuple(targets)
         self.label_columns = tuple(names)
+        self.mixing = mixing
         self._bound: dict[str, _Bound] = {}
         self._num_special = (0, 0)
+        self._grid: tuple[int, ...] = ()
+        for target in targets if mixing.is_on else ():
+            if target.level == "token" or target.task == "regression" or target.class_weights is not None:
+                raise ConfigError(
+                    f"objective.mixing needs targets that are classes of whole records, without class_weights; "
+                    f"{target.name!r} is not"
+                )
 
     def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
-        self._num_special = tokenizer.num_special
+        self._num_special, self._grid = tokenizer.num_special, tokenizer.grid
+        if self.mixing.is_on and not self._grid:
+            raise ConfigError(
+                "objective.mixing needs pictures of one size; set data.tokenizer.image_px, or mixing.rate: 0"
+            )
         learn = {"classification": _learn_classes, "regression": _learn_scale}
         self._bound = {target.name: learn[target.task](target, labels[target.name], where) for target in self.targets}
 
@@ -151,7 +176,7 @@ class Supervised(Objective):
                 counts[name] = float(weights_C[known.long().cpu()].sum())
             else:
                 counts[name] = float(len(known))
-        return counts
+        return counts | self.router_counts(batch)
 
     @staticmethod
     def _of(batch: PackedBatch, bound: _Bound) -> Tensor:
@@ -159,28 +184,42 @@ class Supervised(Objective):
         return (batch.labels if bound.target.level == "record" else batch.targets)[bound.target.name]
 
     def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
-        hidden = model.trunk(batch)
+        mixed = self._mix(batch) if model.training and self.mixing.is_on else None
+        seen = batch if mixed is None else mixed.batch
+        hidden = model.trunk(seen)
         terms, predictions, targets = {}, {}, {}
         for name, bound in self._bound.items():
-            rows_M, wanted_M = _known(self._of(batch, bound))
-            out_RC = model.heads[name](hidden.final, batch.layout, self._num_special)
+            labels_R = self._of(batch, bound)
+            rows_M, wanted_M = _known(labels_R)
+            out_RC = model.label_outputs(name, hidden.final, batch.layout, self._num_special)
             out_MC = out_RC.index_select(0, rows_M).float()
             if bound.is_classes:
-                terms[name] = _class_term(out_MC, wanted_M, bound)
-                predictions[name], targets[name] = out_MC.detach().argmax(-1), wanted_M
+                nats_M = _class_nats(out_MC, wanted_M, bound, model.training)
+                if mixed is not None:
+                    others_M, shares_M = labels_R[mixed.partners[rows_M]], mixed.shares[rows_M]
+                    nats_M = torch.lerp(_class_nats(out_MC, others_M, bound, model.training), nats_M, shares_M)
+                terms[name] = _class_term(nats_M, wanted_M, bound)
+                predictions[name], targets[name] = out_MC.detach(), wanted_M
             else:
                 total = F.mse_loss(out_MC[:, 0], wanted_M, reduction="sum")
                 terms[name] = Term(total, torch.tensor(float(len(rows_M)), device=total.device), bound.target.weight)
                 mean, std = bound.readout.mean[0], bound.readout.std[0]
                 predictions[name], targets[name] = out_MC.detach()[:, 0] * std + mean, wanted_M * std + mean
-        return LossOut(terms, predictions, targets)
+        return self.with_routers(LossOut(terms, predictions, targets), hidden)
+
+    def _mix(self, batch: PackedBatch) -> Mixed:
+        """Records mixed in pairs, but for those that lack a label."""
+        may_S = torch.stack([batch.labels[name] != IGNORE for name in self._bound]).all(0)
+        return mix(batch, self.mixing, self._grid, may_S)
 
     def metrics(self) -> dict[str, Metric]:
-        found: dict[str, Metric] = {}
+        found = super().metrics()
         for name, bound in self._bound.items():
             if bound.is_classes:
                 num = len(bound.readout.classes)
                 found[f"{name}/accuracy"] = MulticlassAccuracy(num, average="micro")
+                if num > 5:
+                    found[f"{name}/top5"] = MulticlassAccuracy(num, top_k=5, average="micro")
                 found[f"{name}/mcc"] = MulticlassMatthewsCorrCoef(num)
                 found[f"{name}/macro_f1"] = MulticlassF1Score(num, average="macro")
             else:
@@ -190,6 +229,13 @@ class Supervised(Objective):
                 found[f"{name}/mae"] = MeanAbsoluteError()
                 found[f"{name}/r2"] = R2Score()
         return found
+
+    def confusions(self) -> dict[str, Metric]:
+        return {
+            name: MulticlassConfusionMatrix(len(bound.readout.classes))
+            for name, bound in self._bound.items()
+            if bound.is_classes
+        }
 
 
 def _known(values: Tensor) -> tuple[Int[Tensor, "M"], Tensor]:
@@ -201,13 +247,20 @@ def _known(values: Tensor) -> tuple[Int[Tensor, "M"], Tensor]:
     return rows, values.index_select(0, rows)
 
 
-def _class_term(logits: Float[Tensor, "M C"], wanted: Int[Tensor, "M"], bound: _Bound) -> Term:
+def _class_nats(
+    logits: Float[Tensor, "M C"], wanted: Int[Tensor, "M"], bound: _Bound, is_training: bool
+) -> Float[Tensor, "M"]:
+    """Cross-entropies; smoothed in training alone, so that evaluations compare."""
+    weights_C = torch.tensor(bound.class_weights, device=logits.device) if bound.class_weights else None
+    smoothing = bound.target.label_smoothing if is_training else 0.0
+    return F.cross_entropy(logits, wanted, weights_C, reduction="none", ignore_index=IGNORE, label_smoothing=smoothing)
+
+
+def _class_term(nats: Float[Tensor, "M"], wanted: Int[Tensor, "M"], bound: _Bound) -> Term:
     if not bound.class_weights:
-        total = F.cross_entropy(logits, wanted, reduction="sum")
-        return Term(total, torch.tensor(float(len(wanted)), device=total.device), bound.target.weight)
-    weights_C = torch.tensor(bound.class_weights, device=logits.device)
-    total = F.cross_entropy(logits, wanted, weights_C, reduction="sum")
-    return Term(total, weights_C.index_select(0, wanted).sum(), bound.target.weight)
+        return Term(nats.sum(), torch.tensor(float(len(wanted)), device=nats.device), bound.target.weight)
+    weights_C = torch.tensor(bound.class_weights, device=nats.device)
+    return Term(nats.sum(), weights_C.index_select(0, wanted).sum(), bound.target.weight)
 
 
 def _is_missing(value: Any) -> bool:

@@ -1,1 +1,1 @@
-"""What a model makes of records: contacts between residues, and how likely the residues are."""
+"""What a model makes of records: contacts between residues, how likely they are, and where it looks."""

@@ -8,12 +8,14 @@ import lightning as L
 import numpy as np
 
 from meristem.data.loader import EvalLoader, TrainLoader
-from meristem.data.records import ReadOptions, Source
+from meristem.data.records import ReadOptions, Refusal, Source
 from meristem.data.split import split_by_column, split_by_hash, split_by_similarity
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import Tokenizer
+from meristem.data.views import Views
 from meristem.domain import Domain, load_domain
 from meristem.errors import ConfigError, DataError
+from meristem.model.grid import with_grid
 from meristem.objectives.objective import Objective
 from meristem.train.task import Task
 
@@ -69,11 +71,12 @@ class DataModule(L.LightningDataModule):
         payload_column: column of a table that holds the payload; empty for the domain's usual name.
         id_column: column of a table that holds the ids; empty for `id` where there is one.
         tokenizer: options of the domain's tokenizer.
+        augment: options of the domain's views of a record, in training only; none where nothing is said.
         split: how records are dealt to training, validation and test.
         tokens_per_pack: tokens that a device computes at once: the memory it takes goes with it.
         max_tokens_per_record: a longer record is cropped to another random window each time it is trained on;
             null for none. Evaluation takes whole records, but for what learned positions do not reach.
-        on_error: `refuse` stops at a record that cannot be used; `skip` leaves it out and counts it.
+        on_error: `refuse` stops at a record that cannot be used; `skip` leaves it out, and lists it in `refused.csv`.
         num_workers: processes that prepare packs; without effect on what comes.
         cache_dir: where record stores are kept; null for `$MERISTEM_CACHE`, else `~/.cache/meristem`.
         seed: of order and corruption.
@@ -87,6 +90,7 @@ class DataModule(L.LightningDataModule):
         payload_column: str = "",
         id_column: str = "",
         tokenizer: dict[str, Any] | None = None,
+        augment: dict[str, Any] | None = None,
         split: Split = DEFAULT_SPLIT,
         tokens_per_pack: int = 8192,
         max_tokens_per_record: int | None = 1024,
@@ -102,11 +106,15 @@ class DataModule(L.LightningDataModule):
         more = validation_sources or []
         self.validation_sources = [more] if isinstance(more, str) else list(more)
         self.payload_column, self.id_column = payload_column, id_column
+        self._tokenizer_options = tuple(tokenizer or {})
         self.tokenizer: Tokenizer = build_tokenizer(self.domain, tokenizer or {})
+        self.augment = augment
+        self.views: Views | None = None if augment is None else build_views(self.domain, self.tokenizer, augment)
         self.split = split
         self.tokens_per_pack, self.max_tokens_per_record = tokens_per_pack, max_tokens_per_record
         self.on_error, self.num_workers, self.cache_dir, self.seed = on_error, num_workers, cache_dir, seed
         self.remarks: list[str] = []
+        self.refused: list[Refusal] = []
         self.parts: dict[str, tuple[RecordStore, np.ndarray]] = {}
         self.build_progress: Callable[[int, int], None] | None = None
         if not self.sources:
@@ -127,43 +135,60 @@ class DataModule(L.LightningDataModule):
         """
         objective, given = task.objective, task.init_card
         if given is not None:
-            self.tokenizer = _same_tokenizer(self.tokenizer, given.tokenizer)
+            self.tokenizer = given.tokenizer.adapted(self.tokenizer, self._tokenizer_options)
+            task.architecture = with_grid(task.architecture, self.tokenizer.grid)
+            if self.augment is not None:
+                self.views = build_views(self.domain, self.tokenizer, self.augment)
         store = self._store(self.sources, objective.label_columns, self.split.column)
-        rows = self._deal(store)
-        self.parts = {name: (store, part) for name, part in rows.items()}
+        self.parts = {name: (store, rows) for name, rows in self._deal(store).items()}
         if self.validation_sources:
             other = self._store(self.validation_sources, objective.label_columns, "")
             self.parts["validation"] = (other, np.arange(len(other)))
+        self.parts = {
+            name: (its, kept) for name, (its, rows) in self.parts.items() if len(kept := self._usable(its, rows))
+        }
+        if self.refused:
+            listed = f"{len(self.refused):,} record(s) refused and left out, listed in refused.csv"
+            self.remarks.append(f"{listed}, the first: {self.refused[0]}")
         if "train" not in self.parts:
             raise DataError(f"{', '.join(self.sources)}: no record is left for training; see data.split")
         store, train = self.parts["train"]
         labels = {name: store.labels(name, train).to_pylist() for name in objective.label_columns}
+        objective.bind_model(task.architecture)
         objective.bind(self.tokenizer, labels, lambda row: store.where(int(train[row])))
         self._position_limit = task.architecture.max_length
-        limits = [limit for limit in (self.max_tokens_per_record, self._position_limit) if limit]
+        # a window of the rows of an image would be no image
+        wanted = None if self.tokenizer.num_features else self.max_tokens_per_record
+        limits = [limit for limit in (wanted, self._position_limit) if limit]
         self.max_tokens_per_record = min(limits, default=None)
         self.remarks.append(self._summary())
 
     def _store(self, sources: list[str], labels: tuple[str, ...], split_column: str) -> RecordStore:
-        refused: list[Any] = []
         options = ReadOptions(
             payload_column=self.payload_column,
             id_column=self.id_column,
             label_columns=labels,
             split_column=split_column,
-            on_error=refused.append if self.on_error == "skip" else None,
+            on_error=self.refused.append if self.on_error == "skip" else None,
         )
-        store = RecordStore.build(
+        return RecordStore.build(
             self.domain.read,
             [Source(path) for path in sources],
             options,
             name=self.domain.name,
+            files=self.domain.files,
             cache_dir=self.cache_dir,
             progress=self.build_progress,
         )
-        if refused:
-            self.remarks.append(f"{len(refused):,} record(s) refused and left out, the first: {refused[0]}")
-        return store
+
+    def _usable(self, store: RecordStore, rows: np.ndarray) -> np.ndarray:
+        """The rows that the tokenizer takes.
+
+        Raises:
+            DataError: one that it does not take, where none is to be skipped.
+        """
+        lengths = store.token_lengths(self.tokenizer, rows, self.refused.append if self.on_error == "skip" else None)
+        return rows[np.asarray(lengths) >= 0]
 
     def _deal(self, store: RecordStore) -> dict[str, np.ndarray]:
         """Rows of each part."""
@@ -185,11 +210,11 @@ class DataModule(L.LightningDataModule):
     def _summary(self) -> str:
         parts = []
         for name, (store, rows) in self.parts.items():
-            num_tokens = int(store.token_lengths(self.tokenizer)[rows].sum())
+            num_tokens = int(store.token_lengths(self.tokenizer, rows).sum())
             parts.append(f"{name} {len(rows):,} records ({num_tokens:,} tokens)")
         store, rows = self.parts["train"]
         limit = self.max_tokens_per_record
-        num_cropped = int((store.token_lengths(self.tokenizer)[rows] > limit).sum()) if limit else 0
+        num_cropped = int((store.token_lengths(self.tokenizer, rows) > limit).sum()) if limit else 0
         crops = f"; {num_cropped:,} are longer than {limit} tokens and trained on in random windows"
         return f"data: {', '.join(parts)}{crops if num_cropped else ''}"
 
@@ -209,6 +234,7 @@ class DataModule(L.LightningDataModule):
             world_size=trainer.world_size,
             num_workers=self.num_workers,
             max_tokens_per_record=self.max_tokens_per_record,
+            views=self.views,
             start_step=self.first_step,
         )
 
@@ -256,11 +282,15 @@ def build_tokenizer(domain: Domain, options: Mapping[str, Any]) -> Tokenizer:
         raise ConfigError(f"data.tokenizer: the tokenizer of {domain.name} does not take that: {error}") from error
 
 
-def _same_tokenizer(wanted: Tokenizer, given: Tokenizer) -> Tokenizer:
-    """The tokenizer of a model that is trained on; symbols must have the same numbers."""
-    if wanted.vocab != given.vocab:
-        raise ConfigError(
-            "model.init_from must be of the same alphabet as data.domain; "
-            f"got {len(given.vocab)} symbols for {len(wanted.vocab)}"
-        )
-    return wanted if wanted.fingerprint == given.fingerprint else given
+def build_views(domain: Domain, tokenizer: Tokenizer, options: Mapping[str, Any]) -> Views:
+    """The domain's views of records with these options.
+
+    Raises:
+        ConfigError: an option that they do not take, or the domain has none.
+    """
+    if domain.augment is None:
+        raise ConfigError(f"data.augment must not be set: the domain {domain.name} has no augmentation")
+    try:
+        return domain.augment(tokenizer, **options)
+    except TypeError as error:
+        raise ConfigError(f"data.augment: the augmentation of {domain.name} does not take that: {error}") from error

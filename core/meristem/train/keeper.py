@@ -173,4 +173,4 @@ class Keeper(L.Callback):
             return
         facts: dict[str, float] = {"steps": trainer.global_step}
         facts |= {name: round(value, 5) for name, value in self.recorder.last_validation.items()}
-        save_model(path, replace(task.card, facts=facts), task.model)
+        save_model(path, replace(task.card, facts=facts), task.evaluated)

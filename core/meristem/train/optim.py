@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from meristem.errors import ConfigError
+from meristem.model.embed import EmbeddingLayer
+from meristem.model.transformer import Stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,8 @@ class OptimizerConfig:
         schedule: after warm-up: a cosine down to `min_lr_frac` at `trainer.max_steps`, or the inverse square
             root of the step, or a constant.
         min_lr_frac: of `lr`, the least that either curve falls to.
+        layer_decay: each layer learns this many times as fast as the one above it, from the heads down to the
+            embedding (Clark 2020, arXiv 2003.10555; Bao 2021, arXiv 2106.08254); 1 for the same rate everywhere.
     """
 
     lr: float = 4e-4
@@ -34,6 +38,7 @@ class OptimizerConfig:
     warmup_steps: int = 100
     schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
     min_lr_frac: float = 0.1
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -44,6 +49,7 @@ class OptimizerConfig:
             (self.eps > 0, "eps must be positive", self.eps),
             (self.warmup_steps >= 0, "warmup_steps must be 0 or more", self.warmup_steps),
             (0 <= self.min_lr_frac <= 1, "min_lr_frac must be in [0, 1]", self.min_lr_frac),
+            (0 < self.layer_decay <= 1, "layer_decay must be above 0 and at most 1", self.layer_decay),
         ):
             if not is_right:
                 raise ConfigError(f"optimizer.{rule}; got {got}")
@@ -69,29 +75,63 @@ def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], floa
     return factor
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: linear maps are decayed; biases, norms and tables are not."""
-    decayed: dict[str, nn.Parameter] = {}
-    plain: dict[str, nn.Parameter] = {}
-    for prefix, module in model.named_modules():
+def layer_depths(model: nn.Module) -> tuple[dict[int, int], int]:
+    """How far above the inputs each parameter of a trunk stands.
+
+    Returns:
+        Depths by `id`: the embedding and what all blocks share 0, block i (counted through both stacks) i + 1, the
+        final norm of a stack as what follows its last block. What is not listed (heads, pools) stands on top; and that
+        depth.
+    """
+    depths: dict[int, int] = {}
+    top = 1
+    for module in model.modules():
+        if isinstance(module, Stack):
+            above = [(block, module.first + index + 1) for index, block in enumerate(module.blocks)]
+            end = module.first + len(module.blocks) + 1
+            top = max(top, end)
+            placed: list[tuple[nn.Module, int]] = [(module.positions, 0), *above, (module.final_norm, end)]
+        elif isinstance(module, EmbeddingLayer):
+            placed = [(module, 0)]
+        else:
+            continue
+        for part, depth in placed:
+            depths |= {id(parameter): depth for parameter in part.parameters()}
+    return depths, top
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Trainable parameters in groups: linear maps are decayed; biases, norms and tables are not.
+
+    Args:
+        model: trunk and heads, and whatever else is trained.
+        weight_decay: of the first kind.
+        layer_decay: below 1, each depth is a group of its own, with the factor of its learning rate as `lr_scale`.
+    """
+    decayed: dict[int, nn.Parameter] = {}
+    plain: dict[int, nn.Parameter] = {}
+    for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                is_map = parameter.ndim >= 2 and not isinstance(module, nn.Embedding)
-                (decayed if is_map else plain)[f"{prefix}.{name}"] = parameter
-    wanted = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+                # biases of experts stand side by side in two dimensions
+                is_bias = name.endswith("bias")
+                is_map = parameter.ndim >= 2 and not isinstance(module, nn.Embedding) and not is_bias
+                (decayed if is_map else plain)[id(parameter)] = parameter
     # a parameter that two modules share must be in one group
-    shared = {id(parameter) for parameter in plain.values()}
-    groups = [
-        {
-            "params": list({id(p): p for p in decayed.values() if id(p) not in shared}.values()),
-            "weight_decay": weight_decay,
-        },
-        {"params": list({id(p): p for p in plain.values()}.values()), "weight_decay": 0.0},
-    ]
-    covered = [id(parameter) for group in groups for parameter in group["params"]]  # type: ignore[attr-defined]
+    decayed = {key: parameter for key, parameter in decayed.items() if key not in plain}
+    depths, top = layer_depths(model) if layer_decay < 1 else ({}, 0)
+    groups: dict[tuple[int, float], list[nn.Parameter]] = {}
+    for parameters, decay in ((decayed, weight_decay), (plain, 0.0)):
+        for key, parameter in parameters.items():
+            groups.setdefault((depths.get(key, top), decay), []).append(parameter)
+    covered = [id(parameter) for parameters in groups.values() for parameter in parameters]
     assert len(covered) == len(set(covered)), "a parameter is in two groups"
+    wanted = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert set(covered) == wanted, "a trainable parameter is in no group"
-    return [group for group in groups if group["params"]]
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": layer_decay ** (top - depth)}
+        for (depth, decay), parameters in groups.items()
+    ]
 
 
 def build_optimizer(
@@ -102,7 +142,9 @@ def build_optimizer(
     Args:
         total_steps: steps that the run takes; where a cosine ends.
     """
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps
-    )
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    for group in groups:
+        # the schedule multiplies the rate a group begins with; nothing of torch reads `lr_scale`
+        group["lr"] = config.lr * group.pop("lr_scale")
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     return optimizer, LambdaLR(optimizer, lr_factor(config, total_steps))

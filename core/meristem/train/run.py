@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import disable_possible_user_warnings
 
 from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.train.datamodule import DataModule
+from meristem.train.gallery import Gallery
 from meristem.train.keeper import AtomicCheckpointIO, Keeper
 from meristem.train.progress import TrainingProgress
 from meristem.train.recorder import Recorder, evaluation_values
@@ -41,7 +42,7 @@ def fit(
     recorder = Recorder(run, watch, trainer_options.get("log_every_n_steps") or 1)
     keeper = Keeper(run, watch, recorder, say)
     greeter = _Greeter(say)
-    callbacks = [greeter, recorder]
+    callbacks = [greeter, recorder, Gallery(run)]
     if trainer_options.get("enable_progress_bar") is not False:
         callbacks.append(TrainingProgress(recorder))
     if trainer_options["max_steps"] < 1:
@@ -70,7 +71,18 @@ def evaluate(task: Task, data: DataModule, part: str, trainer_options: dict[str,
 
     Args:
         part: `validation` or `test`.
+
+    Raises:
+        CheckpointError: the model lacks what the objective needs.
+        DataError: there is no such part.
     """
+    with torch.device("meta"):
+        beside = task.objective.build(task.architecture)
+    if any(True for _ in beside.parameters()):
+        raise CheckpointError(
+            f"objective {type(task.objective).__name__} can be evaluated in training alone: what it has beside the "
+            "model is in no model directory; its figures are in metrics.csv"
+        )
     caught = _Caught()
     with _fewer_warnings():
         trainer = build_trainer({**trainer_options, "logger": False, "max_steps": 1}, [caught], None, Watch())

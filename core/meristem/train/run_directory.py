@@ -4,18 +4,24 @@
 <run>/run.json                 step, and whether and why the run is finished
 <run>/metrics.csv              a row a step
 <run>/curves.png
+<run>/<name>.png               what the objective has to show of the last validation, such as `reconstruction`
+<run>/refused.csv              records that were left out, where there are any
 <run>/tensorboard/
 <run>/checkpoints/last.ckpt    all that going on needs
 <run>/model/                   the best by validation, or the last where nothing is validated
 <run>/model-last/              the last
 """
 
+import csv
+import io
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meristem.data.records import Refusal
 from meristem.errors import CheckpointError
 
 
@@ -40,6 +46,13 @@ class RunDirectory:
     @property
     def curves(self) -> Path:
         return self.path / "curves.png"
+
+    @property
+    def refused(self) -> Path:
+        return self.path / "refused.csv"
+
+    def picture(self, name: str) -> Path:
+        return self.path / f"{name}.png"
 
     @property
     def last_checkpoint(self) -> Path:
@@ -83,6 +96,15 @@ class RunDirectory:
     def write_state(self, **state: Any) -> None:
         """Say how far the run came: `step`, and `finished` with the reason once it is."""
         write_atomically(self.path / "run.json", (json.dumps(state, indent=2) + "\n").encode())
+
+
+def refusals_as_csv(refused: Sequence[Refusal]) -> bytes:
+    """A line for each record that was left out."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["where", "id", "reason"])
+    writer.writerows([one.where, one.id, one.reason] for one in refused)
+    return text.getvalue().encode()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -7,14 +7,17 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import nn
 from torchmetrics import Metric
 
 from meristem.errors import CheckpointError, ConfigError
 from meristem.model.config import TransformerConfig
+from meristem.model.grid import resampled
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard, load_card, load_model
 from meristem.objectives.objective import Objective
 from meristem.shapes import Tensor
+from meristem.train.ema import MovingAverage
 from meristem.train.optim import OptimizerConfig, build_optimizer
 from meristem.types import PackedBatch, Term
 
@@ -53,6 +56,7 @@ class Task(L.LightningModule):
         init_from: a model directory whose trunk, and the heads that fit, the model starts from.
         freeze_trunk: only heads are trained; the trunk is as in evaluation.
         dropout: of every residual branch; None leaves what the architecture says.
+        ema_decay: of a moving average of the weights, which is what is validated and saved; None for none.
         seed: of initial weights and of what the model does at random.
     """
 
@@ -64,6 +68,7 @@ class Task(L.LightningModule):
         init_from: str | None = None,
         freeze_trunk: bool = False,
         dropout: float | None = None,
+        ema_decay: float | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -82,11 +87,16 @@ class Task(L.LightningModule):
             if not 0 <= dropout < 1:
                 raise ConfigError(f"model.dropout must be in [0, 1); got {dropout}")
             chosen = replace(chosen, residual=replace(chosen.residual, dropout=dropout))
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ConfigError(f"model.ema_decay must be above 0 and below 1; got {ema_decay}")
+        self.ema_decay = ema_decay
         self.architecture = chosen
         self.model: Model
+        self.average: MovingAverage | None = None
         self.remarks: list[str] = []
         self.fresh_heads: tuple[str, ...] = ()
         self._metrics: dict[str, Metric] = {}
+        self._confusions: dict[str, Metric] = {}
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
         self._totals: dict[str, float] = {}
@@ -119,14 +129,26 @@ class Task(L.LightningModule):
             self.extra = self.objective.build(self.architecture)
         if self.init_from and not self.trainer.ckpt_path:
             self._load_initial(self.init_from)
+        self.objective.start(self.model, self.extra, self.trainer.max_steps)
         if self.freeze_trunk:
             self.model.trunk.requires_grad_(False)
-        self._metrics = self.objective.metrics()
+        if self.ema_decay is not None:
+            self.average = MovingAverage(self.ema_decay, self.model, self.extra)
+        self._metrics, self._confusions = self.objective.metrics(), self.objective.confusions()
+
+    @property
+    def evaluated(self) -> Model:
+        """The model that evaluations use and model directories hold: the average where there is one."""
+        if self.average is None:
+            return self.model
+        assert isinstance(self.average.model, Model)
+        return self.average.model
 
     def _load_initial(self, path: str) -> None:
         """Take over the trunk strictly, and each head that is the same; say which are new."""
-        _, given = load_model(path)
-        self.model.trunk.load_state_dict(given.trunk.state_dict(), strict=True)
+        card, given = load_model(path)
+        tensors = resampled(given.trunk.state_dict(), card.architecture, self.architecture)
+        self.model.trunk.load_state_dict(tensors, strict=True)
         taken, fresh = [], []
         for name, head in self.model.heads.items():
             old = given.heads[name].state_dict() if name in given.heads else {}
@@ -153,7 +175,8 @@ class Task(L.LightningModule):
         return self
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = build_optimizer(self.model, self.optimizer_config, self.trainer.max_steps)
+        trained = nn.ModuleList([self.model, self.extra])  # a decoder or a head of the objective learns as well
+        optimizer, schedule = build_optimizer(trained, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:
@@ -196,22 +219,26 @@ class Task(L.LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = float("inf") if not gradient_clip_val else float(gradient_clip_val)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).detach()
-        self.step_lr = float(optimizer.param_groups[0]["lr"])
+        # with layer decay, that of the heads
+        self.step_lr = max(float(group["lr"]) for group in optimizer.param_groups)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.objective.after_step(self.model, self.extra)
+        if self.average is not None:
+            self.average.update(self.model, self.extra, self.trainer.global_step + 1)
 
     def on_validation_epoch_start(self) -> None:
         self._sums, self._num_tokens = {}, 0
-        for metric in self._metrics.values():
+        for metric in (*self._metrics.values(), *self._confusions.values()):
             metric.to(self.device).reset()
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        out = self.objective.loss(self.model, self.extra, batch)
+        extra = self.extra if self.average is None else self.average.extra
+        out = self.objective.loss(self.evaluated, extra, batch)
         self._add(out.terms)
         self._num_tokens += batch.layout.num_tokens
-        for name, metric in self._metrics.items():
+        for name, metric in (*self._metrics.items(), *self._confusions.items()):
             key = name.partition("/")[0]
             if len(out.targets[key]):
                 metric.update(out.predictions[key], out.targets[key])
@@ -222,6 +249,10 @@ class Task(L.LightningModule):
     def metric_values(self) -> dict[str, float]:
         """Metrics of the part just evaluated, by name."""
         return {name: float(metric.compute()) for name, metric in self._metrics.items() if metric.update_called}
+
+    def confusion_values(self) -> dict[str, Tensor]:
+        """`[C, C]` by name: records (or tokens) of each class, by the class that they were taken for."""
+        return {name: metric.compute().cpu() for name, metric in self._confusions.items() if metric.update_called}
 
     def metric_names(self) -> list[str]:
         """All that an evaluation reports beside the loss."""

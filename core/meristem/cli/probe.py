@@ -1,0 +1,166 @@
+"""`meristem probe MODEL DATA... --label COLUMN --output DIR`: what frozen vectors tell about a label."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to probe, for what, how, and where to."""
+    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or a foreign directory")
+    parser.add_argument("inputs", metavar="DATA", nargs="+", help="files of records with labels")
+    parser.add_argument("--test", metavar="DATA", nargs="+", default=[], help="files of the test; DATA is for training")
+    parser.add_argument("--label", required=True, metavar="COLUMN", help="column of the label: classes or numbers")
+    parser.add_argument("--output", required=True, help="folder of metrics.json, predictions.csv and a picture")
+    parser.add_argument(
+        "--method",
+        default="both",
+        choices=["linear", "knn", "both"],
+        help="a linear map (logistic or ridge regression), votes of the nearest neighbours by cosine, or both",
+    )
+    parser.add_argument(
+        "--task",
+        default="auto",
+        choices=["auto", "classification", "regression"],
+        help="auto: regression where labels are numbers and one has a fraction",
+    )
+    parser.add_argument("--k", type=int, help="neighbours that vote; 20 by default, or all where there are fewer")
+    parser.add_argument("--temperature", type=float, default=0.07, help="of the votes")
+    parser.add_argument(
+        "--pool",
+        choices=["mean", "cls", "max", "own"],
+        help="how tokens become one vector: own is the model's, and the default; mean where the model has none",
+    )
+    parser.add_argument("--layer", type=int, default=-1, help="whose vectors: 0 is the embedding, -1 the last")
+    parser.add_argument(
+        "--split",
+        default="hash",
+        choices=["hash", "similarity"],
+        help="how records are dealt: by hash, equal payloads together; or by similarity, similar ones together",
+    )
+    parser.add_argument("--split-column", default="", metavar="COLUMN", help="column of train, validation or test")
+    parser.add_argument("--test-frac", type=float, help="of the records, for the test; 0.2 by default")
+    parser.add_argument(
+        "--validation-frac",
+        type=float,
+        default=0.1,
+        help="of the records for training, to choose the penalty of the linear map by",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another one deals anew")
+    parser.add_argument("--tokens-per-batch", type=int, help="tokens run at once; 4096 on a CPU, 65536 on a GPU")
+    parser.add_argument(
+        "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    parser.add_argument("--domain", default="", help="domain that reads the data; the model's own by default")
+    parser.add_argument(
+        "--on-error",
+        default="refuse",
+        choices=["refuse", "skip"],
+        help="a record that cannot be used: refuse everything, or leave it out and count it",
+    )
+    parser.add_argument("--sequence-column", default="", help="column of a table that holds the payloads")
+    parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
+    parser.add_argument("--cache", metavar="DIR", help="folder in which vectors are kept for the next call")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Probe, and say what came of it."""
+    from pathlib import Path
+
+    from meristem.probing.options import ProbeOptions
+    from meristem.probing.run import probe_files
+
+    options = ProbeOptions(
+        label=args.label,
+        method=args.method,
+        task=args.task,
+        k=args.k,
+        temperature=args.temperature,
+        pool=args.pool,
+        layer=args.layer,
+        split=args.split,
+        split_column=args.split_column,
+        test_frac=args.test_frac,
+        validation_frac=args.validation_frac,
+        seed=args.seed,
+        tokens_per_batch=args.tokens_per_batch,
+        precision=args.precision,
+        domain=args.domain,
+        is_skipping=args.on_error == "skip",
+        payload_column=args.sequence_column,
+        id_column=args.id_column,
+        cache_dir=Path(args.cache) if args.cache else None,
+    )
+    metrics = probe_files(args.model, args.inputs, args.output, options, args.test, _Shown())
+    _print_summary(metrics)
+    print(f"metrics.json, predictions.csv and a picture in {args.output}")
+    return 0
+
+
+def _print_summary(metrics: dict[str, Any]) -> None:
+    """Figures, and what of the records was left out: nothing happens in silence."""
+    records, is_classes = metrics["records"], metrics["task"] == "classification"
+    what = f"{len(metrics['classes'])} classes" if is_classes else "values"
+    print(
+        f"{metrics['label']}: {what} ({metrics['task']}); {records['train']:,} records for training, "
+        f"{records['validation']:,} for validation, {records['test']:,} for the test (by {metrics['split']['by']})"
+    )
+    for key, text in (
+        ("without_label", "without a label, left out"),
+        ("refused", "refused, left out"),
+        ("test_seen_in_training", "of the test whose payload is also in training"),
+    ):
+        if records[key]:
+            print(f"records {text}: {records[key]:,}")
+    if is_classes and metrics["unknown_classes"]:
+        listed = ", ".join(f"{name} ({count:,})" for name, count in metrics["unknown_classes"].items())
+        print(f"classes of the test that training lacks, counted as wrong: {listed}")
+    for method in ("linear", "knn"):
+        if method in metrics:
+            print(f"{method}: {_class_line(metrics[method]) if is_classes else _value_line(metrics[method])}")
+    if is_classes:
+        most = metrics["most_frequent_class"]
+        print(f"always {most['class']!r}, the most frequent class: accuracy {most['accuracy']:.2%}")
+
+
+def _class_line(figures: dict[str, Any]) -> str:
+    top5 = f"top-5 {figures['top5_accuracy']:.2%}, " if "top5_accuracy" in figures else ""
+    return (
+        f"accuracy {figures['accuracy']:.2%}, {top5}macro F1 {figures['macro_f1']:.4f}, MCC {figures['mcc']:.4f} "
+        f"({_how(figures)})"
+    )
+
+
+def _value_line(figures: dict[str, Any]) -> str:
+    names = {"spearman": "Spearman", "r2": "R2", "rmse": "RMSE"}
+    shown = [
+        f"{text} {figures[key]:.4g}" if figures[key] is not None else f"{text} none (all equal)"
+        for key, text in names.items()
+    ]
+    return f"{', '.join(shown)} ({_how(figures)})"
+
+
+def _how(figures: dict[str, Any]) -> str:
+    return f"k {figures['k']}" if "k" in figures else f"L2 {figures['l2']:g}"
+
+
+class _Shown:
+    """Progress on the terminal."""
+
+    def embedding(self, title: str) -> AbstractContextManager[Any]:
+        from meristem.cli.embed import ProgressReport
+
+        return ProgressReport(title)
+
+    def reused(self, records: int) -> None:
+        print(f"{records:,} vectors of an earlier call are used again", file=sys.stderr)
+
+    @contextmanager
+    def fitting(self, total: int) -> Iterator[Callable[[int], None]]:
+        from meristem.cli.console import progress
+
+        print("fitting the linear probe", file=sys.stderr)
+        with progress(total, "penalties", title="fit") as bar:
+            yield bar.advance

@@ -1,0 +1,374 @@
+"""Images to patches and back.
+
+An image is resized and cropped as the evaluation transforms of vision libraries do, or keeps its own size and shape,
+its values are made standard, and it is cut into squares: the rows of a trunk whose symbols are the class token and its
+like.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from meristem.data.picture_sizes import CROPS, native_px, resized_size
+from meristem.data.pictures import NoPicture, load_pillow, picture_px, pixels_of, read_pixels
+from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
+from meristem.errors import CheckpointError, ConfigError
+from meristem.types import TokenColumn, Tokens
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+class RefusedImage(RefusedSymbol):
+    """A payload that is no image, or none that the tokenizer takes."""
+
+    def __init__(self, row: int, reason: str):
+        Exception.__init__(self, reason)
+        self.row, self.offset, self.symbol = row, 0, ""
+
+
+@dataclass(frozen=True)
+class PatchTokenizer(Tokenizer):
+    """One row for each patch, behind the rows of special symbols.
+
+    Features of a patch are ordered by (channel, row, column), as the weights of a convolution over patches are.
+
+    Attributes:
+        image_px: height and width that every image is brought to; None for native resolution: each keeps its size and
+            shape, but for what `max_patches` asks for and sides that are no multiple of a patch (`native_px`).
+        patch_px: side of a patch; an image with a shorter side is refused.
+        num_channels: of the images; how encoded ones are brought to it is in `meristem.data.pictures`.
+        mean: of each channel, subtracted from values between 0 and 1.
+        std: of each channel, that the difference is divided by.
+        resize_px: height and width that an image is resized to before `image_px` is cut out of its centre
+            (`resized_px` gives it for a crop fraction); None for `image_px`.
+        crop: how an image of another shape meets `resize_px`, one of `CROPS`.
+        interpolation: one of `INTERPOLATIONS`, as Pillow does it.
+        prefix: special symbols put before the patches: class token, distillation token, registers.
+        mask: the symbol that hides a patch; empty for none.
+        max_patches: of an image at native resolution; a larger one is shrunk.
+    """
+
+    kind: ClassVar[str] = "patches"
+
+    image_px: tuple[int, int] | None
+    patch_px: int
+    num_channels: int = 3
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resize_px: tuple[int, int] | None = None
+    crop: str = "center"
+    interpolation: str = "bicubic"
+    prefix: tuple[str, ...] = ("<class>",)
+    mask: str = ""
+    max_patches: int | None = None
+
+    def __post_init__(self) -> None:
+        # JSON gives lists; the tokenizer compares and hashes by value
+        for name in ("image_px", "mean", "std", "resize_px", "prefix"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        for name in ("image_px", "resize_px"):
+            size = getattr(self, name)
+            if size is not None and (len(size) != 2 or min(size) < 1):
+                raise ConfigError(f"{name} must be a height and a width of 1 or more; got {list(size)}")
+        if self.patch_px < 1 or any(side % self.patch_px for side in self.image_px or ()):
+            size = " x ".join(map(str, self.image_px or ()))
+            raise ConfigError(
+                f"patch_px must divide the height and the width of image_px; got {self.patch_px} for {size}"
+            )
+        self._check_native()
+        if not len(self.mean) == len(self.std) == self.num_channels:
+            raise ConfigError(
+                f"mean and std must have one value for each of {self.num_channels} channels; "
+                f"got {len(self.mean)} and {len(self.std)}"
+            )
+        if min(self.std) <= 0:
+            raise ConfigError(f"std must be above 0; got {min(self.std)}")
+        for name, allowed in (("crop", CROPS), ("interpolation", INTERPOLATIONS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if len(set(self.vocab)) != len(self.vocab):
+            raise ConfigError("prefix and mask must hold each symbol once")
+
+    def _check_native(self) -> None:
+        if (self.image_px is None) == (self.max_patches is None):
+            raise ConfigError(
+                f"one of image_px and max_patches must be set, the second for native resolution; "
+                f"got {self.image_px} and {self.max_patches}"
+            )
+        if self.max_patches is not None:
+            if self.max_patches < 1:
+                raise ConfigError(f"max_patches must be 1 or more; got {self.max_patches}")
+            if self.resize_px is not None or self.crop != "squash":
+                raise ConfigError(
+                    "images at native resolution are not cropped: resize_px must be None and crop must be squash; "
+                    f"got {self.resize_px} and {self.crop!r}"
+                )
+
+    @property
+    def vocab(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (*self.prefix, self.mask) if self.mask else self.prefix
+
+    @property
+    def num_special(self) -> tuple[int, int]:
+        return len(self.prefix), 0
+
+    @property
+    def mask_id(self) -> int | None:
+        return len(self.prefix) if self.mask else None
+
+    @property
+    def random_ids(self) -> np.ndarray:
+        return np.zeros(0, np.int64)
+
+    @property
+    def num_features(self) -> int:
+        return self.num_channels * self.patch_px**2
+
+    @property
+    def num_axes(self) -> int:
+        return 2
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Rows and columns of patches; empty where each image has its own."""
+        return tuple(side // self.patch_px for side in self.image_px or ())
+
+    @property
+    def fixed_px(self) -> tuple[int, int]:
+        """Height and width that every image is brought to.
+
+        Raises:
+            ConfigError: images keep their own.
+        """
+        if self.image_px is None:
+            raise ConfigError("images must be of one size here; at native resolution each keeps its own (image_px)")
+        return self.image_px
+
+    def of_size(self, image_px: tuple[int, int]) -> "PatchTokenizer":
+        """The same for images of another size; what is cropped stays the same share.
+
+        Raises:
+            ConfigError: images are of no one size, or a patch does not divide the new one.
+        """
+        old = self.fixed_px
+        resize_px = self.resize_px
+        if resize_px is not None:
+            resize_px = (round(resize_px[0] * image_px[0] / old[0]), round(resize_px[1] * image_px[1] / old[1]))
+        return replace(self, image_px=image_px, resize_px=resize_px)
+
+    def adapted(self, wanted: Tokenizer, asked: Collection[str]) -> Tokenizer:
+        """What the model was trained with, for images of the size that is asked for; nothing else can be another."""
+        if asked or not isinstance(wanted, PatchTokenizer):
+            super().adapted(wanted, asked)
+        if not asked or not isinstance(wanted, PatchTokenizer):
+            return self
+        for name in ("patch_px", "num_channels", "mean", "std", "interpolation"):
+            own, other = getattr(self, name), getattr(wanted, name)
+            if name in asked and own != other:
+                raise ConfigError(f"data.tokenizer.{name} must be {own}, as of model.init_from; got {other}")
+        if "image_px" not in asked or wanted.image_px == self.image_px:
+            return self
+        if wanted.image_px is None:
+            return replace(self, image_px=None, resize_px=None, crop="squash", max_patches=wanted.max_patches)
+        return self.of_size(wanted.image_px)
+
+    def encode(self, payload: bytes | np.ndarray) -> Tokens:
+        """Encode one image.
+
+        Args:
+            payload: an image in a file format, or `[H, W, C]` values: bytes, or floats between 0 and 1.
+
+        Raises:
+            DataError: no image, or one of another number of channels.
+        """
+        return self.tokens_at(self._column([self._grid_of(self._pixels(payload))]), 0)
+
+    def encode_column(self, payloads: pa.Array) -> TokenColumn:
+        if isinstance(payloads, pa.ChunkedArray):
+            payloads = payloads.combine_chunks()
+        column_bytes(payloads)  # refuses what is no column of bytes
+        images = []
+        for row, payload in enumerate(payloads):
+            images.append(self._grid_of(self._pixels(payload.as_buffer().to_pybytes(), row)))
+        return self._column(images)
+
+    def encode_values(self, values: Sequence[Any]) -> TokenColumn:
+        """Encode images that a program hands over: paths, encoded bytes, images of Pillow, or arrays."""
+        images = []
+        for row, value in enumerate(values):
+            try:
+                images.append(self._grid_of(self._pixels(_payload_of(value, row), row)))
+            except RefusedImage as error:
+                if not isinstance(value, str | Path) or str(error).startswith(f"{value}: "):
+                    raise
+                raise RefusedImage(row, f"{value}: {error}") from error
+        return self._column(images)
+
+    def lengths(self, payloads: pa.Array) -> np.ndarray:
+        """`[N]` tokens of each image, from its header alone.
+
+        Raises:
+            RefusedImage: no image, or one that cannot be cut into patches.
+        """
+        if isinstance(payloads, pa.ChunkedArray):
+            payloads = payloads.combine_chunks()
+        column_bytes(payloads)  # refuses what is no column of bytes
+        found = np.empty(len(payloads), np.int64)
+        for row, payload in enumerate(payloads):
+            encoded = payload.as_buffer().to_pybytes()
+            if self.num_channels > 4:  # pages, which the header does not tell of
+                found[row] = math.prod(self._grid_of_size(self._pixels(encoded, row).shape))
+                continue
+            with _of_row(row):
+                size = picture_px(encoded)
+            self._check_size(size, row)
+            found[row] = math.prod(self._grid_of_size(size))
+        return found + len(self.prefix)
+
+    def estimate_lengths(self, payloads: pa.Array) -> np.ndarray:
+        return np.full(len(payloads), self.max_patches or math.prod(self.grid))
+
+    def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
+        assert column.features is not None
+        assert column.positions is not None
+        rows = slice(column.offsets[row], column.offsets[row + 1])
+        return Tokens(positions=column.positions[rows], ids=column.ids[rows], features=column.features[rows])
+
+    def decode(self, tokens: Tokens) -> np.ndarray:
+        """The image as the trunk saw it: `[H, W, C]` float32 values between 0 and 1, after resizing and cropping."""
+        assert tokens.features is not None
+        (rows, columns), side = (tokens.positions.max(axis=0) + 1).tolist(), self.patch_px
+        patches = tokens.features[len(self.prefix) :].reshape(rows, columns, self.num_channels, side, side)
+        image = patches.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, self.num_channels)
+        return image * np.array(self.std, np.float32) + np.array(self.mean, np.float32)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "PatchTokenizer":
+        try:
+            return cls(**values)
+        except (TypeError, ValueError, ConfigError) as error:
+            raise CheckpointError(f"tokenizer.json does not describe patches: {error}") from error
+
+    def _column(self, images: list[np.ndarray]) -> TokenColumn:
+        """The column of images given as `[rows, columns, P]`."""
+        before = len(self.prefix)
+        counts = np.array([before + image.shape[0] * image.shape[1] for image in images], np.int64)
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        features = np.zeros((offsets[-1], self.num_features), np.float32)
+        ids = np.full(offsets[-1], -1, np.int32)
+        positions = np.full((offsets[-1], 2), -1, np.int64)
+        for image, start, stop in zip(images, offsets[:-1], offsets[1:]):
+            features[start + before : stop] = image.reshape(-1, self.num_features)
+            ids[start : start + before] = np.arange(before)
+            positions[start + before : stop] = np.indices(image.shape[:2]).reshape(2, -1).T
+        return TokenColumn(ids=ids, offsets=offsets, features=features, positions=positions)
+
+    def _pixels(self, payload: Any, row: int = 0) -> np.ndarray:
+        """`[H, W, C]` bytes or float32 of a payload."""
+        if isinstance(payload, np.ndarray):
+            pixels = self._values_of(payload, row)
+        else:
+            with _of_row(row):
+                if isinstance(payload, bytes):
+                    pixels = read_pixels(payload, self.num_channels)
+                else:
+                    pixels = pixels_of(payload, self.num_channels)
+        self._check_size(pixels.shape, row)
+        return pixels
+
+    def _values_of(self, array: np.ndarray, row: int) -> np.ndarray:
+        if array.ndim == 2 and self.num_channels == 1:
+            array = array[..., None]
+        if array.ndim != 3 or array.shape[2] != self.num_channels or not array.size:
+            raise RefusedImage(row, f"an image must be [height, width, {self.num_channels}]; got {list(array.shape)}")
+        if array.dtype == np.uint8:
+            return array
+        if array.dtype == np.uint16:
+            return array.astype(np.float32) / np.float32(65535)
+        least, most = float(array.min()), float(array.max())
+        # a resized image reaches beyond a little; not-a-number fails both
+        if not np.issubdtype(array.dtype, np.floating) or not (least > -1 and most < 2):
+            kinds = "uint8, uint16, or floats between 0 and 1"
+            raise RefusedImage(row, f"an image must be {kinds}; got {array.dtype} from {least:.6g} to {most:.6g}")
+        return array.astype(np.float32)
+
+    def _check_size(self, size: tuple[int, ...], row: int) -> None:
+        if min(size[:2]) < self.patch_px:
+            raise RefusedImage(
+                row, f"an image must be a patch or more high and wide, {self.patch_px} px; got {size[0]} x {size[1]}"
+            )
+
+    def _grid_of_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Rows and columns of patches of an image of this size."""
+        if self.max_patches is None:
+            return self.grid
+        return tuple(side // self.patch_px for side in native_px(size, self.patch_px, self.max_patches))
+
+    def _grid_of(self, pixels: np.ndarray) -> np.ndarray:
+        """`[rows, columns, P]` standard values of an image."""
+        (rows, columns), side = self._grid_of_size(pixels.shape), self.patch_px
+        size = (rows * side, columns * side)
+        pixels = self._cut(self._resized(pixels, size), size)
+        values = pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
+        values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        patches = values.reshape(rows, side, columns, side, self.num_channels).transpose(0, 2, 4, 1, 3)
+        return patches.reshape(rows, columns, -1)
+
+    def _resized(self, pixels: np.ndarray, image_px: tuple[int, int]) -> np.ndarray:
+        size = resized_size(pixels.shape[:2], self.resize_px or image_px, self.crop)
+        if size == pixels.shape[:2]:
+            return pixels
+        pillow = load_pillow()
+        filter_ = pillow.Resampling[self.interpolation.upper()]
+        # Pillow resizes by (width, height)
+        if pixels.dtype == np.uint8 and self.num_channels == 3:
+            return np.asarray(pillow.fromarray(pixels).resize(size[::-1], filter_))
+        channels = [np.ascontiguousarray(pixels[..., channel]) for channel in range(self.num_channels)]
+        return np.stack([np.asarray(pillow.fromarray(one).resize(size[::-1], filter_)) for one in channels], axis=-1)
+
+    def _cut(self, pixels: np.ndarray, image_px: tuple[int, int]) -> np.ndarray:
+        """`image_px` of the centre; where the image is smaller, it is filled up."""
+        lacking = [max(wanted - got, 0) for wanted, got in zip(image_px, pixels.shape)]
+        if any(lacking):
+            fill = [round(255 * mean) if self.crop == "border" else 0 for mean in self.mean]
+            values = np.array(fill, np.uint8) if pixels.dtype == np.uint8 else np.array(fill, np.float32) / 255
+            (height, width), (above, left) = pixels.shape[:2], (n // 2 for n in lacking)
+            canvas = np.empty((height + lacking[0], width + lacking[1], self.num_channels), pixels.dtype)
+            canvas[:] = values
+            canvas[above : above + height, left : left + width] = pixels
+            pixels = canvas
+        # halves are rounded to even
+        top, left = (round((got - wanted) / 2) for got, wanted in zip(pixels.shape, image_px))
+        return pixels[top : top + image_px[0], left : left + image_px[1]]
+
+
+def _payload_of(value: Any, row: int) -> Any:
+    """A payload, an array or an image of Pillow, of what a program hands over."""
+    if isinstance(value, str | Path):
+        try:
+            return Path(value).read_bytes()
+        except (OSError, ValueError) as error:
+            raise RefusedImage(row, f"{value}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if isinstance(value, bytes | np.ndarray) or hasattr(value, "getbands"):
+        return value
+    kinds = "a path, encoded bytes, an image of Pillow or an array [height, width, channels]"
+    raise RefusedImage(row, f"an image must be {kinds}; got {type(value).__name__}")
+
+
+@contextmanager
+def _of_row(row: int) -> Iterator[None]:
+    """Names the row of a column that is no picture."""
+    try:
+        yield
+    except NoPicture as error:
+        raise RefusedImage(row, str(error)) from error

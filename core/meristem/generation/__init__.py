@@ -1,0 +1,8 @@
+"""Sequences made by a model, token after token: prefill, then a cache that grows.
+
+* `options.py`: what may be asked for.
+* `steps.py`: the model over many sequences at once, one more token of each a step.
+* `choose.py`: from logits to a token, greedy or drawn.
+* `sample.py`, `beams.py`: the two loops.
+* `text.py`: prompts in, texts out.
+"""

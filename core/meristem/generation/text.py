@@ -1,0 +1,146 @@
+"""Prompts in, texts out: what stands between a tokenizer and the loops over ids."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from meristem.data.tokenizer import Tokenizer
+from meristem.errors import ConfigError, DataError, UserError
+from meristem.generation.beams import search
+from meristem.generation.options import Generated, GenerateOptions
+from meristem.generation.sample import IsStop, sample
+from meristem.generation.steps import check_generates
+from meristem.model.model import Model
+
+OnText = Callable[[int, int, str], None]
+"""Told of each piece of text as it is made: number of the prompt, number of the sample, the piece."""
+
+STOP_WINDOW_TOKENS = 64
+"""Tokens looked back for a text that stops a sequence: as many as a stop text has characters, and these."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text made from a prompt.
+
+    Attributes:
+        prompt: as it was given.
+        text: what was made, without the prompt and without special symbols.
+        generated: its tokens, their log-probabilities, and why it ended.
+    """
+
+    prompt: str
+    text: str
+    generated: Generated
+
+
+class Generator:
+    """Makes texts with a model.
+
+    Args:
+        model: in evaluation mode, on its device.
+        tokenizer: that the model was trained with.
+
+    Raises:
+        ConfigError: the model cannot generate.
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer):
+        check_generates(model)
+        self.model, self.tokenizer = model, tokenizer
+        self.is_two_sided = bool(model.config.num_decoder_layers)
+        self.start_id = tokenizer.bos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        self.stop_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+
+    def generate(
+        self, prompts: Iterable[str], options: GenerateOptions, on_text: OnText | None = None
+    ) -> Iterator[list[Sample]]:
+        """The samples of each prompt, in the order of the prompts.
+
+        Args:
+            on_text: told of the text as it is made; not with beams, which decide at the end.
+
+        Raises:
+            DataError: a prompt that the tokenizer refuses, or one that is too long; counts prompts from 1.
+        """
+        left = iter(enumerate(prompts))
+        per_batch = max(1, options.batch_size // max(options.num_samples, options.num_beams))
+        while batch := list(islice(left, per_batch)):
+            ids = [self._encode(number, prompt, options) for number, prompt in batch]
+            if options.num_beams > 1:
+                made = search(self.model, ids, options, self.stop_ids, self.start_id)
+            else:
+                streams = _Streams(self.tokenizer, batch[0][0], on_text) if on_text is not None else None
+                made = sample(
+                    self.model, ids, options, self.stop_ids, self.start_id, self._is_stop(options.stop), streams
+                )
+            for (_, prompt), samples in zip(batch, made, strict=True):
+                yield [Sample(prompt, self.tokenizer.text_of(one.ids), one) for one in samples]
+
+    def _encode(self, number: int, prompt: str, options: GenerateOptions) -> np.ndarray:
+        """Ids that the model goes on from; a decoder's prompt is left open at its end."""
+        try:
+            ids = self.tokenizer.encode(prompt).ids
+        except UserError as error:
+            raise DataError(f"prompt {number + 1}: {error}") from error
+        if not self.is_two_sided:
+            ids = ids[: len(ids) - self.tokenizer.num_special[1]]
+            if not len(ids) and self.tokenizer.bos_id is not None:
+                ids = np.array([self.tokenizer.bos_id])
+        if not len(ids):
+            raise DataError(f"prompt {number + 1}: empty, and the tokenizer has no symbol to begin with")
+        limit = self.model.config.max_length
+        needed = len(ids) if self.is_two_sided else len(ids) + options.max_new_tokens - 1
+        if limit is not None and needed > limit:
+            raise DataError(
+                f"prompt {number + 1}: prompt and new tokens must be {limit} tokens or fewer, as the model's positions "
+                f"allow; got {needed}; shorten the prompt or take fewer new tokens"
+            )
+        return np.asarray(ids, np.int64)
+
+    def _is_stop(self, stop: Sequence[str]) -> IsStop | None:
+        if not stop:
+            return None
+        window = STOP_WINDOW_TOKENS + max(map(len, stop))
+
+        def is_stop(ids: Sequence[int]) -> bool:
+            # the last token must have part in it, or it would have stopped before
+            tail = self.tokenizer.text_of(ids[-window:])
+            return any(text in tail for text in stop)
+
+        return is_stop
+
+
+class _Streams:
+    """Turns tokens into pieces of text as they come: a character of several tokens waits for its last."""
+
+    def __init__(self, tokenizer: Tokenizer, first: int, on_text: OnText):
+        self.tokenizer, self.first, self.on_text = tokenizer, first, on_text
+        self._ids: dict[tuple[int, int], list[int]] = {}
+        self._said: dict[tuple[int, int], str] = {}
+
+    def __call__(self, prompt: int, number: int, token: int) -> None:
+        key = (prompt, number)
+        ids = self._ids.setdefault(key, [])
+        ids.append(token)
+        text = self.tokenizer.text_of(ids)
+        said = self._said.get(key, "")
+        if text.endswith("\ufffd") or not text.startswith(said):
+            return
+        self._said[key] = text
+        if len(text) > len(said):
+            self.on_text(self.first + prompt, number, text[len(said) :])
+
+
+def check_options(**values: object) -> GenerateOptions:
+    """Options of plain values.
+
+    Raises:
+        ConfigError: a name that is none, or a value that cannot work.
+    """
+    try:
+        return GenerateOptions(**values)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ConfigError(f"generate: {error}") from error

@@ -1,0 +1,89 @@
+"""Rotary positions of foreign configs, in the words of `transformers` 5 and in those of before."""
+
+from typing import Any
+
+from meristem.errors import ConfigError
+from meristem.interop.settings import Settings
+from meristem.model.config import BandScaling, LinearScaling, NoScaling, Position, Rotary, Scaling
+
+DEFAULT_BASE = 10000.0
+
+MAX_POSITIONS = 4096
+"""Written where a foreign config wants a longest sequence: rotary positions of ours have no limit."""
+
+WORDS = {
+    "default": set[str](),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+"""Kinds of scaling, and the settings that each has beside its name and base."""
+
+
+def read_rotary(found: Settings) -> Rotary:
+    """Rotary positions, in halves, of `rope_parameters` (since 5) or `rope_theta` and `rope_scaling` (before).
+
+    Raises:
+        ConfigError: a kind of scaling that no part of ours can say, or a setting that it lacks or does not know.
+    """
+    found.require(partial_rotary_factor=1.0)
+    # the older name goes first, as in the reference
+    values = dict(found.get("rope_scaling") or found.get("rope_parameters") or {})
+    older = values.pop("type", "default")
+    kind = values.pop("rope_type", older)
+    base = values.pop("rope_theta", None)
+    if base is None:
+        base = found.get("rope_theta") or DEFAULT_BASE
+    if kind not in WORDS:
+        raise ConfigError(f"rope_type must be one of {', '.join(WORDS)}; got {kind!r}")
+    if values.pop("partial_rotary_factor", None) not in (None, 1.0):
+        raise ConfigError("rope_parameters must turn whole heads; got a partial_rotary_factor other than 1")
+    if kind == "llama3":
+        # a setting outside goes over the one inside; where there is neither, the length of now is that of then
+        length = found.get("original_max_position_embeddings")
+        if length is None:
+            length = values.get("original_max_position_embeddings") or found["max_position_embeddings"]
+        values["original_max_position_embeddings"] = length
+    if set(values) != WORDS[kind]:
+        wanted = ", ".join(sorted(WORDS[kind])) or "nothing more"
+        raise ConfigError(f"rope_type {kind} takes {wanted}; got {', '.join(sorted(values)) or 'nothing'}")
+    return Rotary(base=float(base), scaling=_read_scaling(kind, values))
+
+
+def _read_scaling(kind: str, values: dict[str, Any]) -> Scaling:
+    if kind == "linear":
+        return LinearScaling(factor=float(values["factor"]))
+    if kind == "llama3":
+        return BandScaling(
+            factor=float(values["factor"]),
+            low=float(values["low_freq_factor"]),
+            high=float(values["high_freq_factor"]),
+            original_tokens=values["original_max_position_embeddings"],
+        )
+    return NoScaling()
+
+
+def write_rotary(position: Position) -> dict[str, Any]:
+    """The settings that say it, both new and old, as far as they can."""
+    if not isinstance(position, Rotary):
+        return {}
+    scaling, length = position.scaling, MAX_POSITIONS
+    values: dict[str, Any] = {"rope_type": "default"}
+    if isinstance(scaling, LinearScaling):
+        values = {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, BandScaling):
+        values = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.original_tokens,
+        }
+        # the reference wants a length above the one before scaling
+        length = max(length, int(scaling.factor * scaling.original_tokens), scaling.original_tokens + 1)
+    values["rope_theta"] = position.base
+    return {
+        "max_position_embeddings": length,
+        "rope_theta": position.base,
+        "rope_scaling": None if isinstance(scaling, NoScaling) else values,
+        "rope_parameters": values,
+    }

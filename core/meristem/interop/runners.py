@@ -1,0 +1,252 @@
+"""How the same random input goes through a model of ours and through the library that it came from.
+
+A family names its runner; a runner is a value of four functions, so that a comparison asks for no name of a family.
+Results are tensors by name, one a sequence: `layer 0` (the embedding), `layer 1` ..., `logits`, `contacts`,
+`pooled`, and labels by their names. Of an encoder-decoder the layers of the source side are `source layer 0` ...
+"""
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from meristem.data.pack import pack
+from meristem.data.tokenizer import Tokenizer
+from meristem.model.model import CONTACTS, SYMBOLS, Model
+from meristem.model.transformer import Encoder, EncoderDecoder
+from meristem.shapes import Tensor
+from meristem.types import Hidden, Layout, PackedBatch, Tokens
+
+Results = Mapping[str, list[Tensor]]
+
+LENGTHS = (1, 7, 7, 19, 30, 46)
+"""Payload tokens of the sequences compared: ragged, one as short as can be, two alike."""
+
+TARGET_LENGTHS = (5, 1, 12, 9, 23, 2)
+"""The same of the decoder's side, in another order."""
+
+MASKED_FRAC = 0.2
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How a family's models are run beside those of the library they came from.
+
+    Attributes:
+        library: package that holds the reference.
+        load: the reference of a directory, in evaluation mode and fp32, with explicit attention weights.
+        draw: random inputs; what the reference wants as an image is kept in `Tokens.labels["image"]`.
+        theirs: results of the reference, of the same inputs.
+    """
+
+    library: str
+    load: Callable[[Path], Any]
+    draw: Callable[[Model, Tokenizer, np.random.Generator], list[Tokens]]
+    theirs: Callable[[Any, Sequence[Tokens]], Results]
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the reference can be asked."""
+        return importlib.util.find_spec(self.library) is not None
+
+
+def run_ours(model: Model, tokenizer: Tokenizer, sequences: Sequence[Tokens]) -> Results:
+    """Our results, in the order given; of pairs in the order of the targets."""
+    num_records = sum(not tokens.is_source for tokens in sequences)
+    records = [*range(num_records)] * (len(sequences) // num_records)
+    stripped = [replace(tokens, labels={}) for tokens in sequences]
+    batch = pack(stripped, records)
+    has_contacts = CONTACTS in model.heads
+    hidden = _run_trunk(model.trunk, batch, has_contacts)
+    places = {record: place for place, record in enumerate(batch.records)}
+    order = [places[record] for record in range(num_records)]
+
+    found: dict[str, list[Tensor]] = {}
+    found.update(_layers(hidden, order, ""))
+    if hidden.source is not None:
+        found.update(_layers(hidden.source, order, "source "))
+    if SYMBOLS in model.heads:
+        found["logits"] = _split(model.symbol_logits(hidden), hidden.layout, order)
+    if has_contacts:
+        logits = model.contact_logits(hidden, tokenizer.num_special)
+        found["contacts"] = [logits[place].sigmoid() for place in order]
+    if model.pool is not None:
+        pooled = model.pool(hidden.final, hidden.layout, tokenizer.num_special)
+        found["pooled"] = [pooled[place] for place in order]
+    for readout in model.readouts:
+        outputs = model.label_outputs(readout.name, hidden.final, hidden.layout, tokenizer.num_special)
+        is_record = readout.level == "record"
+        found[readout.name] = [outputs[p] for p in order] if is_record else _split(outputs, hidden.layout, order)
+    return found
+
+
+def _run_trunk(trunk: Encoder | EncoderDecoder, batch: PackedBatch, has_contacts: bool) -> Hidden:
+    """With all layers of both sides, which may be of different depth."""
+    config = trunk.config
+    if isinstance(trunk, Encoder):
+        attentions = range(config.num_layers) if has_contacts else ()
+        return trunk(batch, layers=range(config.num_layers + 1), attentions=attentions)
+    assert batch.source is not None
+    source = trunk.read(batch.source, layers=range(config.num_layers + 1))
+    layers = range(config.num_decoder_layers + 1)
+    return trunk.decoder.run(trunk.embedding(batch), batch, layers, source=source)
+
+
+def _layers(hidden: Hidden, order: Sequence[int], side: str) -> dict[str, list[Tensor]]:
+    return {f"{side}layer {k}": _split(rows, hidden.layout, order) for k, rows in hidden.layers.items()}
+
+
+def _split(rows: Tensor, layout: Layout, order: Sequence[int]) -> list[Tensor]:
+    parts = rows[: layout.num_tokens].split(list(layout.lengths))
+    return [parts[place] for place in order]
+
+
+# --- inputs ------------------------------------------------------------------------------------------------------
+
+
+def random_tokens(tokenizer: Tokenizer, length: int, rng: np.random.Generator, num_types: int = 0) -> Tokens:
+    """A random payload between its special symbols, a share of it masked where there is a mask.
+
+    Args:
+        num_types: of tokens; a sequence begins with those of type 0 and goes on with 1.
+    """
+    framed = tokenizer.encode("")
+    before, behind = tokenizer.num_special
+    payload = rng.choice(tokenizer.random_ids, length)
+    if tokenizer.mask_id is not None:
+        payload[rng.random(length) < MASKED_FRAC] = tokenizer.mask_id
+    ids = np.concatenate([framed.ids[:before], payload, framed.ids[len(framed.ids) - behind :]]).astype(np.int64)
+    split = rng.integers(1, len(ids) + 1)
+    types = np.minimum(np.arange(len(ids)) >= split, num_types - 1).astype(np.int64) if num_types > 1 else None
+    return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, token_types=types)
+
+
+def draw_sequences(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Tokens]:
+    """Ragged sequences; none longer than positions allow."""
+    limit = (model.config.max_length or max(LENGTHS) + 8) - sum(tokenizer.num_special)
+    return [random_tokens(tokenizer, min(n, limit), rng, model.config.embedding.token_types) for n in LENGTHS]
+
+
+def draw_pairs(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Tokens]:
+    """Sources, then as many targets: each begins with symbol 0, as decoders of this kind do."""
+    sources = [replace(tokens, is_source=True) for tokens in draw_sequences(model, tokenizer, rng)]
+    targets = []
+    for length in TARGET_LENGTHS:
+        ids = np.concatenate([[0], rng.choice(tokenizer.random_ids, length)]).astype(np.int64)
+        targets.append(Tokens(positions=np.arange(len(ids))[:, None], ids=ids))
+    return [*sources, *targets]
+
+
+# --- references of `transformers` --------------------------------------------------------------------------------
+
+
+def load_transformers(folder: Path) -> Any:
+    """The directory as `transformers` loads it."""
+    transformers = importlib.import_module("transformers")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or ["AutoModelForMaskedLM"])[0]
+    with _quiet(transformers):
+        loaded = getattr(transformers, name).from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
+        )
+    return loaded.eval()
+
+
+def padded(sequences: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids `[S, n]`, and the mask of what is no padding."""
+    lengths = [len(tokens) for tokens in sequences]
+    ids = torch.full((len(sequences), max(lengths)), pad)
+    for row, tokens in zip(ids, sequences):
+        row[: len(tokens)] = torch.from_numpy(tokens.ids)
+    return ids, (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+
+def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[Tokens]], Results]:
+    """Runs a model of `transformers` on padded sequences with an attention mask.
+
+    Args:
+        outputs: attributes of its output by our names of results, beside `logits`, or several of which the first that
+            is there counts; those that are not there are not compared.
+    """
+
+    def theirs(reference: Any, sequences: Sequence[Tokens]) -> Results:
+        ids, mask = padded(sequences, getattr(reference.config, "pad_token_id", None) or 0)
+        more = {}
+        if any(tokens.token_types is not None for tokens in sequences):
+            types = torch.zeros_like(ids)
+            for row, tokens in zip(types, sequences):
+                assert tokens.token_types is not None
+                row[: len(tokens)] = torch.from_numpy(tokens.token_types)
+            more["token_type_ids"] = types
+        out = reference(input_ids=ids, attention_mask=mask, output_hidden_states=True, **more)
+        found = {f"layer {k}": _unpad(layer, sequences) for k, layer in enumerate(out.hidden_states)}
+        return found | _outputs(out, {"logits": "logits", **outputs}, sequences)
+
+    return theirs
+
+
+def run_pairs(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[Tokens]], Results]:
+    """Runs an encoder-decoder of `transformers` on padded sources and targets; `outputs` as above."""
+
+    def theirs(reference: Any, sequences: Sequence[Tokens]) -> Results:
+        sources = [tokens for tokens in sequences if tokens.is_source]
+        targets = [tokens for tokens in sequences if not tokens.is_source]
+        pad = reference.config.pad_token_id or 0
+        ids, mask = padded(sources, pad)
+        target_ids, target_mask = padded(targets, pad)
+        out = reference(
+            input_ids=ids,
+            attention_mask=mask,
+            decoder_input_ids=target_ids,
+            decoder_attention_mask=target_mask,
+            output_hidden_states=True,
+        )
+        found = {f"source layer {k}": _unpad(x, sources) for k, x in enumerate(out.encoder_hidden_states)}
+        found.update({f"layer {k}": _unpad(x, targets) for k, x in enumerate(out.decoder_hidden_states)})
+        return found | _outputs(out, {"logits": "logits", **outputs}, targets)
+
+    return theirs
+
+
+def _unpad(rows: Tensor, sequences: Sequence[Tokens]) -> list[Tensor]:
+    return [row[: len(tokens)] for row, tokens in zip(rows, sequences)]
+
+
+def _outputs(
+    out: Any, names: Mapping[str, str | tuple[str, ...]], sequences: Sequence[Tokens]
+) -> dict[str, list[Tensor]]:
+    found = {}
+    for ours, named in names.items():
+        values = [getattr(out, name, None) for name in ([named] if isinstance(named, str) else named)]
+        for value in values:
+            if value is not None:
+                found[ours] = list(value) if value.ndim == 2 else _unpad(value, sequences)
+                break
+    return found
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without the library's bars and remarks, which would stand in the middle of ours."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()
+
+
+SEQUENCES = Runner("transformers", load_transformers, draw_sequences, run_sequences())
+"""Encoders and decoders."""
+
+PAIRS = Runner("transformers", load_transformers, draw_pairs, run_pairs())
+"""Encoder-decoders."""

@@ -1,0 +1,302 @@
+"""T5 and T5 v1.1 (Raffel 2020, arXiv 1910.10683; Shazeer 2020, arXiv 2002.05202), and their encoder alone.
+
+As Hugging Face keeps them (`T5ForConditionalGeneration`, `T5EncoderModel`): two pre-norm stacks without biases that
+share an embedding, scores that are not scaled, and a bias by bucket of distances, one table a stack, which looks both
+ways in the encoder. v1.1 has gated feed-forward layers, and a head of its own.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meristem.data.tokenizer import Tokenizer
+from meristem.errors import ConfigError
+from meristem.interop.family import Family, ForeignConfig, classes_by_head, symbols_by_class
+from meristem.interop.runners import PAIRS, SEQUENCES
+from meristem.interop.settings import Settings, foreign_activation
+from meristem.interop.table import STACKED, FuseHeads, Ignored, KeyTable, Rename, Row, Tied, joined
+from meristem.interop.vocabulary import read_subwords, write_subwords
+from meristem.model.config import (
+    Attention,
+    BucketBias,
+    Causal,
+    Embedding,
+    FeedForward,
+    LayerRule,
+    Residual,
+    RMSNorm,
+    TokenHead,
+    TransformerConfig,
+)
+from meristem.shapes import Tensor
+
+Writer = Callable[[TransformerConfig, Tokenizer], dict[str, Any]]
+
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
+
+COPIES = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+"""Modules whose weight is the shared embedding, where it is not another tensor."""
+
+DEFAULTS = {
+    "d_kv": 64,
+    "num_decoder_layers": None,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "dropout_rate": 0.1,
+    "layer_norm_epsilon": 1e-6,
+    "is_encoder_decoder": True,
+    "tie_word_embeddings": True,
+}
+
+
+def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of a `T5Config`.
+
+    The reference ties the head whatever `tie_word_embeddings` says, unless the file holds another tensor for it;
+    the setting says whether rows are scaled before the head, where `scale_decoder_outputs` does not.
+
+    Raises:
+        ConfigError: a setting that no part of ours can say.
+    """
+    found = Settings("a T5", config, {**DEFAULTS, "feed_forward_proj": "relu"}, ALIASES)
+    kind = str(found["feed_forward_proj"])
+    *gated, name = kind.split("-")
+    if gated not in ([], ["gated"]):
+        raise ConfigError(f"feed_forward_proj must be NAME or gated-NAME in a T5 config; got {kind!r}")
+    # `gated-gelu` means the approximation by tanh; the longer settings, where they are there, have the last word
+    implied = {"dense_act_fn": "gelu_new" if gated and name == "gelu" else name, "is_gated_act": bool(gated)}
+    found = Settings("a T5", {**implied, **found}, {}, ALIASES)
+    is_scaled = found.get("scale_decoder_outputs", found["tie_word_embeddings"] is not False)
+    head = read_head(found, tensors, is_scaled, is_always_tied=True)
+    return read_stacks(found, found["is_gated_act"], head)
+
+
+def read_stacks(found: Settings, is_gated: bool, head: TokenHead | None) -> TransformerConfig:
+    """What all families of this kind have in common.
+
+    Raises:
+        ConfigError: a setting that no part of ours can say.
+    """
+    found.require(is_decoder=False)
+    num_layers, num_decoder_layers = found["num_layers"], 0
+    if not is_encoder_alone(found):
+        num_decoder_layers = num_layers if found["num_decoder_layers"] is None else found["num_decoder_layers"]
+    dropout = found["dropout_rate"]
+    attention = Attention(
+        num_heads=found["num_heads"],
+        head_width=found["d_kv"],
+        qkv_bias=False,
+        out_bias=False,
+        scale=1.0,
+        dropout=dropout,
+    )
+    buckets = BucketBias(
+        num_buckets=found["relative_attention_num_buckets"],
+        max_distance=found["relative_attention_max_distance"],
+    )
+    looks_back = LayerRule(
+        start=num_layers,
+        attention=replace(attention, pattern=Causal()),
+        position=replace(buckets, is_two_sided=False),
+    )
+    return TransformerConfig(
+        width=found["d_model"],
+        num_layers=num_layers,
+        num_decoder_layers=num_decoder_layers,
+        embedding=Embedding(vocab_size=found["vocab_size"], dropout=dropout),
+        position=buckets,
+        attention=attention,
+        feedforward=FeedForward(
+            width=found["d_ff"],
+            activation=found.activation("dense_act_fn"),
+            is_gated=is_gated,
+            in_bias=False,
+            out_bias=False,
+            dropout=dropout,
+        ),
+        norm=RMSNorm(eps=found["layer_norm_epsilon"]),
+        residual=Residual(dropout=dropout),
+        layers=(looks_back,) if num_decoder_layers else (),
+        head=head,
+    )
+
+
+def is_encoder_alone(found: Settings) -> bool:
+    """Whether there is no decoder: `T5EncoderModel`, whose config may go on speaking of one."""
+    classes = found.get("architectures") or ()
+    return not found["is_encoder_decoder"] or any(name.endswith("EncoderModel") for name in classes)
+
+
+def read_head(
+    found: Settings, tensors: Mapping[str, Tensor], is_scaled: bool, is_always_tied: bool
+) -> TokenHead | None:
+    """The symbol head: a map alone.
+
+    Args:
+        is_scaled: rows are scaled by `1 / sqrt(D)` before it.
+        is_always_tied: it is tied wherever the tensors do not say otherwise; else where the config says so too.
+    """
+    if is_encoder_alone(found):
+        return None
+    is_tied = bool(found["tie_word_embeddings"])
+    if tensors and (is_tied or is_always_tied):
+        own, shared = tensors.get("lm_head.weight"), tensors.get("shared.weight")
+        is_tied = own is None or (shared is not None and torch.equal(own, shared))
+    scale = float(found["d_model"]) ** -0.5 if is_scaled else 1.0
+    return TokenHead(activation=None, is_tied=is_tied, bias=False, scale=scale)
+
+
+def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `T5Config` of ours, as far as one can say it."""
+    feedforward, head = architecture.feedforward, architecture.head
+    name = foreign_activation(feedforward.activation)
+    return {
+        "model_type": "t5",
+        **write_stacks(architecture, tokenizer),
+        "feed_forward_proj": f"gated-{name}" if feedforward.is_gated else name,
+        "dense_act_fn": name,
+        "is_gated_act": feedforward.is_gated,
+        "scale_decoder_outputs": head is None or head.scale != 1.0,
+    }
+
+
+def write_stacks(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The settings that all families of this kind have in common."""
+    position, attention, head = architecture.position, architecture.attention, architecture.head
+    if not isinstance(position, BucketBias):
+        raise ConfigError(f"positions must be a BucketBias; got {type(position).__name__}")
+    return {
+        "vocab_size": architecture.embedding.vocab_size,
+        "d_model": architecture.width,
+        "d_kv": architecture.head_width,
+        "d_ff": architecture.feedforward.width,
+        "num_heads": attention.num_heads,
+        "num_layers": architecture.num_layers,
+        "num_decoder_layers": architecture.num_decoder_layers or architecture.num_layers,
+        "is_encoder_decoder": architecture.num_decoder_layers > 0,
+        "relative_attention_num_buckets": position.num_buckets,
+        "relative_attention_max_distance": position.max_distance,
+        "dropout_rate": architecture.residual.dropout,
+        "layer_norm_epsilon": getattr(architecture.norm, "eps", None),
+        "tie_word_embeddings": head is None or head.is_tied,
+        "pad_token_id": tokenizer.pad_id or 0,
+        "decoder_start_token_id": tokenizer.pad_id or 0,
+        "eos_token_id": 1 if tokenizer.eos_id is None else tokenizer.eos_id,
+    }
+
+
+def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer of a directory, and a note where its decoder does not start from padding, as ours does."""
+    tokenizer, notes = read_subwords(folder, config)
+    start, pad = config.get("decoder_start_token_id"), tokenizer.pad_id
+    if start is not None and start != pad:
+        notes = [*notes, f"decoders start from the symbol of padding, {pad}; this one was used to start from {start}"]
+    return tokenizer, notes
+
+
+def table(architecture: TransformerConfig, *_: object) -> KeyTable:
+    """Every tensor of a T5."""
+    return build_table(architecture, "DenseReluDense", Rename("trunk.embedding.symbols", "shared"))
+
+
+def build_table(architecture: TransformerConfig, feedforward: str, symbols: Row) -> KeyTable:
+    """Every tensor of one stack or two.
+
+    Args:
+        feedforward: name of the module of a feed-forward layer.
+        symbols: row of the embedding.
+    """
+    rows = [symbols, Rename("heads.tokens.out", "lm_head")]
+    if architecture.num_decoder_layers:
+        rows += _rows_of_stack(architecture, "trunk.encoder", "encoder", feedforward)
+        rows += _rows_of_stack(architecture, "trunk.decoder", "decoder", feedforward)
+    else:
+        rows += _rows_of_stack(architecture, "trunk", "encoder", feedforward)
+    return KeyTable(
+        rows=tuple(rows),
+        tied=tuple(Tied(f"{name}.weight", "shared.weight") for name in COPIES),
+        # published files hold a table that no layer reads: attention to the source has no positions
+        ignored=(Ignored(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"),),
+    )
+
+
+def _rows_of_stack(architecture: TransformerConfig, own: str, foreign: str, feedforward: str) -> list[Row]:
+    block, layer = f"{own}.blocks.{{}}", f"{foreign}.block.{{}}.layer"
+    is_decoder = foreign == "decoder"
+    last = f"{layer}.{2 if is_decoder else 1}"
+    mlp, attention = f"{last}.{feedforward}", f"{layer}.0.SelfAttention"
+    rows = [
+        Rename(f"{own}.positions.0.table", f"{foreign}.block.0.layer.0.SelfAttention.relative_attention_bias"),
+        Rename(f"{block}.attention_norm", f"{layer}.0.layer_norm"),
+        FuseHeads(f"{block}.attention.qkv", f"{attention}.q", f"{attention}.k", f"{attention}.v"),
+        Rename(f"{block}.attention.out", f"{attention}.o"),
+        Rename(f"{block}.feedforward_norm", f"{last}.layer_norm"),
+        Rename(f"{block}.feedforward.down", f"{mlp}.wo"),
+        Rename(f"{block}.experts.router", f"{mlp}.router.classifier"),
+        Row(f"{block}.experts.up", (f"{mlp}.experts.expert_{{expert}}.wi.weight",), STACKED),
+        Row(f"{block}.experts.down", (f"{mlp}.experts.expert_{{expert}}.wo.weight",), STACKED),
+        Rename(f"{own}.final_norm", f"{foreign}.final_layer_norm"),
+    ]
+    if architecture.feedforward.is_gated:
+        rows.append(Row(f"{block}.feedforward.up", (f"{mlp}.wi_0", f"{mlp}.wi_1"), joined(2)))
+    else:
+        rows.append(Rename(f"{block}.feedforward.up", f"{mlp}.wi"))
+    if is_decoder:
+        source = f"{layer}.1.EncDecAttention"
+        rows += [
+            Rename(f"{block}.cross_norm", f"{layer}.1.layer_norm"),
+            Rename(f"{block}.cross.q", f"{source}.q"),
+            Row(f"{block}.cross.kv", (f"{source}.k", f"{source}.v"), joined(2)),
+            Rename(f"{block}.cross.out", f"{source}.o"),
+        ]
+    return rows
+
+
+def is_encoder(config: ForeignConfig) -> bool:
+    """As `is_encoder_alone`, of a config as it was found."""
+    return is_encoder_alone(Settings("a T5", config, DEFAULTS))
+
+
+def with_stacks(write: Writer, count: int) -> Writer:
+    """Refuses models of another number of stacks, which are of another class there."""
+
+    def checked(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+        stacks = 2 if architecture.num_decoder_layers else 1
+        if stacks != count:
+            raise ConfigError(f"a model must have {count} stacks; got num_decoder_layers={stacks - 1}")
+        return write(architecture, tokenizer)
+
+    return checked
+
+
+T5 = Family(
+    name="T5",
+    domain="text",
+    recognises=lambda config: config.get("model_type") == "t5" and not is_encoder(config),
+    read_config=read_config,
+    write_config=with_stacks(write_config, 2),
+    read_tokenizer=read_tokenizer,
+    write_tokenizer=write_subwords,
+    table=table,
+    read_heads=symbols_by_class("T5ForConditionalGeneration", "T5WithLMHeadModel"),
+    name_class=classes_by_head("T5ForConditionalGeneration", "T5Model"),
+    runner=PAIRS,
+)
+
+T5_ENCODER = replace(
+    T5,
+    name="the encoder of T5",
+    recognises=lambda config: config.get("model_type") == "t5" and is_encoder(config),
+    write_config=with_stacks(write_config, 1),
+    read_heads=lambda config, names: (),
+    name_class=lambda heads: "T5EncoderModel",
+    runner=SEQUENCES,
+)

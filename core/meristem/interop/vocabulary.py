@@ -1,0 +1,264 @@
+"""Tokenizers of foreign directories, in and out, so that ids agree.
+
+`tokenizer.json` is the tokenizer where there is one. Older directories hold vocabulary files, from which the same is
+built as their own library builds it (`vocabulary_files`). What the other files say is added as that library adds it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from meristem.data.kmers import KmerTokenizer
+from meristem.data.subwords import ROLES, SubwordTokenizer
+from meristem.data.tokenizer import Tokenizer
+from meristem.errors import CheckpointError, ConfigError
+from meristem.interop.vocabulary_files import (
+    CLASS,
+    DEFINITION,
+    SETTINGS,
+    frame,
+    read_definition,
+    read_lines,
+    read_object,
+    usual_roles,
+)
+
+SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
+
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""How a symbol of `added_tokens` is found in a text."""
+
+Definition = dict[str, Any]
+"""`tokenizer.json` as an object."""
+
+
+def read_subwords(folder: Path, config: Mapping[str, Any]) -> tuple[SubwordTokenizer, list[str]]:
+    """The tokenizer of a foreign directory whose tokens are pieces of words.
+
+    Args:
+        folder: the directory.
+        config: its `config.json`; `vocab_size` bounds the ids, and `pad_token_id` and its like name special symbols
+            that no file of the tokenizer names.
+
+    Returns:
+        The tokenizer, and notes for the user.
+
+    Raises:
+        CheckpointError: no file of a tokenizer, or one that is damaged or does not go with the others.
+        ConfigError: the library for it is not installed.
+    """
+    settings = read_object(folder / SETTINGS)
+    file, definition, notes = read_definition(folder, settings)
+    try:
+        vocab = _vocab_of(definition)
+        roles = _read_roles(folder, settings, config, definition, vocab)
+        notes += _add_symbols(file, definition, vocab, roles, _read_added(folder, settings), config.get("vocab_size"))
+        _apply(definition, settings)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{file} must be as the tokenizers library writes it: {reason}") from error
+    special = {role: token["content"] for role, token in roles.items()}
+    try:
+        tokenizer = SubwordTokenizer(json.dumps(definition, ensure_ascii=False), special)
+        # a definition says itself what is put around a text, and the other library heeds no setting against it
+        return tokenizer if file.name == DEFINITION else _with_frame(tokenizer, definition, settings), notes
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def write_subwords(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files of a foreign tokenizer, by name.
+
+    Raises:
+        ConfigError: a tokenizer of another kind.
+    """
+    if not isinstance(tokenizer, SubwordTokenizer):
+        raise ConfigError(f"a tokenizer must be one of subwords to be written as one; got one of {tokenizer.kind}")
+    names = {f"{role}_token": symbol for role, symbol in tokenizer.special.items()}
+    settings = {**names, "clean_up_tokenization_spaces": False, "tokenizer_class": CLASS}
+    return {DEFINITION: _text(json.loads(tokenizer.definition)), SETTINGS: _text(settings), SPECIAL: _text(names)}
+
+
+def read_kmers(folder: Path, config: Mapping[str, Any]) -> tuple[KmerTokenizer, list[str]]:
+    """The tokenizer of a foreign directory whose tokens are words of k bases, of its `vocab.txt`.
+
+    Args:
+        folder: the directory.
+        config: its `config.json`; `vocab_size` bounds the ids.
+
+    Returns:
+        The tokenizer, and notes for the user.
+
+    Raises:
+        CheckpointError: no vocabulary, or one that is damaged or larger than `vocab_size`.
+    """
+    file = folder / "vocab.txt"
+    vocab = read_lines(file)
+    stated = {**read_object(folder / SPECIAL), **read_object(folder / SETTINGS)}
+    named = {role: _symbol(folder, stated.get(f"{role}_token") or f"<{role}>")["content"] for role in ROLES}
+    special = {role: symbol for role, symbol in named.items() if symbol in vocab}
+    if "cls" not in special:
+        raise CheckpointError(f"{file} must hold {named['cls']}, which begins each sequence; it does not")
+    if len(vocab) > config.get("vocab_size", len(vocab)):
+        raise CheckpointError(f"{file}: vocab_size must be {len(vocab)} or more; got {config['vocab_size']}")
+    # of these models, none was trained with an end; a directory has one only where it says so
+    suffix = (special["eos"],) if stated.get("eos_token") and "eos" in special else ()
+    try:
+        tokenizer = KmerTokenizer(tuple(vocab), (special["cls"],), suffix, special)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    return tokenizer, ["lower case is read as upper case, U as T, and each letter but A, C, G and T as one N"]
+
+
+def write_kmers(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files of a foreign tokenizer, by name.
+
+    Raises:
+        ConfigError: a tokenizer of another kind, or one that puts around a sequence what the files cannot say.
+    """
+    if not isinstance(tokenizer, KmerTokenizer):
+        raise ConfigError(f"a tokenizer must be one of k-mers to be written as one; got one of {tokenizer.kind}")
+    special = dict(tokenizer.special)
+    if tokenizer.prefix != (special.get("cls"),) or tokenizer.suffix not in ((), (special.get("eos"),)):
+        raise ConfigError(
+            "a tokenizer of k-mers must put cls before a sequence, and eos or nothing behind it, to be written; "
+            f"got {tokenizer.prefix} and {tokenizer.suffix}"
+        )
+    names: dict[str, str | None] = {f"{role}_token": symbol for role, symbol in special.items()}
+    if not tokenizer.suffix:
+        names["eos_token"] = None
+    # the foreign class splits at spaces and at symbols of its vocabulary, and takes the longest that fits
+    settings = {**names, "clean_up_tokenization_spaces": False, "tokenizer_class": "EsmTokenizer"}
+    stated = {name: symbol for name, symbol in names.items() if symbol}
+    return {"vocab.txt": "\n".join(tokenizer.vocab), SETTINGS: _text(settings), SPECIAL: _text(stated)}
+
+
+def _vocab_of(definition: Definition) -> dict[str, int]:
+    """Ids of the model's symbols and of those added to it."""
+    vocab = definition["model"]["vocab"]
+    ids = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    if not all(isinstance(i, int) for i in ids.values()):
+        raise ValueError("model.vocab gives no integer for each symbol")
+    definition["added_tokens"] = list(definition.get("added_tokens") or [])
+    return {**ids, **{token["content"]: token["id"] for token in definition["added_tokens"]}}
+
+
+def _read_roles(
+    folder: Path,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    definition: Definition,
+    vocab: Mapping[str, int],
+) -> dict[str, dict[str, Any]]:
+    """Special symbols by role: as the files name them, else by convention, else as the config numbers them."""
+    stated = {**read_object(folder / SPECIAL), **settings}
+    roles = {role: _symbol(folder, stated[f"{role}_token"]) for role in ROLES if stated.get(f"{role}_token")}
+    usual = usual_roles(settings, vocab, has_roles=bool(roles))
+    for role, symbol in usual.items():
+        if f"{role}_token" not in stated and symbol in vocab:
+            roles[role] = _symbol(folder, symbol)
+    called = {token["id"]: token["content"] for token in definition["added_tokens"] if token.get("special")}
+    for role in ROLES:
+        number = config.get(f"{role}_token_id")
+        # one that is special already: the config must not change how a text is cut
+        if role not in roles and f"{role}_token" not in stated and isinstance(number, int) and number in called:
+            roles[role] = _symbol(folder, called[number])
+    return roles
+
+
+def _read_added(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Symbols that files beside the vocabulary add to it, in the order of the ids that they are said to have."""
+    found = {symbol: (number, {"content": symbol}) for symbol, number in read_object(folder / ADDED).items()}
+    for number, token in (settings.get("added_tokens_decoder") or {}).items():
+        symbol = _symbol(folder, token)
+        found[symbol["content"]] = (int(number), symbol)
+    return [token for _, token in sorted(found.values(), key=lambda pair: pair[0])]
+
+
+def _add_symbols(
+    file: Path,
+    definition: Definition,
+    vocab: dict[str, int],
+    roles: dict[str, dict[str, Any]],
+    added: list[dict[str, Any]],
+    vocab_size: int | None,
+) -> list[str]:
+    """Add symbols to a definition, as far as a model of `vocab_size` has room for them.
+
+    Returns:
+        Notes on those that are left out.
+
+    Raises:
+        CheckpointError: the model's own vocabulary is larger than `vocab_size`.
+    """
+    tokens = {token["content"]: token for token in definition["added_tokens"]}
+    names_of_roles = {token["content"] for token in roles.values()}
+    for token in (*added, *roles.values()):
+        symbol = token["content"]
+        is_special = symbol in names_of_roles or bool(token.get("special", False))
+        if symbol in tokens:  # how it is found in a text is said already
+            tokens[symbol]["special"] = tokens[symbol].get("special", False) or is_special
+            continue
+        vocab.setdefault(symbol, max(vocab.values(), default=-1) + 1)
+        flags = {**dict.fromkeys(FLAGS, False), **{flag: bool(token[flag]) for flag in FLAGS if flag in token}}
+        tokens[symbol] = {"id": vocab[symbol], "content": symbol, **flags, "special": is_special}
+    outside = {symbol for symbol, i in vocab.items() if vocab_size is not None and i >= vocab_size}
+    if own := sorted(outside - set(tokens)):
+        most = max(vocab[symbol] for symbol in own) + 1
+        raise CheckpointError(f"{file}: vocab_size must be {most} or more in config.json; got {vocab_size}")
+    for role in [role for role, token in roles.items() if token["content"] in outside]:
+        del roles[role]
+    # in the order of their ids: the library numbers what is new in the order of the list
+    kept = [token for symbol, token in tokens.items() if symbol not in outside]
+    definition["added_tokens"] = sorted(kept, key=lambda token: token["id"])
+    names = ", ".join(repr(symbol) for symbol in sorted(outside))
+    return [f"symbols that the model has no row for are left out of the tokenizer: {names}"] if outside else []
+
+
+def _apply(definition: Definition, settings: Mapping[str, Any]) -> None:
+    """What the settings say about cases, accents and spaces goes before the definition."""
+    for part in _parts(definition.get("normalizer"), "normalizers"):
+        if part["type"] == "BertNormalizer":
+            for name, field in (
+                ("do_lower_case", "lowercase"),
+                ("strip_accents", "strip_accents"),
+                ("tokenize_chinese_chars", "handle_chinese_chars"),
+            ):
+                if name in settings:
+                    part[field] = settings[name]
+    for part in _parts(definition.get("pre_tokenizer"), "pretokenizers"):
+        if part["type"] == "ByteLevel" and isinstance(settings.get("add_prefix_space"), bool):
+            part["add_prefix_space"] = settings["add_prefix_space"]
+
+
+def _parts(part: dict[str, Any] | None, names: str) -> list[dict[str, Any]]:
+    """A part of a definition, or the parts of a sequence of them."""
+    if part is None:
+        return []
+    return [inner for one in part[names] for inner in _parts(one, names)] if part["type"] == "Sequence" else [part]
+
+
+def _with_frame(tokenizer: SubwordTokenizer, definition: Definition, settings: Mapping[str, Any]) -> SubwordTokenizer:
+    """With the symbols around a text that the settings ask for, where they say a word about it."""
+    if "add_bos_token" not in settings and "add_eos_token" not in settings:
+        return tokenizer
+    before, behind = (tokenizer.special.get(r) if settings.get(f"add_{r}_token") else None for r in ("bos", "eos"))
+    wanted = [tokenizer.vocab.index(symbol) for symbol in (before, behind) if symbol]
+    if tokenizer.encode("").ids.tolist() == wanted:
+        return tokenizer
+    ids = {symbol: tokenizer.vocab.index(symbol) for symbol in (before, behind) if symbol}
+    framed = {**definition, "post_processor": frame(before, behind, ids)}
+    return SubwordTokenizer(json.dumps(framed, ensure_ascii=False), tokenizer.special)
+
+
+def _symbol(folder: Path, value: Any) -> dict[str, Any]:
+    """A symbol that a file gives by name or as an object."""
+    token = {"content": value} if isinstance(value, str) else value
+    if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+        raise CheckpointError(f"{folder / SETTINGS}: a special symbol must be a name or have content; got {value!r}")
+    return token
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,297 @@
+"""`tokenizer.json` of a foreign directory, or what it would be where the directory holds vocabulary files alone.
+
+These are word pieces (`vocab.txt`), byte pairs (`vocab.json` and `merges.txt`) and models of sentencepiece.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from meristem.errors import CheckpointError
+from meristem.interop.sentencepiece_file import read_pieces, unigrams
+
+DEFINITION, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+WORDS, PAIRS, MERGES = "vocab.txt", "vocab.json", "merges.txt"
+PIECES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+"""What a directory may hold; the first that is there is read."""
+
+CLASS = "PreTrainedTokenizerFast"
+"""The foreign class that takes `tokenizer.json` as it is."""
+
+WORD_PIECE_ROLES = {"unk": "[UNK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+FRAMED_ROLES = {
+    "unk": "<unk>",
+    "pad": "<pad>",
+    "bos": "<s>",
+    "eos": "</s>",
+    "cls": "<s>",
+    "sep": "</s>",
+    "mask": "<mask>",
+}
+PLAIN_ROLES = {"unk": "<|endoftext|>", "bos": "<|endoftext|>", "eos": "<|endoftext|>"}
+USUAL_ROLES: dict[str, Mapping[str, str]] = {
+    "BertTokenizer": WORD_PIECE_ROLES,
+    "RobertaTokenizer": FRAMED_ROLES,
+    "LongformerTokenizer": FRAMED_ROLES,
+    "GPT2Tokenizer": PLAIN_ROLES,
+    "CodeGenTokenizer": PLAIN_ROLES,
+    "Qwen2Tokenizer": {"unk": "<|endoftext|>", "pad": "<|endoftext|>", "eos": "<|endoftext|>"},
+    "LlamaTokenizer": {"unk": "<unk>", "bos": "<s>", "eos": "</s>"},
+    "T5Tokenizer": {"unk": "<unk>", "pad": "<pad>", "eos": "</s>"},
+}
+"""Special symbols of foreign classes of tokenizers, for roles that no file names."""
+
+
+def read_definition(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, dict[str, Any], list[str]]:
+    """The file that makes the tokenizer, what `tokenizer.json` holds or would hold, and notes for the user.
+
+    Args:
+        folder: the directory.
+        settings: its `tokenizer_config.json`.
+
+    Raises:
+        CheckpointError: no file of a tokenizer, or one that is damaged, or of a class that cannot be built from it.
+    """
+    if (folder / DEFINITION).is_file():
+        definition = read_object(folder / DEFINITION)
+        if not isinstance(definition.get("model"), dict):
+            raise CheckpointError(f"{folder / DEFINITION} must say what its model is; it does not")
+        return folder / DEFINITION, definition, []
+    name = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+    if (folder / WORDS).is_file():
+        _require_builder(folder / WORDS, name, WORD_PIECE_CLASSES)
+        notes = [] if "do_lower_case" in settings else ["capitals are read as small letters: no setting says otherwise"]
+        return folder / WORDS, word_pieces(folder / WORDS, _numbered(folder / WORDS), settings), notes
+    if (folder / PAIRS).is_file() and (folder / MERGES).is_file():
+        vocab = read_object(folder / PAIRS)
+        merges = [line for line in read_lines(folder / MERGES) if line and not line.startswith("#version")]
+        if wrong := [line for line in merges if len(line.split(" ")) != 2]:
+            raise CheckpointError(f"{folder / MERGES}: a line must hold two symbols; got {wrong[0]!r}")
+        if not name:
+            has_frame = {"<s>", "</s>", "<mask>"} <= set(vocab)
+            name = "RobertaTokenizer" if has_frame else "GPT2Tokenizer"
+        _require_builder(folder / PAIRS, name, BYTE_PAIR_CLASSES)
+        pairs = byte_pairs(vocab, [tuple(line.split(" ")) for line in merges], settings)
+        return folder / PAIRS, BYTE_PAIR_CLASSES[name](folder / PAIRS, pairs, settings), []
+    for file in (folder / one for one in PIECES):
+        if file.is_file():
+            pieces = read_pieces(file)
+            if pieces.is_closed_unigram and name in PIECE_CLASSES:
+                return file, unigrams(pieces, settings), []
+            return file, _converted(file), []
+    files = ", ".join((DEFINITION, WORDS, f"{PAIRS} with {MERGES}", *PIECES))
+    raise CheckpointError(f"{folder} must hold a tokenizer, one of {files}; it holds none")
+
+
+def usual_roles(settings: Mapping[str, Any], vocab: Mapping[str, int], has_roles: bool) -> Mapping[str, str]:
+    """Special symbols by role, of the class that the settings name, or of one that such a vocabulary is usually of.
+
+    Args:
+        settings: `tokenizer_config.json`.
+        vocab: ids by symbol.
+        has_roles: whether files name some; those of a directory without a class are all there are.
+    """
+    if name := settings.get("tokenizer_class"):
+        return USUAL_ROLES.get(name.removesuffix("Fast"), {})
+    if not has_roles:
+        for roles, marks in (
+            (WORD_PIECE_ROLES, {"[CLS]", "[SEP]"}),
+            (FRAMED_ROLES, {"<s>", "</s>", "<mask>"}),
+            (PLAIN_ROLES, {"<|endoftext|>"}),
+            (USUAL_ROLES["T5Tokenizer"], {"</s>", "<pad>", "<extra_id_0>"}),
+        ):
+            if marks <= set(vocab):
+                return roles
+    return {}
+
+
+def word_pieces(file: Path, vocab: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Words cut into pieces, the longest first (BERT, Devlin et al. 2019)."""
+    roles = {role: _name(settings, role, symbol) for role, symbol in WORD_PIECE_ROLES.items()}
+    missing = [symbol for role, symbol in roles.items() if role in ("unk", "cls", "sep") and symbol not in vocab]
+    if missing:
+        raise CheckpointError(f"{file} must hold {missing[0]}; it does not")
+    return {
+        **_blank(),
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": settings.get("tokenize_chinese_chars", True),
+            "strip_accents": settings.get("strip_accents"),
+            "lowercase": settings.get("do_lower_case", True),
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": frame(roles["cls"], roles["sep"], vocab, is_paired=True),
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": roles["unk"],
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": dict(vocab),
+        },
+    }
+
+
+def byte_pairs(vocab: Mapping[str, int], merges: list[tuple[str, ...]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Bytes merged pair by pair (GPT-2, Radford et al. 2019); nothing around a text."""
+    return {
+        **_blank(),
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": settings.get("add_prefix_space", False),
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": dict(vocab),
+            "merges": [list(pair) for pair in merges],
+        },
+    }
+
+
+def frame(before: str | None, behind: str | None, ids: Mapping[str, int], is_paired: bool = False) -> dict[str, Any]:
+    """The part of a definition that puts symbols around a text.
+
+    Args:
+        before: symbol before a text; None for none.
+        behind: symbol behind a text; None for none.
+        ids: of these symbols, and of others.
+        is_paired: the second of two texts has nothing before it.
+    """
+
+    def symbols(name: str | None, kind: int) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": name, "type_id": kind}}] if name else []
+
+    def text(name: str, kind: int, is_second: bool = False) -> list[dict[str, Any]]:
+        own = [{"Sequence": {"id": name, "type_id": kind}}]
+        return [*symbols(None if is_second and is_paired else before, kind), *own, *symbols(behind, kind)]
+
+    names = sorted({name for name in (before, behind) if name})
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A", 0),
+        "pair": [*text("A", 0), *text("B", 1, is_second=True)],
+        "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in names},
+    }
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no such file.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} must be JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} must be a JSON object; got {type(values).__name__}")
+    return values
+
+
+def read_lines(file: Path) -> list[str]:
+    """Lines of a vocabulary; spaces and whatever else ends a line elsewhere belong to symbols.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        with file.open(encoding="utf-8") as stream:
+            return [line.rstrip("\n") for line in stream]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file.parent} must hold {file.name}; it does not") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} must be text in UTF-8: {error}") from error
+
+
+def _numbered(file: Path) -> dict[str, int]:
+    """Symbols by line, the last of equal ones."""
+    return {symbol: i for i, symbol in enumerate(read_lines(file))}
+
+
+def _blank() -> dict[str, Any]:
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "post_processor": None,
+    }
+
+
+def _name(settings: Mapping[str, Any], role: str, symbol: str) -> str:
+    value = settings.get(f"{role}_token") or symbol
+    return value if isinstance(value, str) else str(value.get("content"))
+
+
+def _as_it_is(file: Path, definition: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    return definition
+
+
+def _framed(file: Path, definition: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With one symbol before and one behind a text (RoBERTa, Liu et al. 2019)."""
+    vocab = definition["model"]["vocab"]
+    names = [_name(settings, role, FRAMED_ROLES[role]) for role in ("sep", "cls")]
+    if missing := [name for name in names if name not in vocab]:
+        raise CheckpointError(f"{file} must hold {missing[0]}; it does not")
+    sep, cls = ([name, vocab[name]] for name in names)
+    processor = {"type": "RobertaProcessing", "sep": sep, "cls": cls, "trim_offsets": True}
+    return {**definition, "post_processor": {**processor, "add_prefix_space": settings.get("add_prefix_space", False)}}
+
+
+WORD_PIECE_CLASSES = ("", "BertTokenizer")
+"""Foreign classes that `vocab.txt` alone makes."""
+
+PIECE_CLASSES = ("", "T5Tokenizer", "MT5Tokenizer")
+"""Foreign classes that a model of sentencepiece makes, where it is of closed unigrams."""
+
+BYTE_PAIR_CLASSES: dict[str, Callable[[Path, dict[str, Any], Mapping[str, Any]], dict[str, Any]]] = {
+    "GPT2Tokenizer": _as_it_is,
+    "CodeGenTokenizer": _as_it_is,
+    "RobertaTokenizer": _framed,
+    "LongformerTokenizer": _framed,
+}
+"""Foreign classes that `vocab.json` and `merges.txt` alone make, and what each puts around a text."""
+
+
+def _require_builder(file: Path, name: str, known: Any) -> None:
+    if name not in known:
+        raise CheckpointError(
+            f"{file}: a {name} cannot be built from this file alone; save it with tokenizer.json, as a fast tokenizer"
+        )
+
+
+def _converted(file: Path) -> dict[str, Any]:
+    """A model of sentencepiece, converted by the library that reads it.
+
+    Raises:
+        CheckpointError: that library is not installed, or does not take the file.
+    """
+    advice = "save the tokenizer with tokenizer.json, as a fast tokenizer"
+    try:
+        import sentencepiece  # noqa: F401
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise CheckpointError(
+            f"{file}: reading it needs the packages sentencepiece, protobuf and transformers; install them, or {advice}"
+        ) from error
+    try:
+        return json.loads(AutoTokenizer.from_pretrained(file.parent).backend_tokenizer.to_str())
+    except Exception as error:  # whatever the library raises
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{file}: cannot be converted ({reason}); {advice}") from error

@@ -1,0 +1,92 @@
+"""What follows the trunk: the head that predicts symbols, and the ways to one vector a sequence."""
+
+from abc import ABC
+from dataclasses import dataclass
+
+from meristem.errors import ConfigError
+from meristem.model.config.checks import require
+from meristem.model.config.layer import Activation
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenHead:
+    """The head that predicts symbols: dense, activation, norm, then a map onto the vocabulary.
+
+    Attributes:
+        activation: of the dense layer; None for a head without dense layer and norm: the map alone.
+        dense_bias: a bias of the dense layer.
+        is_tied: the map onto the vocabulary is the embedding table.
+        bias: a bias for each symbol.
+        scale: of the rows before the map.
+    """
+
+    activation: Activation | None = "gelu"
+    dense_bias: bool = True
+    is_tied: bool = True
+    bias: bool = True
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.scale > 0, "head.scale must be positive", self.scale)
+        if self.activation is None and not self.dense_bias:
+            raise ConfigError("head.dense_bias has no effect without head.activation: there is no dense layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool(ABC):
+    """How the rows of one sequence become one vector."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean(Pool):
+    """The mean over the payload's own tokens; special rows are left out.
+
+    Attributes:
+        is_normed: a norm of the trunk's kind follows.
+    """
+
+    is_normed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Max(Pool):
+    """The maximum of each feature over the payload's own tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix(Pool):
+    """The first rows of the sequence: the class token, or several side by side in one vector.
+
+    Attributes:
+        count: of rows.
+        is_dense: a linear map and tanh follow.
+        has_mean: the mean over the payload's own tokens stands beside them, as the last.
+    """
+
+    count: int = 1
+    is_dense: bool = False
+    has_mean: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.count > 0, "pool.count must be positive", self.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPool(Pool):
+    """A learned query attends to the rows; a feed-forward layer with a residual follows (Zhai 2022, arXiv 2106.04560).
+
+    Attributes:
+        num_heads: of the attention; they divide the width.
+        feedforward_width: hidden width.
+        activation: of the feed-forward layer.
+        has_special: special rows are attended to, beside the payload's own tokens.
+    """
+
+    num_heads: int
+    feedforward_width: int
+    activation: Activation = "gelu"
+    has_special: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.num_heads > 0, "pool.num_heads must be positive", self.num_heads)
+        require(self.feedforward_width > 0, "pool.feedforward_width must be positive", self.feedforward_width)

@@ -1,0 +1,210 @@
+"""The parts of a block: attention, feed-forward, experts, and how they join the trunk."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from meristem.errors import ConfigError
+from meristem.model.config.checks import require, require_frac, require_one_of
+from meristem.model.config.norm import Norm
+from meristem.model.config.pattern import Full, Pattern
+from meristem.model.config.position import Position
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
+QueryKeyNorm = Literal["head", "full"]
+Placement = Literal["before", "after", "parallel"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Multi-head attention.
+
+    Attributes:
+        num_heads: query heads (H).
+        num_kv_heads: key and value heads (K); each serves H / K query heads. None: as many as `num_heads`.
+        head_width: of one head (E); None: width / num_heads.
+        qkv_bias: biases on queries, keys and values.
+        out_bias: bias on the output projection.
+        scale: of the scores; None: 1 / sqrt(head width).
+        qk_norm: the norm that queries and keys pass before their positions: over each head, or over all
+            heads at once (full); it is of the kind of the trunk's, without a bias.
+        pattern: which keys a query may see.
+        dropout: of the attention weights, in training.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_width: int | None = None
+    qkv_bias: bool = True
+    out_bias: bool = True
+    scale: float | None = None
+    qk_norm: QueryKeyNorm | None = None
+    pattern: Pattern = field(default_factory=Full)
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.num_heads > 0, "attention.num_heads must be positive", self.num_heads)
+        if self.num_kv_heads is not None:
+            require(
+                self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
+                "attention.num_kv_heads must divide num_heads",
+                f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}",
+            )
+        if self.head_width is not None:
+            require(self.head_width > 0, "attention.head_width must be positive", self.head_width)
+        if self.scale is not None:
+            require(self.scale > 0, "attention.scale must be positive", self.scale)
+        if self.qk_norm is not None:
+            require_one_of(self.qk_norm, QueryKeyNorm, "attention.qk_norm")
+        require_frac(self.dropout, "attention.dropout")
+
+    def width_of_heads(self, width: int) -> int:
+        """E, resolved for a trunk of this width.
+
+        Raises:
+            ConfigError: the heads do not divide the width.
+        """
+        if self.head_width is not None:
+            return self.head_width
+        if width % self.num_heads:
+            nearest = max(self.num_heads, round(width / self.num_heads) * self.num_heads)
+            raise ConfigError(
+                f"width must be divisible by num_heads; got width={width}, num_heads={self.num_heads}; "
+                f"nearest: {nearest} (architecture.width), or set attention.head_width"
+            )
+        return width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """K, resolved."""
+        return self.num_kv_heads or self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForward:
+    """The feed-forward layer, plain or gated (`activation(gate) * value`, Shazeer 2020, arXiv 2002.05202).
+
+    Attributes:
+        width: hidden width (F).
+        activation: gelu is the exact one (erf), gelu_tanh its approximation by tanh, quick_gelu by a sigmoid.
+        is_gated: two input maps, one of them through the activation.
+        in_bias: bias of the input map.
+        out_bias: bias of the output map.
+        dropout: of the hidden values, in training.
+    """
+
+    width: int
+    activation: Activation = "gelu"
+    is_gated: bool = False
+    in_bias: bool = True
+    out_bias: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.width > 0, "feedforward.width must be positive", self.width)
+        require_one_of(self.activation, Activation, "feedforward.activation")
+        require_frac(self.dropout, "feedforward.dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Several feed-forward layers, of which a router chooses some for each token (Fedus 2021, arXiv 2101.03961).
+
+    The output of an expert is scaled by its probability, a softmax in fp32 over all experts.
+
+    Attributes:
+        count: experts; each is as `feedforward` says.
+        top_k: experts that a token is sent to.
+        capacity: tokens of one sequence that an expert takes, the first ones; what is over is dropped, and only the
+            residual carries it. None: all.
+        num_shared: further experts that every token passes, their outputs added as they are.
+        is_normalised: the probabilities of the chosen experts are divided by their sum.
+        jitter: in training the router sees its input times a uniform draw from [1 - jitter, 1 + jitter].
+        balance_weight: of the loss that asks for an even load (Fedus 2021, eq. 4), in objectives.
+        z_weight: of the loss that asks for small router logits (Zoph 2022, arXiv 2202.08906, eq. 5).
+    """
+
+    count: int
+    top_k: int = 1
+    capacity: int | None = None
+    num_shared: int = 0
+    is_normalised: bool = False
+    jitter: float = 0.0
+    balance_weight: float = 0.01
+    z_weight: float = 0.001
+
+    def __post_init__(self) -> None:
+        require(self.count > 1, "experts.count must be 2 or more", self.count)
+        require(1 <= self.top_k <= self.count, "experts.top_k must be in 1..count", self.top_k)
+        if self.capacity is not None:
+            require(self.capacity > 0, "experts.capacity must be positive", self.capacity)
+        require(self.num_shared >= 0, "experts.num_shared must be 0 or more", self.num_shared)
+        require_frac(self.jitter, "experts.jitter")
+        if self.is_normalised and self.top_k == 1:
+            raise ConfigError("experts.is_normalised needs top_k of 2 or more: one share of one is 1; got top_k=1")
+        require(min(self.balance_weight, self.z_weight) >= 0, "experts' weights must be 0 or more", self.balance_weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residual:
+    """How a branch joins the trunk.
+
+    Attributes:
+        placement: the norm stands before the branch (pre-norm) or after the sum (post-norm); parallel: attention and
+            feed-forward both read one norm before them, and are added together (Wang 2021).
+        dropout: of the branch, in training.
+        drop_path: share of sequences whose branch is left out, in training (Huang 2016); it is that of the last
+            layer and grows evenly from 0 at the first.
+        layer_scale: initial value of a learned factor for each feature of a branch (Touvron 2021); None: no factor.
+        scale: fixed factor of a branch.
+    """
+
+    placement: Placement = "before"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    layer_scale: float | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_one_of(self.placement, Placement, "residual.placement")
+        require_frac(self.dropout, "residual.dropout")
+        require_frac(self.drop_path, "residual.drop_path")
+        require(self.scale > 0, "residual.scale must be positive", self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRule:
+    """Other parts for some layers: `start`, `start + step`, ... below `stop`.
+
+    Layers count from 0, those of the encoder first, then those of the decoder. A later rule goes over an earlier one.
+
+    Attributes:
+        start: first layer.
+        stop: layer that it ends before; None for the end.
+        step: layers from one to the next.
+        attention: in place of the model's.
+        attention_norm: in place of the norm before attention.
+        experts: in place of the model's.
+        position: in place of the model's; of a kind that acts in each layer.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    step: int = 1
+    attention: Attention | None = None
+    attention_norm: Norm | None = None
+    experts: Experts | None = None
+    position: Position | None = None
+
+    def __post_init__(self) -> None:
+        require(self.start >= 0, "layers.start must be 0 or more", self.start)
+        require(self.step > 0, "layers.step must be positive", self.step)
+        if self.stop is not None:
+            require(self.stop > self.start, "layers.stop must be above start", self.stop)
+        if not self.parts:
+            raise ConfigError("a rule of layers must name a part that it replaces; got none")
+
+    @property
+    def parts(self) -> dict[str, object]:
+        """The parts that are replaced, by name."""
+        names = ("attention", "attention_norm", "experts", "position")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -1,0 +1,195 @@
+"""Positions: how the trunk knows where a row stands.
+
+Some are added to the embedding (`AddedPosition`), the others act between a query and a key, in each layer.
+"""
+
+import math
+from abc import ABC
+from dataclasses import dataclass, field
+from typing import Literal
+
+from meristem.model.config.checks import require, require_one_of
+
+Rounding = Literal["fp32", "fp16", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling(ABC):
+    """How rotary frequencies are changed to reach further than the model was first trained to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoScaling(Scaling):
+    """Frequencies as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling(Scaling):
+    """Every place counts as `1 / factor` of one (position interpolation, Chen 2023, arXiv 2306.15595)."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, "position.scaling.factor must be 1 or more", self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandScaling(Scaling):
+    """Long waves are stretched by `factor`, short ones stay, those between are blended (Dubey 2024, arXiv 2407.21783).
+
+    Attributes:
+        factor: that long waves are stretched by.
+        low: waves longer than `original_tokens / low` are long.
+        high: waves shorter than `original_tokens / high` are short.
+        original_tokens: the length the model was first trained to.
+    """
+
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, "position.scaling.factor must be 1 or more", self.factor)
+        require(0 < self.low < self.high, "position.scaling needs 0 < low < high", f"{self.low}, {self.high}")
+        require(self.original_tokens > 0, "position.scaling.original_tokens must be positive", self.original_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position(ABC):
+    """How the trunk knows where a row stands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary(Position):
+    """Rotary positions (Su 2021, arXiv 2104.09864): pairs of features of queries and keys are rotated.
+
+    Attributes:
+        base: of the geometric series of wavelengths.
+        width: features of a head that are rotated, the first ones; None for all.
+        is_interleaved: a pair is two neighbours; otherwise a feature of the first half and one of the second.
+        num_axes: position axes; each has an equal share of the pairs, one axis after the other.
+        scaling: of the frequencies.
+        rounding: precision that the frequencies were rounded to when the model was trained; angles are fp32
+            in any case. Checkpoints kept in half precision carry rounded frequencies, and were trained to them.
+    """
+
+    base: float = 10000.0
+    width: int | None = None
+    is_interleaved: bool = False
+    num_axes: int = 1
+    scaling: Scaling = field(default_factory=NoScaling)
+    rounding: Rounding = "fp32"
+
+    def __post_init__(self) -> None:
+        require(self.base > 0, "position.base must be positive", self.base)
+        require(self.num_axes > 0, "position.num_axes must be positive", self.num_axes)
+        if self.width is not None:
+            require(self.width > 0, "position.width must be positive", self.width)
+        require_one_of(self.rounding, Rounding, "position.rounding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned(Position):
+    """A learned table of positions, added to the embedding; rows that have no place (-1) get nothing.
+
+    Attributes:
+        max_positions: rows of the table.
+        offset: row of the first place; some models leave the first rows unused.
+        grid: places along each position axis, numbered row after row; empty for a sequence.
+    """
+
+    max_positions: int = 1024
+    offset: int = 0
+    grid: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))
+        require(0 <= self.offset < self.max_positions, "position.offset must be within the table", self.offset)
+        require(
+            self.offset + math.prod(self.grid) <= self.max_positions,
+            "position.max_positions must hold the grid behind the offset",
+            f"max_positions={self.max_positions}, offset={self.offset}, grid={list(self.grid)}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sinusoidal(Position):
+    """Sines and cosines of the place, added to the embedding (Vaswani 2017, arXiv 1706.03762, section 3.5).
+
+    Attributes:
+        base: of the geometric series of wavelengths.
+    """
+
+    base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        require(self.base > 0, "position.base must be positive", self.base)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinCos2D(Position):
+    """Sines and cosines of column and row, added to the embedding; rows that have no place (-1) get nothing.
+
+    A quarter of the features each: sines of the column, cosines of the column, then those of the row. Frequencies are
+    `base ** -e`, with exponents e from 0 evenly up to 1. Two conventions are at large and are not interchangeable: the
+    last exponent is below 1 by a step (He 2022, arXiv 2111.06377), or it is 1 (Beyer 2022, arXiv 2205.01580).
+
+    Attributes:
+        base: of the geometric series of wavelengths.
+        reaches_base: the last exponent is 1.
+    """
+
+    base: float = 10000.0
+    reaches_base: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.base > 0, "position.base must be positive", self.base)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearBias(Position):
+    """A score falls with the distance of query and key, in each head by a slope of its own (ALiBi).
+
+    Press 2021 (arXiv 2108.12409); with the absolute distance, for keys on both sides, as others extend it. For a
+    number of heads that is no power of two the slopes are those of the power below and every second one of the next.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketBias(Position):
+    """A learned bias of the score for each head and bucket of distances (Raffel 2020, arXiv 1910.10683).
+
+    One table for all layers of a stack. Near distances have a bucket each, far ones share them by logarithm.
+
+    Attributes:
+        num_buckets: rows of the table.
+        max_distance: distances from here on share the last bucket, in tokens.
+        is_two_sided: keys behind the query have buckets of their own: half of all.
+    """
+
+    num_buckets: int = 32
+    max_distance: int = 128
+    is_two_sided: bool = True
+
+    def __post_init__(self) -> None:
+        sides = 2 if self.is_two_sided else 1
+        require(
+            self.num_buckets >= 2 * sides and self.num_buckets % (2 * sides) == 0,
+            f"position.num_buckets must be a multiple of {2 * sides}",
+            self.num_buckets,
+        )
+        require(
+            self.max_distance > self.num_buckets // (2 * sides),
+            "position.max_distance must reach beyond the buckets of one distance each",
+            f"max_distance={self.max_distance}, num_buckets={self.num_buckets}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPosition(Position):
+    """Rows are a set."""
+
+
+AddedPosition = Learned | Sinusoidal | SinCos2D
+"""Kinds that are added to the embedding; the others act in each layer."""

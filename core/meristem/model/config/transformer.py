@@ -1,0 +1,215 @@
+"""`TransformerConfig`, its embedding and its initial weights."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from meristem.errors import ConfigError
+from meristem.model.config.checks import require, require_frac
+from meristem.model.config.heads import AttentionPool, Pool, TokenHead
+from meristem.model.config.layer import Attention, Experts, FeedForward, LayerRule, Residual
+from meristem.model.config.norm import LayerNorm, Norm
+from meristem.model.config.position import AddedPosition, Learned, Position, Rotary, SinCos2D
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """How rows become vectors: a table for symbols, a linear map for patches.
+
+    Attributes:
+        vocab_size: rows of the table (symbols and special rows, such as a class token or registers).
+        patch_features: features of a patch (P); 0 for a model without patches.
+        feature_bias: bias of the map of patches.
+        token_types: rows of a second table, for the kind of each token (first or second sentence); 0 for none.
+        scale: of the vectors of symbols, before positions are added.
+        is_normed: a norm follows the positions.
+        mask_id: the symbol whose rows are zeroed and accounted for when `mask_dropout_frac` is set.
+        mask_dropout_frac: share of tokens masked in pre-training (rate times share of mask symbols). When
+            set, each sequence is scaled by `(1 - mask_dropout_frac) / (1 - its own share of masks)`, also at
+            inference ("token dropout").
+        dropout: of the result, in training.
+    """
+
+    vocab_size: int
+    patch_features: int = 0
+    feature_bias: bool = True
+    token_types: int = 0
+    scale: float = 1.0
+    is_normed: bool = False
+    mask_id: int | None = None
+    mask_dropout_frac: float = 0.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.vocab_size > 0, "embedding.vocab_size must be positive", self.vocab_size)
+        require(self.patch_features >= 0, "embedding.patch_features must be 0 or more", self.patch_features)
+        require(self.token_types >= 0, "embedding.token_types must be 0 or more", self.token_types)
+        require(self.scale > 0, "embedding.scale must be positive", self.scale)
+        require_frac(self.mask_dropout_frac, "embedding.mask_dropout_frac")
+        require_frac(self.dropout, "embedding.dropout")
+        if not self.patch_features and not self.feature_bias:
+            raise ConfigError("embedding.feature_bias has no effect without embedding.patch_features")
+        if self.mask_dropout_frac:
+            require(self.mask_id is not None, "embedding.mask_dropout_frac needs embedding.mask_id", "no mask_id")
+        elif self.mask_id is not None:
+            raise ConfigError("embedding.mask_id has no effect without embedding.mask_dropout_frac; set both or none")
+        if self.mask_id is not None:
+            require(0 <= self.mask_id < self.vocab_size, "embedding.mask_id must be a symbol", self.mask_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """Initial weights.
+
+    Attributes:
+        std: standard deviation of linear maps and tables (truncated at two deviations).
+        is_depth_scaled: output maps of the branches are divided by sqrt(2 L).
+    """
+
+    std: float = 0.02
+    is_depth_scaled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerParts:
+    """The parts of one layer, all rules applied.
+
+    Attributes:
+        width: of the trunk (D).
+        head_width: of one head (E).
+        drop_path: share of sequences whose branches are left out, in training.
+        has_source: a decoder layer, which attends to a source after itself.
+    """
+
+    width: int
+    head_width: int
+    attention: Attention
+    attention_norm: Norm
+    feedforward: FeedForward
+    experts: Experts | None
+    position: Position
+    norm: Norm
+    residual: Residual
+    drop_path: float
+    has_source: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """One transformer, wholly described.
+
+    Attributes:
+        width: of the trunk (D).
+        num_layers: blocks of the stack; of an encoder-decoder: those of the encoder.
+        embedding: how rows become vectors.
+        attention: of every block.
+        feedforward: of every block.
+        num_decoder_layers: blocks of a decoder that attends to the first stack; 0 for a model of one stack.
+        experts: several feed-forward layers in the place of each; None for one.
+        position: how the trunk knows where a row stands.
+        norm: the norm used throughout.
+        residual: how branches join the trunk.
+        layers: other parts for some layers.
+        final_norm: a norm after the last block of a stack; post-norm stacks usually have none.
+        head: predicts symbols; None for a trunk alone.
+        pool: the model's own pooling; None where it has none.
+        init: initial weights.
+    """
+
+    width: int
+    num_layers: int
+    embedding: Embedding
+    attention: Attention
+    feedforward: FeedForward
+    num_decoder_layers: int = 0
+    experts: Experts | None = None
+    position: Position = field(default_factory=Rotary)
+    norm: Norm = field(default_factory=LayerNorm)
+    residual: Residual = field(default_factory=Residual)
+    layers: tuple[LayerRule, ...] = ()
+    final_norm: bool = True
+    head: TokenHead | None = None
+    pool: Pool | None = None
+    init: Init = field(default_factory=Init)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        require(self.width > 0, "width must be positive", self.width)
+        require(self.num_layers > 0, "num_layers must be positive", self.num_layers)
+        require(self.num_decoder_layers >= 0, "num_decoder_layers must be 0 or more", self.num_decoder_layers)
+        if self.residual.placement == "parallel" and self.num_decoder_layers:
+            raise ConfigError("residual.placement must be before or after in an encoder-decoder; got parallel")
+        if isinstance(self.position, SinCos2D):
+            require(self.width % 4 == 0, "position SinCos2D needs a width that 4 divides", self.width)
+        for index, rule in enumerate(self.layers):
+            self._check_rule(index, rule)
+        for layer in range(self.total_layers):
+            self._check_layer(self.layer(layer))
+        if isinstance(self.pool, AttentionPool):
+            require(self.width % self.pool.num_heads == 0, "pool.num_heads must divide the width", self.pool.num_heads)
+
+    def _check_rule(self, index: int, rule: LayerRule) -> None:
+        where = f"layers[{index}]"
+        require(
+            rule.start < self.total_layers,
+            f"{where}.start must be a layer, below {self.total_layers}",
+            f"{rule.start}: the rule has no effect",
+        )
+        if isinstance(rule.position, AddedPosition):
+            raise ConfigError(f"{where}.position must act in each layer; {type(rule.position).__name__} is added once")
+
+    def _check_layer(self, parts: LayerParts) -> None:
+        position = parts.position
+        if isinstance(position, Rotary):
+            turned = position.width or parts.head_width
+            got = f"{turned} of {parts.head_width}" if position.width else f"{turned}"
+            rule = "rotary positions need an even head width"
+            require(turned % (2 * position.num_axes) == 0 and turned <= parts.head_width, rule, got)
+        if parts.attention.qk_norm is not None and parts.attention.qk_norm == "full" and parts.attention.num_kv_heads:
+            is_equal = parts.attention.kv_heads == parts.attention.num_heads
+            require(is_equal, "attention.qk_norm full needs as many key heads as query heads", parts.attention.kv_heads)
+
+    def layer(self, index: int) -> LayerParts:
+        """The parts of one layer, counted from 0 through both stacks."""
+        chosen: dict[str, Any] = {}
+        for rule in self.layers:
+            stop = self.total_layers if rule.stop is None else rule.stop
+            if index in range(rule.start, stop, rule.step):
+                chosen |= rule.parts
+        attention = chosen.get("attention", self.attention)
+        is_decoder = index >= self.num_layers
+        place, depth = (index - self.num_layers, self.num_decoder_layers) if is_decoder else (index, self.num_layers)
+        return LayerParts(
+            width=self.width,
+            head_width=attention.width_of_heads(self.width),
+            attention=attention,
+            attention_norm=chosen.get("attention_norm", self.norm),
+            feedforward=self.feedforward,
+            experts=chosen.get("experts", self.experts),
+            position=chosen.get("position", self.position),
+            norm=self.norm,
+            residual=self.residual,
+            drop_path=self.residual.drop_path * place / max(depth - 1, 1),
+            has_source=is_decoder,
+        )
+
+    @property
+    def total_layers(self) -> int:
+        """Blocks of both stacks."""
+        return self.num_layers + self.num_decoder_layers
+
+    @property
+    def head_width(self) -> int:
+        """E, resolved, of the layers that no rule changes."""
+        return self.attention.width_of_heads(self.width)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K, resolved, of the layers that no rule changes."""
+        return self.attention.kv_heads
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of the longest sequence that positions allow; None for no limit."""
+        if isinstance(self.position, Learned) and not self.position.grid:
+            return self.position.max_positions - self.position.offset
+        return None

@@ -1,0 +1,50 @@
+"""A model of images for another grid of patches than it was trained for."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from meristem.errors import ConfigError
+from meristem.model.config import Learned, TransformerConfig
+from meristem.model.position import resample_grid
+from meristem.shapes import Tensor
+
+TABLE = "embedding.position.table.weight"
+"""How the name of a table of positions ends."""
+
+
+def with_grid(config: TransformerConfig, grid: tuple[int, ...]) -> TransformerConfig:
+    """The config for another grid; positions without a table serve any.
+
+    Args:
+        grid: rows and columns of patches; empty where each image has its own.
+
+    Raises:
+        ConfigError: a table of positions, and no grid that it could be brought to.
+    """
+    position = config.position
+    if not isinstance(position, Learned) or not position.grid or tuple(grid) == position.grid:
+        return config
+    if len(grid) != len(position.grid):
+        raise ConfigError(
+            f"a table of positions for {position.grid} places cannot serve images that each have a grid of their own; "
+            "use SinCos2D, or Rotary with two axes, or bring images to one size"
+        )
+    places = position.offset + math.prod(grid)
+    return replace(config, position=replace(position, max_positions=places, grid=tuple(grid)))
+
+
+def resampled(tensors: Mapping[str, Tensor], old: TransformerConfig, new: TransformerConfig) -> dict[str, Tensor]:
+    """Tensors of a model with its table of positions brought from the grid of `old` to that of `new`."""
+    before, after = old.position, new.position
+    if before == after or not (isinstance(before, Learned) and isinstance(after, Learned)):
+        return dict(tensors)
+    (rows, columns), (new_rows, new_columns) = before.grid, after.grid
+
+    def change(table: Tensor) -> Tensor:
+        places = table[before.offset : before.offset + rows * columns]
+        return torch.cat([table[: before.offset], resample_grid(places, (rows, columns), (new_rows, new_columns))])
+
+    return {name: change(value) if name.endswith(TABLE) else value for name, value in tensors.items()}

@@ -1,0 +1,103 @@
+"""Variable-length flash attention: CUDA, half precision, everything within a window."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from meristem.model.config import Pattern
+from meristem.model.patterns import window_of
+from meristem.shapes import Float, Int, Tensor
+from meristem.types import Layout
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 has no window_size yet; causal attention is said by one from 2.12 on
+    VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)
+except ImportError:
+    VARLEN_ARGUMENTS = frozenset()
+
+
+def varlen_fits(q_THE: Float[Tensor, "T H E"], pattern: Pattern) -> bool:
+    """Whether this kernel computes it: on CUDA, in half precision, a pattern that it knows."""
+    is_half = q_THE.dtype in (torch.bfloat16, torch.float16)
+    return q_THE.is_cuda and is_half and bool(VARLEN_ARGUMENTS) and _window_options(pattern) is not None
+
+
+def attend_varlen(
+    q_THE: Float[Tensor, "T H E"],
+    k_UKE: Float[Tensor, "U K E"],
+    v_UKE: Float[Tensor, "U K E"],
+    q_layout: Layout,
+    kv_layout: Layout,
+    pattern: Pattern,
+    scale: float | None,
+) -> Float[Tensor, "T H E"]:
+    """Attention of packed queries to packed keys."""
+    bounds = (q_layout.cu_seqlens, kv_layout.cu_seqlens, q_layout.max_length, kv_layout.max_length)
+    return _call(q_THE, k_UKE, v_UKE, *bounds, pattern, scale)
+
+
+def attend_slots_varlen(
+    q_THE: Float[Tensor, "T H E"],
+    k_SUKE: Float[Tensor, "S U K E"],
+    v_SUKE: Float[Tensor, "S U K E"],
+    q_layout: Layout,
+    kv_lengths: tuple[int, ...],
+    pattern: Pattern,
+    scale: float | None,
+) -> Float[Tensor, "T H E"]:
+    """Attention of packed queries to keys in slots, of which the first `kv_lengths` are filled; without gradient."""
+    num_slots, capacity = k_SUKE.shape[:2]
+    k_starts = torch.arange(num_slots + 1, dtype=torch.int32, device=q_THE.device) * capacity
+    o_THE = _call(
+        q_THE[: q_layout.num_tokens],
+        k_SUKE.flatten(0, 1),
+        v_SUKE.flatten(0, 1),
+        q_layout.cu_seqlens[:-1],
+        k_starts,
+        max(q_layout.lengths),
+        max(kv_lengths),
+        pattern,
+        scale,
+        seqused_k=torch.tensor(kv_lengths, dtype=torch.int32).to(q_THE.device, non_blocking=True),
+    )
+    return F.pad(o_THE, (0, 0, 0, 0, 0, q_layout.num_spare))
+
+
+def _window_options(pattern: Pattern) -> dict[str, Any] | None:
+    """How the pattern is said to the kernel; None where it cannot be."""
+    window = window_of(pattern)
+    if window == (-1, -1):
+        return {}
+    if window is not None and "window_size" in VARLEN_ARGUMENTS:
+        return {"window_size": window}
+    return {"is_causal": True} if window == (-1, 0) and "is_causal" in VARLEN_ARGUMENTS else None
+
+
+def _call(
+    q_THE: Float[Tensor, "T H E"],
+    k_UKE: Float[Tensor, "U K E"],
+    v_UKE: Float[Tensor, "U K E"],
+    q_starts: Int[Tensor, "s"],
+    k_starts: Int[Tensor, "s"],
+    max_q: int,
+    max_k: int,
+    pattern: Pattern,
+    scale: float | None,
+    **more: Any,
+) -> Float[Tensor, "T H E"]:
+    options = {**(_window_options(pattern) or {}), **more}
+    if q_THE.shape[1] != k_UKE.shape[1]:
+        if "enable_gqa" in VARLEN_ARGUMENTS:
+            options["enable_gqa"] = True
+        else:
+            share = q_THE.shape[1] // k_UKE.shape[1]
+            k_UKE, v_UKE = k_UKE.repeat_interleave(share, 1), v_UKE.repeat_interleave(share, 1)
+    if scale is not None:
+        options["scale"] = scale
+    o_THE = varlen_attn(q_THE, k_UKE, v_UKE, q_starts, k_starts, max_q, max_k, **options)
+    assert isinstance(o_THE, Tensor)  # not asked for more
+    return o_THE

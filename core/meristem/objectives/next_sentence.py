@@ -1,0 +1,153 @@
+"""Next sentence: masked symbols of two sentences, and whether the second one follows the first (BERT)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from meristem.data.tokenizer import Tokenizer
+from meristem.errors import ConfigError, DataError
+from meristem.model.config import TransformerConfig
+from meristem.model.model import Model
+from meristem.model.readout import Readout
+from meristem.objectives.masked import Masked
+from meristem.objectives.symbols import HitRate, require_fractions
+from meristem.objectives.text_column import TextColumn
+from meristem.types import LossOut, PackedBatch, Record, Term, Tokens
+
+NEXT_SENTENCE = "next_sentence"
+
+IS_NEXT, IS_RANDOM = 0, 1
+
+
+class NextSentence(Masked):
+    """Masked symbols, and whether the second sentence follows the first (Devlin et al. 2019, section 3.1, task 2).
+
+    The payload is the first sentence, a column holds the one that follows it. A record becomes one sequence: the
+    payload as the tokenizer closes it, then the second sentence, of token type 1, closed alike. For some, drawn anew
+    each epoch, the second is that of another training record. The class is read by the model's own pool. A pair that
+    is longer than the model can place loses the end of its longer sentence.
+
+    Args:
+        second_column: label column of the second sentences; every record needs one.
+        random_second_frac: fraction of the pairs whose second sentence is another record's.
+        rate: fraction of the tokens of both sentences that are to be predicted.
+        mask_frac: fraction of those that are hidden.
+        random_frac: fraction of those that are replaced by a random symbol; the rest stays as it is.
+        mean_span: mean length, in tokens, of the spans they lie in; 1 scatters them.
+        label_smoothing: of symbols: share of each target's probability that is spread evenly over all.
+    """
+
+    def __init__(
+        self,
+        second_column: str,
+        random_second_frac: float = 0.5,
+        rate: float = 0.15,
+        mask_frac: float = 0.8,
+        random_frac: float = 0.1,
+        mean_span: float = 1.0,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__(rate, mask_frac, random_frac, mean_span, label_smoothing)
+        require_fractions({"random_second_frac": random_second_frac})
+        self.second_column, self.random_second_frac = second_column, random_second_frac
+        self.label_columns = (second_column,)
+        self._column: TextColumn | None = None
+        self._seconds: tuple[str, ...] = ()
+        self._place: dict[str, int] = {}
+
+    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
+        super().bind(tokenizer, labels, where)
+        self._column = TextColumn.learn(self.second_column, tokenizer, labels[self.second_column], where)
+        self._place = {second: i for i, second in enumerate(dict.fromkeys(labels[self.second_column]))}
+        self._seconds = tuple(self._place)
+        if len(self._seconds) < 2:
+            raise DataError(
+                f"{where(0)}: column {self.second_column!r} must hold two different texts or more among the training "
+                f"records; got {len(self._seconds)}"
+            )
+
+    def bind_model(self, config: TransformerConfig) -> None:
+        super().bind_model(config)
+        if config.embedding.token_types < 2:
+            raise ConfigError(
+                "objective NextSentence needs a model that tells two sentences apart: embedding.token_types of 2; "
+                f"got {config.embedding.token_types} (architecture.embedding.token_types)"
+            )
+        if config.pool is None:
+            raise ConfigError(
+                "objective NextSentence needs a model with a pool of its own, such as "
+                "pool: {kind: Prefix, is_dense: true} (architecture.pool); got none"
+            )
+
+    def lengths(self, lengths: np.ndarray) -> np.ndarray:
+        assert self._column is not None, "bind comes first"
+        return np.ceil(lengths + self._column.mean_tokens).astype(lengths.dtype)
+
+    @property
+    def readouts(self) -> tuple[Readout, ...]:
+        return (Readout(name=NEXT_SENTENCE, classes=("next", "random"), pool=None),)
+
+    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
+        return tuple(self._pair(record, one, rng) for one in tokens)
+
+    def _pair(self, record: Record, first: Tokens, rng: np.random.Generator) -> Tokens:
+        assert self._column is not None, "bind comes first"
+        second = self._column.text_of(record)
+        is_random = bool(rng.random() < self.random_second_frac)
+        if is_random:
+            second = self._another(second, rng)
+        before, behind = self._num_special
+        firsts, seconds = self._trim(first.ids, self._column.encode(second, record.source))
+        ids = np.concatenate([firsts, seconds]).astype(np.int64)
+        is_maskable = np.ones(len(ids), bool)
+        for start, stop in ((0, before), (len(firsts) - behind, len(firsts)), (len(ids) - behind, len(ids))):
+            is_maskable[start:stop] = False
+        pair = Tokens(
+            positions=np.arange(len(ids))[:, None],
+            ids=ids,
+            token_types=np.repeat([0, 1], [len(firsts), len(seconds)]),
+            labels={NEXT_SENTENCE: np.array(IS_RANDOM if is_random else IS_NEXT)},
+        )
+        return self._mask(pair, is_maskable, rng)
+
+    def _another(self, second: str, rng: np.random.Generator) -> str:
+        """A sentence that differs from `second`, each of them equally likely."""
+        own = self._place.get(second)
+        if own is None:  # a record of validation
+            return self._seconds[int(rng.integers(len(self._seconds)))]
+        drawn = int(rng.integers(len(self._seconds) - 1))
+        return self._seconds[drawn + (drawn >= own)]
+
+    def _trim(self, firsts: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Both sentences within the model's positions; special rows stay."""
+        limit = None if self.config is None else self.config.max_length
+        if limit is None or len(firsts) + len(seconds) <= limit:
+            return firsts, seconds
+        num_second = min(len(seconds), max(limit // 2, limit - len(firsts)))
+        return self._shorten(firsts, limit - num_second), self._shorten(seconds, num_second)
+
+    def _shorten(self, ids: np.ndarray, length: int) -> np.ndarray:
+        behind = self._num_special[1]
+        return np.concatenate([ids[: length - behind], ids[len(ids) - behind :]]) if length < len(ids) else ids
+
+    def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
+        hidden = model.trunk(batch)
+        out = self._masked_loss(model, hidden, batch)
+        wanted_S = batch.labels[NEXT_SENTENCE]
+        logits_SC = model.label_outputs(NEXT_SENTENCE, hidden.final, batch.layout, self._num_special).float()
+        nats_S = F.cross_entropy(logits_SC, wanted_S, reduction="none")
+        hits_S = (logits_SC.detach().argmax(-1) == wanted_S).float()
+        count = torch.tensor(float(len(wanted_S)), device=nats_S.device)
+        return LossOut(
+            terms={**out.terms, NEXT_SENTENCE: Term(nats_S.sum(), count)},
+            predictions={**out.predictions, NEXT_SENTENCE: torch.stack([hits_S, nats_S.detach()], dim=1)},
+            targets={**out.targets, NEXT_SENTENCE: wanted_S},
+        )
+
+    def metrics(self) -> dict[str, Metric]:
+        return {**super().metrics(), f"{NEXT_SENTENCE}/accuracy": HitRate()}

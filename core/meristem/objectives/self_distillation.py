@@ -1,0 +1,269 @@
+"""Self-distillation: of parts of a picture a model learns to say what an average of its past says of it all (DINO)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from meristem.data.multi_crop import NUM_GLOBAL, MultiCrop
+from meristem.data.patches import PatchTokenizer
+from meristem.data.pictures import read_pixels
+from meristem.data.tokenizer import Tokenizer
+from meristem.errors import ConfigError
+from meristem.model.config import Learned, TransformerConfig
+from meristem.model.model import Model
+from meristem.objectives.objective import Objective
+from meristem.objectives.teacher import PrototypeHead, Teacher
+from meristem.objectives.teacher_metrics import TeacherEntropy, UsedEntropy, ViewGap
+from meristem.shapes import Float, Tensor
+from meristem.types import Layout, LossOut, PackedBatch, Record, Term, Tokens
+
+VIEW = "view"
+"""Label that says which view of its record a sequence is."""
+
+DISTILLATION = "distillation"
+
+SPREAD = "spread"
+
+KOLEO_EPS = 1e-6
+"""Added to a squared distance: two vectors that coincide give a finite loss, and no gradient."""
+
+
+class SelfDistillation(Objective):
+    """Views of one picture are to be told apart from other pictures' alike (Caron 2021, arXiv 2104.14294).
+
+    A record becomes two large views and some small ones, each a sequence of its own length; all of them lie in one
+    pack. The student sees all, the teacher the large ones. A head turns the vector of the model's own pool into
+    scores of `num_prototypes`; the loss is the cross-entropy of the student's distribution over them from the
+    teacher's, over all pairs of a large view and another view of the same record (equations 1 to 4). The teacher's
+    weights are a moving average of the student's, its scores are centred and sharpened.
+
+    The spread regulariser (KoLeo; Sablayrolles 2019, arXiv 1806.03198, as Oquab 2023, arXiv 2304.07193, uses it)
+    pushes the student's vectors of the large views away from their nearest neighbour among other records of the same
+    pack: it is a function of the pack, not of a record. It asks nothing where a pack holds one record.
+
+    Args:
+        crops: sizes of the views and how they are changed.
+        num_prototypes: outputs of the head (K).
+        hidden_width: of the head's first two layers.
+        bottleneck_width: of its third.
+        student_temperature: that the student's scores are divided by.
+        teacher_temperature: that the teacher's are divided by, after `warmup_steps`.
+        first_temperature: the same in the first step; it rises linearly.
+        warmup_steps: of the teacher's temperature.
+        momentum: share of the teacher's weights that is kept in the first step; it rises to 1 by a cosine over the run.
+        center_momentum: share of the centre that is kept in a step.
+        spread_weight: of the spread regulariser; 0 leaves it out.
+    """
+
+    def __init__(
+        self,
+        crops: MultiCrop,
+        num_prototypes: int = 4096,
+        hidden_width: int = 2048,
+        bottleneck_width: int = 256,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        first_temperature: float = 0.04,
+        warmup_steps: int = 0,
+        momentum: float = 0.996,
+        center_momentum: float = 0.9,
+        spread_weight: float = 0.1,
+    ):
+        widths = {"num_prototypes": num_prototypes, "hidden_width": hidden_width, "bottleneck_width": bottleneck_width}
+        temperatures = {
+            "student_temperature": student_temperature,
+            "teacher_temperature": teacher_temperature,
+            "first_temperature": first_temperature,
+        }
+        for is_right, rule, got in (
+            *((value >= 1, f"{name} must be 1 or more", value) for name, value in widths.items()),
+            *((value > 0, f"{name} must be above 0", value) for name, value in temperatures.items()),
+            (warmup_steps >= 0, "warmup_steps must be 0 or more", warmup_steps),
+            (0 <= momentum < 1, "momentum must be in [0, 1)", momentum),
+            (0 <= center_momentum < 1, "center_momentum must be in [0, 1)", center_momentum),
+            (spread_weight >= 0, "spread_weight must be 0 or more", spread_weight),
+        ):
+            if not is_right:
+                raise ConfigError(f"objective.{rule}; got {got}")
+        self.crops, self.num_prototypes = crops, num_prototypes
+        self.hidden_width, self.bottleneck_width = hidden_width, bottleneck_width
+        self.student_temperature, self.warmup_steps = student_temperature, warmup_steps
+        self.temperatures = (first_temperature, teacher_temperature)
+        self.momentum, self.center_momentum, self.spread_weight = momentum, center_momentum, spread_weight
+        self._tokenizers: tuple[PatchTokenizer, PatchTokenizer] | None = None
+
+    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
+        if not isinstance(tokenizer, PatchTokenizer):
+            raise ConfigError(f"objective SelfDistillation needs pictures; got a tokenizer of {tokenizer.kind}")
+        for side in (self.crops.global_px, self.crops.local_px):
+            if side % tokenizer.patch_px:
+                raise ConfigError(
+                    f"objective.crops: global_px and local_px must be multiples of a patch, {tokenizer.patch_px}; "
+                    f"got {side}"
+                )
+        large, small = (
+            replace(tokenizer, image_px=(side, side), resize_px=None, max_patches=None)
+            for side in (self.crops.global_px, self.crops.local_px)
+        )
+        self._tokenizers = (large, small)
+
+    def bind_model(self, config: TransformerConfig) -> None:
+        super().bind_model(config)
+        if config.pool is None:
+            raise ConfigError(
+                "objective SelfDistillation needs a model with a pool of its own, such as "
+                "pool: {kind: Prefix} for the class token (architecture.pool); got none"
+            )
+        if isinstance(config.position, Learned):
+            raise ConfigError(
+                "objective SelfDistillation needs positions that serve views of two sizes: position: "
+                "{kind: SinCos2D} or {kind: Rotary, num_axes: 2} (architecture.position); got a learned table"
+            )
+
+    @property
+    def tokenizers(self) -> tuple[PatchTokenizer, PatchTokenizer]:
+        """Of the large views and of the small ones."""
+        assert self._tokenizers is not None, "bind comes first"
+        return self._tokenizers
+
+    @property
+    def view_lengths(self) -> tuple[int, int]:
+        """Tokens of a large view and of a small one."""
+        large, small = (int(np.prod(one.grid)) + sum(one.num_special) for one in self.tokenizers)
+        return large, small
+
+    def lengths(self, lengths: np.ndarray) -> np.ndarray:
+        large, small = self.view_lengths
+        return np.full_like(lengths, NUM_GLOBAL * large + self.crops.num_local * small)
+
+    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
+        """The views, cut out of the picture itself: its tokens are those of one size."""
+        large, small = self.tokenizers
+        assert isinstance(record.payload, bytes)
+        views = self.crops.draw(read_pixels(record.payload, large.num_channels), rng)
+        encoded = [(large if view < NUM_GLOBAL else small).encode(pixels) for view, pixels in enumerate(views)]
+        return tuple(replace(one, labels={VIEW: np.array(view)}) for view, one in enumerate(encoded))
+
+    def counts(self, batch: PackedBatch) -> Mapping[str, float]:
+        num_records = len(batch.records) // self.crops.num_views
+        counts = {DISTILLATION: float(num_records * NUM_GLOBAL * (self.crops.num_views - 1))}
+        if self.spread_weight:
+            counts[SPREAD] = float(NUM_GLOBAL * num_records) if num_records > 1 else 0.0
+        return counts | self.router_counts(batch)
+
+    def build(self, config: TransformerConfig) -> nn.ModuleDict:
+        def head(width: int) -> PrototypeHead:
+            return PrototypeHead(width, self.hidden_width, self.bottleneck_width, self.num_prototypes, config.init)
+
+        teacher = Teacher(config, head, self.temperatures, self.warmup_steps, self.momentum, self.center_momentum)
+        assert teacher.model.pool is not None, "bind_model refuses a model without a pool"
+        return nn.ModuleDict({"head": head(teacher.model.pool.width), "teacher": teacher})
+
+    def start(self, model: Model, extra: nn.ModuleDict, total_steps: int) -> None:
+        teacher, head = _parts(extra)
+        teacher.begin_as(model, head, total_steps)
+
+    def after_step(self, model: Model, extra: nn.ModuleDict) -> None:
+        teacher, head = _parts(extra)
+        teacher.follow(model, head)
+
+    def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
+        teacher, head = _parts(extra)
+        num_special, num_views = self.tokenizers[0].num_special, self.crops.num_views
+        hidden = model.trunk(batch)
+        assert model.pool is not None, "bind_model refuses a model without a pool"
+        vectors_SD = model.pool(hidden.final, batch.layout, num_special)
+        student_NVC = by_record(head(vectors_SD).float(), batch, num_views)
+        large = large_views(batch, self.view_lengths[0])
+        teacher_NGC = by_record(teacher.scores(large, num_special), large, NUM_GLOBAL)
+        if head.training:
+            teacher.remember(teacher_NGC)
+        targets_NGC = teacher.distribution(teacher_NGC)
+        nats_NGV = pair_losses(targets_NGC, F.log_softmax(student_NVC / self.student_temperature, dim=-1))
+        num_pairs = torch.tensor(float(len(nats_NGV) * NUM_GLOBAL * (num_views - 1)), device=nats_NGV.device)
+        terms = {DISTILLATION: Term(nats_NGV.sum(), num_pairs)}
+        if self.spread_weight:
+            large_NGD = by_record(vectors_SD.float(), batch, num_views)[:, :NUM_GLOBAL]
+            terms[SPREAD] = spread_term(large_NGD, self.spread_weight)
+        return self.with_routers(self._out(terms, nats_NGV.detach(), targets_NGC), hidden)
+
+    def _out(
+        self, terms: Mapping[str, Term], nats_NGV: Float[Tensor, "N G V"], targets_NGC: Float[Tensor, "N G C"]
+    ) -> LossOut:
+        """With what shows a collapse: of each large view its entropy, and how far the student is from it."""
+        entropy_NG = torch.special.entr(targets_NGC).sum(-1)
+        gap_NG = nats_NGV.sum(-1) / (self.crops.num_views - 1) - entropy_NG
+        figures = torch.stack([entropy_NG, gap_NG], dim=-1).flatten(0, 1)
+        return LossOut(terms, {DISTILLATION: figures}, {DISTILLATION: targets_NGC.flatten(0, 1)})
+
+    def metrics(self) -> dict[str, Metric]:
+        return {
+            **super().metrics(),
+            f"{DISTILLATION}/teacher_entropy": TeacherEntropy(),
+            f"{DISTILLATION}/used_entropy": UsedEntropy(self.num_prototypes),
+            f"{DISTILLATION}/gap": ViewGap(),
+        }
+
+
+def _parts(extra: nn.ModuleDict) -> tuple[Teacher, PrototypeHead]:
+    teacher, head = extra["teacher"], extra["head"]
+    assert isinstance(teacher, Teacher)
+    assert isinstance(head, PrototypeHead)
+    return teacher, head
+
+
+def by_record(values: Float[Tensor, "S C"], batch: PackedBatch, num_views: int) -> Float[Tensor, "N V C"]:
+    """Values of the sequences of a pack, by record and view, wherever they lie in it."""
+    places = {record: place for place, record in enumerate(dict.fromkeys(batch.records))}
+    assert len(values) == len(places) * num_views, "a pack holds every view of a record"
+    place_S = torch.tensor([places[record] for record in batch.records]).to(values.device)
+    order_S = torch.argsort(place_S * num_views + batch.labels[VIEW])
+    return values[order_S].unflatten(0, (len(places), num_views))
+
+
+def large_views(batch: PackedBatch, length: int) -> PackedBatch:
+    """The large views of a pack: the last rows of it, for packs are sorted by length."""
+    lengths = batch.layout.lengths
+    first = lengths.index(length)
+    assert set(lengths[first:]) == {length}, "a large view lies before a small one"
+    rows = slice(batch.layout.starts[first], None)
+    assert batch.features is not None
+    layout = Layout(lengths[first:], batch.layout.num_spare, batch.layout.device)
+    return PackedBatch(
+        layout=layout,
+        positions=batch.positions[rows],
+        ids=batch.ids[rows],
+        features=batch.features[rows],
+        labels={VIEW: batch.labels[VIEW][first:]},
+        records=batch.records[first:],
+    )
+
+
+def pair_losses(targets: Float[Tensor, "N G C"], log_probs: Float[Tensor, "N V C"]) -> Float[Tensor, "N G V"]:
+    """Cross-entropy (nats) of each view from each large one of its record; 0 of a view from itself."""
+    nats_NGV = -torch.einsum("ngc,nvc->ngv", targets, log_probs)
+    is_other_GV = ~torch.eye(targets.shape[1], log_probs.shape[1], dtype=torch.bool, device=targets.device)
+    return nats_NGV * is_other_GV
+
+
+def spread_term(vectors: Float[Tensor, "N G D"], weight: float) -> Term:
+    """Less the sum of log distances to the nearest neighbour, each view among the same views of other records."""
+    num_records, num_large, _ = vectors.shape
+    if num_records < 2:
+        return Term(vectors.sum() * 0.0, torch.zeros((), device=vectors.device), weight)
+    unit_GND = F.normalize(vectors, dim=-1).transpose(0, 1)
+    with torch.no_grad():
+        cosines_GNN = unit_GND @ unit_GND.transpose(1, 2)
+        own = torch.eye(num_records, dtype=torch.bool, device=vectors.device)
+        nearest_GN = cosines_GNN.masked_fill(own, -2.0).argmax(-1)
+    neighbours_GND = unit_GND.gather(1, nearest_GN[..., None].expand_as(unit_GND))
+    squares_GN = (unit_GND - neighbours_GND).square().sum(-1)
+    logs_GN = 0.5 * (squares_GN + KOLEO_EPS).log()
+    count = torch.tensor(float(num_records * num_large), device=vectors.device)
+    return Term(-logs_GN.sum(), count, weight)

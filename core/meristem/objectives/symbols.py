@@ -1,0 +1,144 @@
+"""What objectives that predict symbols share: the loss over scored rows, and its figures."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from meristem.errors import ConfigError
+from meristem.model.model import SYMBOLS, Model
+from meristem.objectives.objective import Objective
+from meristem.shapes import Float, Int, Tensor
+from meristem.types import IGNORE, Hidden, LossOut, PackedBatch, Term
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The rows of a pack that have a symbol to predict.
+
+    Attributes:
+        term: of the loss.
+        rows: `[M]` where they are.
+        targets: `[M]` their symbols.
+        figures: `[M, 2]` for metrics: 1 for a hit, and the loss (nats) without smoothing.
+    """
+
+    term: Term
+    rows: Int[Tensor, "M"]
+    targets: Int[Tensor, "M"]
+    figures: Float[Tensor, "M 2"]
+
+
+def score_symbols(model: Model, hidden: Hidden, batch: PackedBatch, label_smoothing: float = 0.0) -> Scored:
+    """Cross-entropy of the symbols that `targets["tokens"]` asks for.
+
+    Args:
+        label_smoothing: share of the target's probability that is spread evenly over all symbols, the target among
+            them (Szegedy 2016, arXiv 1512.00567, section 7; as `torch.nn.functional.cross_entropy` has it).
+    """
+    targets_T = batch.targets[SYMBOLS]
+    rows_M = (targets_T != IGNORE).nonzero().squeeze(1)
+    targets_M = targets_T.index_select(0, rows_M)
+    # only scored rows reach the head: with a large vocabulary it costs as much as several blocks
+    scored_MD = hidden.final.index_select(0, rows_M)
+    logits_MV = model.heads[SYMBOLS](scored_MD, model.trunk.embedding.symbols.weight).float()
+    nats_M = losses_M = F.cross_entropy(logits_MV, targets_M, reduction="none")
+    if label_smoothing:
+        uniform_M = logits_MV.logsumexp(-1) - logits_MV.mean(-1)
+        losses_M = (1 - label_smoothing) * nats_M + label_smoothing * uniform_M
+    count = torch.tensor(float(len(rows_M)), device=losses_M.device)
+    hits_M = (logits_MV.detach().argmax(-1) == targets_M).float()
+    figures_M2 = torch.stack([hits_M, nats_M.detach()], dim=1)
+    return Scored(Term(losses_M.sum(), count), rows_M, targets_M, figures_M2)
+
+
+class SymbolObjective(Objective):
+    """An objective whose loss is the cross-entropy of symbols; how they are chosen is left to `prepare`.
+
+    Args:
+        label_smoothing: share of each target's probability that is spread evenly over all symbols.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0):
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"objective.label_smoothing must be in [0, 1); got {label_smoothing}")
+        self.label_smoothing = label_smoothing
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return (SYMBOLS,)
+
+    def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
+        hidden = model.trunk(batch)
+        scored = score_symbols(model, hidden, batch, self.label_smoothing)
+        out = LossOut({SYMBOLS: scored.term}, {SYMBOLS: scored.figures}, {SYMBOLS: scored.targets})
+        return self.with_routers(out, hidden)
+
+    def metrics(self) -> dict[str, Metric]:
+        return {
+            **super().metrics(),
+            f"{SYMBOLS}/accuracy": HitRate(),
+            f"{SYMBOLS}/perplexity": Perplexity(),
+            f"{SYMBOLS}/bits": BitsPerToken(),
+        }
+
+
+def require_fractions(fractions: Mapping[str, float], above_zero: Sequence[str] = ()) -> None:
+    """Refuse options of an objective that are no fractions.
+
+    Args:
+        fractions: options by name.
+        above_zero: those that must not be 0.
+    """
+    for name, value in fractions.items():
+        if not 0 <= value <= 1 or (name in above_zero and value == 0):
+            low = "above 0" if name in above_zero else "0 or more"
+            raise ConfigError(f"objective.{name} must be {low} and at most 1; got {value}")
+
+
+class _MeanFigure(Metric):
+    """The mean of one column of `Scored.figures`, over all scored rows at once: no logits are kept."""
+
+    column: int
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, figures: Tensor, targets: Tensor) -> None:
+        self.total += figures[:, self.column].double().sum()
+        self.count += len(targets)
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+class HitRate(_MeanFigure):
+    """The share of hits."""
+
+    column = 0
+
+
+class Perplexity(_MeanFigure):
+    """The exponential of the mean loss."""
+
+    column = 1
+
+    def compute(self) -> Tensor:
+        return super().compute().exp()
+
+
+class BitsPerToken(_MeanFigure):
+    """The mean loss in bits."""
+
+    column = 1
+
+    def compute(self) -> Tensor:
+        return super().compute() / math.log(2)

@@ -1,0 +1,81 @@
+"""How to probe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from meristem.errors import ConfigError
+from meristem.probing.labels import TASKS
+from meristem.probing.parts import SPLITS
+
+METHODS = {"linear": ("linear",), "knn": ("knn",), "both": ("linear", "knn")}
+"""What is fitted, by method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """How to probe.
+
+    Attributes:
+        label: column that is to be predicted.
+        method: linear, knn or both.
+        task: classification, regression, or auto: regression where the labels are numbers and one has a fraction.
+        k: neighbours that vote; None for 20, or all where there are fewer.
+        temperature: of their votes.
+        pool: as in `EmbedOptions`, but for none.
+        layer: as in `EmbedOptions`.
+        split: hash or similarity: how records are dealt that no column and no file deals.
+        split_column: column that says train, validation or test.
+        test_frac: of the records, where neither a column nor files give the test; None for 0.2.
+        validation_frac: of the records for training, to choose the penalty of the linear probe by.
+        seed: another one deals anew.
+        tokens_per_batch: as in `EmbedOptions`.
+        precision: as in `EmbedOptions`.
+        domain: reads the inputs; the model's own where empty.
+        is_skipping: records that cannot be used are left out and counted; else they are errors.
+        payload_column: as in `ReadOptions`.
+        id_column: as in `ReadOptions`.
+        cache_dir: folder of record stores and vectors; None for the default one.
+    """
+
+    label: str
+    method: str = "both"
+    task: str = "auto"
+    k: int | None = None
+    temperature: float = 0.07
+    pool: str | None = None
+    layer: int = -1
+    split: str = "hash"
+    split_column: str = ""
+    test_frac: float | None = None
+    validation_frac: float = 0.1
+    seed: int = 0
+    tokens_per_batch: int | None = None
+    precision: str = "auto"
+    domain: str = ""
+    is_skipping: bool = False
+    payload_column: str = ""
+    id_column: str = ""
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("method", METHODS), ("task", TASKS), ("split", SPLITS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if not self.label:
+            raise ConfigError("label must name a column; got none")
+        if self.pool == "none":
+            raise ConfigError("a probe needs one vector a record; pool none gives one a token: use mean")
+        if self.k is not None and self.k < 1:
+            raise ConfigError(f"k must be 1 or more; got {self.k}")
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature must be above 0; got {self.temperature}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more; got {self.seed}")
+        test = 0.0 if self.test_frac is None else self.test_frac
+        if not (test > 0 or self.test_frac is None) or self.validation_frac < 0 or test + self.validation_frac >= 1:
+            raise ConfigError(
+                "test_frac must be above 0, validation_frac 0 or more, and both leave some for training; "
+                f"got {test} and {self.validation_frac}"
+            )
+        if self.split_column and (self.split != "hash" or self.test_frac is not None):
+            raise ConfigError("split and test_frac have no effect with a split column; leave them out")

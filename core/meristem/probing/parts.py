@@ -1,0 +1,89 @@
+"""Records of training, of the choice of strength, and of the test."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from meristem.data.split import split_by_column, split_by_hash, split_by_similarity
+from meristem.data.store import RecordStore
+from meristem.errors import ConfigError, DataError
+
+SPLITS = ("hash", "similarity")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows of a store.
+
+    Attributes:
+        train: to fit on, ascending.
+        validation: to choose the strength of the penalty on, ascending; then they are fitted on as well.
+        test: ascending; empty where the test has files of its own.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def deal(
+    store: RecordStore,
+    has_label: np.ndarray,
+    method: str,
+    is_by_column: bool,
+    test_frac: float,
+    validation_frac: float,
+    seed: int,
+) -> Parts:
+    """Deal the records that have a label.
+
+    Args:
+        has_label: `[N]` which records do.
+        method: one of `SPLITS`.
+        is_by_column: the split column says the part; where it names no validation, some of training is taken.
+        test_frac: of the records; 0 where the test has files of its own.
+        validation_frac: of the records; of those for training where similarity does not deal them.
+
+    Raises:
+        ConfigError: a method that does not suit the records.
+        DataError: a part without a labelled record.
+    """
+    if is_by_column:
+        parts = split_by_column(store)
+        if test_frac and "test" not in parts:
+            raise DataError("the split column names no record for the test; give files with --test")
+        if not test_frac and "test" in parts:
+            raise ConfigError("the split column names records for the test and --test gives files; keep one of the two")
+    elif method == "similarity":
+        if pa.types.is_large_binary(store.column("payload").type):
+            raise ConfigError("--split similarity compares texts and these records are bytes; use --split hash")
+        fractions = {"train": 1 - test_frac - validation_frac, "validation": validation_frac, "test": test_frac}
+        parts = split_by_similarity(store, fractions, seed)
+    else:
+        parts = split_by_hash(store, {"train": 1 - test_frac, "test": test_frac}, seed)
+    labelled = {name: rows[has_label[rows]] for name, rows in parts.items()}
+    train, none = labelled.get("train", np.zeros(0, np.int64)), np.zeros(0, np.int64)
+    validation = labelled.get("validation", none)
+    if not len(validation):
+        train, validation = _held_out(store, train, validation_frac, seed)
+    if not len(train):
+        raise DataError("no record with a label is left for training; see the split, or give more records")
+    if test_frac and not len(labelled.get("test", none)):
+        raise DataError("no record with a label is left for the test; see the split, or give files with --test")
+    return Parts(train, validation, labelled.get("test", none))
+
+
+def _held_out(store: RecordStore, rows: np.ndarray, frac: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows without a share of them, and that share: those with the lowest hashes, equal payloads together."""
+    count = int(np.ceil(frac * len(rows)))
+    if not count or count >= len(rows):
+        return rows, np.zeros(0, np.int64)
+    hashes = store.payload_hashes(seed + 1)[rows]  # not those that dealt the test
+    is_out = hashes <= np.partition(hashes, count - 1)[count - 1]
+    return rows[~is_out], rows[is_out]
+
+
+def count_shared(train: RecordStore, train_rows: np.ndarray, test: RecordStore, test_rows: np.ndarray) -> int:
+    """Test records whose payload is that of a training record."""
+    return int(np.isin(test.payload_hashes(0)[test_rows], train.payload_hashes(0)[train_rows]).sum())

@@ -1,0 +1,73 @@
+"""Pictures of predictions: confusion of classes, values against values."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAX_NUMBERED = 20
+"""Classes up to which each cell has its number."""
+
+MAX_TICKS = 40
+"""Names on an axis at most; of more classes every n-th is named."""
+
+MAX_LETTERS = 24
+
+
+def draw_confusion(path: Path, confusions: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
+    """A panel a method: rows are classes, columns what they were taken for, colour the share of the row.
+
+    Args:
+        path: a PNG.
+        confusions: `[C, C]` counts by title.
+        names: of the classes.
+    """
+    from matplotlib.colors import PowerNorm
+
+    count = len(names)
+    gamma = 1.0 if count <= MAX_NUMBERED else 0.5  # of many classes each error is a small share: let it be seen
+    side = float(np.clip(0.3 * count, 4.2, 11))
+    figure = _figure((side + 1.2) * len(confusions), side + 0.8)
+    panels = figure.subplots(1, len(confusions), squeeze=False)[0]
+    step = -(-count // MAX_TICKS)
+    ticks = range(0, count, step)
+    short = [name if len(name) <= MAX_LETTERS else name[: MAX_LETTERS - 3] + "..." for name in names]
+    size = 9 if count <= MAX_NUMBERED else 7
+    for axes, (title, counts) in zip(panels, confusions.items()):
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(gamma, 0, 1), interpolation="nearest")
+        labels = [short[tick] for tick in ticks]
+        axes.set_xticks(list(ticks), labels, rotation=90, fontsize=size)
+        axes.set_yticks(list(ticks), labels, fontsize=size)
+        axes.set(title=title, xlabel="predicted", ylabel="true")
+        if count <= MAX_NUMBERED:
+            for row, column in zip(*np.nonzero(counts)):
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                text = str(counts[row, column])
+                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
+    figure.colorbar(image, ax=list(panels), label="share of the class", shrink=0.8)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def draw_values(path: Path, true: np.ndarray, predicted: Mapping[str, np.ndarray], name: str) -> None:
+    """A panel a method: predicted against true values, with the line on which they are equal."""
+    figure = _figure(4.6 * len(predicted), 4.4)
+    panels = figure.subplots(1, len(predicted), squeeze=False)[0]
+    for axes, (title, values) in zip(panels, predicted.items()):
+        low, high = min(true.min(), values.min()), max(true.max(), values.max())
+        axes.plot([low, high], [low, high], color="grey", linewidth=1)
+        axes.plot(true, values, linestyle="", marker=".", markersize=4, alpha=0.6)
+        axes.set(title=title, xlabel=f"{name}, true", ylabel=f"{name}, predicted")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _figure(width: float, height: float) -> Any:
+    # the object-oriented interface: no window system, no global state
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

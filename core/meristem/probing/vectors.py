@@ -1,0 +1,81 @@
+"""Vectors of the records of a store, computed once: kept in a folder that is found again by what they depend on."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meristem.data.records import Source
+from meristem.data.store import RecordStore
+from meristem.data.tokenizer import column_bytes
+from meristem.embedding.engine import best_device, best_precision
+from meristem.embedding.formats import read_embeddings
+from meristem.embedding.run import EmbedOptions, embed_files
+from meristem.embedding.writer import MANIFEST, read_manifest
+from meristem.errors import DataError
+from meristem.model_directory import hash_weights
+from meristem.probing.fit import Watch
+
+
+def stored_vectors(
+    store: RecordStore,
+    model: Path,
+    inputs: Sequence[str],
+    options: EmbedOptions,
+    cache_dir: Path,
+    title: str,
+    watch: Watch,
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """One vector a record of a store.
+
+    Args:
+        inputs: files of the store, in its order.
+        options: how to embed; it reads as the store was read.
+        cache_dir: folder of such folders.
+        title: of the work, for `watch`.
+
+    Returns:
+        `[M]` rows of the store that have a vector: all but those that the tokenizer refused; `[M, D]` vectors;
+        the manifest of them.
+    """
+    folder = cache_dir / _key(store, model, inputs, options)
+    is_there = (folder / MANIFEST).exists() and bool(read_manifest(folder).get("complete"))
+    if is_there:
+        manifest = read_manifest(folder)
+    else:
+        with watch.embedding(title) as report:
+            manifest = embed_files(model, inputs, folder, options, report)
+    vectors = read_embeddings(folder)
+    ids = np.array(store.column("id").to_pylist(), object)
+    rows = np.arange(len(store))
+    if len(vectors) != len(store):
+        refused = {(one["file"], one["line"], one["id"]) for one in manifest["refused"]["records"]}
+        places = zip(store.column("file").to_pylist(), store.column("line").to_pylist(), ids.tolist())
+        rows = np.flatnonzero([place not in refused for place in places])
+    if len(rows) != len(vectors) or (ids[rows] != vectors.ids).any():
+        raise DataError(f"{folder}: holds vectors of other records; remove it and run the command again")
+    if is_there:
+        watch.reused(len(rows))
+    return rows, vectors.values, manifest
+
+
+def _key(store: RecordStore, model: Path, inputs: Sequence[str], options: EmbedOptions) -> str:
+    """A hash of all that the vectors depend on; of labels and splits they do not."""
+    device = best_device()
+    wanted = asdict(replace(options, precision=best_precision(options.precision, device)))
+    wanted["read"] = {name: wanted["read"][name] for name in ("payload_column", "id_column")}
+    wanted |= {"model": hash_weights(model), "device": device}
+    wanted.pop("tokens_per_batch")
+    # refused records are known by their files
+    wanted["inputs"] = [Source(name).name for name in inputs] if options.is_skipping else []
+    digest = hashlib.blake2b(json.dumps(wanted, sort_keys=True, default=str).encode(), digest_size=16)
+    for name in ("id", "payload"):
+        for chunk in store.column(name).chunks:
+            text, bounds = column_bytes(chunk)
+            digest.update(np.diff(bounds).tobytes())
+            digest.update(text.data)
+    return digest.hexdigest()

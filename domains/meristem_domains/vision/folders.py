@@ -1,0 +1,105 @@
+"""Pictures in folders, and what their folders say of them."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from meristem.data.pictures import SUFFIXES
+from meristem.data.records import Source
+from meristem.errors import DataError
+
+LABEL = "label"
+"""The label that a folder gives."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture of a source.
+
+    Attributes:
+        id: its path within the source.
+        payload: its file, or why that cannot be read.
+        labels: by name, and the part where it is asked for.
+    """
+
+    id: str
+    payload: bytes | str
+    labels: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a folder holds.
+
+    Attributes:
+        paths: of pictures, with `/`, in order.
+        classes: folders that name a class.
+        empty: those of them without a picture, as paths.
+        has_parts: whether a folder of classes lies in one that names a part, such as train.
+    """
+
+    paths: tuple[str, ...]
+    classes: tuple[str, ...]
+    empty: tuple[str, ...]
+    has_parts: bool
+
+    def names_of(self, path: str) -> tuple[str | None, str | None]:
+        """Class and part of a picture; None where its folder names none."""
+        return class_and_part(path, self.has_parts)
+
+
+def class_and_part(path: str, has_parts: bool) -> tuple[str | None, str | None]:
+    """Class and part of a picture within its source; None where its folder names none."""
+    *folders, _ = path.split("/")
+    part = folders.pop(0) if has_parts and folders else None
+    return (folders[0] if folders else None), part
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file is none of the user's: its name, or that of a folder above it, begins with a dot."""
+    return any(name.startswith(".") or name == "__MACOSX" for name in path.split("/"))
+
+
+def is_picture_name(path: str) -> bool:
+    """Whether the ending is a picture's."""
+    return path.lower().endswith(SUFFIXES)
+
+
+def find_pictures(source: Source, has_parts: bool = False) -> Pictures:
+    """All pictures in a folder and the folders in it, known by their endings; hidden ones are left alone.
+
+    Raises:
+        DataError: there is none, or a folder cannot be read.
+    """
+    paths: list[str] = []
+    classes: set[str] = set()
+    depth = 2 if has_parts else 1
+    num_others = 0
+    seen: set[tuple[int, int]] = set()
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
+
+    for place, folders, names in os.walk(source.path, onerror=fail, followlinks=True):
+        facts = os.stat(place)
+        if (facts.st_dev, facts.st_ino) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        inner = os.path.relpath(place, source.path).replace(os.sep, "/")
+        if inner != "." and inner.count("/") == depth - 1:
+            classes.add(inner)
+        for name in names:
+            path = name if inner == "." else f"{inner}/{name}"
+            if is_picture_name(name) and not is_hidden(name):
+                paths.append(path)
+            else:
+                num_others += 1
+    if not paths:
+        others = f"; it has {num_others:,} other file(s)" if num_others else ""
+        raise DataError(f"{source.name}: no picture in the folder ({', '.join(SUFFIXES[:5])} ...){others}")
+    paths.sort(key=lambda path: path.split("/"))
+    filled = {"/".join(path.split("/")[:depth]) for path in paths}
+    return Pictures(tuple(paths), tuple(sorted(classes)), tuple(sorted(classes - filled)), has_parts)

@@ -1,0 +1,209 @@
+"""Reading pictures: folders, tables of paths or bytes, tar files, and single files.
+
+A payload is the bytes of a picture's file; its pixels are decoded by the tokenizer. What a source is, is seen by its
+content. What is no picture that can be decoded is refused by the name of its file.
+"""
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from meristem.data.open import BLOCK_BYTES, open_source
+from meristem.data.pictures import SUFFIXES, NoPicture, check_picture, looks_like_picture
+from meristem.data.records import LABEL_PREFIX, SCHEMA, SPLIT, ReadOptions, Refusal, Source
+from meristem.data.tables import TableFormat, read_table, table_format
+from meristem.errors import DataError
+from meristem_domains.vision.folders import LABEL, Found, find_pictures
+from meristem_domains.vision.shards import is_tar, read_members
+
+PAYLOAD_COLUMNS = (
+    "image", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "img", "picture", "bytes",
+)  # fmt: skip
+"""Usual names of the column of a table that holds pictures or their paths, lower case."""
+
+
+def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+    """Read the pictures of a source.
+
+    * A folder, with all that is in it, in the order of the paths, which are the ids. The label `label` is the name
+      of the folder of a picture within the source, and with a split column the folder above it names the part.
+    * A table: a column of paths, relative to the table, or of bytes (Parquet).
+    * A tar file, in its own order, with labels in members beside a picture, or as those of a folder.
+    * A single picture.
+
+    Raises:
+        DataError: a source that cannot be read or is none of these, or a refused record when there is no
+            `options.on_error`.
+    """
+    if not source.is_stdin and os.path.isdir(source.path):
+        yield from _read_folder(source, options)
+        return
+    with open_source(source) as stream:
+        head = stream.peek(BLOCK_BYTES)
+        if is_tar(head, source):
+            yield from _gather(source, options, read_members(stream, source, options))
+        elif looks_like_picture(head) or source.path.lower().endswith(SUFFIXES):
+            _refuse_columns(source, options, "a single picture has none")
+            id = source.name if source.is_stdin else source.path
+            yield from _gather(source, options, [Found(id, stream.read(), {})], file=source.name)
+        else:
+            yield from _read_table(stream, source, options, _form(head, source, options))
+
+
+def files(source: Source, options: ReadOptions) -> Iterable[Path]:
+    """The files that a source names beside itself: those in a folder, and those at the paths of a table.
+
+    Raises:
+        DataError: a folder without a picture, or a source that cannot be read.
+    """
+    if os.path.isdir(source.path):
+        return [Path(source.path, path) for path in find_pictures(source).paths]
+    with open_source(source) as stream:
+        head = stream.peek(BLOCK_BYTES)
+        if is_tar(head, source) or looks_like_picture(head) or source.path.lower().endswith(SUFFIXES):
+            return []
+        plain = ReadOptions(options.payload_column, on_error=lambda refusal: None)
+        found: list[str] = []
+        for batch in read_table(stream, source, plain, _form(head, source, options), PAYLOAD_COLUMNS, True):
+            if not pa.types.is_large_string(batch.column("payload").type):
+                return []
+            found += batch.column("payload").to_pylist()
+    root = Path(source.path).parent
+    return [root / path for path in set(found)]
+
+
+def _form(head: bytes, source: Source, options: ReadOptions) -> TableFormat:
+    form = table_format(head, (*PAYLOAD_COLUMNS, *options.label_columns, options.payload_column))
+    if form is None:
+        raise DataError(f"{source.name}: not a picture, a folder, a table (CSV, TSV, Parquet) or a tar file")
+    return form
+
+
+def _refuse_columns(source: Source, options: ReadOptions, reason: str) -> None:
+    for name in (*options.label_columns, options.split_column):
+        if name:
+            raise DataError(f"{source.name}: no column {name!r}: {reason}")
+
+
+def _read_folder(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+    wrong = [name for name in options.label_columns if name != LABEL]
+    if wrong:
+        raise DataError(
+            f"{source.name}: no column {wrong[0]!r}: a folder has one label, {LABEL!r}, the names of the folders in it"
+        )
+    pictures = find_pictures(source, has_parts=bool(options.split_column))
+    if options.label_columns:
+        if not pictures.classes:
+            raise DataError(
+                f"{source.name}: pictures must lie in folders that name their classes for the label {LABEL!r}; "
+                "these lie in none"
+            )
+        for name in pictures.empty:
+            options.refuse(Refusal(f"{source.within}{name}/", 0, "", "a class folder must hold a picture; got none"))
+
+    def contents() -> Iterator[Found]:
+        for path in pictures.paths:
+            found = _load(Path(source.path, path))
+            label, part = pictures.names_of(path)
+            yield Found(path, found, {LABEL: label, options.split_column: part})
+
+    yield from _gather(source, options, contents())
+
+
+def _load(path: Path) -> bytes | str:
+    """A file, or why it cannot be read."""
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def _fault(payload: bytes | str, is_checking: bool) -> str:
+    """What is wrong with a picture; empty for nothing."""
+    if isinstance(payload, str):
+        return payload
+    try:
+        if is_checking:
+            check_picture(payload)
+    except NoPicture as error:
+        return str(error)
+    return ""
+
+
+def _gather(source: Source, options: ReadOptions, found: Iterable[Found], file: str = "") -> Iterator[pa.RecordBatch]:
+    """Pictures in record batches of about `options.batch_bytes`, without those that have to be refused."""
+    file = file or source.within
+    held: list[Found] = []
+    num_bytes = 0
+    for one in found:
+        fault = _fault(one.payload, options.is_checking)
+        id = one.id.encode("utf-8", "backslashreplace").decode()
+        if id != one.id:
+            fault = "the name of the file is not UTF-8"
+        if fault:
+            options.refuse(Refusal(file, 0, id, fault))
+            continue
+        held.append(one)
+        num_bytes += len(one.payload)
+        if num_bytes >= options.batch_bytes:
+            yield _batch(held, file, options)
+            held, num_bytes = [], 0
+    if held:
+        yield _batch(held, file, options)
+
+
+def _batch(found: list[Found], file: str, options: ReadOptions) -> pa.RecordBatch:
+    columns: dict[str, pa.Array] = {
+        "id": pa.array([one.id for one in found], pa.string()),
+        "payload": pa.array([one.payload for one in found], pa.large_binary()),
+        "file": pa.DictionaryArray.from_arrays(pa.array([0] * len(found), pa.int32()), pa.array([file])),
+        "line": pa.array([0] * len(found), pa.int64()),
+    }
+    for name in options.label_columns:
+        try:
+            columns[LABEL_PREFIX + name] = pa.array([one.labels.get(name) for one in found])
+        except pa.ArrowException as error:
+            raise DataError(f"{file}: values of the label {name!r} must be of one kind: {error}") from error
+    if options.split_column:
+        columns[SPLIT] = pa.array([one.labels.get(options.split_column) for one in found], pa.string())
+    return pa.RecordBatch.from_arrays(list(columns.values()), schema=_schema(columns))
+
+
+def _schema(columns: Mapping[str, pa.Array]) -> pa.Schema:
+    is_required = set(SCHEMA.names)
+    return pa.schema([pa.field(name, column.type, name not in is_required) for name, column in columns.items()])
+
+
+def _read_table(
+    stream: io.BufferedReader, source: Source, options: ReadOptions, form: TableFormat
+) -> Iterator[pa.RecordBatch]:
+    root = Path() if source.is_stdin else Path(source.path).parent
+    for batch in read_table(stream, source, options, form, PAYLOAD_COLUMNS, holds_files=True):
+        held: list[Any] = []
+        rows: list[int] = []
+        num_bytes = 0
+        for row, value in enumerate(batch.column("payload")):
+            stored = value.as_py()
+            payload = stored if isinstance(stored, bytes) else _load(root / stored)
+            if fault := _fault(payload, options.is_checking):
+                line, id = (batch.column(name)[row].as_py() for name in ("line", "id"))
+                named = "" if isinstance(stored, bytes) else f"{stored}: "
+                options.refuse(Refusal(source.name, line, id, f"{named}{fault}"))
+                continue
+            rows.append(row)
+            held.append(payload)
+            num_bytes += len(payload)
+            if num_bytes >= options.batch_bytes:
+                yield _with_payloads(batch, rows, held)
+                rows, held, num_bytes = [], [], 0
+        if rows:
+            yield _with_payloads(batch, rows, held)
+
+
+def _with_payloads(batch: pa.RecordBatch, rows: list[int], payloads: list[bytes]) -> pa.RecordBatch:
+    kind = pa.large_binary()
+    return batch.take(pa.array(rows)).set_column(1, pa.field("payload", kind, False), pa.array(payloads, kind))

@@ -1,0 +1,144 @@
+"""Pictures in tar files, with their labels in members beside them, as the WebDataset format has it.
+
+Members whose names are equal up to the first dot of the last part are one sample and stand side by side: `0001.jpg`,
+`0001.cls`, `0001.json`. A tar file of a folder of class folders is read as the folder is.
+"""
+
+import json
+import posixpath
+import tarfile
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+from meristem.data.records import ReadOptions, Refusal, Source
+from meristem.errors import DataError
+from meristem_domains.vision.folders import LABEL, Found, class_and_part, is_hidden, is_picture_name
+
+TEXTS = ("cls", "txt")
+"""Endings of members that hold a label as text; the first one there is the label `label`."""
+
+JSON = "json"
+"""Ending of a member that holds labels by name."""
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+_MAGIC_AT, _MAGIC = 257, b"ustar"
+
+
+def is_tar(head: bytes, source: Source) -> bool:
+    """Whether a file that begins with `head`, compression undone, is a tar file."""
+    return head[_MAGIC_AT:].startswith(_MAGIC) or source.path.lower().endswith(SUFFIXES)
+
+
+def read_members(stream: IO[bytes], source: Source, options: ReadOptions) -> Iterator[Found]:
+    """The pictures of a tar file, in its order.
+
+    Raises:
+        DataError: a damaged file, or a column that no sample has.
+    """
+    texts = (*TEXTS, *options.label_columns, options.split_column)
+    wanted = [name for name in (*options.label_columns, options.split_column) if name]
+    known: set[str] = set()
+    sample = _Sample("")
+    try:
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
+            for member in archive:
+                name = posixpath.normpath(member.name).lstrip("/")
+                if is_hidden(name) or member.isdir():
+                    continue
+                key, ending = _split(name)
+                if key != sample.key:
+                    yield from sample.finish(source, options, wanted, known)
+                    sample = _Sample(key)
+                if is_picture_name(name):
+                    sample.pictures.append((name, _content(archive, member)))
+                elif ending in (*texts, JSON):
+                    content = _content(archive, member)
+                    if isinstance(content, bytes):
+                        sample.beside[ending] = content
+            while rest := archive.fileobj.read(1 << 16):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("it goes on behind its end, as several put together do")
+    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+        raise DataError(f"{source.name}: damaged tar file: {' '.join(str(error).split())}") from error
+    yield from sample.finish(source, options, wanted, known)
+    lacking = [name for name in wanted if name not in known]
+    if lacking:
+        raise DataError(
+            f"{source.name}: no column {lacking[0]!r}: no member of a sample names it "
+            f"({', '.join(f'NAME.{ending}' for ending in (*TEXTS, JSON))}), nor does a folder"
+        )
+
+
+def _split(name: str) -> tuple[str, str]:
+    folder, _, last = name.rpartition("/")
+    stem, _, ending = last.partition(".")
+    return f"{folder}/{stem}", ending.lower()
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
+    file = archive.extractfile(member) if member.isreg() else None
+    return "a link, which cannot be followed in a tar file" if file is None else file.read()
+
+
+class _Header(tarfile.TarInfo):
+    """Python takes a damaged header for the end of a file, and would lose what follows in silence."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError("it ends without an end mark; it was cut off") from error
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
+class _Sample:
+    """Members of one name up to its first dot."""
+
+    def __init__(self, key: str):
+        self.key = key
+        self.pictures: list[tuple[str, bytes | str]] = []
+        self.beside: dict[str, bytes] = {}
+
+    def finish(self, source: Source, options: ReadOptions, wanted: list[str], known: set[str]) -> Iterator[Found]:
+        """The pictures with their labels; `known` learns the names of these."""
+        if not self.pictures and TEXTS[0] in self.beside:
+            reason = "a label without a picture beside it in the tar file"
+            options.refuse(Refusal(source.within, 0, f"{self.key.lstrip('/')}.{TEXTS[0]}", reason))
+        for name, content in self.pictures:
+            try:
+                labels = self._labels(name, options, wanted) if wanted else {}
+            except ValueError as error:
+                content, labels = str(error), {}
+            known.update(labels)
+            yield Found(name, content, labels)
+
+    def _labels(self, name: str, options: ReadOptions, wanted: list[str]) -> dict[str, Any]:
+        given: dict[str, Any] = dict(self._of_json())
+        for ending, content in self.beside.items():
+            if ending != JSON:
+                try:
+                    given.setdefault(ending, content.decode("utf-8").strip())
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"the label {ending!r} beside it is not UTF-8") from error
+        text = next((given[ending] for ending in TEXTS if ending in given), None)
+        of_folder, part = class_and_part(name, bool(options.split_column) and options.split_column not in given)
+        for column, value in ((LABEL, text if text is not None else of_folder), (options.split_column, part)):
+            if value is not None:
+                given.setdefault(column, value)
+        return {column: given[column] for column in wanted if given.get(column) is not None}
+
+    def _of_json(self) -> Mapping[str, Any]:
+        if JSON not in self.beside:
+            return {}
+        try:
+            values = json.loads(self.beside[JSON])
+        except ValueError as error:
+            raise ValueError(f"the labels beside it are no JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"the labels beside it must be a JSON object; got {type(values).__name__}")
+        return values

@@ -1,0 +1,135 @@
+"""Next sentence beside masked symbols: which second sentence, where it lies, and what the class is read from."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small_objectives import (
+    CLS,
+    MASK,
+    PAIRS,
+    SEP,
+    TOKENIZER,
+    VOCAB,
+    bound,
+    built,
+    packed,
+    prepared,
+    random_records,
+)
+from torch.nn import functional as F
+
+from meristem.errors import ConfigError, DataError
+from meristem.model.model import SYMBOLS
+from meristem.objectives.next_sentence import NEXT_SENTENCE, NextSentence
+from meristem.types import IGNORE, Record
+
+WORDS = ("ACD", "EFG", "HIK", "LMN", "PQR", "STV")
+"""Second sentences of the same length, no two alike."""
+
+
+def records_of(words, first="WYWYWY") -> list[Record]:
+    return [Record(str(i), first, {"other": word}, f"x.csv:{i + 2}") for i, word in enumerate(words)]
+
+
+def shown(tokens) -> str:
+    """The symbols before masking."""
+    ids = np.where(tokens.targets[SYMBOLS] == IGNORE, tokens.ids, tokens.targets[SYMBOLS])
+    return "".join(VOCAB[i] for i in ids)
+
+
+def test_a_record_becomes_two_closed_sentences_of_two_types(rng):
+    records = random_records(rng, 30)
+    objective = bound(NextSentence("other", rate=0.5), PAIRS, records)
+    others = {record.labels["other"] for record in records}
+    for record, tokens in zip(records, prepared(objective, records)):
+        second = shown(tokens)[len(f"<cls>{record.payload}<sep>") : -len("<sep>")]
+        assert shown(tokens) == f"<cls>{record.payload}<sep>{second}<sep>"
+        is_next = second == record.labels["other"]
+        assert int(tokens.labels[NEXT_SENTENCE]) == (0 if is_next else 1)
+        assert second in others
+        assert tokens.token_types.tolist() == [0] * (len(record.payload) + 2) + [1] * (len(second) + 1)
+        targets = tokens.targets[SYMBOLS]
+        assert not set(targets) & {CLS, SEP, MASK}
+        assert (targets[1:-1] != IGNORE).any()
+    assert objective.readouts[0].classes == ("next", "random")
+    assert objective.readouts[0].pool is None
+
+
+def test_half_of_the_seconds_are_another_records_each_equally_likely(rng):
+    records = records_of([*WORDS, WORDS[0]])  # one stands twice: the same words are never a random second
+    objective = bound(NextSentence("other"), PAIRS, records)
+    tokens = TOKENIZER.encode(records[0].payload)
+    repeats = 4_000
+    drawn = [objective.prepare(records[0], (tokens,), rng)[0] for _ in range(repeats)]
+    seconds = [shown(one)[len("<cls>WYWYWY<sep>") : -len("<sep>")] for one in drawn]
+    labels = np.array([int(one.labels[NEXT_SENTENCE]) for one in drawn])
+    assert [second != WORDS[0] for second in seconds] == [label == 1 for label in labels]
+    # 5 standard deviations of a binomial
+    assert abs(labels.mean() - 0.5) < 5 * np.sqrt(0.25 / repeats)
+    counts = np.array([seconds.count(word) for word in WORDS[1:]])
+    assert (np.abs(counts - repeats / 10) < 5 * np.sqrt(repeats * 0.1 * 0.9)).all()
+    for frac, label in ((0.0, 0), (1.0, 1)):
+        objective = bound(NextSentence("other", random_second_frac=frac), PAIRS, records)
+        assert {int(one.labels[NEXT_SENTENCE]) for one in prepared(objective, records)} == {label}
+
+
+def test_a_record_of_validation_may_have_a_second_that_training_has_not(rng):
+    objective = bound(NextSentence("other", random_second_frac=1.0), PAIRS, records_of(WORDS))
+    for _ in range(20):
+        (tokens,) = objective.prepare(Record("v", "WY", {"other": "AAAA"}, "v:1"), (TOKENIZER.encode("WY"),), rng)
+        assert shown(tokens).split("<sep>")[1] in WORDS
+
+
+def test_a_pair_is_cut_to_what_the_model_can_place(rng):
+    limit = PAIRS.max_length
+    for first, second in ((10, 100), (100, 10), (80, 90), (31, 30), (30, 31)):
+        record = Record("a", "A" * first, {"other": "C" * second}, "x:1")
+        other = Record("b", "A", {"other": "D"}, "x:2")
+        objective = bound(NextSentence("other", random_second_frac=0), PAIRS, [record, other])
+        # the loader has cropped the payload to what the model can place already
+        tokens = TOKENIZER.encode("A" * min(first, limit - 2))
+        (pair,) = objective.prepare(record, (tokens,), rng)
+        a, b = shown(pair).removeprefix("<cls>").removesuffix("<sep>").split("<sep>")
+        assert len(pair) == min(limit, first + second + 3)
+        assert set(a) == {"A"}
+        assert set(b) == {"C"}
+        # the longer one pays
+        assert len(a) == first or len(a) >= len(b) - 2
+        assert len(b) == second or len(b) >= len(a) - 2
+
+
+def test_loss_is_masked_symbols_and_the_class_from_the_models_pool(rng):
+    records = random_records(rng)
+    objective = bound(NextSentence("other"), PAIRS, records)
+    model = built(objective, PAIRS)
+    batch = packed(objective, records)
+    out = objective.loss(model, objective.build(PAIRS), batch)
+    final = model.trunk(batch).final
+    first_rows = final[list(batch.layout.starts[:-1])]
+    pooled = torch.tanh(first_rows @ model.pool.dense.weight.T + model.pool.dense.bias)
+    head = model.heads[NEXT_SENTENCE].out
+    logits = pooled @ head.weight.T + head.bias
+    wanted = batch.labels[NEXT_SENTENCE]
+    torch.testing.assert_close(out.terms[NEXT_SENTENCE].sum, F.cross_entropy(logits, wanted, reduction="sum"))
+    symbols = F.cross_entropy(model.symbol_logits(model.trunk(batch)), batch.targets[SYMBOLS], reduction="sum")
+    torch.testing.assert_close(out.terms[SYMBOLS].sum, symbols, rtol=1e-5, atol=1e-4)
+    hits = (logits.argmax(-1) == wanted).float()
+    assert torch.equal(out.predictions[NEXT_SENTENCE][:, 0], hits)
+    # the mutant: classes the other way round
+    flipped = F.cross_entropy(logits, 1 - wanted, reduction="sum")
+    assert abs(flipped - out.terms[NEXT_SENTENCE].sum) > 1e-4
+
+
+def test_what_cannot_be_trained_is_refused(rng):
+    with pytest.raises(ConfigError, match=r"embedding\.token_types of 2; got 0"):
+        NextSentence("other").bind_model(replace(PAIRS, embedding=replace(PAIRS.embedding, token_types=0)))
+    with pytest.raises(ConfigError, match=r"pool: \{kind: Prefix, is_dense: true\}"):
+        NextSentence("other").bind_model(replace(PAIRS, pool=None))
+    with pytest.raises(DataError, match=r"x\.csv:2: column 'other' must hold two different texts"):
+        bound(NextSentence("other"), PAIRS, records_of(["ACD", "ACD"]))
+    with pytest.raises(DataError, match=r"x\.csv:3: column 'other' must hold a text; got None"):
+        bound(NextSentence("other"), PAIRS, records_of(["ACD", None]))
+    with pytest.raises(ConfigError, match="random_second_frac"):
+        NextSentence("other", random_second_frac=1.2)
