@@ -75,15 +75,16 @@ def test_a_parent_that_is_not_followed_is_caught(rng: np.random.Generator, monke
         beams._Beam, "then", lambda self, token, total, parent: replace(real(self, token, total, parent), parent=0)
     )
     model = redrawn(decoder())
-    [prompt] = random_prompts(rng, 1, low=5)
+    prompts = random_prompts(rng, 8, low=5)  # of one alone, the first beam may be the parent of all
     options = GenerateOptions(max_new_tokens=8, num_beams=4, num_samples=4)
     wrong = 0.0
-    for one in search(model, [prompt], options)[0]:
-        made: list[int] = []
-        for token, score in zip(one.ids, one.log_probabilities):
-            wanted = slow_logits(model, prompt, made).log_softmax(-1)[token]
-            wrong = max(wrong, (wanted - torch.tensor(score)).abs().item())
-            made.append(token)
+    for prompt, samples in zip(prompts, search(model, prompts, options)):
+        for one in samples:
+            made: list[int] = []
+            for token, score in zip(one.ids, one.log_probabilities):
+                wanted = slow_logits(model, prompt, made).log_softmax(-1)[token]
+                wrong = max(wrong, (wanted - torch.tensor(score)).abs().item())
+                made.append(token)
     assert wrong > 1e-3
 
 
