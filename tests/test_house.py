@@ -12,7 +12,7 @@ from meristem.cli.configs import shipped_configs
 from meristem.cli.main import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_CONFIGS = 13
+NUM_CONFIGS = 17
 FAMILIES = re.compile(
     r"esm|bert|gpt|llama|mistral|qwen|longformer|big_?bird|deit|dino|siglip|starcoder|codegen|switch|mosaic|\bt5|vit_",
     re.I,

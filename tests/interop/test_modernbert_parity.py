@@ -62,7 +62,7 @@ COMMON = {
 def modernbert(shape: str, folder: Path, rng: np.random.Generator, kind: type = ModernBertForMaskedLM) -> Case:
     config = ModernBertConfig(**{**COMMON, **SHAPES[shape]})
     tokenizer = PlainIds(config.vocab_size, prefix=(2,), suffix=(3,), special=(0, 1), mask_id=4)
-    return Case.of(save(redraw(kind(config), rng, symbols=1.5), folder / "hf"), MODERNBERT, tokenizer)
+    return Case.of(save(redraw(kind(config), rng, sharp=1.4, symbols=1.5), folder / "hf"), MODERNBERT, tokenizer)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -65,9 +65,11 @@ def packed_views(objective: SelfDistillation, records: list[Record], seed: int =
     return pack([one for of_record in views for one in of_record], [r for r, some in enumerate(views) for _ in some])
 
 
-def built(objective: SelfDistillation, total_steps: int = 100) -> tuple[Model, nn.ModuleDict]:
+def built(
+    objective: SelfDistillation, total_steps: int = 100, config: TransformerConfig = CONFIG
+) -> tuple[Model, nn.ModuleDict]:
     """A model and what training needs beside it."""
-    model, extra = Model(CONFIG), objective.build(CONFIG)
+    model, extra = Model(config), objective.build(config)
     objective.start(model, extra, total_steps)
     return model, extra
 
@@ -88,3 +90,11 @@ def take_step(
     optimizer.step()
     objective.after_step(model, extra)
     return float(loss.detach())
+
+
+def with_life(extra) -> None:
+    """A teacher that has moved away, and a centre."""
+    with torch.no_grad():
+        for parameter in extra["teacher"].parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        extra["teacher"].center.normal_(std=0.2)

@@ -98,6 +98,15 @@ def test_a_record_without_a_label_is_left_as_it_is(rng):
     assert (mixed.shares < 1).any()
 
 
+@torch.no_grad()
+def _loss(objective: Supervised, model: Model, batch: PackedBatch, seed: int = 0) -> float:
+    torch.manual_seed(seed)
+    term = objective.loss(model, objective.build(CONFIG), batch).terms["kind"]
+    assert float(term.count) == objective.counts(batch)["kind"]
+    return float(term.sum)
+
+
+@torch.no_grad()
 def _loss_by_hand(objective: Supervised, model: Model, batch: PackedBatch, seed: int, smoothing: float) -> float:
     """Soft targets written out, as a table of probabilities."""
     torch.manual_seed(seed)
@@ -117,15 +126,11 @@ def test_loss_is_that_of_soft_targets(rng, smoothing):
     objective = _objective(Mixing(mixup=0.5, cutmix=1.0), smoothing)
     batch = _batch(rng, objective, list("abccba") * 3)
     model = Model(CONFIG, (), objective.readouts).train()
-    torch.manual_seed(5)
-    out = objective.loss(model, objective.build(CONFIG), batch)
     # fp32 sums of 18 losses near 1
-    assert float(out.terms["kind"].sum) == pytest.approx(_loss_by_hand(objective, model, batch, 5, smoothing), rel=1e-5)
-    assert float(out.terms["kind"].count) == objective.counts(batch)["kind"] == 18
-    torch.manual_seed(6)
-    assert float(objective.loss(model, objective.build(CONFIG), batch).terms["kind"].sum) != float(
-        out.terms["kind"].sum
+    assert _loss(objective, model, batch, 5) == pytest.approx(
+        _loss_by_hand(objective, model, batch, 5, smoothing), rel=1e-5
     )
+    assert _loss(objective, model, batch, 6) != _loss(objective, model, batch, 5)
 
 
 def test_labels_that_are_not_mixed_with_their_pictures_would_be_seen(rng, monkeypatch):
@@ -140,17 +145,14 @@ def test_labels_that_are_not_mixed_with_their_pictures_would_be_seen(rng, monkey
         return Mixed(found.batch, found.partners, torch.ones_like(found.shares))
 
     monkeypatch.setattr(supervised, "mix", mutant)
-    torch.manual_seed(5)
-    out = objective.loss(model, objective.build(CONFIG), batch)
-    assert float(out.terms["kind"].sum) != pytest.approx(wanted, rel=1e-4)
+    assert _loss(objective, model, batch, 5) != pytest.approx(wanted, rel=1e-4)
 
 
 def test_evaluation_neither_mixes_nor_smooths(rng):
     objective, plain = _objective(Mixing(mixup=0.5, cutmix=1.0), 0.2), _objective(Mixing())
     batch = _batch(rng, objective, list("abccba"))
     model = Model(CONFIG, (), objective.readouts).eval()
-    found, wanted = (one.loss(model, one.build(CONFIG), batch).terms["kind"].sum for one in (objective, plain))
-    assert torch.equal(found, wanted)
+    assert _loss(objective, model, batch) == _loss(plain, model, batch)
 
 
 def test_what_cannot_be_mixed_is_refused():

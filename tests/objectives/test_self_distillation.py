@@ -1,6 +1,5 @@
-"""Self-distillation: views in one pack, a loss over pairs, a teacher without gradient, and no collapse."""
+"""Self-distillation: views in one pack, a loss over pairs, and a teacher that no gradient reaches."""
 
-import io
 import math
 from dataclasses import replace
 
@@ -11,13 +10,13 @@ from small_objectives import TOKENIZER as RESIDUES
 from small_pictures import (
     CONFIG,
     CROPS,
-    NUM_PROTOTYPES,
     TOKENIZER,
     built,
     objective_of,
     packed_views,
     picture_records,
     take_step,
+    with_life,
 )
 from torch import nn
 
@@ -76,6 +75,7 @@ def shuffled(batch, rng):
     return replace(batch, records=tuple(int(numbers[record]) for record in batch.records))
 
 
+@torch.no_grad()
 def slow_loss(objective, model, extra, batch) -> float:
     """Two loops, one view at a time."""
     teacher, head = extra["teacher"], extra["head"]
@@ -94,14 +94,6 @@ def slow_loss(objective, model, extra, batch) -> float:
     return total
 
 
-def with_life(extra) -> None:
-    """A teacher that has moved away, and a centre."""
-    with torch.no_grad():
-        for parameter in extra["teacher"].parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-        extra["teacher"].center.normal_(std=0.2)
-
-
 def test_loss_is_that_of_two_loops_over_views_and_records(rng, monkeypatch):
     objective = objective_of(teacher_temperature=0.07, first_temperature=0.07)
     batch = shuffled(packed_views(objective, picture_records(rng, 6)), rng)
@@ -109,7 +101,7 @@ def test_loss_is_that_of_two_loops_over_views_and_records(rng, monkeypatch):
     with_life(extra)
     out = objective.loss(model, extra, batch)
     expected = slow_loss(objective, model, extra, batch)
-    found = float(out.terms[DISTILLATION].sum)
+    found = float(out.terms[DISTILLATION].sum.detach())
     assert found == pytest.approx(expected, rel=1e-4)  # float32, and products of other shapes
     assert {name: float(term.count) for name, term in out.terms.items()} == objective.counts(batch)
     assert objective.counts(batch) == {DISTILLATION: 6 * 2 * 3, SPREAD: 12}
@@ -125,7 +117,8 @@ def test_loss_is_that_of_two_loops_over_views_and_records(rng, monkeypatch):
 
     for mutant in (with_itself, of_others, swapped):
         monkeypatch.setattr(self_distillation, "pair_losses", mutant)
-        assert float(objective.loss(model, extra, batch).terms[DISTILLATION].sum) != pytest.approx(expected, rel=1e-4)
+        wrong = float(objective.loss(model, extra, batch).terms[DISTILLATION].sum.detach())
+        assert wrong != pytest.approx(expected, rel=1e-4)
 
 
 def test_values_are_found_by_record_and_view_wherever_they_lie(rng):
@@ -155,12 +148,12 @@ def test_spread_is_the_distance_to_the_nearest_other_record(rng):
     vectors = torch.randn(7, 2, 5, requires_grad=True)
     term = spread_term(vectors, 0.1)
     unit = vectors / vectors.norm(dim=-1, keepdim=True)
-    expected = 0.0
+    expected, unit = 0.0, unit.detach()
     for view in range(2):
         for i in range(7):
             nearest = min(float((unit[i, view] - unit[j, view]).norm()) for j in range(7) if j != i)
             expected -= 0.5 * math.log(nearest**2 + KOLEO_EPS)
-    assert float(term.sum) == pytest.approx(expected, rel=1e-4)
+    assert float(term.sum.detach()) == pytest.approx(expected, rel=1e-4)
     assert float(term.count) == 14
 
 
@@ -172,7 +165,7 @@ def test_spread_is_safe_with_few_records_and_with_equal_ones(rng):
         assert torch.isfinite(term.sum)
         assert torch.isfinite(one.grad).all()
         if count == 1:
-            assert float(term.sum) == float(term.count) == 0
+            assert float(term.sum.detach()) == float(term.count) == 0
             assert not one.grad.any()
     zero = torch.zeros(3, 2, 5, requires_grad=True)
     spread_term(zero, 0.1).sum.backward()
@@ -223,150 +216,6 @@ def test_what_is_optimised_is_trunk_and_head_and_not_the_teacher():
     # the mutant: groups of the model alone
     groups = parameter_groups(model, 0.01)
     assert not {id(p) for p in extra["head"].parameters()} & {id(p) for group in groups for p in group["params"]}
-
-
-def test_the_teacher_begins_as_the_student_and_follows_it(rng):
-    objective = objective_of(momentum=0.9, center_momentum=0.8, warmup_steps=4, first_temperature=0.02)
-    model, extra = built(objective, total_steps=10)
-    teacher = extra["teacher"]
-    pairs = list(teacher._pairs(model, extra["head"]))
-    assert len(pairs) == len(list(teacher.parameters()))
-    assert all(torch.equal(own, other) for own, other in pairs)
-    slow = [own.clone().double() for own, _ in pairs]
-    optimizer = torch.optim.SGD([*model.parameters(), *extra["head"].parameters()], lr=0.1)
-    records, center = picture_records(rng, 4), torch.zeros(NUM_PROTOTYPES)
-    for step in range(12):
-        assert float(teacher.temperature) == pytest.approx(0.02 + 0.02 * min(1, step / 4))
-        momentum = 1 - 0.1 * 0.5 * (1 + math.cos(math.pi * min(1, step / 10)))
-        assert float(teacher.momentum) == pytest.approx(momentum)
-        batch = packed_views(objective, records, step)
-        mean = teacher.scores(large_views(batch, 17), (1, 0)).mean(0)
-        take_step(objective, model, extra, batch, optimizer)
-        center = 0.8 * center + 0.2 * mean
-        slow = [momentum * old + (1 - momentum) * other.double() for old, (_, other) in zip(slow, pairs)]
-        torch.testing.assert_close(teacher.center, center, atol=1e-5, rtol=1e-5)
-    for own, (wanted, (_, other)) in zip((own for own, _ in pairs), zip(slow, pairs)):
-        torch.testing.assert_close(own.double(), wanted, atol=1e-5, rtol=1e-4)  # float32 against float64
-        assert not torch.equal(own, other)
-    # the mutant: no step behind the student leaves the teacher where it began
-    frozen = [own.clone() for own, _ in pairs]
-    objective.after_step = lambda model, extra: None
-    take_step(objective, model, extra, packed_views(objective, records), optimizer)
-    assert all(torch.equal(own, old) for (own, _), old in zip(pairs, frozen))
-
-
-def test_the_centre_is_that_of_all_packs_of_a_step_and_of_none_in_evaluation(rng):
-    objective, (model, extra) = objective_of(center_momentum=0.0), built(objective_of(center_momentum=0.0))
-    packs = [packed_views(objective, picture_records(rng, count), seed) for seed, count in enumerate((2, 5))]
-    scores = torch.cat([extra["teacher"].scores(large_views(batch, 17), (1, 0)) for batch in packs])
-    extra.eval()
-    objective.loss(model, extra, packs[0])
-    extra.train()
-    for batch in packs:
-        objective.loss(model, extra, batch)
-    assert not extra["teacher"].center.any()
-    objective.after_step(model, extra)
-    torch.testing.assert_close(extra["teacher"].center, scores.mean(0), atol=1e-6, rtol=1e-5)
-    assert not extra["teacher"].training
-
-
-def trained(rng: np.random.Generator, without_center: bool = False, **options):
-    """Figures of a short training on four kinds of pictures: by metric, and vectors and kinds."""
-    mild = replace(CROPS, jitter=(0.1, 0.1, 0.1, 0.0), grey_rate=0.0, solarise_rate=0.0)
-    temperatures = {"teacher_temperature": 0.04, "first_temperature": 0.04}
-    objective = objective_of(**{"crops": mild, "momentum": 0.9, **temperatures, **options})
-    records = picture_records(rng, 24)
-    model, extra = built(objective, 100)
-    if without_center:
-        extra["teacher"].remember = lambda scores: None
-    optimizer = torch.optim.AdamW([*model.parameters(), *extra["head"].parameters()], lr=1e-3)
-    packs = [packed_views(objective, records, seed) for seed in range(8)]
-    for step in range(100):
-        take_step(objective, model, extra, packs[step % 8], optimizer)
-    extra.eval()
-    batch = packed_views(objective, records, 99)
-    out = objective.loss(model, extra, batch)
-    metrics = objective.metrics()
-    for metric in metrics.values():
-        metric.update(out.predictions[DISTILLATION], out.targets[DISTILLATION])
-    figures = {name.partition("/")[2]: float(metric.compute()) for name, metric in metrics.items()}
-    vectors = by_record(model.pool(model.trunk(batch).final, batch.layout), batch, 4)[:, 0].detach()
-    return figures, vectors, torch.tensor([record.labels["kind"] for record in records])
-
-
-MOST = math.log(NUM_PROTOTYPES)
-
-
-def test_centring_and_sharpening_keep_it_from_collapse(rng):
-    figures, vectors, kinds = trained(rng)
-    assert figures["teacher_entropy"] < figures["used_entropy"] < MOST
-    # it tells apart what differs: nearly the log 4 = 1.39 nats of four kinds (seen: 1.08 to 1.41)
-    assert figures["used_entropy"] - figures["teacher_entropy"] > 0.6
-    assert figures["gap"] >= 0
-    unit = nn.functional.normalize(vectors, dim=1)
-    nearest = (unit @ unit.T).fill_diagonal_(-2).argmax(1)
-    assert (kinds[nearest] == kinds).float().mean() > 0.8
-
-
-def test_without_centre_it_says_one_thing_of_all(rng):
-    figures, *_ = trained(rng, without_center=True, spread_weight=0.0)
-    assert figures["used_entropy"] - figures["teacher_entropy"] < 0.3
-    assert figures["used_entropy"] < 0.3 * MOST
-
-
-def test_without_sharpening_it_says_nothing_of_any(rng):
-    figures, *_ = trained(rng, teacher_temperature=1.0, first_temperature=1.0)
-    assert figures["teacher_entropy"] > 0.99 * MOST
-
-
-def test_figures_are_those_of_the_distributions(rng):
-    objective = objective_of()
-    model, extra = built(objective)
-    with_life(extra)
-    batch = packed_views(objective, picture_records(rng, 5))
-    out = objective.loss(model, extra, batch)
-    figures = {}
-    for name, metric in objective.metrics().items():
-        half = len(out.targets[DISTILLATION]) // 2
-        metric.update(out.predictions[DISTILLATION][:half], out.targets[DISTILLATION][:half])
-        metric.update(out.predictions[DISTILLATION][half:], out.targets[DISTILLATION][half:])
-        figures[name] = float(metric.compute())
-    targets = out.targets[DISTILLATION].double()
-    entropy = float(-(targets * targets.log()).sum(1).mean())
-    mean = targets.mean(0)
-    assert figures[f"{DISTILLATION}/teacher_entropy"] == pytest.approx(entropy, rel=1e-5)
-    assert figures[f"{DISTILLATION}/used_entropy"] == pytest.approx(float(-(mean * mean.log()).sum()), rel=1e-5)
-    loss = float(out.terms[DISTILLATION].sum / out.terms[DISTILLATION].count)
-    assert figures[f"{DISTILLATION}/gap"] == pytest.approx(loss - entropy, abs=1e-5)
-
-
-@pytest.mark.parametrize("forgotten", [None, "center", "step", "head.prototypes"])
-def test_a_run_goes_on_from_what_was_saved_bit_for_bit(rng, forgotten):
-    objective = objective_of(momentum=0.5, warmup_steps=6, first_temperature=0.02)
-    packs = [packed_views(objective, picture_records(rng, 4), seed) for seed in range(6)]
-    seed = int(rng.integers(2**31))
-
-    def fresh():
-        torch.manual_seed(seed)
-        model, extra = built(objective)
-        return model, extra, torch.optim.AdamW([*model.parameters(), *extra["head"].parameters()], lr=1e-3)
-
-    model, extra, optimizer = fresh()
-    for batch in packs[:3]:
-        take_step(objective, model, extra, batch, optimizer)
-    stream = io.BytesIO()
-    torch.save([one.state_dict() for one in (model, extra, optimizer)], stream)
-    whole = [take_step(objective, model, extra, batch, optimizer) for batch in packs[3:]]
-    stream.seek(0)
-    states = torch.load(stream, weights_only=True)
-    again = fresh()
-    if forgotten is not None:
-        states[1][f"teacher.{forgotten}"] = again[1].state_dict()[f"teacher.{forgotten}"]
-    for one, state in zip(again, states):
-        one.load_state_dict(state)
-    assert [take_step(objective, *again[:2], batch, again[2]) for batch in packs[3:]] == whole or forgotten
-    same = all(torch.equal(a, b) for a, b in zip(extra.state_dict().values(), again[1].state_dict().values()))
-    assert same == (forgotten is None)
 
 
 def test_what_cannot_be_trained_is_refused():

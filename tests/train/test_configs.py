@@ -84,7 +84,7 @@ WRONG = {
     "word for a number": ("lr: 1e-3", "lr: high", "must be a number; got high"),
     "number out of range": ("lr: 1e-3", "lr: -1", "must be positive"),
     "choice that is none": ("{validation_frac: 0.2}", "{method: random}", "'hash', 'column', 'similarity'"),
-    "unknown objective": ("Masked", "Maskd", "Causal, Denoising, Masked, MaskedPatches, NextSentence, Prefix, Self"),
+    "unknown objective": ("Masked", "Maskd", "Causal, Denoising, Distilled, Masked, MaskedPatches, NextSentence"),
     "unknown option of the objective": ("Masked}", "Masked, init_args: {rat: 1}}", "rat is no key"),
     "option of the objective out of range": ("Masked}", "Masked, init_args: {rate: 3}}", "at most 1"),
     "width that heads do not divide": ("width: 32", "width: 30", "nearest: 32"),

@@ -14,6 +14,8 @@ import torch
 from pictures import encoded, write_folder
 from PIL import Image
 
+from meristem.cli.configs import shipped_configs
+from meristem.cli.run_config import parse
 from meristem.data.loader import EvalLoader, TrainLoader
 from meristem.data.records import ReadOptions, Source
 from meristem.data.store import RecordStore
@@ -217,3 +219,24 @@ def test_options_without_an_effect_are_refused():
         domain.augment(domain.tokenizer(image_px=None), crop_scale=[0.5, 1])
     with pytest.raises(ConfigError, match="1 or 3 channels"):
         domain.augment(domain.tokenizer(num_channels=4))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "finetune", "mnist", "vit_small", "vit_tiny"])
+def test_configs_of_training_are_whole_and_say_what_they_take(name):
+    path = shipped_configs()[f"vision/{name}"]
+    header = path.read_text("utf-8").split("\nmodel:")[0]
+    assert all(word in header for word in ("command:", "hardware:", "minutes:", "expected:"))
+    config = parse(["--config", f"vision/{name}", "--data.sources", "pictures"], "fit")
+    assert config is not None
+    task, data = config.build()
+    assert data.views is not None
+    assert task.architecture.embedding.patch_features == data.tokenizer.num_features
+    assert task.ema_decay
+
+
+def test_a_domain_without_augmentation_refuses_it():
+    arguments = ["--config", "protein/sample", "--data.augment", "{flip: 0.5}"]
+    config = parse(arguments, "fit")
+    assert config is not None
+    with pytest.raises(ConfigError, match=r"data\.augment must not be set: the domain protein has no augmentation"):
+        config.build()

@@ -15,6 +15,7 @@ from meristem.objectives.self_distillation import SelfDistillation
 from meristem.objectives.sequence_to_sequence import SequenceToSequence
 from meristem.objectives.spans import SpanCorruption
 from meristem.objectives.supervised import Supervised
+from meristem.train.distilled import Distilled
 from meristem.train.optim import OptimizerConfig
 from meristem.train.task import Task
 
@@ -33,6 +34,7 @@ OBJECTIVES = (
     NextSentence,
     MaskedPatches,
     SelfDistillation,
+    Distilled,
 )
 """The core's own; jsonargparse knows a class by its short name once it is imported."""
 

@@ -187,11 +187,11 @@ class Supervised(Objective):
         mixed = self._mix(batch) if model.training and self.mixing.is_on else None
         seen = batch if mixed is None else mixed.batch
         hidden = model.trunk(seen)
-        terms, predictions, targets = {}, {}, {}
+        terms, predictions, targets, outputs = {}, {}, {}, {}
         for name, bound in self._bound.items():
             labels_R = self._of(batch, bound)
             rows_M, wanted_M = _known(labels_R)
-            out_RC = model.label_outputs(name, hidden.final, batch.layout, self._num_special)
+            out_RC = outputs[name] = model.label_outputs(name, hidden.final, batch.layout, self._num_special)
             out_MC = out_RC.index_select(0, rows_M).float()
             if bound.is_classes:
                 nats_M = _class_nats(out_MC, wanted_M, bound, model.training)
@@ -205,7 +205,18 @@ class Supervised(Objective):
                 terms[name] = Term(total, torch.tensor(float(len(rows_M)), device=total.device), bound.target.weight)
                 mean, std = bound.readout.mean[0], bound.readout.std[0]
                 predictions[name], targets[name] = out_MC.detach()[:, 0] * std + mean, wanted_M * std + mean
+        if model.training:
+            terms |= self.more_terms(seen, outputs)
         return self.with_routers(LossOut(terms, predictions, targets), hidden)
+
+    def more_terms(self, seen: PackedBatch, outputs: Mapping[str, Tensor]) -> dict[str, Term]:
+        """What else training asks of the heads' outputs: nothing here.
+
+        Args:
+            seen: the pack as the trunk saw it.
+            outputs: `[S, C]` or `[T, C]` of each target.
+        """
+        return {}
 
     def _mix(self, batch: PackedBatch) -> Mixed:
         """Records mixed in pairs, but for those that lack a label."""
