@@ -1,101 +1,167 @@
-"""Embed proteins with Meristem and with `transformers`, on the same weights, the same input, in one process.
+"""Mean vectors of proteins: Meristem beside `transformers`, as people run it and as an expert does.
 
-    python benchmarks/embedding.py [--source proteins.fasta] [--records 200] [--rounds 5]
+    python benchmarks/run.py embedding
 
-The peer is used in the two ways people use it: a batch of 8 in the order of the file, and batches of up to 4,096
-tokens sorted by length. Vectors are checked to agree before anything is timed; then the programs run in turn, and
-the ratio of their times is taken round by round. Writes `benchmarks/results/embedding_<hardware>_<date>.md`.
+The engine is the one of `meristem embed`. Peers have the same weights and the same tokens: batches of 8 and of 32 in
+the order of the file, or of neighbours in length whose padded size stays within 2,048 or 4,096 tokens. Vectors
+agree before anything is timed. The sum of the products and attention kernels of our packs, run alone on tensors of their
+shapes, is what an engine without any other work would take.
 """
 
-import argparse
-import datetime
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
+from harness import Finding, Options, agree, race
+from torch.nn import functional as F
 from transformers import EsmConfig, EsmModel
 
+from meristem.data.order import plan_in_order
 from meristem.data.records import ReadOptions, Source
 from meristem.domain import load_domain
-from meristem.embedding.engine import Embedder, TrunkRunner
+from meristem.embedding.engine import PRECISIONS
+from meristem.embedding.memory import MOST_TOKENS
+from meristem.embedding.workers import EngineOptions
+from meristem.model.model import Model
 from meristem.model_directory import load_any
 from meristem.types import TokenColumn
 
-RESULTS = Path(__file__).parent / "results"
-TOLERANCE = 1e-4
-SORTED_BUDGET_TOKENS = 4096
+SHAPES = {  # layers, width, heads, records
+    "8M": (6, 320, 20, 240),
+    "35M": (12, 480, 20, 96),
+    "150M": (30, 640, 20, 24),
+}
+GPU_SHAPES = {"650M": (33, 1280, 20, 2000)}
+BUDGETS = (2048, 4096)
+GPU_BUDGETS = (16384, 65536)
 MAX_RESIDUES = 1022
+TOLERANCE = 1e-4
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", help="FASTA; the bundled sample by default")
-    parser.add_argument("--records", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    torch.manual_seed(0)
+def findings(options: Options) -> Iterator[Finding]:
+    """Each shape in fp32, in bf16, and each of our precisions beside the expert's fp32."""
+    is_gpu = options.device == "cuda"
+    shapes = {**SHAPES, **GPU_SHAPES} if is_gpu else SHAPES
+    for name, (layers, width, heads, records) in shapes.items():
+        column, where = proteins(options, 24 if options.is_quick else records * (20 if is_gpu else 1))
+        with tempfile.TemporaryDirectory() as folder:
+            peer = save_peer(Path(folder), layers, width, heads).to(options.device)
+            card, model = load_any(Path(folder))
+        yield from compare(name, peer, model, column, where, card.tokenizer.num_special, options)
+        if options.is_quick:
+            return
 
-    domain = load_domain("protein")
-    source = args.source or str(domain.sample)
-    payloads = [
-        row for batch in domain.read(Source(source), ReadOptions()) for row in batch.column("payload").to_pylist()
-    ]
-    payloads = [payload for payload in payloads if len(payload) <= MAX_RESIDUES][: args.records]
 
-    peer = EsmModel(esm2_8m(), add_pooling_layer=False).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        peer.save_pretrained(folder)
-        write_vocabulary(Path(folder), domain.tokenizer().vocab)
-        card, model = load_any(Path(folder))
-    column = card.tokenizer.encode_column(pa.array(payloads, pa.large_string()))
-    ours = Embedder(TrunkRunner(model, card.tokenizer.num_special), "mean")
-
+def compare(
+    name: str,
+    peer: EsmModel,
+    model: Model,
+    column: TokenColumn,
+    where: str,
+    num_special: tuple[int, int],
+    options: Options,
+) -> Iterator[Finding]:
+    """Findings of one shape."""
+    tokens = int(column.offsets[-1])
+    budgets = GPU_BUDGETS if options.device == "cuda" else BUDGETS
     by_length = np.argsort(column.lengths, kind="stable")
-    ways: dict[str, Callable[[], np.ndarray]] = {
-        "meristem": lambda: ours.embed(column),
-        "transformers, 8 a batch, file order": lambda: embed_with(peer, column, in_eights(len(column))),
-        "transformers, sorted, 4,096 tokens a batch": lambda: embed_with(peer, column, by_budget(column, by_length)),
+    ours = {
+        precision: EngineOptions("mean", -1, precision, options.device).build(model, num_special)
+        for precision in PRECISIONS
     }
-    vectors = {name: way() for name, way in ways.items()}  # the warm-up, too
-    worst = max(float(np.abs(value - vectors["meristem"]).max()) for value in vectors.values())
-    assert worst <= TOLERANCE, f"vectors differ by {worst}; nothing was timed"
+    theirs: dict[str, dict[str, Callable[[], np.ndarray]]] = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        cast = EsmModel(peer.config, add_pooling_layer=False).eval().to(options.device, dtype)
+        cast.load_state_dict(peer.state_dict())
+        orders = {f"{size} a batch, file order": in_order(len(column), size) for size in (8, 32)}
+        orders |= {f"sorted, {budget:,} tokens": by_budget(column, by_length, budget) for budget in budgets}
+        theirs[precision] = {
+            f"transformers, {how}": partial(embed_with, cast, column, rows) for how, rows in orders.items()
+        }
+    exact = ours["fp32"].embed(column)
+    worst = max(agree(how, exact, run(), TOLERANCE) for how, run in theirs["fp32"].items())
+    setting = f"{len(column)} records of {where}, {tokens:,} tokens; mean over residues"
 
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(args.rounds):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - began)
-    write_report(seconds, len(payloads), int(column.offsets[-1]), worst, Path(source).name)
+    floor = {
+        "products and attention alone": partial(
+            run_floor, model, plans(column, options), PRECISIONS["fp32"], options.device
+        )
+    }
+    fp32 = {"meristem": partial(ours["fp32"].embed, column), **theirs["fp32"], **floor}
+    seconds = race(fp32, options)
+    alone = [ours / alone for ours, alone in zip(seconds["meristem"], seconds["products and attention alone"])]
+    yield Finding(
+        f"ESM-2 {name} shape, fp32",
+        f"{setting}. Vectors differ by {worst:.1e} at most.",
+        seconds,
+        work=tokens,
+        values={"meristem over its products and attention alone": f"{statistics.median(alone):.2f}"},
+    )
+    errors = {
+        precision: relative_error(exact, engine.embed(column))
+        for precision, engine in ours.items()
+        if precision != "fp32"
+    }
+    experts = [how for how in theirs["fp32"] if "sorted" in how]
+    cast_peers = {f"{how}, bf16": theirs["bf16"][how] for how in experts}
+    their_error = relative_error(exact, theirs["bf16"][experts[-1]]())
+    lower = {f"meristem {precision}": partial(ours[precision].embed, column) for precision in errors}
+    yield Finding(
+        f"ESM-2 {name} shape, lower precision",
+        f"{setting}.",
+        race({**lower, **cast_peers, **{how: theirs["fp32"][how] for how in experts}}, options),
+        reference="meristem bf16",
+        work=tokens,
+        values={
+            **{f"error of meristem {precision}, rms of rms": f"{error:.1e}" for precision, error in errors.items()},
+            "error of transformers bf16": f"{their_error:.1e}",
+        },
+    )
 
 
-def esm2_8m() -> EsmConfig:
-    return EsmConfig(
-        vocab_size=33, mask_token_id=32, pad_token_id=1, hidden_size=320, num_hidden_layers=6, num_attention_heads=20,
-        intermediate_size=1280, position_embedding_type="rotary", token_dropout=True, emb_layer_norm_before=False,
-        layer_norm_eps=1e-5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=1026,
+def proteins(options: Options, count: int) -> tuple[TokenColumn, str]:
+    """Records of a real length mix, drawn with a seed, and what they are."""
+    domain = load_domain("protein")
+    path = options.data("protein/uniref90_sample.fasta")
+    payloads = [
+        payload
+        for batch in domain.read(Source(str(path or domain.sample)), ReadOptions())
+        for payload in batch.column("payload").to_pylist()
+        if len(payload) <= MAX_RESIDUES
+    ]
+    drawn = np.random.default_rng(0).permutation(len(payloads))[:count]
+    column = domain.tokenizer().encode_column(pa.array([payloads[i] for i in drawn], pa.large_string()))
+    return column, path.name if path else "the bundled sample"
+
+
+def save_peer(folder: Path, layers: int, width: int, heads: int) -> EsmModel:
+    """The peer at random weights, saved as it saves itself, with the vocabulary."""
+    config = EsmConfig(
+        vocab_size=33, mask_token_id=32, pad_token_id=1, hidden_size=width, num_hidden_layers=layers,
+        num_attention_heads=heads, intermediate_size=4 * width, position_embedding_type="rotary", token_dropout=True,
+        emb_layer_norm_before=False, layer_norm_eps=1e-5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        max_position_embeddings=1026,
     )  # fmt: skip
+    peer = EsmModel(config, add_pooling_layer=False).eval()
+    peer.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(load_domain("protein").tokenizer().vocab) + "\n")
+    return peer
 
 
-def write_vocabulary(folder: Path, vocab: tuple[str, ...]) -> None:
-    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
+def in_order(count: int, size: int) -> list[np.ndarray]:
+    return np.array_split(np.arange(count), range(size, count, size))
 
 
-def in_eights(count: int) -> list[np.ndarray]:
-    return np.array_split(np.arange(count), range(8, count, 8))
-
-
-def by_budget(column: TokenColumn, order: np.ndarray) -> list[np.ndarray]:
+def by_budget(column: TokenColumn, order: np.ndarray, budget: int) -> list[np.ndarray]:
     """Batches of neighbours in `order` whose padded size stays within the budget."""
     batches: list[list[int]] = [[]]
     for row in order:
-        if batches[-1] and (len(batches[-1]) + 1) * column.lengths[row] > SORTED_BUDGET_TOKENS:
+        if batches[-1] and (len(batches[-1]) + 1) * column.lengths[row] > budget:
             batches.append([])
         batches[-1].append(row)
     return [np.array(batch) for batch in batches]
@@ -109,48 +175,47 @@ def embed_with(peer: EsmModel, column: TokenColumn, batches: list[np.ndarray]) -
         width = int(column.lengths[rows].max())
         ids = torch.full((len(rows), width), 1)
         for place, row in enumerate(rows):
-            ids[place, : column.lengths[row]] = torch.from_numpy(
-                column.ids[column.offsets[row] : column.offsets[row + 1]].astype(np.int64)
-            )
+            taken = column.ids[column.offsets[row] : column.offsets[row + 1]]
+            ids[place, : len(taken)] = torch.from_numpy(taken.astype(np.int64))
+        ids = ids.to(peer.device)
         mask = (ids != 1).long()
-        hidden = peer(ids, attention_mask=mask).last_hidden_state
+        hidden = peer(ids, attention_mask=mask).last_hidden_state.float()
         inner = mask.clone()
         inner[:, 0] = 0
         inner[torch.arange(len(rows)), mask.sum(1) - 1] = 0
-        vectors[rows] = ((hidden * inner[..., None]).sum(1) / inner.sum(1, keepdim=True)).numpy()
+        vectors[rows] = ((hidden * inner[..., None]).sum(1) / inner.sum(1, keepdim=True)).cpu().numpy()
     return vectors
 
 
-def write_report(seconds: dict[str, list[float]], records: int, tokens: int, worst: float, source: str) -> None:
-    ours = seconds["meristem"]
-    rows = [
-        "| program | seconds, median | tokens/s | times as long as meristem: median (least to most) |",
-        "| --- | --- | --- | --- |",
-    ]
-    for name, values in seconds.items():
-        ratios = [theirs / mine for theirs, mine in zip(values, ours)]
-        middle = statistics.median(values)
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        rows.append(f"| {name} | {middle:.2f} | {tokens / middle:,.0f} | {spread} |")
-    hardware = f"cpu{torch.get_num_threads()}"
-    text = "\n".join(
-        [
-            "# Embedding, ESM-2 8M shape, fp32, mean over residues",
-            "",
-            f"{records} records of {source} ({tokens:,} tokens), {torch.get_num_threads()} threads, "
-            f"{platform.machine()}, torch {torch.__version__}. Vectors differ by at most {worst:.1e}. "
-            f"{len(ours)} rounds, the programs in turn, in one process.",
-            "",
-            *rows,
-            "",
+def plans(column: TokenColumn, options: Options) -> list[np.ndarray]:
+    """Lengths of the sequences of each of our packs."""
+    packs = plan_in_order(column.lengths, MOST_TOKENS[options.device])
+    return [np.sort(column.lengths[rows]) for rows in packs]
+
+
+@torch.inference_mode()
+def run_floor(model: Model, packs: list[np.ndarray], dtype: torch.dtype, device: str) -> None:
+    """The products of each layer at our packs' shapes and attention by groups of equal lengths, and nothing else."""
+    block = model.trunk.blocks[0]
+    linears = [block.attention.qkv, block.attention.out, block.feedforward.up, block.feedforward.down]
+    weights = [(linear.weight.to(device, dtype), linear.bias.to(device, dtype)) for linear in linears]
+    heads, head_width = block.attention.num_heads, block.attention.head_width
+    for lengths in packs:
+        rows = int(lengths.sum())
+        x_by_width = {
+            weight.shape[1]: torch.zeros(rows, weight.shape[1], dtype=dtype, device=device) for weight, _ in weights
+        }
+        groups = [
+            torch.zeros(count, heads, int(length), head_width, dtype=dtype, device=device)
+            for length, count in zip(*np.unique(lengths, return_counts=True))
         ]
-    )
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"embedding_{hardware}_{datetime.date.today():%Y-%m-%d}.md"
-    path.write_text(text)
-    print(text)
-    print(f"written to {path}")
+        for _ in range(model.config.num_layers):
+            for weight, bias in weights:
+                F.linear(x_by_width[weight.shape[1]], weight, bias)
+            for q in groups:
+                F.scaled_dot_product_attention(q, q, q)
 
 
-if __name__ == "__main__":
-    main()
+def relative_error(exact: np.ndarray, other: np.ndarray) -> float:
+    """Root mean square of the difference over that of the vectors."""
+    return float(np.sqrt(np.square(exact - other).mean() / np.square(exact).mean()))

@@ -247,11 +247,8 @@ class KeysOneAhead(RotaryLayer):
 
     def turn(self, x: torch.Tensor, tables: tuple[torch.Tensor, ...]) -> torch.Tensor:
         ahead = tuple(table.roll(-1, dims=0) for table in tables)
-        half = x.shape[1] // 2
-        self.calls = getattr(self, "calls", 0) + 1
-        if self.calls % 2:  # queries
-            return super().turn(x, tables)
-        return torch.cat([super().turn(x[:, :half], tables), super().turn(x[:, half:], ahead)], dim=1)
+        queries_and_half, keys = x.split([x.shape[1] * 3 // 4, x.shape[1] - x.shape[1] * 3 // 4], dim=1)
+        return torch.cat([super().turn(queries_and_half, tables), super().turn(keys, ahead)], dim=1)
 
 
 class Interleaved(RotaryLayer):

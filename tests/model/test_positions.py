@@ -29,7 +29,16 @@ def slow_rotation(x: np.ndarray, place: list[int], config: Rotary) -> np.ndarray
             out[a] = x[a] * math.cos(angle) - x[b] * math.sin(angle)
             out[b] = x[b] * math.cos(angle) + x[a] * math.sin(angle)
             pair += 1
-    return out
+    return out[pairs_together(config, len(x))]
+
+
+def pairs_together(config: Rotary, head_width: int) -> np.ndarray:
+    """The order in which a rotation hands features on: the two of each pair as neighbours."""
+    width = config.width or head_width
+    order = np.arange(head_width)
+    if not config.is_interleaved:
+        order[:width] = order[:width].reshape(2, -1).T.ravel()
+    return order
 
 
 @pytest.mark.parametrize("num_axes", [1, 2, 3])
@@ -114,3 +123,21 @@ def test_buckets_grow_with_distance(is_two_sided: bool) -> None:
         assert all(buckets[distance] == 16 + buckets[-distance] for distance in range(1, 301))
     else:
         assert all(buckets[distance] == 0 for distance in range(301))
+
+
+@pytest.mark.parametrize("is_even", [True, False])
+def test_a_row_turns_alike_wherever_it_stands(is_even: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, with two threads whose shares would meet within a row; in one call for all it is not so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        if not is_even:
+            monkeypatch.setattr("meristem.model.position._product", lambda x, table: x * table)
+        layer, x = RotaryLayer(Rotary(), 16), torch.randn(4567, 5, 16)
+        tables = layer.tables(torch.arange(4567)[:, None])
+        with torch.inference_mode():
+            together = layer.turn(x, tables)
+            alone = [layer.turn(x[i : i + 1], tuple(t[i : i + 1] for t in tables)) for i in range(2200, 2400)]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(together[2200:2400], torch.cat(alone)) == is_even

@@ -31,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=-1,
         help="layer whose vectors are wanted: 0 is the embedding, -1 the last",
     )
-    parser.add_argument("--tokens-per-batch", type=int, help="tokens run at once; 4096 on a CPU, 65536 on a GPU")
+    parser.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        help="tokens run at once; by default 4096 on a CPU and 65536 on a GPU, fewer where memory is short",
+    )
     parser.add_argument(
         "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
     )
@@ -102,6 +106,12 @@ class ProgressReport:
     def __exit__(self, *error: Any) -> None:
         if self._bar is not None:
             self._bar.__exit__(*error)
+
+    def chose(self, device: str, precision: str, tokens_per_batch: int) -> None:
+        import torch
+
+        where = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
+        print(f"on {where}, {precision}, {tokens_per_batch:,} tokens at once", file=sys.stderr)
 
     def found(self, records: int | None, tokens: int | None) -> None:
         from meristem.cli.console import progress

@@ -15,7 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one row a token with its probabilities; by default labels of tokens are one text a record",
     )
-    parser.add_argument("--tokens-per-batch", type=int, help="tokens run at once; 4096 on a CPU, 65536 on a GPU")
+    parser.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        help="tokens run at once; by default 4096 on a CPU and 65536 on a GPU, fewer where memory is short",
+    )
     parser.add_argument(
         "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
     )

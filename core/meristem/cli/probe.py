@@ -49,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the records for training, to choose the penalty of the linear map by",
     )
     parser.add_argument("--seed", type=int, default=0, help="another one deals anew")
-    parser.add_argument("--tokens-per-batch", type=int, help="tokens run at once; 4096 on a CPU, 65536 on a GPU")
+    parser.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        help="tokens run at once; by default 4096 on a CPU and 65536 on a GPU, fewer where memory is short",
+    )
     parser.add_argument(
         "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
     )

@@ -6,7 +6,7 @@ same bit for bit whatever it is packed with: linear layers, norms and attention 
 """
 
 import copy
-import ctypes
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -15,6 +15,7 @@ import torch
 
 from meristem.data.order import plan_in_order
 from meristem.data.pack import pack_column
+from meristem.embedding.memory import fitting_tokens, give_back_memory, is_out_of_memory
 from meristem.embedding.windows import WindowMean, cut
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Max, Mean, Pool, Prefix
@@ -28,11 +29,9 @@ PLAIN_POOLS: dict[str, Pool] = {"mean": Mean(), "cls": Prefix(), "max": Max()}
 POOLS = (*PLAIN_POOLS, "own", "none")
 """Poolings as the command line names them: own is the model's, with its weights; none is one vector a token."""
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+logger = logging.getLogger(__name__)
 
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
-"""Default budget of a pack. More gains nothing on a CPU and takes memory: at the width of ESM-2 8M, 2,048 to 8,192
-tokens are equally fast and 16,384 are 15 % slower."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Advance = Callable[[int, int], None]
 """Told of records and tokens as they are done."""
@@ -84,8 +83,8 @@ class TrunkRunner:
         model: moved to `device`.
         num_special: special rows before and behind each payload.
         layer: whose rows are wanted; counted from the last where negative.
-        tokens_per_batch: tokens that a pack holds at most, but for a single longer sequence; None for a
-            default that suits the device.
+        tokens_per_batch: tokens that a pack holds at most, but for a single longer sequence; None for as many as
+            suit the device and the memory at hand. It is halved when a pack does not fit after all.
         dtype: of the trunk's weights and activations.
         device: to run on.
 
@@ -108,11 +107,11 @@ class TrunkRunner:
         self.trunk = self.model.trunk if dtype == torch.float32 else copy.deepcopy(self.model.trunk).to(dtype)
         self.num_special = num_special
         self.layer = model.trunk.resolve_layer(layer)
-        default = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cpu"])
-        budget = default if tokens_per_batch is None else tokens_per_batch
-        if budget < 1:
-            raise ConfigError(f"tokens_per_batch must be at least 1; got {budget}")
-        self.tokens_per_batch = budget
+        if tokens_per_batch is None:
+            tokens_per_batch = fitting_tokens(model.config, self.device, dtype)
+        if tokens_per_batch < 1:
+            raise ConfigError(f"tokens_per_batch must be at least 1; got {tokens_per_batch}")
+        self.tokens_per_batch = tokens_per_batch
 
     @torch.inference_mode()
     def run(self, column: TokenColumn) -> Iterator[Rows]:
@@ -123,12 +122,56 @@ class TrunkRunner:
         limit = self.model.config.max_length
         lengths = column.lengths
         is_long = lengths > limit if limit is not None else np.zeros(len(lengths), bool)
-        short = np.flatnonzero(~is_long)
-        for pack in plan_in_order(lengths[short], self.tokens_per_batch):
-            yield self._run_pack(column, short[pack])
+        yield from self._run_packs(column, np.flatnonzero(~is_long))
         for row in np.flatnonzero(is_long):
             ids = column.ids[column.offsets[row] : column.offsets[row + 1]]
             yield replace(self._run_windows(ids), records=(int(row),))
+
+    def _run_packs(self, column: TokenColumn, rows: np.ndarray) -> Iterator[Rows]:
+        """The packs of `rows`, longest sequences first: what does not fit in memory is known at once.
+
+        From a pack that does not fit on, packs are half as large; nothing is lost.
+
+        Raises:
+            DataError: a single sequence does not fit.
+        """
+        plan = plan_in_order(column.lengths[rows], self.tokens_per_batch)
+        left = len(plan)
+        while left:
+            pack = rows[plan[left - 1]]
+            done = self._try_pack(column, pack)
+            if done is not None:
+                left -= 1
+                yield done
+                continue
+            self._halve(column.lengths[pack])
+            rows = np.sort(rows[plan.records[: plan.stops[left - 1]]])
+            plan = plan_in_order(column.lengths[rows], self.tokens_per_batch)
+            left = len(plan)
+
+    def _try_pack(self, column: TokenColumn, rows: np.ndarray) -> Rows | None:
+        """The pack; None where it does not fit, and then nothing of it is held by an error any more."""
+        try:
+            return self._run_pack(column, rows)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    def _halve(self, lengths: np.ndarray) -> None:
+        if len(lengths) == 1:
+            raise DataError(f"a sequence of {lengths[0]:,} tokens does not fit in the memory of {self.device}")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        give_back_memory()
+        tokens = int(lengths.sum())
+        self.tokens_per_batch = max(min(tokens, self.tokens_per_batch) // 2, 1)
+        logger.warning(
+            "out of memory with %s tokens at once on %s; going on with %s",
+            f"{tokens:,}",
+            self.device,
+            f"{self.tokens_per_batch:,}",
+        )
 
     def _run_pack(self, column: TokenColumn, rows: np.ndarray) -> Rows:
         batch = pack_column(column, rows, rows.tolist()).to(self.device)
@@ -140,21 +183,10 @@ class TrunkRunner:
         assert limit is not None
         windows = cut(ids, self.num_special, limit)
         mean = WindowMean(windows, self.model.config.width, self.device)
-        for pack in plan_in_order(windows.column.lengths, self.tokens_per_batch):
-            rows = self._run_pack(windows.column, pack)
+        for rows in self._run_packs(windows.column, np.arange(len(windows.column))):
             for index, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
                 mean.add(index, rows.values[start : start + length])
         return Rows(mean.rows(), Layout.of([len(ids)], min_rows=0), (0,))
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system: packs of ever other shapes leave holes, which glibc's heap keeps.
-
-    Without it an ESM-2 8M grows by 50 MB with each 2,000 records; it costs milliseconds a chunk.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class Embedder:

@@ -77,9 +77,9 @@ def predict_files(
         raise ConfigError(f"--output must be a file; {output} is a directory")
     card, loaded = load_any(model)
     device, tokenizer = best_device(), card.tokenizer
-    trunk = TrunkRunner(
-        loaded, tokenizer.num_special, -1, tokens_per_batch, PRECISIONS[best_precision(precision, device)], device
-    )
+    precision = best_precision(precision, device)
+    trunk = TrunkRunner(loaded, tokenizer.num_special, -1, tokens_per_batch, PRECISIONS[precision], device)
+    report.chose(device, precision, trunk.tokens_per_batch)
     predictor = Predictor(trunk, labels)
     if is_per_token and all(readout.level == "record" for readout in predictor.readouts):
         raise ConfigError("one row a token needs a label of tokens; this model has labels of records only")

@@ -84,6 +84,9 @@ class EmbedOptions:
 class Report(Protocol):
     """Is told how the work goes."""
 
+    def chose(self, device: str, precision: str, tokens_per_batch: int) -> None:
+        """How it will be done."""
+
     def found(self, records: int | None, tokens: int | None) -> None:
         """What there is to do, special rows left out; None where it is not known."""
 
@@ -96,6 +99,8 @@ class Report(Protocol):
 
 class Silent:
     """Tells nobody."""
+
+    def chose(self, device: str, precision: str, tokens_per_batch: int) -> None: ...
 
     def found(self, records: int | None, tokens: int | None) -> None: ...
 
@@ -155,6 +160,7 @@ class _Run:
         self.domain = load_domain(self.options.domain or self.card.domain)
         self.engine = self._engine_options(model)
         self.embedder = self.engine.build(model, self.card.tokenizer.num_special)
+        self.report.chose(self.engine.device, self.engine.precision, self.embedder.trunk.tokens_per_batch)
         counted = None
         if "-" not in self.inputs:
             counted = self._reader()
@@ -321,6 +327,7 @@ class _Run:
                 "precision": self.engine.precision,
                 "device": self.engine.device,
                 "devices": self.options.devices,
+                "threads": torch.get_num_threads(),
                 "tokens_per_batch": self.embedder.trunk.tokens_per_batch,
                 "on_error": "skip" if self.options.is_skipping else "refuse",
                 "sequence_column": self.options.read.payload_column,

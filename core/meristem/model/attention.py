@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from meristem.model.cache import Cache
@@ -82,12 +83,12 @@ class AttentionLayer(nn.Module):
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T D"]:
         """Attend within each sequence."""
         heads_TXE = self.qkv(x).unflatten(-1, (-1, self.head_width))
-        q_THE, k_TKE, v_TKE = heads_TXE.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        qk_TXE, v_TKE = heads_TXE.split([sum(self._heads), self.num_kv_heads], dim=1)
         if self.config.qk_norm is not None:
-            q_THE, k_TKE = self._norm(self.q_norm, q_THE), self._norm(self.k_norm, k_TKE)
+            q_THE, k_TKE = qk_TXE.split(self._heads, dim=1)
+            qk_TXE = torch.cat([self._norm(self.q_norm, q_THE), self._norm(self.k_norm, k_TKE)], dim=1)
         placed = context.placed[self.position]
-        q_THE = placed.layer.turn(q_THE, placed.tables)
-        k_TKE = placed.layer.turn(k_TKE, placed.tables)
+        q_THE, k_TKE = placed.layer.turn(qk_TXE, placed.tables).split(self._heads, dim=1)
         return self.out(self._attend(q_THE, k_TKE, v_TKE, context, placed.bias).flatten(1))
 
     def _norm(self, norm: nn.Module, x_THE: Float[Tensor, "T H E"]) -> Float[Tensor, "T H E"]:
@@ -107,10 +108,11 @@ class AttentionLayer(nn.Module):
         layout, cache = context.layout, context.cache
         pattern, scale = self.config.pattern, self.config.scale
         if cache is not None:
-            slots = cache.add(self.layer, k_TKE, v_TKE, layout)
+            kept = cache.add(self.layer, k_TKE, v_TKE, layout)
             if not cache.is_empty:
                 lengths = [n + more for n, more in zip(cache.lengths, layout.lengths)]
-                return attend_cached(q_THE, slots.keys, slots.values, layout, lengths, pattern, bias, scale)
+                slots = (kept.keys, kept.values, layout, lengths)
+                return attend_cached(q_THE, *slots, pattern, bias, scale, cache.slots)
         if self.layer in context.maps:
             o_THE, weights = attend_reference(q_THE, k_TKE, v_TKE, layout, layout, pattern, bias, scale)
             context.maps[self.layer].extend(weights)

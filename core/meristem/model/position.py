@@ -84,33 +84,53 @@ class RotaryLayer(BetweenLayer):
         self.width = config.width or head_width
 
     def tables(self, positions: Int[Tensor, "T A"]) -> Tables:
+        """Cosine and sine `[T, 1, w / 2]` of the angle of each pair, in fp32."""
         axes = self.config.num_axes
         assert positions.shape[1] == axes, f"rotary positions have {axes} axes; got {positions.shape[1]}"
         frequencies = rotary_frequencies(self.config, self.head_width).to(positions.device, non_blocking=True)
         angles_TAf = positions.clamp(min=0).float()[:, :, None] * frequencies
-        angles = angles_TAf.flatten(1)
-        # the sign of the rotation is put into the sine, so that turning is one exchange and two products
-        sign = torch.ones(self.width, device=positions.device)
-        if self.config.is_interleaved:
-            angles_T1E = angles.repeat_interleave(2, dim=-1)[:, None, :]
-            sign[0::2] = -1.0
-        else:
-            angles_T1E = torch.cat([angles, angles], dim=-1)[:, None, :]
-            sign[: self.width // 2] = -1.0
-        return angles_T1E.cos(), angles_T1E.sin() * sign
+        angles_T1p = angles_TAf.flatten(1)[:, None, :]
+        return angles_T1p.cos(), angles_T1p.sin()
 
     def turn(self, x: Float[Tensor, "T H E"], tables: Tables) -> Float[Tensor, "T H E"]:
-        cos, sin = tables
-        if self.width == self.head_width:
-            return (x * cos + self._partner(x) * sin).to(x.dtype)
-        turned, rest = x.split([self.width, self.head_width - self.width], dim=-1)
-        return torch.cat([(turned * cos + self._partner(turned) * sin).to(x.dtype), rest], dim=-1)
+        """Turn pairs by their angles; the two features of a pair come out as neighbours, whatever the config.
 
-    def _partner(self, x: Float[Tensor, "T H w"]) -> Float[Tensor, "T H w"]:
-        """The other feature of each pair."""
+        Queries and keys alike, so their products are those of any other order.
+        """
+        turned, rest = x.split([self.width, self.head_width - self.width], dim=-1)
         if self.config.is_interleaved:
-            return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        return x.roll(self.width // 2, dims=-1)
+            first, second = turned.unflatten(-1, (-1, 2)).unbind(-1)
+        else:
+            first, second = turned.chunk(2, dim=-1)
+        cos, sin = tables
+        if x.is_cpu:  # one pass, where products of halves would take six
+            wide = (part.float() if part.dtype == torch.bfloat16 else part for part in (first, second))
+            pairs = torch.view_as_real(_product(torch.complex(*wide), torch.complex(cos, sin)))
+        else:
+            pairs = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        turned = pairs.flatten(-2).to(x.dtype)
+        return turned if self.width == self.head_width else torch.cat([turned, rest], dim=-1)
+
+
+PARALLEL_GRAIN = 32_768
+"""Elements that torch gives a CPU thread at least."""
+
+
+def _product(x_THp: Tensor, table_T1p: Tensor) -> Tensor:
+    """The complex product of each row with its row of the table, rounded alike wherever the row stands.
+
+    Torch rounds the elements at the ends of a thread's share otherwise than those between, so shares must end
+    where rows do: as many rows a call as all threads take in whole rows, then what is left, one thread at a time.
+    """
+    if torch.is_grad_enabled():
+        return x_THp * table_T1p
+    rows = max(PARALLEL_GRAIN // x_THp[0].numel(), 1)
+    together = rows * torch.get_num_threads()
+    num_even = len(x_THp) // together * together
+    for start in (*range(0, num_even, together), *range(num_even, len(x_THp), rows)):
+        share = slice(start, start + (together if start < num_even else rows))
+        x_THp[share].mul_(table_T1p[share])
+    return x_THp
 
 
 def rotary_frequencies(config: Rotary, head_width: int) -> Float[Tensor, "f"]:

@@ -1,0 +1,88 @@
+"""How much memory is at hand, what a pack takes of it, and giving it back."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from meristem.model.config import LayerParts, TransformerConfig
+
+MOST_TOKENS = {"cpu": 4096, "cuda": 65536}
+"""Tokens of a pack where memory allows. More gains nothing on a CPU and takes memory: at the width of ESM-2 8M,
+2,048 to 8,192 tokens are equally fast and 16,384 are 15 % slower."""
+
+FEWEST_TOKENS = 256
+"""A pack of fewer is not worth its overhead; a model for which even this is too much says so when it is run."""
+
+USED_FRAC = 0.5
+"""Of the memory at hand: what `bytes_per_token` leaves out (vectors, chunks that wait, holes) needs room as well."""
+
+
+def fitting_tokens(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """Tokens of a pack that suit a device: as many as are worth it, or as memory allows."""
+    most = MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"])
+    at_hand = available_bytes(device)
+    if at_hand is None:
+        return most
+    return max(min(most, int(USED_FRAC * at_hand) // bytes_per_token(config, dtype)), FEWEST_TOKENS)
+
+
+def bytes_per_token(config: TransformerConfig, dtype: torch.dtype) -> int:
+    """What a token of a pack takes at most while a layer runs, weights and a bias of scores left out."""
+    layers = map(config.layer, range(config.total_layers))
+    return dtype.itemsize * max(_values_per_token(parts) for parts in layers)
+
+
+def _values_per_token(parts: LayerParts) -> int:
+    """Numbers alive at once: trunk, norm, kept layer; queries, keys and values as made, turned, and cut into groups."""
+    heads = parts.attention.num_heads + 2 * parts.attention.kv_heads
+    attention = 3 * heads * parts.head_width + 2 * parts.attention.num_heads * parts.head_width
+    up = parts.feedforward.width * (2 if parts.feedforward.is_gated else 1)
+    return 4 * parts.width + max(attention, up + 2 * parts.feedforward.width)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can still be taken; None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    limits = [_system_bytes(), _group_bytes()]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _system_bytes() -> int | None:
+    """Of the whole machine, as Linux says it."""
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _group_bytes() -> int | None:
+    """Of the control group that a container runs in."""
+    limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if not limit or not used or limit[0] == "max":
+        return None
+    return max(int(limit[0]) - int(used[0]), 0)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a tensor could not be made for want of memory; on a CPU torch has no error of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system: packs of ever other shapes leave holes, which glibc's heap keeps.
+
+    Without it an ESM-2 8M grows by 50 MB with each 2,000 records; it costs milliseconds a chunk.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
