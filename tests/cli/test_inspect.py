@@ -96,3 +96,43 @@ def test_model_is_not_changed_by_looking(own: Path) -> None:
     before = {file.name: file.read_bytes() for file in own.iterdir()}
     assert main(["inspect", str(own)]) == 0
     assert before == {file.name: file.read_bytes() for file in own.iterdir()}
+
+
+def test_throughput_is_measured_and_an_input_weighed(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fasta = tmp_path / "a.fasta"
+    fasta.write_text("".join(f">r{i}\n{'MKTAYIAKQR' * (1 + i % 7)}\n" for i in range(200)))
+    assert main(["inspect", str(own), "--throughput", "--input", str(fasta), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["throughput"]
+    assert all(rate > 0 for rate in facts["tokens_per_second"].values())
+    assert facts["input"]["records"] == facts["input"]["vectors"] == 200
+    assert facts["input"]["seconds"] >= 0
+    assert main(["embed", str(own), str(fasta), "--output", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    written = sum(part.stat().st_size for part in (tmp_path / "out").glob("part-*.parquet"))
+    assert 0.5 * written < facts["input"]["bytes"] < 2 * written
+    assert main(["inspect", str(own), "--throughput", "--input", str(fasta), "--pool", "none"]) == 0
+    shown = capsys.readouterr().out
+    assert "tokens/s" in shown
+    assert "7,940 vectors of 32" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--input", "a.fasta"], "--input needs --throughput"),
+        (["--throughput", "--input", "nowhere.fasta"], "nowhere.fasta"),
+        (["--throughput", "--pool", "middle"], "pool must be one of"),
+    ],
+)
+def test_a_wrong_question_about_throughput_is_refused(
+    own: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(own), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_throughput_of_a_config_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "protein/sample", "--throughput"]) == 2
+    assert "--throughput needs the directory of a model; got protein/sample" in capsys.readouterr().err

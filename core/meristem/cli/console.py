@@ -94,7 +94,7 @@ class progress:
             line += f" {self._unit}"
         line += f", {self._rates()}"
         if self._total is not None and speed > 0 and self._done < self._total:
-            line += f", {_duration((self._total - self._done) / speed)} left"
+            line += f", {duration((self._total - self._done) / speed)} left"
         print(line, file=self._stream, flush=True)
 
 
@@ -102,7 +102,7 @@ def _rate(per_second: float, unit: str) -> str:
     return f"{per_second:,.0f} {unit}/s" if per_second >= 10 else f"{per_second:.2g} {unit}/s"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

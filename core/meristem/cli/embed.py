@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
     )
     parser.add_argument("--devices", type=int, default=1, help="GPUs (processes on a CPU) that share the work")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="let torch compile the blocks (a minute at the start; worth it on a GPU and long inputs), where it can",
+    )
     parser.add_argument("--domain", default="", help="domain that reads the inputs; the model's own by default")
     parser.add_argument(
         "--on-error",
@@ -63,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         tokens_per_batch=args.tokens_per_batch,
         precision=args.precision,
         devices=args.devices,
+        is_compiled=args.compile,
         domain=args.domain,
         is_skipping=args.on_error == "skip",
         read=ReadOptions(payload_column=args.sequence_column, id_column=args.id_column),

@@ -97,7 +97,7 @@ def _fit(config: "RunConfig") -> int:
 
 def _evaluate(config: "RunConfig", verb: str) -> int:
     from meristem.train.confusion import draw_confusion
-    from meristem.train.run import evaluate
+    from meristem.train.run import evaluate, is_evaluated_by_checkpoint
     from meristem.train.run_directory import RunDirectory
 
     run = RunDirectory(config.run_dir)
@@ -110,9 +110,10 @@ def _evaluate(config: "RunConfig", verb: str) -> int:
     for line in data.remarks:
         _say(line)
     part = "validation" if verb == "validate" else "test"
-    values = evaluate(task, data, part, config.trainer)
+    checkpoint = run.last_checkpoint if is_evaluated_by_checkpoint(task) else None
+    values = evaluate(task, data, part, config.trainer, checkpoint)
     width = max(len(name) for name in values)
-    print(f"{part} part, {run.best_model}")
+    print(f"{part} part, {checkpoint or run.best_model}")
     for name, value in values.items():
         print(f"  {name:<{width}}  {value:.5g}")
     classes = {readout.name: readout.classes for readout in task.objective.readouts}

@@ -9,6 +9,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="the model directory to write; must be new or empty")
     parser.add_argument("--domain", default="", help="domain that reads its inputs; the family's own by default")
     parser.add_argument(
+        "--image-px",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of pictures that the model is to read, another than its own: its table of positions is resampled",
+    )
+    parser.add_argument(
         "--skip-parity", action="store_true", help="do not compare with the other library, which loads the model twice"
     )
 
@@ -19,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     from meristem.cli.parity_report import print_parity
     from meristem.errors import CheckpointError
-    from meristem.model_directory import find_model, import_model, is_own, save_model
+    from meristem.model_directory import find_model, import_model, is_own, of_size, save_model
 
     out = Path(args.out)
     source = find_model(args.source)
@@ -28,6 +35,9 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} must be new or an empty folder; it holds something else")
     card, model, imported = import_model(source, args.domain)
+    own = card, model
+    if args.image_px:
+        card, model = of_size(card, model, tuple(args.image_px))
     save_model(out, card, model)
 
     config = card.architecture
@@ -38,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     for note in imported.notes:
         print(f"note: {note}")
     if not args.skip_parity:
-        print_parity(model, card.tokenizer, source)
+        print_parity(own[1], own[0].tokenizer, source)  # at the size that the source is for
     print(f"wrote {out}; next:")
     print(f"  meristem inspect {out}")
     print(f"  meristem embed {out} INPUT --output vectors")

@@ -1,8 +1,11 @@
 """`meristem inspect MODEL|CONFIG`: what a model is, or what a config would make."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from meristem.cli.console import duration
 
 if TYPE_CHECKING:
     from meristem.model.config import TransformerConfig
@@ -16,6 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run directory, a model directory, a Hugging Face directory, or a config of `meristem fit`",
     )
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence, for FLOPs a token (512)")
+    parser.add_argument(
+        "--throughput",
+        action="store_true",
+        help="measure how fast this machine embeds with the model (some seconds to a minute)",
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="INPUT",
+        help="with --throughput: files, to say how long embedding them will take and what the output will weigh",
+    )
+    parser.add_argument("--pool", help="with --input: as in `meristem embed`")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="as in `meristem embed`")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -28,7 +45,13 @@ def run(args: argparse.Namespace) -> int:
     if args.length < 1:
         raise ConfigError(f"--length must be 1 or more; got {args.length}")
     is_model = Path(args.model).is_dir()
+    if args.input and not args.throughput:
+        raise ConfigError("--input needs --throughput: how long it takes is measured")
+    if args.throughput and not is_model:
+        raise ConfigError(f"--throughput needs the directory of a model; got {args.model}")
     facts = _facts_of_model(args.model, args.length) if is_model else _facts_of_config(args)
+    if args.throughput:
+        facts["throughput"] = _throughput(args)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -61,15 +84,42 @@ def _facts_of_model(path: str, length: int) -> dict[str, Any]:
     }
 
 
+def _throughput(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second on this machine, and what that makes of an input."""
+    import torch
+
+    from meristem.embedding.engine import best_device, best_precision
+    from meristem.embedding.run import default_pool
+    from meristem.embedding.throughput import measure_throughput, weigh
+    from meristem.embedding.workers import EngineOptions
+    from meristem.model_directory import load_any
+
+    card, model = load_any(args.model)
+    device = best_device()
+    options = EngineOptions(args.pool or default_pool(card), -1, best_precision(args.precision, device), device)
+    embedder = options.build(model, card.tokenizer.num_special)
+    measured = measure_throughput(embedder)
+    facts: dict[str, Any] = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "precision": options.precision,
+        "tokens_per_batch": embedder.trunk.tokens_per_batch,
+        "tokens_per_second": {str(length): round(rate) for length, rate in measured.tokens_per_second.items()},
+    }
+    if args.input:
+        facts["input"] = weigh(embedder, card, args.input, measured)
+    return facts
+
+
 def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
     """What `meristem fit` would make of a config."""
-    import torch
 
     from meristem.cli.config_reader import read_configs
     from meristem.cli.configs import find_config
     from meristem.cli.run_config import resolve_architecture
     from meristem.errors import ConfigError
     from meristem.model.config import TransformerConfig
+    from meristem.model.init import without_weights
     from meristem.model.model import SYMBOLS, Model
     from meristem.model.plain import from_json
 
@@ -82,7 +132,7 @@ def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"{file}: data.domain must be set, as it gives presets and vocabulary")
     source = {"domain": data["domain"], "tokenizer": data.get("tokenizer")}
     architecture = from_json(TransformerConfig, resolve_architecture(model.get("architecture") or {}, source))
-    with torch.device("meta"):
+    with without_weights():
         built = Model(architecture, (SYMBOLS,) if architecture.head else ())
     facts = _facts_of_architecture(architecture, built, args.length)
     return {"config": str(file), "domain": data["domain"], **facts}
@@ -148,6 +198,8 @@ def _print_tables(facts: dict[str, Any]) -> None:
             "memory of weights": f"{memory['fp32'] / 2**20:,.1f} MiB in fp32, {memory['bf16'] / 2**20:,.1f} in bf16",
         },
     )
+    if "throughput" in facts:
+        _print_throughput(table, facts["throughput"])
     if "vocabulary" not in facts:
         return
     vocabulary = facts["vocabulary"]
@@ -164,6 +216,25 @@ def _print_tables(facts: dict[str, Any]) -> None:
     table("heads", {**dict.fromkeys(facts["heads"], "a head of the model"), **labels})
     if facts["facts"]:
         table("facts", facts["facts"])
+
+
+def _print_throughput(table: Callable[[str, dict[str, Any]], None], facts: dict[str, Any]) -> None:
+    where = f"{facts['threads']} CPU threads" if facts["device"] == "cpu" else facts["device"]
+    rows = {"measured on": f"{where}, {facts['precision']}, {facts['tokens_per_batch']:,} tokens at once"}
+    for length, rate in facts["tokens_per_second"].items():
+        rows[f"at {length} tokens a sequence"] = f"{rate:,} tokens/s, {rate / int(length):,.1f} sequences/s"
+    table("throughput", rows)
+    if "input" not in facts:
+        return
+    found = facts["input"]
+    table(
+        "embedding the input",
+        {
+            "records": f"{found['records']:,}, {found['tokens']:,} tokens",
+            "time": f"about {duration(found['seconds'])}",
+            "output": f"about {found['bytes'] / 1e6:,.1f} MB, {found['vectors']:,} vectors of {found['width']}",
+        },
+    )
 
 
 def _describe_label(label: dict[str, Any]) -> str:

@@ -125,7 +125,8 @@ class RunConfig:
             made = _quietly(self._cli.parser.instantiate, self._cli.config)
             model = _without(made.model, "architecture")
             if init_from is not None:
-                architecture, model["init_from"], model["dropout"] = None, str(init_from), None
+                architecture = None
+                model |= {"init_from": str(init_from), "dropout": None, "drop_path": None}
             task = build_task(architecture, **model, seed=self.seed)
             made.data.seed = self.seed
             return task, made.data

@@ -93,6 +93,8 @@ def build_task(
     dropout: float | None = None,
     ema_decay: float | None = None,
     seed: int = 0,
+    drop_path: float | None = None,
+    compile: bool = False,
 ) -> Task:
     """A model, an objective and an optimiser.
 
@@ -107,6 +109,10 @@ def build_task(
         dropout: of every residual branch; null leaves what the architecture says.
         ema_decay: of a moving average of the weights, which is what is validated and saved; null for none.
         seed: of initial weights and dropout.
+        drop_path: share of sequences whose residual branch is left out in training, in the last layer; it grows evenly
+            from 0 at the first; null leaves what the architecture says.
+        compile: let torch compile the blocks (a minute at the start; worth it on a GPU); without a compiler the run
+            says so and goes on as it is.
     """
     config = None if architecture is None else from_json(TransformerConfig, architecture)
-    return Task(config, objective, optimizer, init_from, freeze_trunk, dropout, ema_decay, seed)
+    return Task(config, objective, optimizer, init_from, freeze_trunk, dropout, ema_decay, seed, drop_path, compile)

@@ -36,14 +36,16 @@ class Chunk:
         index: from 0.
         ids: names of the records.
         column: their tokens.
-        where: `file:line` of each.
+        files: that they come from.
+        lines: where each stands in its file.
         digest: of all records up to the last of this chunk.
     """
 
     index: int
     ids: pa.Array
     column: TokenColumn
-    where: pa.Array
+    files: pa.Array
+    lines: pa.Array
     digest: str
 
     def __len__(self) -> int:
@@ -51,7 +53,8 @@ class Chunk:
 
     def name(self, row: int) -> str:
         """A record as messages call it."""
-        return f"{self.where[row].as_py()}: record {self.ids[row].as_py()!r}"
+        file, line, id = (column[row].as_py() for column in (self.files, self.lines, self.ids))
+        return f"{place_of(file, line, id)}: record {id!r}"
 
 
 class ChunkReader:
@@ -106,9 +109,7 @@ class ChunkReader:
             self.num_records += table.num_rows
             self.num_symbols += int(column.lengths.sum()) - len(column) * sum(self._tokenizer.num_special)
             self.replaced.update(column.replaced)
-            columns = (table[name].to_pylist() for name in ("file", "line", "id"))
-            where = [place_of(*place) for place in zip(*columns)]
-            yield Chunk(index, table["id"], column, pa.array(where, pa.string()), digest)
+            yield Chunk(index, table["id"], column, table["file"], table["line"], digest)
         if not self.num_records:
             refused = f": all {self.num_refused} were refused, {self.refused[0]}" if self.num_refused else ""
             raise DataError(f"{', '.join(Source(name).name for name in self._inputs)}: no record to work on{refused}")

@@ -9,6 +9,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ POOLS = (*PLAIN_POOLS, "own", "none")
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Item = TypeVar("Item")
 
 Advance = Callable[[int, int], None]
 """Told of records and tokens as they are done."""
@@ -174,7 +177,9 @@ class TrunkRunner:
         )
 
     def _run_pack(self, column: TokenColumn, rows: np.ndarray) -> Rows:
-        batch = pack_column(column, rows, rows.tolist()).to(self.device)
+        batch = pack_column(column, rows, rows.tolist())
+        if self.device.type == "cuda":
+            batch = batch.pin_memory().to(self.device)
         hidden = self.trunk.read(batch, layers=(self.layer,))
         return Rows(hidden.layers[self.layer], batch.layout, batch.records)
 
@@ -183,9 +188,12 @@ class TrunkRunner:
         assert limit is not None
         windows = cut(ids, self.num_special, limit)
         mean = WindowMean(windows, self.model.config.width, self.device)
+        made: dict[int, Tensor] = {}
         for rows in self._run_packs(windows.column, np.arange(len(windows.column))):
             for index, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
-                mean.add(index, rows.values[start : start + length])
+                made[index] = rows.values[start : start + length]
+        for index in sorted(made):  # sums depend on their order, and packs on the budget
+            mean.add(index, made[index])
         return Rows(mean.rows(), Layout.of([len(ids)], min_rows=0), (0,))
 
 
@@ -230,12 +238,11 @@ class Embedder:
         ends = np.cumsum(counts)
         values = np.empty((int(ends[-1]) if len(ends) else 0, self.width), np.float32)
         before, behind = self.trunk.num_special
-        for rows in self.trunk.run(column):
+        for rows, made in _one_late((rows, self._pool(rows)) for rows in self.trunk.run(column)):
+            host = made.float().cpu().numpy()
             if self.pool is not None:
-                pooled = self.pool(rows.values, rows.layout, self.trunk.num_special)
-                values[list(rows.records)] = pooled.cpu().numpy()
+                values[list(rows.records)] = host
             else:
-                host = rows.values.float().cpu().numpy()
                 for record, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
                     place = slice(ends[record] - counts[record], ends[record])
                     values[place] = host[start + before : start + length - behind]
@@ -245,6 +252,9 @@ class Embedder:
         give_back_memory()
         return values
 
+    def _pool(self, rows: Rows) -> Tensor:
+        return rows.values if self.pool is None else self.pool(rows.values, rows.layout, self.trunk.num_special)
+
     def _check_finite(self, values: np.ndarray, ends: np.ndarray) -> None:
         # a sum is finite when all its terms are, or nearly always: look closer where it is not
         with np.errstate(invalid="ignore"):
@@ -253,3 +263,14 @@ class Embedder:
             bad = np.flatnonzero(~np.isfinite(values).all(1))
             if len(bad):
                 raise NotFinite(int(np.searchsorted(ends, bad[0], side="right")))
+
+
+def _one_late(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each when the next one is there: a GPU works on that while this one is fetched."""
+    before = next(items, None)
+    if before is None:
+        return
+    for item in items:
+        yield before
+        before = item
+    yield before

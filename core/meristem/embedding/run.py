@@ -51,6 +51,7 @@ class EmbedOptions:
         tokens_per_batch: tokens that are run at once at most; None for what suits the device.
         precision: fp32, bf16, or auto: bf16 on a GPU and fp32 on a CPU.
         devices: GPUs (or processes on a CPU) that share the work.
+        is_compiled: torch compiles the blocks, where it can; vectors then agree within rounding.
         domain: reads the inputs; the model's own where empty.
         is_skipping: refused records are counted and named in the manifest; else they are errors.
         read: how to read tables.
@@ -62,6 +63,7 @@ class EmbedOptions:
     tokens_per_batch: int | None = None
     precision: str = "auto"
     devices: int = 1
+    is_compiled: bool = False
     domain: str = ""
     is_skipping: bool = False
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -173,6 +175,7 @@ class _Run:
             "layer": self.engine.layer,
             "precision": self.engine.precision,
             "device": self.engine.device,
+            "compiled": self.engine.is_compiled,
             "chunk": [CHUNK_RECORDS, self._max_symbols()],
         }
         self.output.check_identity(identity)
@@ -193,7 +196,8 @@ class _Run:
         device = best_device()
         pool = options.pool or default_pool(self.card)
         layer = model.trunk.resolve_layer(options.layer)
-        return EngineOptions(pool, layer, best_precision(options.precision, device), device, options.tokens_per_batch)
+        precision = best_precision(options.precision, device)
+        return EngineOptions(pool, layer, precision, device, options.tokens_per_batch, options.is_compiled)
 
     def _workers(self) -> "Workers | InProcess":
         if self.options.devices == 1:

@@ -14,6 +14,7 @@ import torch
 
 from meristem.embedding.engine import PRECISIONS, Advance, Embedder, TrunkRunner
 from meristem.errors import ConfigError
+from meristem.model.compiled import compile_blocks
 from meristem.model.model import Model
 from meristem.model_directory import load_any
 from meristem.types import TokenColumn
@@ -28,7 +29,8 @@ class EngineOptions:
         layer: whose rows are wanted.
         precision: fp32 or bf16.
         device: cpu or cuda.
-        tokens_per_batch: budget of a pack; None for the device's default.
+        tokens_per_batch: budget of a pack; None for what suits the device.
+        is_compiled: blocks are compiled, where the machine has a compiler.
     """
 
     pool: str
@@ -36,12 +38,15 @@ class EngineOptions:
     precision: str
     device: str
     tokens_per_batch: int | None = None
+    is_compiled: bool = False
 
     def build(self, model: Model, num_special: tuple[int, int], device: str | None = None) -> Embedder:
         """The engine, on `device` where one is named."""
         trunk = TrunkRunner(
             model, num_special, self.layer, self.tokens_per_batch, PRECISIONS[self.precision], device or self.device
         )
+        if self.is_compiled:
+            compile_blocks(trunk.trunk, trunk.device)
         return Embedder(trunk, self.pool)
 
 

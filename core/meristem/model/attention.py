@@ -1,7 +1,9 @@
 """The attention layers: projections, positions, a kernel, the way out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ from meristem.model.config import Full, LayerParts
 from meristem.model.kernels import attend, attend_reference
 from meristem.model.norm import build_norm
 from meristem.model.position import BetweenLayer, ScoreBias, Tables
-from meristem.shapes import Float, Tensor
+from meristem.shapes import Float, Int, Tensor
 from meristem.types import Hidden, Layout, Routing
 
 
@@ -28,6 +30,28 @@ class Placed:
     layer: BetweenLayer
     tables: Tables
     bias: ScoreBias | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Rows that are read of what a stack gives; its last block makes no others.
+
+    Attributes:
+        rows: `[M]` where they stand, in order.
+        layout: of these rows: as many sequences as there are, and spare rows.
+    """
+
+    rows: Int[Tensor, "M"]
+    layout: Layout
+
+
+def first_rows(layout: Layout, count: int) -> Wanted:
+    """The first rows of each sequence; all of one that has fewer."""
+    lengths = [min(count, length) for length in layout.lengths]
+    rows = np.concatenate([np.arange(start, start + n) for start, n in zip(layout.starts, lengths)])
+    chosen = Layout.of(lengths)
+    rows = np.append(rows, np.zeros(chosen.num_spare, rows.dtype))
+    return Wanted(torch.from_numpy(rows).to(layout.device, non_blocking=True), chosen.to(layout.device))
 
 
 @dataclass(frozen=True)
@@ -80,16 +104,25 @@ class AttentionLayer(nn.Module):
     def _heads(self) -> tuple[int, int]:
         return self.num_heads, self.num_kv_heads
 
-    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T D"]:
-        """Attend within each sequence."""
+    def forward(self, x: Float[Tensor, "T D"], context: Context, wanted: Wanted | None = None) -> Float[Tensor, "T D"]:
+        """Attend within each sequence; of the rows that are wanted, or of all."""
+        placed = context.placed[self.position]
+        q_THE, k_TKE, v_TKE = self._project(x, placed)
+        if wanted is None:
+            return self.out(self._attend(q_THE, k_TKE, v_TKE, context, placed.bias).flatten(1))
+        q_MHE = q_THE.index_select(0, wanted.rows)
+        return self.out(self._attend(q_MHE, k_TKE, v_TKE, context, placed.bias, wanted.layout).flatten(1))
+
+    def _project(self, x: Float[Tensor, "T D"], placed: Placed) -> Sequence[Float[Tensor, "T X E"]]:
+        """Queries, keys and values, the first two turned by their positions."""
         heads_TXE = self.qkv(x).unflatten(-1, (-1, self.head_width))
+        if self.config.qk_norm is None and not placed.tables:  # one split, since the gradient of each is a copy
+            return heads_TXE.split([*self._heads, self.num_kv_heads], dim=1)
         qk_TXE, v_TKE = heads_TXE.split([sum(self._heads), self.num_kv_heads], dim=1)
         if self.config.qk_norm is not None:
             q_THE, k_TKE = qk_TXE.split(self._heads, dim=1)
             qk_TXE = torch.cat([self._norm(self.q_norm, q_THE), self._norm(self.k_norm, k_TKE)], dim=1)
-        placed = context.placed[self.position]
-        q_THE, k_TKE = placed.layer.turn(qk_TXE, placed.tables).split(self._heads, dim=1)
-        return self.out(self._attend(q_THE, k_TKE, v_TKE, context, placed.bias).flatten(1))
+        return *placed.layer.turn(qk_TXE, placed.tables).split(self._heads, dim=1), v_TKE
 
     def _norm(self, norm: nn.Module, x_THE: Float[Tensor, "T H E"]) -> Float[Tensor, "T H E"]:
         if self.config.qk_norm == "head":
@@ -104,6 +137,7 @@ class AttentionLayer(nn.Module):
         v_TKE: Float[Tensor, "T K E"],
         context: Context,
         bias: ScoreBias | None,
+        q_layout: Layout | None = None,
     ) -> Float[Tensor, "T H E"]:
         layout, cache = context.layout, context.cache
         pattern, scale = self.config.pattern, self.config.scale
@@ -111,14 +145,13 @@ class AttentionLayer(nn.Module):
             kept = cache.add(self.layer, k_TKE, v_TKE, layout)
             if not cache.is_empty:
                 lengths = [n + more for n, more in zip(cache.lengths, layout.lengths)]
-                slots = (kept.keys, kept.values, layout, lengths)
-                return attend_cached(q_THE, *slots, pattern, bias, scale, cache.slots)
+                return attend_cached(q_THE, kept.keys, kept.values, layout, lengths, pattern, bias, scale, cache.slots)
         if self.layer in context.maps:
             o_THE, weights = attend_reference(q_THE, k_TKE, v_TKE, layout, layout, pattern, bias, scale)
             context.maps[self.layer].extend(weights)
             return o_THE
         dropout = self.config.dropout if self.training else 0.0
-        return attend(q_THE, k_TKE, v_TKE, layout, layout, pattern, bias, scale, dropout)
+        return attend(q_THE, k_TKE, v_TKE, q_layout or layout, layout, pattern, bias, scale, dropout)
 
 
 class CrossAttentionLayer(nn.Module):
@@ -145,6 +178,15 @@ class CrossAttentionLayer(nn.Module):
         else:
             k_UKE, v_UKE = kv
         q_THE = self.q(x).unflatten(-1, (-1, self.head_width))
+        return self.out(self._attend(q_THE, k_UKE, v_UKE, context.layout, source.layout).flatten(1))
+
+    def _attend(
+        self,
+        q_THE: Float[Tensor, "T H E"],
+        k_UKE: Float[Tensor, "U K E"],
+        v_UKE: Float[Tensor, "U K E"],
+        layout: Layout,
+        source: Layout,
+    ) -> Float[Tensor, "T H E"]:
         dropout = self.config.dropout if self.training else 0.0
-        o_THE = attend(q_THE, k_UKE, v_UKE, context.layout, source.layout, Full(), None, self.config.scale, dropout)
-        return self.out(o_THE.flatten(1))
+        return attend(q_THE, k_UKE, v_UKE, layout, source, Full(), None, self.config.scale, dropout)

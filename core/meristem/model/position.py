@@ -103,7 +103,7 @@ class RotaryLayer(BetweenLayer):
         else:
             first, second = turned.chunk(2, dim=-1)
         cos, sin = tables
-        if x.is_cpu:  # one pass, where products of halves would take six
+        if x.is_cpu and not torch.compiler.is_compiling():  # one pass, where products of halves would take six
             wide = (part.float() if part.dtype == torch.bfloat16 else part for part in (first, second))
             pairs = torch.view_as_real(_product(torch.complex(*wide), torch.complex(cos, sin)))
         else:

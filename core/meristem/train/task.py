@@ -11,6 +11,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from meristem.errors import CheckpointError, ConfigError
+from meristem.model.compiled import compile_blocks
 from meristem.model.config import TransformerConfig
 from meristem.model.grid import resampled
 from meristem.model.model import Model
@@ -58,6 +59,8 @@ class Task(L.LightningModule):
         dropout: of every residual branch; None leaves what the architecture says.
         ema_decay: of a moving average of the weights, which is what is validated and saved; None for none.
         seed: of initial weights and of what the model does at random.
+        drop_path: share of sequences whose branch is left out, of the last layer; None as for `dropout`.
+        is_compiled: torch compiles the blocks, where the machine has a compiler.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class Task(L.LightningModule):
         dropout: float | None = None,
         ema_decay: float | None = None,
         seed: int = 0,
+        drop_path: float | None = None,
+        is_compiled: bool = False,
     ):
         super().__init__()
         self.objective = objective
@@ -83,13 +88,16 @@ class Task(L.LightningModule):
             raise ConfigError(
                 "model.freeze_trunk needs model.init_from: a frozen trunk of random weights learns little"
             )
-        if dropout is not None:
-            if not 0 <= dropout < 1:
-                raise ConfigError(f"model.dropout must be in [0, 1); got {dropout}")
-            chosen = replace(chosen, residual=replace(chosen.residual, dropout=dropout))
+        own = chosen.residual
+        for name, frac in (("dropout", dropout), ("drop_path", drop_path)):
+            if frac is not None and not 0 <= frac < 1:
+                raise ConfigError(f"model.{name} must be in [0, 1); got {frac}")
+        dropped = own.dropout if dropout is None else dropout
+        left_out = own.drop_path if drop_path is None else drop_path
+        chosen = replace(chosen, residual=replace(own, dropout=dropped, drop_path=left_out))
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ConfigError(f"model.ema_decay must be above 0 and below 1; got {ema_decay}")
-        self.ema_decay = ema_decay
+        self.ema_decay, self.is_compiled = ema_decay, is_compiled
         self.architecture = chosen
         self.model: Model
         self.average: MovingAverage | None = None
@@ -134,6 +142,8 @@ class Task(L.LightningModule):
             self.model.trunk.requires_grad_(False)
         if self.ema_decay is not None:
             self.average = MovingAverage(self.ema_decay, self.model, self.extra)
+        if self.is_compiled:
+            compile_blocks(self.model.trunk, self.trainer.strategy.root_device)
         self._metrics, self._confusions = self.objective.metrics(), self.objective.confusions()
 
     @property
@@ -145,10 +155,13 @@ class Task(L.LightningModule):
         return self.average.model
 
     def _load_initial(self, path: str) -> None:
-        """Take over the trunk strictly, and each head that is the same; say which are new."""
+        """Take over the trunk and the pool strictly, and each head that is the same; say which are new."""
         card, given = load_model(path)
         tensors = resampled(given.trunk.state_dict(), card.architecture, self.architecture)
         self.model.trunk.load_state_dict(tensors, strict=True)
+        if self.model.pool is not None:  # the architecture is the given one's, pool and all
+            assert given.pool is not None
+            self.model.pool.load_state_dict(given.pool.state_dict(), strict=True)
         taken, fresh = [], []
         for name, head in self.model.heads.items():
             old = given.heads[name].state_dict() if name in given.heads else {}
@@ -176,7 +189,8 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         trained = nn.ModuleList([self.model, self.extra])  # a decoder or a head of the objective learns as well
-        optimizer, schedule = build_optimizer(trained, self.optimizer_config, self.trainer.max_steps)
+        is_scaled = self.trainer.precision == "16-mixed"
+        optimizer, schedule = build_optimizer(trained, self.optimizer_config, self.trainer.max_steps, not is_scaled)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:
@@ -217,8 +231,9 @@ class Task(L.LightningModule):
     ) -> None:
         """Clip by the norm over all parameters, and keep that norm and the learning rate for the record."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = float("inf") if not gradient_clip_val else float(gradient_clip_val)
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).detach()
+        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).detach()
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), self.grad_norm)
         # with layer decay, that of the heads
         self.step_lr = max(float(group["lr"]) for group in optimizer.param_groups)
 
