@@ -3,9 +3,9 @@
     python benchmarks/run.py embedding
 
 The engine is the one of `meristem embed`. Peers have the same weights and the same tokens: batches of 8 and of 32 in
-the order of the file, or of neighbours in length whose padded size stays within 2,048 or 4,096 tokens. Vectors
-agree before anything is timed. The sum of the products and attention kernels of our packs, run alone on tensors of their
-shapes, is what an engine without any other work would take.
+the order of the file, or of neighbours in length with a padded size of 2,048 or 4,096 tokens at most. Vectors
+agree before anything is timed. The products and attention kernels of our packs, run alone on tensors of their shapes,
+are what an engine without any other work would take.
 """
 
 import statistics

@@ -25,6 +25,7 @@ from meristem.interop.directory import Imported, read_config_file, read_director
 from meristem.interop.weights import read_safetensors, refuse_tensors
 from meristem.model.config import TransformerConfig
 from meristem.model.grid import resampled, with_grid
+from meristem.model.init import without_weights
 from meristem.model.model import CONTACTS, SYMBOLS, Model
 from meristem.model.plain import from_json, to_json
 from meristem.model.readout import Readout
@@ -140,7 +141,7 @@ def load_model(path: Path | str) -> tuple[ModelCard, Model]:
     path = Path(path)
     card = load_card(path)
     tensors = read_safetensors(path / WEIGHTS)
-    with torch.device("meta"):
+    with without_weights():
         model = card.build()
     check_tensors(path / WEIGHTS, {name: value.shape for name, value in model.state_dict().items()}, tensors)
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -198,7 +199,7 @@ def of_size(card: ModelCard, model: Model, image_px: tuple[int, int]) -> tuple[M
         raise ConfigError(f"image_px needs a model of images; this one reads {card.tokenizer.kind}")
     tokenizer = card.tokenizer.of_size(image_px)
     changed = replace(card, tokenizer=tokenizer, architecture=with_grid(card.architecture, tokenizer.grid))
-    with torch.device("meta"):
+    with without_weights():
         other = changed.build()
     tensors = resampled(model.state_dict(), card.architecture, changed.architecture)
     other.load_state_dict(tensors, strict=True, assign=True)

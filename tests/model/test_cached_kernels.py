@@ -106,6 +106,16 @@ def test_a_sequence_gives_the_bits_it_gives_among_others(
             assert torch.equal(attend_cached(kept.q[rows], k, v, alone, [n], pattern, kept.bias), together[rows])
 
 
+def test_slots_may_lie_in_any_order_and_between_those_of_nobody(rng: np.random.Generator) -> None:
+    kept = Kept(int(rng.integers(2**31)), [(1, 30, 0), (3, 9, 0), (0, 12, 0), (1, 5, 0)])
+    wanted = attend_cached(kept.q, kept.k, kept.v, kept.q_layout, kept.kv_lengths, Causal())
+    slots = rng.permutation(6)[:4].tolist()
+    k, v = (torch.full((6, *x.shape[1:]), torch.nan) for x in (kept.k, kept.v))
+    k[slots], v[slots] = kept.k, kept.v
+    got = attend_cached(kept.q, k, v, kept.q_layout, kept.kv_lengths, Causal(), slots=slots)
+    assert torch.equal(got, wanted)
+
+
 def test_a_windows_far_keys_are_not_read(rng: np.random.Generator) -> None:
     """They may be anything: a slot whose far past is not a number gives the same."""
     kept = Kept(int(rng.integers(2**31)), [(1, 300, 0), (2, 200, 0)])

@@ -111,6 +111,41 @@ def test_every_block_size_gives_the_same_records(tmp_path: Path) -> None:
         assert read_rows(path, ReadOptions(batch_bytes=block_bytes)) == expected
 
 
+@pytest.mark.parametrize("is_a3m", [False, True])
+@pytest.mark.parametrize("byte", sorted({*range(256)} - {*b"\r\n"}))
+def test_every_byte_among_residues_is_kept_dropped_or_refused(tmp_path: Path, byte: int, is_a3m: bool) -> None:
+    path = write(tmp_path / ("x.a3m" if is_a3m else "x.fa"), b">a\nMK\nM" + bytes([byte]) + b"V\n>b\nLL\n")
+    rows, refused = read_skipping(path)
+    symbol = chr(byte)
+    is_letter = symbol.isascii() and symbol.isalpha()
+    if symbol in " \t" or (is_a3m and (symbol == "." or (is_letter and symbol.islower()))):
+        symbol = ""
+    elif not is_letter and symbol not in "*-.":
+        assert [(one.id, one.line) for one in refused] == [("a", 3)]
+        assert rows == [("b", "LL", 4)]
+        return
+    assert rows == [("a", f"MKM{symbol}V", 1), ("b", "LL", 4)]
+    assert not refused
+
+
+def test_a_parser_that_takes_all_bytes_for_residues_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "x.fa", ">a\nM7V\n")
+    with pytest.raises(DataError, match="'7' is no residue"):
+        read_rows(path)
+    monkeypatch.setattr(fasta, "LETTERS", bytes(256))
+    assert read_rows(path) == [("a", "M7V", 1)]
+
+
+def test_headers_in_other_alphabets_and_damaged_ones_do_no_harm_to_their_neighbours(tmp_path: Path) -> None:
+    text = b">a\nMK\n>\xc3\xa9t\xc3\xa9 x\nMV\n>\n ML\n>  c \xff d\nMA\n>\xe6\x97\xa5 \nMC\n>\xff\nMD\n>z\nME\n"
+    path = write(tmp_path / "x.fa", text)
+    rows, refused = read_skipping(path)
+    assert [row[0] for row in rows] == ["a", "\u00e9t\u00e9", "3", "\u65e5", "z"]
+    assert [(one.line, one.id) for one in refused] == [(7, "c"), (11, "\ufffd")]
+    kept = write(tmp_path / "y.fa", text.replace(b">  c \xff d\nMA\n", b"").replace(b">\xff\nMD\n", b""))
+    assert [row[0] for row in read_rows(kept)] == [row[0] for row in rows]
+
+
 def test_a_parser_that_loses_the_record_at_a_cut_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(f">r{i}\nMKV\nLLA\n" for i in range(20))
     path = write(tmp_path / "x.fa", text)

@@ -49,15 +49,22 @@ def test_what_is_not_trained_is_shared_and_buffers_are_taken_as_they_are():
     assert average.model[1].running_mean is not model[1].running_mean
 
 
-def test_saved_models_hold_the_average_and_not_the_last_weights(bench):
+@pytest.mark.parametrize("is_mutant", [False, True])
+def test_saved_models_hold_the_average_and_not_the_last_weights(bench, monkeypatch, is_mutant):
+    """The last model and the best, which is of the last step here as well; the mutant saves what is trained."""
     _with_average(bench)
     bench.replace("save_every_n_steps: 3", "save_every_n_steps: 9")
+    bench.replace("validate_every_n_steps: 7", "validate_every_n_steps: 9")
+    if is_mutant:
+        monkeypatch.setattr(Task, "evaluated", property(lambda self: self.model))
     assert bench.run("--run_dir", "run").code == 0
-    saved = load_file(bench.path / "run" / "model-last" / "model.safetensors")
     state = _last(bench, "run")
-    for name, value in saved.items():
-        assert torch.equal(value, state[f"average.model.{name}"]), name
-    assert not all(torch.equal(value, state[f"model.{name}"]) for name, value in saved.items())
+    for folder in ("model-last", "model"):
+        saved = load_file(bench.path / "run" / folder / "model.safetensors")
+        is_average = [torch.equal(value, state[f"average.model.{name}"]) for name, value in saved.items()]
+        is_trained = [torch.equal(value, state[f"model.{name}"]) for name, value in saved.items()]
+        assert all(is_average) != is_mutant, folder
+        assert all(is_trained) == is_mutant, folder
 
 
 def test_validation_uses_the_average(bench, monkeypatch):

@@ -11,6 +11,7 @@ from meristem.model.model import Model
 from meristem.model.readout import Readout
 from meristem.train import optim
 from meristem.train.optim import OptimizerConfig, build_optimizer, parameter_groups
+from meristem.train.task import Task
 
 DECAY = 0.65
 READOUT = Readout(name="label", level="record", task="classification", classes=("a", "b"))
@@ -80,6 +81,77 @@ def test_updates_scale_with_depth():
         moved = (before[name] - parameter.detach()).abs().max()
         # the schedule's first factor is 1 without warm-up; fp32 rounds at 1e-7 of weights near 1
         assert float(moved) == pytest.approx(0.1 * DECAY ** (4 - _expected_depth(name, 3, 3)), rel=1e-4), name
+
+
+Rates = list[dict[str, float]]
+
+
+def _rates_of_run(bench, monkeypatch, *arguments: str) -> Rates:
+    """By parameter, those that each optimiser step of a real run is taken with."""
+    seen: Rates = []
+    take_step = Task.optimizer_step
+
+    def spy(self, epoch, batch_idx, optimizer, *rest, **named):
+        rates = _rates(optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer)
+        seen.append({name: rates[id(parameter)] for name, parameter in self.model.named_parameters()})
+        take_step(self, epoch, batch_idx, optimizer, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "optimizer_step", spy)
+        done = bench.run("--model.optimizer.layer_decay", str(DECAY), *arguments)
+    assert done.code == 0, done.err
+    return seen
+
+
+def _refuse_rates(seen: Rates, config: OptimizerConfig, max_steps: int, first: int = 0) -> None:
+    """The check that a run must pass and no mutant may: of the two layers of `bench`, and what is around them."""
+    assert len(seen) == max_steps - first
+    for step, rates in enumerate(seen, first):
+        highest = config.lr * optim.lr_factor(config, max_steps)(step)
+        for name, rate in rates.items():
+            wanted = highest * DECAY ** (3 - _expected_depth(name, 2, 2))
+            assert math.isclose(rate, wanted, rel_tol=1e-12), f"step {step}, {name}: rate {rate}, not {wanted}"
+        assert len(set(rates.values())) == 4, "embedding, two layers, and what stands above them"
+
+
+def test_rates_of_a_real_run_differ_by_depth_at_every_step(bench, monkeypatch):
+    config = OptimizerConfig(lr=1e-3, warmup_steps=5)
+    seen = _rates_of_run(bench, monkeypatch, "--trainer.max_steps", "9", "--run_dir", "run")
+    _refuse_rates(seen, config, 9)
+    # what is written down is the rate of the heads
+    rows = [float(row["lr"]) for row in bench.rows("run") if row["lr"]]
+    assert rows == pytest.approx([max(rates.values()) for rates in seen], rel=1e-12)
+
+
+def test_rates_are_the_same_when_a_run_goes_on(bench, monkeypatch):
+    bench.replace("warmup_steps: 5", "warmup_steps: 5, schedule: inverse_sqrt")  # which knows no last step
+    config = OptimizerConfig(lr=1e-3, warmup_steps=5, schedule="inverse_sqrt")
+    _refuse_rates(_rates_of_run(bench, monkeypatch, "--trainer.max_steps", "4", "--run_dir", "run"), config, 4)
+    seen = _rates_of_run(bench, monkeypatch, "--trainer.max_steps", "9", "--run_dir", "run")
+    _refuse_rates(seen, config, 9, first=4)
+
+
+class _OneRate(torch.optim.lr_scheduler.LambdaLR):
+    """A schedule that gives all groups the rate of the optimiser."""
+
+    def get_lr(self):
+        return [self.optimizer.defaults["lr"] * self.lr_lambdas[0](self.last_epoch)] * len(self.base_lrs)
+
+
+def _groups_without_scales(model, weight_decay, layer_decay=1.0):
+    return [{**group, "lr_scale": 1.0} for group in parameter_groups(model, weight_decay, layer_decay)]
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant"),
+    [("LambdaLR", _OneRate), ("parameter_groups", _groups_without_scales)],
+    ids=["schedule", "groups"],
+)
+def test_a_run_with_one_rate_for_all_is_caught(bench, monkeypatch, name, mutant):
+    monkeypatch.setattr(optim, name, mutant)
+    seen = _rates_of_run(bench, monkeypatch, "--trainer.max_steps", "3", "--run_dir", "run")
+    with pytest.raises(AssertionError, match="rate"):
+        _refuse_rates(seen, OptimizerConfig(lr=1e-3, warmup_steps=5), 3)
 
 
 def test_a_scale_that_is_only_written_down_would_be_seen(monkeypatch):

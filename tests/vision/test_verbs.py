@@ -11,40 +11,15 @@ import numpy as np
 import pytest
 from pictures import classes, encoded, read_all, write_folder, write_tar
 from PIL import Image
+from small_runs import CONFIG, run
 
 import meristem
-from meristem.cli.main import main
 from meristem.cli.run_config import parse
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import TransformerConfig
 from meristem.model.plain import from_json
 from meristem.model_directory import load_any
 from meristem_domains.vision import domain
-
-CONFIG = """
-model:
-  architecture: {width: 16, num_layers: 1, attention: {num_heads: 2}, feedforward: {width: 32}, pool: {kind: Prefix}}
-  objective: {class_path: Supervised, init_args: {targets: [{name: label, pool: cls}]}}
-  optimizer: {lr: 3e-3, warmup_steps: 2}
-data:
-  domain: vision
-  sources: pets
-  tokenizer: {image_px: [8, 12], patch_px: 4}
-  tokens_per_pack: 70
-  split: {validation_frac: 0.2}
-trainer: {max_steps: 6, accelerator: cpu, logger: false}
-watch: {validate_every_n_steps: 3, save_every_n_steps: 3}
-"""
-
-Done = tuple[int, str, str]
-
-
-def run(*arguments: object) -> Done:
-    """In this process: imports are paid for once."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(argument) for argument in arguments])
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.picture_sizes import CROPS, native_px, resized_size
+from meristem.data.picture_sizes import CROPS, native_px, resized_px, resized_size
 from meristem.data.pictures import NoPicture, load_pillow, picture_px, pixels_of, read_pixels
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
 from meristem.errors import CheckpointError, ConfigError
@@ -45,13 +45,14 @@ class PatchTokenizer(Tokenizer):
         num_channels: of the images; how encoded ones are brought to it is in `meristem.data.pictures`.
         mean: of each channel, subtracted from values between 0 and 1.
         std: of each channel, that the difference is divided by.
-        resize_px: height and width that an image is resized to before `image_px` is cut out of its centre
-            (`resized_px` gives it for a crop fraction); None for `image_px`.
-        crop: how an image of another shape meets `resize_px`, one of `CROPS`.
+        resize_px: height and width that an image is resized to before `image_px` is cut out of its centre, where no
+            share says it; None for what `crop_frac` gives.
+        crop: how an image of another shape meets what it is resized to, one of `CROPS`.
         interpolation: one of `INTERPOLATIONS`, as Pillow does it.
         prefix: special symbols put before the patches: class token, distillation token, registers.
         mask: the symbol that hides a patch; empty for none.
         max_patches: of an image at native resolution; a larger one is shrunk.
+        crop_frac: share of the resized image that `image_px` is, at any size (timm's `crop_pct`).
     """
 
     kind: ClassVar[str] = "patches"
@@ -67,6 +68,7 @@ class PatchTokenizer(Tokenizer):
     prefix: tuple[str, ...] = ("<class>",)
     mask: str = ""
     max_patches: int | None = None
+    crop_frac: float = 1.0
 
     def __post_init__(self) -> None:
         # JSON gives lists; the tokenizer compares and hashes by value
@@ -81,6 +83,12 @@ class PatchTokenizer(Tokenizer):
             size = " x ".join(map(str, self.image_px or ()))
             raise ConfigError(
                 f"patch_px must divide the height and the width of image_px; got {self.patch_px} for {size}"
+            )
+        if not 0 < self.crop_frac <= 1:
+            raise ConfigError(f"crop_frac must be above 0 and at most 1; got {self.crop_frac}")
+        if self.crop_frac < 1 and self.resize_px is not None:
+            raise ConfigError(
+                f"one of resize_px and crop_frac must be set; got {list(self.resize_px)} and {self.crop_frac}"
             )
         self._check_native()
         if not len(self.mean) == len(self.std) == self.num_channels:
@@ -105,10 +113,10 @@ class PatchTokenizer(Tokenizer):
         if self.max_patches is not None:
             if self.max_patches < 1:
                 raise ConfigError(f"max_patches must be 1 or more; got {self.max_patches}")
-            if self.resize_px is not None or self.crop != "squash":
+            if self.resize_px is not None or self.crop_frac < 1 or self.crop != "squash":
                 raise ConfigError(
-                    "images at native resolution are not cropped: resize_px must be None and crop must be squash; "
-                    f"got {self.resize_px} and {self.crop!r}"
+                    "images at native resolution are not cropped: resize_px must be None, crop_frac 1 and crop squash; "
+                    f"got {self.resize_px}, {self.crop_frac} and {self.crop!r}"
                 )
 
     @property
@@ -151,6 +159,15 @@ class PatchTokenizer(Tokenizer):
             raise ConfigError("images must be of one size here; at native resolution each keeps its own (image_px)")
         return self.image_px
 
+    @property
+    def uncropped_px(self) -> tuple[int, int]:
+        """Height and width that every image is resized to before it is cut.
+
+        Raises:
+            ConfigError: images keep their own.
+        """
+        return self.resize_px or resized_px(self.fixed_px, self.crop_frac)
+
     def of_size(self, image_px: tuple[int, int]) -> "PatchTokenizer":
         """The same for images of another size; what is cropped stays the same share.
 
@@ -164,7 +181,7 @@ class PatchTokenizer(Tokenizer):
         return replace(self, image_px=image_px, resize_px=resize_px)
 
     def adapted(self, wanted: Tokenizer, asked: Collection[str]) -> Tokenizer:
-        """What the model was trained with, for images of the size that is asked for; nothing else can be another."""
+        """What the model was trained with, for images of the size and the crop asked for; the rest must stay."""
         if asked or not isinstance(wanted, PatchTokenizer):
             super().adapted(wanted, asked)
         if not asked or not isinstance(wanted, PatchTokenizer):
@@ -173,11 +190,14 @@ class PatchTokenizer(Tokenizer):
             own, other = getattr(self, name), getattr(wanted, name)
             if name in asked and own != other:
                 raise ConfigError(f"data.tokenizer.{name} must be {own}, as of model.init_from; got {other}")
-        if "image_px" not in asked or wanted.image_px == self.image_px:
-            return self
-        if wanted.image_px is None:
-            return replace(self, image_px=None, resize_px=None, crop="squash", max_patches=wanted.max_patches)
-        return self.of_size(wanted.image_px)
+        if "image_px" in asked and wanted.image_px is None:
+            return replace(
+                self, image_px=None, resize_px=None, crop_frac=1.0, crop="squash", max_patches=wanted.max_patches
+            )
+        changed = self.of_size(wanted.image_px) if "image_px" in asked and wanted.image_px else self
+        if "crop_frac" in asked:
+            changed = replace(changed, resize_px=None, crop_frac=wanted.crop_frac)
+        return replace(changed, crop=wanted.crop) if "crop" in asked else changed
 
     def encode(self, payload: bytes | np.ndarray) -> Tokens:
         """Encode one image.
@@ -250,7 +270,10 @@ class PatchTokenizer(Tokenizer):
         return image * np.array(self.std, np.float32) + np.array(self.mean, np.float32)
 
     def to_json(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        if self.crop_frac == 1:  # directories that say no share stay what they were
+            del values["crop_frac"]
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "PatchTokenizer":
@@ -325,7 +348,8 @@ class PatchTokenizer(Tokenizer):
         return patches.reshape(rows, columns, -1)
 
     def _resized(self, pixels: np.ndarray, image_px: tuple[int, int]) -> np.ndarray:
-        size = resized_size(pixels.shape[:2], self.resize_px or image_px, self.crop)
+        before = self.resize_px or resized_px(image_px, self.crop_frac)
+        size = resized_size(pixels.shape[:2], before, self.crop)
         if size == pixels.shape[:2]:
             return pixels
         pillow = load_pillow()

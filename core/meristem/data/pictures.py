@@ -179,5 +179,7 @@ def _pixels(image: Any, num_channels: int) -> np.ndarray:
         raise NoPicture(f"values of an image must have 8 or 16 bits; got 32 ({kind}, mode {image.mode})")
     if "transparency" in image.info and image.mode in ("P", "L", "RGB"):
         image = image.convert("RGBA")  # else Pillow warns, or forgets it
+    if image.mode == "LAB":
+        image = image.convert("RGB")  # Pillow knows no other way out of it
     pixels = np.asarray(image.convert(MODES[num_channels]))
     return pixels.reshape(*pixels.shape[:2], num_channels)

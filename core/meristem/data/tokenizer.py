@@ -13,9 +13,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.types import TokenColumn, Tokens
+
+_REFUSED = 255
+"""In the table of an alphabet: a byte that is no symbol."""
 
 PAYLOAD_COLUMN_ERROR = "payloads must be an Arrow column of strings or bytes; got {}"
 
@@ -222,7 +226,9 @@ class AlphabetTokenizer(Tokenizer):
         unknown = [symbol for symbol in named if symbol not in index]
         if unknown:
             raise ConfigError(f"every symbol that is named must be in the vocab; got {unknown[0]!r}")
-        table = np.full(256, -1, dtype=np.int16)
+        if len(index) > _REFUSED:
+            raise ConfigError(f"vocab must hold {_REFUSED} symbols at most, as an id is a byte; got {len(index)}")
+        table = bytearray([_REFUSED]) * 256
         for symbol, i in index.items():
             if len(symbol) == 1 and symbol.isascii() and symbol not in self.refuse:
                 table[ord(symbol)] = i
@@ -230,17 +236,17 @@ class AlphabetTokenizer(Tokenizer):
             table[ord(old)] = index[new]
         if not self.is_case_sensitive:
             for upper in range(ord("A"), ord("Z") + 1):
-                if table[upper + 32] < 0:
+                if table[upper + 32] == _REFUSED:
                     table[upper + 32] = table[upper]
         object.__setattr__(self, "_index", index)
-        object.__setattr__(self, "_table", table)
-        object.__setattr__(self, "_prefix_ids", np.array([index[s] for s in self.prefix], np.int16))
-        object.__setattr__(self, "_suffix_ids", np.array([index[s] for s in self.suffix], np.int16))
+        object.__setattr__(self, "_table", bytes(table))
+        for name in ("prefix", "suffix"):
+            object.__setattr__(self, f"_{name}_ids", bytes(index[symbol] for symbol in getattr(self, name)))
 
     _index: dict[str, int] = field(init=False, repr=False, compare=False)
-    _table: np.ndarray = field(init=False, repr=False, compare=False)
-    _prefix_ids: np.ndarray = field(init=False, repr=False, compare=False)
-    _suffix_ids: np.ndarray = field(init=False, repr=False, compare=False)
+    _table: bytes = field(init=False, repr=False, compare=False)
+    _prefix_ids: bytes = field(init=False, repr=False, compare=False)
+    _suffix_ids: bytes = field(init=False, repr=False, compare=False)
 
     @property
     def num_special(self) -> tuple[int, int]:
@@ -267,22 +273,19 @@ class AlphabetTokenizer(Tokenizer):
 
     def encode_column(self, payloads: pa.Array) -> TokenColumn:
         text, bounds = column_bytes(payloads)
-        symbols = self._table[text]
-        if symbols.size and symbols.min() < 0:
-            self._raise_refused(text, bounds, int(np.argmin(symbols)))
-        before, behind = self.num_special
-        lengths = np.diff(bounds)
-        offsets = np.concatenate([[0], np.cumsum(lengths + before + behind)]).astype(np.int64)
-        ids = np.empty(offsets[-1], dtype=np.int16)
-        is_payload = np.ones(len(ids), dtype=bool)
-        for i in range(before):
-            ids[offsets[:-1] + i] = self._prefix_ids[i]
-            is_payload[offsets[:-1] + i] = False
-        for i in range(behind):
-            ids[offsets[1:] - behind + i] = self._suffix_ids[i]
-            is_payload[offsets[1:] - behind + i] = False
-        ids[is_payload] = symbols
-        return TokenColumn(ids=ids, offsets=offsets, replaced=self._count_replaced(text))
+        # a bytearray's look-up is 1.3 times as fast as that of bytes, and 15 times as fast as numpy's
+        letters = bytearray(text)
+        symbols = letters.translate(self._table)
+        refused = symbols.find(_REFUSED)
+        if refused >= 0:
+            self._raise_refused(text, bounds, refused)
+        body = pa.Array.from_buffers(
+            pa.large_binary(), len(bounds) - 1, [None, pa.py_buffer(bounds), pa.py_buffer(symbols)]
+        )
+        frame = [pa.scalar(ids, pa.large_binary()) for ids in (self._prefix_ids, self._suffix_ids, b"")]
+        joined = pc.binary_join_element_wise(frame[0], body, frame[1], frame[2])
+        ids, offsets = column_bytes(joined)
+        return TokenColumn(ids=ids.astype(np.int16), offsets=offsets, replaced=self._count_replaced(letters))
 
     def decode(self, tokens: Tokens) -> str:
         before, behind = self.num_special
@@ -300,13 +303,14 @@ class AlphabetTokenizer(Tokenizer):
         except (TypeError, ConfigError) as error:
             raise CheckpointError(f"tokenizer.json does not describe an alphabet: {error}") from error
 
-    def _count_replaced(self, text: np.ndarray) -> dict[str, int]:
-        if not self.replace or not text.size:
-            return {}
-        counts = np.bincount(text, minlength=256)
-        if not self.is_case_sensitive:
-            counts[ord("A") : ord("Z") + 1] += counts[ord("a") : ord("z") + 1]
-        return {f"{old}>{new}": int(counts[ord(old)]) for old, new in self.replace.items() if counts[ord(old)]}
+    def _count_replaced(self, letters: bytearray) -> dict[str, int]:
+        counts = {}
+        for old, new in self.replace.items():
+            spelled = {old} if self.is_case_sensitive else {old, old.lower()}
+            count = sum(_count(letters, ord(symbol)) for symbol in spelled)
+            if count:
+                counts[f"{old}>{new}"] = count
+        return counts
 
     def _raise_refused(self, text: np.ndarray, bounds: np.ndarray, at: int) -> None:
         row = int(np.searchsorted(bounds, at, side="right")) - 1
@@ -314,6 +318,12 @@ class AlphabetTokenizer(Tokenizer):
         reason = "is refused here" if symbol.upper() in self.refuse else "is not in the alphabet"
         allowed = "".join(symbol for symbol in self.vocab if len(symbol) == 1 and symbol not in self.refuse)
         raise RefusedSymbol(row, at - int(bounds[row]), symbol, f"{symbol!r} {reason} ({allowed})")
+
+
+def _count(text: bytearray, byte: int) -> int:
+    """How often a byte occurs; seeing that it never does costs next to nothing."""
+    first = text.find(byte)
+    return 0 if first < 0 else int(np.count_nonzero(np.frombuffer(text, np.uint8)[first:] == byte))
 
 
 def column_bytes(payloads: pa.Array) -> tuple[np.ndarray, np.ndarray]:

@@ -19,9 +19,11 @@ from meristem.data.pack import pack_column
 from meristem.embedding.memory import fitting_tokens, give_back_memory, is_out_of_memory
 from meristem.embedding.windows import WindowMean, cut
 from meristem.errors import ConfigError, DataError
+from meristem.model.attention import first_rows
 from meristem.model.config import Max, Mean, Pool, Prefix
 from meristem.model.model import Model
 from meristem.model.pool import PoolLayer
+from meristem.model.transformer import Encoder
 from meristem.shapes import Float, Tensor
 from meristem.types import Layout, TokenColumn
 
@@ -117,20 +119,23 @@ class TrunkRunner:
         self.tokens_per_batch = tokens_per_batch
 
     @torch.inference_mode()
-    def run(self, column: TokenColumn) -> Iterator[Rows]:
+    def run(self, column: TokenColumn, num_first: int | None = None) -> Iterator[Rows]:
         """Rows of every sequence of the column, in packs, in no particular order.
 
         A sequence longer than positions allow is run in windows and comes in a pack of its own.
+
+        Args:
+            num_first: first rows of each sequence that will be read; there may be others. None for all.
         """
         limit = self.model.config.max_length
         lengths = column.lengths
         is_long = lengths > limit if limit is not None else np.zeros(len(lengths), bool)
-        yield from self._run_packs(column, np.flatnonzero(~is_long))
+        yield from self._run_packs(column, np.flatnonzero(~is_long), num_first)
         for row in np.flatnonzero(is_long):
             ids = column.ids[column.offsets[row] : column.offsets[row + 1]]
             yield replace(self._run_windows(ids), records=(int(row),))
 
-    def _run_packs(self, column: TokenColumn, rows: np.ndarray) -> Iterator[Rows]:
+    def _run_packs(self, column: TokenColumn, rows: np.ndarray, num_first: int | None = None) -> Iterator[Rows]:
         """The packs of `rows`, longest sequences first: what does not fit in memory is known at once.
 
         From a pack that does not fit on, packs are half as large; nothing is lost.
@@ -142,7 +147,7 @@ class TrunkRunner:
         left = len(plan)
         while left:
             pack = rows[plan[left - 1]]
-            done = self._try_pack(column, pack)
+            done = self._try_pack(column, pack, num_first)
             if done is not None:
                 left -= 1
                 yield done
@@ -152,10 +157,10 @@ class TrunkRunner:
             plan = plan_in_order(column.lengths[rows], self.tokens_per_batch)
             left = len(plan)
 
-    def _try_pack(self, column: TokenColumn, rows: np.ndarray) -> Rows | None:
+    def _try_pack(self, column: TokenColumn, rows: np.ndarray, num_first: int | None) -> Rows | None:
         """The pack; None where it does not fit, and then nothing of it is held by an error any more."""
         try:
-            return self._run_pack(column, rows)
+            return self._run_pack(column, rows, num_first)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -176,10 +181,14 @@ class TrunkRunner:
             f"{self.tokens_per_batch:,}",
         )
 
-    def _run_pack(self, column: TokenColumn, rows: np.ndarray) -> Rows:
+    def _run_pack(self, column: TokenColumn, rows: np.ndarray, num_first: int | None = None) -> Rows:
         batch = pack_column(column, rows, rows.tolist())
         if self.device.type == "cuda":
             batch = batch.pin_memory().to(self.device)
+        is_last = self.layer == self.trunk.resolve_layer(-1)
+        if num_first is not None and is_last and isinstance(self.trunk, Encoder) and self.trunk.may_leave_rows:
+            hidden = self.trunk(batch, wanted=first_rows(batch.layout, num_first))
+            return Rows(hidden.final, hidden.layout, batch.records)
         hidden = self.trunk.read(batch, layers=(self.layer,))
         return Rows(hidden.layers[self.layer], batch.layout, batch.records)
 
@@ -238,7 +247,7 @@ class Embedder:
         ends = np.cumsum(counts)
         values = np.empty((int(ends[-1]) if len(ends) else 0, self.width), np.float32)
         before, behind = self.trunk.num_special
-        for rows, made in _one_late((rows, self._pool(rows)) for rows in self.trunk.run(column)):
+        for rows, made in _one_late((rows, self._pool(rows)) for rows in self._run(column)):
             host = made.float().cpu().numpy()
             if self.pool is not None:
                 values[list(rows.records)] = host
@@ -251,6 +260,9 @@ class Embedder:
         self._check_finite(values, ends)
         give_back_memory()
         return values
+
+    def _run(self, column: TokenColumn) -> Iterator[Rows]:
+        return self.trunk.run(column, None if self.pool is None else self.pool.num_first)
 
     def _pool(self, rows: Rows) -> Tensor:
         return rows.values if self.pool is None else self.pool(rows.values, rows.layout, self.trunk.num_special)

@@ -81,7 +81,8 @@ class Predictor:
             for readout in self.readouts
         }
         before, behind = self.trunk.num_special
-        for rows in self.trunk.run(column):
+        num_first = self.trunk.model.num_first([readout.name for readout in self.readouts])
+        for rows in self.trunk.run(column, num_first):
             for readout in self.readouts:
                 into = found[readout.name]
                 ends = np.cumsum(into.lengths)

@@ -79,7 +79,6 @@ def predict_files(
     device, tokenizer = best_device(), card.tokenizer
     precision = best_precision(precision, device)
     trunk = TrunkRunner(loaded, tokenizer.num_special, -1, tokens_per_batch, PRECISIONS[precision], device)
-    report.chose(device, precision, trunk.tokens_per_batch)
     predictor = Predictor(trunk, labels)
     if is_per_token and all(readout.level == "record" for readout in predictor.readouts):
         raise ConfigError("one row a token needs a label of tokens; this model has labels of records only")
@@ -88,12 +87,13 @@ def predict_files(
     def reader() -> ChunkReader:
         return ChunkReader(its_domain, tokenizer, inputs, read, is_skipping)
 
-    if "-" in inputs:
+    counted = None if "-" in inputs else reader()
+    for _ in counted or ():
+        pass
+    report.chose(device, precision, trunk.tokens_per_batch)  # once nothing is wrong with the input
+    if counted is None:
         report.found(None, None)
     else:
-        counted = reader()
-        for _ in counted:
-            pass
         report.found(counted.num_records, counted.num_symbols)
     special = sum(tokenizer.num_special)
     chunks, num_rows = reader(), 0

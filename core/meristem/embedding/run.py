@@ -162,7 +162,6 @@ class _Run:
         self.domain = load_domain(self.options.domain or self.card.domain)
         self.engine = self._engine_options(model)
         self.embedder = self.engine.build(model, self.card.tokenizer.num_special)
-        self.report.chose(self.engine.device, self.engine.precision, self.embedder.trunk.tokens_per_batch)
         counted = None
         if "-" not in self.inputs:
             counted = self._reader()
@@ -179,6 +178,7 @@ class _Run:
             "chunk": [CHUNK_RECORDS, self._max_symbols()],
         }
         self.output.check_identity(identity)
+        self.report.chose(self.engine.device, self.engine.precision, self.embedder.trunk.tokens_per_batch)
         if counted:
             self.report.found(counted.num_records, counted.num_symbols)
         else:

@@ -78,7 +78,7 @@ def search(
     start_id: int | None = None,
 ) -> list[list[Generated]]:
     """The `num_samples` best sequences for each prompt, best first; arguments as those of `sample`."""
-    steps = Steps(model, prompts, start_id)
+    steps = Steps(model, prompts, start_id, options.max_new_tokens)
     searches = [_Search(options, frozenset(stop_ids)) for _ in prompts]
     owners = [(search, 1) for search in searches]  # and how many rows of the logits are its
     while owners:

@@ -48,7 +48,7 @@ def sample(
         stop_ids: tokens that end a sequence.
         start_id: first token of an encoder-decoder's output.
     """
-    steps = Steps(model, prompts, start_id)
+    steps = Steps(model, prompts, start_id, options.max_new_tokens)
     if options.num_samples > 1:
         steps.repeat(options.num_samples)
     running = [

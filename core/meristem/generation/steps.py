@@ -8,12 +8,13 @@ import torch
 from torch.nn import functional as F
 
 from meristem.errors import ConfigError
+from meristem.generation.few_rows import min_rows_of
 from meristem.model.cache import Cache
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.patterns import has_prefix
 from meristem.model.transformer import Decoder, EncoderDecoder
 from meristem.shapes import Float, Tensor
-from meristem.types import MIN_ROWS, Layout, PackedBatch
+from meristem.types import Layout, PackedBatch
 
 
 def check_generates(model: Model) -> None:
@@ -30,6 +31,10 @@ def check_generates(model: Model) -> None:
         raise ConfigError("the model must predict symbols to generate, and this one is a trunk alone")
 
 
+MAX_ROOM_TOKENS = 512
+"""Tokens that slots have room for at first, however many may be made: most texts end before."""
+
+
 class Steps:
     """The state of some sequences: what is cached, and the logits of what comes next.
 
@@ -40,14 +45,15 @@ class Steps:
         model: in evaluation mode; a decoder or an encoder-decoder.
         prompts: ids of each; those of an encoder-decoder are read by its encoder.
         start_id: first token of an encoder-decoder's output.
+        room_tokens: that are likely to be added to each; the cache need not grow for them.
 
     Attributes:
         logits: `[S, V]` fp32 of the next token of each sequence.
     """
 
-    def __init__(self, model: Model, prompts: Sequence[np.ndarray], start_id: int | None = None):
+    def __init__(self, model: Model, prompts: Sequence[np.ndarray], start_id: int | None = None, room_tokens: int = 0):
         self.model, self.device = model, model.trunk.device
-        self.cache = Cache()
+        self.cache, self._min_rows = Cache(min(room_tokens, MAX_ROOM_TOKENS)), min_rows_of(model)
         self._prefixes: list[int] = []
         if isinstance(model.trunk, EncoderDecoder):
             if start_id is None:
@@ -86,13 +92,15 @@ class Steps:
         last = [start + length - 1 for start, length in zip(layout.starts, layout.lengths)]
         rows_SD = hidden.final[last]
         # a linear layer rounds by the number of rows when they are few
-        spare = max(0, MIN_ROWS - len(last))
+        spare = max(0, self._min_rows - len(last))
         logits = self.model.heads[SYMBOLS](F.pad(rows_SD, (0, 0, 0, spare)), self.model.trunk.embedding.symbols.weight)
         return logits[: len(last)].float()
 
     def _batch(self, sequences: Sequence[np.ndarray], starts: Sequence[int] = ()) -> PackedBatch:
         """Sequences end to end in their order, from the places where they go on."""
-        layout = replace(Layout.of([len(ids) for ids in sequences]), prefix_lengths=tuple(self._prefixes))
+        layout = replace(
+            Layout.of([len(ids) for ids in sequences], self._min_rows), prefix_lengths=tuple(self._prefixes)
+        )
         begins = starts or [0] * len(sequences)
         ids = np.zeros(layout.num_rows, np.int64)
         positions = np.zeros((layout.num_rows, 1), np.int64)

@@ -9,6 +9,7 @@ import numpy as np
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError, DataError, UserError
 from meristem.generation.beams import search
+from meristem.generation.few_rows import for_few_rows
 from meristem.generation.options import Generated, GenerateOptions
 from meristem.generation.sample import IsStop, sample
 from meristem.generation.steps import check_generates
@@ -40,7 +41,7 @@ class Generator:
     """Makes texts with a model.
 
     Args:
-        model: in evaluation mode, on its device.
+        model: in evaluation mode, on its device, with the parameters that it will have.
         tokenizer: that the model was trained with.
 
     Raises:
@@ -49,7 +50,7 @@ class Generator:
 
     def __init__(self, model: Model, tokenizer: Tokenizer):
         check_generates(model)
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = for_few_rows(model), tokenizer
         self.is_two_sided = bool(model.config.num_decoder_layers)
         self.start_id = tokenizer.bos_id if tokenizer.pad_id is None else tokenizer.pad_id
         self.stop_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from meristem.data.tokenizer import Tokenizer
@@ -16,6 +15,7 @@ from meristem.interop.families import FAMILIES, find_family
 from meristem.interop.family import Family
 from meristem.interop.weights import Weights, open_weights
 from meristem.model.config import TransformerConfig
+from meristem.model.init import without_weights
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.plain import from_json, to_json
 from meristem.shapes import Tensor
@@ -78,7 +78,7 @@ def read_model(folder: Path, family: Family | None = None) -> tuple[Model, list[
         readouts = family.read_readouts(config, weights)
         if SYMBOLS not in heads:
             architecture = replace(architecture, head=None)
-        with torch.device("meta"):
+        with without_weights():
             model = Model(architecture, heads, readouts)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tensors, notes = family.table_of(architecture, config, weights).read(weights, wanted, architecture)

@@ -87,7 +87,7 @@ def write_processor(tokenizer: PatchTokenizer) -> str:
         "image_std": list(tokenizer.std),
     }
     height, width = tokenizer.fixed_px
-    resized = tokenizer.resize_px or tokenizer.fixed_px
+    resized = tokenizer.uncropped_px
     if tokenizer.crop == "squash" and resized == tokenizer.fixed_px:
         values |= {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
     elif tokenizer.crop == "center" and resized[0] == resized[1]:
@@ -100,7 +100,7 @@ def write_processor(tokenizer: PatchTokenizer) -> str:
     else:
         raise ConfigError(
             f"{FILE} cannot say how pictures are brought to {height} x {width} px; got crop={tokenizer.crop!r}, "
-            f"resize_px={list(resized)}; it knows squash to that size, and center from a square"
+            f"resized to {list(resized)}; it knows squash to that size, and center from a square"
         )
     return json.dumps(values, indent=2) + "\n"
 

@@ -25,7 +25,7 @@ def draw_images(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) ->
     """Random pixels of the model's size, cut into patches; the image is `[C, H, W]`, made standard."""
     assert isinstance(tokenizer, PatchTokenizer)
     # the other library gets its picture behind its own resizing, so ours must not resize either
-    plain = replace(tokenizer, resize_px=None, crop="squash")
+    plain = replace(tokenizer, resize_px=None, crop_frac=1.0, crop="squash")
     mean, std = np.array(plain.mean, np.float32), np.array(plain.std, np.float32)
     found = []
     for _ in range(NUM_IMAGES):

@@ -298,7 +298,9 @@ def _base(is_distilled: bool, is_gated: bool, eps: float | None) -> str:
 
 def _crop_pct(patches: PatchTokenizer) -> float:
     """The share of a picture that is cut out, which gives the size that it is resized to."""
-    resized = patches.resize_px or patches.fixed_px
+    if patches.resize_px is None:
+        return patches.crop_frac
+    resized = patches.resize_px
     for share in (1.0, patches.fixed_px[0] / resized[0], patches.fixed_px[0] / (resized[0] + 0.5)):
         if resized_px(patches.fixed_px, share) == resized:
             return share
@@ -310,16 +312,14 @@ def _crop_pct(patches: PatchTokenizer) -> float:
 def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
     """Patches behind the special tokens, with timm's own steps of preparation."""
     facts, found = facts_of(config, open_weights(folder)), preprocessing_of(config)
-    image_px, crop_pct = image_px_of(config), found.get("crop_pct") or 0.875
-    resized = resized_px(image_px, crop_pct)
     tokenizer = PatchTokenizer(
-        image_px=image_px,
+        image_px=image_px_of(config),
         patch_px=facts.side,
         num_channels=facts.channels,
         mean=tuple(found.get("mean") or IMAGENET[0]),
         std=tuple(found.get("std") or IMAGENET[1]),
-        resize_px=None if resized == image_px else resized,
         crop=found.get("crop_mode") or "center",
+        crop_frac=found.get("crop_pct") or 0.875,
         interpolation=found.get("interpolation") or "bicubic",
         prefix=(
             *([CLASS] if facts.has_class else []),

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from meristem.model.attention import AttentionLayer, Context, CrossAttentionLayer
+from meristem.model.attention import AttentionLayer, Context, CrossAttentionLayer, Wanted
 from meristem.model.config import Init, LayerParts
 from meristem.model.experts import ExpertsLayer
 from meristem.model.feedforward import FeedForwardLayer
@@ -47,7 +47,10 @@ class Block(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(parts.width)) if scaled else None)
         self.init_own_weights(None)
 
-    def forward(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T D"]:
+    def forward(self, x: Float[Tensor, "T D"], context: Context, wanted: Wanted | None = None) -> Float[Tensor, "T D"]:
+        """All rows, or those that are wanted."""
+        if wanted is not None:
+            return self._forward_wanted(x, context, wanted)
         layout = context.layout
         match self.residual.placement:
             case "before":
@@ -64,6 +67,20 @@ class Block(nn.Module):
                 normed = self.attention_norm(x)
                 attended = self._join(self.attention(normed, context), self.attention_scale, layout)
                 return x + attended + self._join(self._feed(normed, context), self.feedforward_scale, layout)
+
+    def _forward_wanted(self, x: Float[Tensor, "T D"], context: Context, wanted: Wanted) -> Float[Tensor, "M D"]:
+        """Every row is a key; what comes behind the attention is made of the wanted ones alone."""
+        layout, x_MD = wanted.layout, x.index_select(0, wanted.rows)
+        is_after = self.residual.placement == "after"
+        normed = x if is_after else self.attention_norm(x)
+        attended_MD = self._join(self.attention(normed, context, wanted), self.attention_scale, layout)
+        if self.residual.placement == "parallel":
+            fed_MD = self._feed(normed.index_select(0, wanted.rows), context)
+            return x_MD + attended_MD + self._join(fed_MD, self.feedforward_scale, layout)
+        x_MD = self.attention_norm(x_MD + attended_MD) if is_after else x_MD + attended_MD
+        fed_MD = self._feed(x_MD if is_after else self.feedforward_norm(x_MD), context)
+        x_MD = x_MD + self._join(fed_MD, self.feedforward_scale, layout)
+        return self.feedforward_norm(x_MD) if is_after else x_MD
 
     def _feed(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T D"]:
         if not self.has_experts:

@@ -1,5 +1,7 @@
 """Attention of new tokens to keys and values that are kept in slots: decoding, and prefill in pieces."""
 
+from functools import lru_cache
+
 import torch
 from torch.nn import functional as F
 
@@ -8,77 +10,93 @@ from meristem.model.patterns import Sequence, left_reach, may_see, visible
 from meristem.model.position import ScoreBias
 from meristem.model.tiles import attend_tiles, plan_tiles
 from meristem.model.varlen import VARLEN_ARGUMENTS, attend_slots_varlen, varlen_fits
-from meristem.shapes import Float, Tensor
+from meristem.shapes import Bool, Float, Tensor
 from meristem.types import Layout
 
 
 def attend_cached(
     q_THE: Float[Tensor, "T H E"],
-    k_SUKE: Float[Tensor, "S U K E"],
-    v_SUKE: Float[Tensor, "S U K E"],
+    k_RUKE: Float[Tensor, "R U K E"],
+    v_RUKE: Float[Tensor, "R U K E"],
     q_layout: Layout,
     kv_lengths: list[int] | tuple[int, ...],
     pattern: Pattern,
     bias: ScoreBias | None = None,
     scale: float | None = None,
+    slots: list[int] | None = None,
 ) -> Float[Tensor, "T H E"]:
     """Scaled dot-product attention to slots of keys; spare rows get zeros.
 
     Args:
         q_THE: new tokens of each sequence, one or many; they are its last places, and their keys are in the slot.
-        k_SUKE: a slot a sequence; of slot s the first `kv_lengths[s]` places are filled.
+        k_RUKE: slots, of each sequence one, of which the first `kv_lengths[s]` places are filled.
         pattern: which keys a query may see within its sequence.
         bias: what is added to the scores.
         scale: of the scores; 1 / sqrt(E) when None.
+        slots: which slot is whose; None for one after the other, as a GPU needs them.
     """
     lengths = tuple(kv_lengths)
     assert len(lengths) == q_layout.num_sequences, "each sequence of queries has a slot"
-    if bias is None and varlen_fits(q_THE, pattern) and "seqused_k" in VARLEN_ARGUMENTS:
-        return attend_slots_varlen(q_THE, k_SUKE, v_SUKE, q_layout, lengths, pattern, scale)
+    order = list(range(len(lengths)))
     if q_THE.is_cuda:
-        return _attend_padded(q_THE, k_SUKE, v_SUKE, q_layout, lengths, pattern, bias, scale)
-    outputs = []
-    for slot, (start, q_length, kv_length) in enumerate(zip(q_layout.starts, q_layout.lengths, lengths)):
-        q_mHE = q_THE[start : start + q_length]
-        prefix_length = q_layout.segment_prefixes[slot]
-        k_nKE, v_nKE = k_SUKE[slot, :kv_length], v_SUKE[slot, :kv_length]
-        outputs.append(_attend_slot(q_mHE, k_nKE, v_nKE, pattern, prefix_length, bias, scale))
+        assert slots is None or slots == order, "on a GPU slots lie in the order of the sequences"
+        if bias is None and varlen_fits(q_THE, pattern) and "seqused_k" in VARLEN_ARGUMENTS:
+            return attend_slots_varlen(q_THE, k_RUKE, v_RUKE, q_layout, lengths, pattern, scale)
+        return _attend_padded(q_THE, k_RUKE, v_RUKE, q_layout, lengths, pattern, bias, scale)
+    # views of all slots at once: a step of one token costs little more than its calls
+    queries = q_THE[: q_layout.num_tokens].transpose(0, 1).split(q_layout.lengths, dim=1)
+    keys, values = k_RUKE.transpose(1, 2).split(1), v_RUKE.transpose(1, 2).split(1)
+    outputs = [
+        _attend_slot(q_HmE, keys[slot], values[slot], length, prefix_length, pattern, bias, scale)
+        for q_HmE, slot, length, prefix_length in zip(queries, slots or order, lengths, q_layout.segment_prefixes)
+    ]
     return torch.cat([*outputs, q_THE.new_zeros(q_layout.num_spare, *q_THE.shape[1:])])
 
 
 def _attend_slot(
-    q_mHE: Float[Tensor, "m H E"],
-    k_nKE: Float[Tensor, "n K E"],
-    v_nKE: Float[Tensor, "n K E"],
-    pattern: Pattern,
+    q_HmE: Float[Tensor, "H m E"],
+    k_1KUE: Float[Tensor, "1 K U E"],
+    v_1KUE: Float[Tensor, "1 K U E"],
+    kv_length: int,
     prefix_length: int,
+    pattern: Pattern,
     bias: ScoreBias | None,
     scale: float | None,
 ) -> Float[Tensor, "m H E"]:
     """One sequence in a call of its own, on views of its slot: so its bits do not depend on the others."""
-    m, n = len(q_mHE), len(k_nKE)
+    m, n = q_HmE.shape[1], kv_length
     if not m:
-        return q_mHE
+        return q_HmE.transpose(0, 1)
     plan = plan_tiles(pattern, m, n, prefix_length, bias is not None)
     if plan is not None:
-        return attend_tiles(q_mHE, k_nKE, v_nKE, (m, n, prefix_length), plan, pattern, bias, scale, 0.0)
+        k_nKE, v_nKE = (x[0, :, :n].transpose(0, 1) for x in (k_1KUE, v_1KUE))
+        return attend_tiles(q_HmE.transpose(0, 1), k_nKE, v_nKE, (m, n, prefix_length), plan, pattern, bias, scale, 0.0)
+    first, mask = (_seen_by_one if m == 1 else _seen)(pattern, m, n, prefix_length)
+    if bias is not None:
+        scores_Hmn = bias.over(m, n)[:, :, first:].to(q_HmE.dtype)
+        mask = (scores_Hmn if mask is None else scores_Hmn.masked_fill(~mask, -torch.inf))[None]
+    o_1HmE = F.scaled_dot_product_attention(
+        q_HmE[None],
+        k_1KUE.narrow(2, first, n - first),
+        v_1KUE.narrow(2, first, n - first),
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=q_HmE.shape[0] != k_1KUE.shape[1],
+    )
+    return o_1HmE[0].transpose(0, 1)
+
+
+def _seen(pattern: Pattern, m: int, n: int, prefix_length: int) -> tuple[int, Bool[Tensor, "m seen"] | None]:
+    """The first key that the last m of n places may see, and which from there on; None where they see all of these."""
     reach = left_reach(pattern)
     first = 0 if reach is None else max(0, n - m - reach)
     i = torch.arange(n - m, n)[:, None]
     seen = visible(pattern, i, torch.arange(first, n)[None, :], n, prefix_length)
-    mask: Tensor | None = None if bool(seen.all()) else seen
-    if bias is not None:
-        scores_Hmn = bias.over(m, n)[:, :, first:].to(q_mHE.dtype)
-        mask = scores_Hmn.masked_fill(~seen, -torch.inf)[None]
-    o_1HmE = F.scaled_dot_product_attention(
-        q_mHE.transpose(0, 1)[None],
-        k_nKE[first:].transpose(0, 1)[None],
-        v_nKE[first:].transpose(0, 1)[None],
-        attn_mask=mask,
-        scale=scale,
-        enable_gqa=q_mHE.shape[1] != k_nKE.shape[1],
-    )
-    return o_1HmE[0].transpose(0, 1)
+    return first, None if bool(seen.all()) else seen
+
+
+_seen_by_one = lru_cache(maxsize=512)(_seen)
+"""Of a step of one token; every layer asks again."""
 
 
 def _attend_padded(

@@ -37,12 +37,17 @@ class SymbolHead(nn.Module):
         Args:
             table: the embedding table, used where the head is tied to it.
         """
+        return F.linear(self.features(rows), *self.onto_symbols(table))
+
+    def onto_symbols(self, table: Float[Tensor, "V D"]) -> tuple[Float[Tensor, "V D"], Float[Tensor, "V"] | None]:
+        """Weight and bias of the map onto the vocabulary."""
+        return table if self.out is None else self.out.weight, self.bias
+
+    def features(self, rows: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
+        """What is mapped onto the vocabulary."""
         if self.config.activation is not None:
             rows = self.norm(self.activation(self.dense(rows)))
-        if self.config.scale != 1.0:
-            rows = rows * self.config.scale
-        weight = table if self.out is None else self.out.weight
-        return F.linear(rows, weight, self.bias)
+        return rows if self.config.scale == 1.0 else rows * self.config.scale
 
     def init_own_weights(self, _: object) -> None:
         """Start without a preference for any symbol."""
@@ -72,6 +77,11 @@ class LabelHead(nn.Module):
         self.dropout = nn.Dropout(readout.dropout)
         self.out = nn.Linear(readout.hidden_width or width, readout.num_outputs)
         init_weights(self, config.init, config.num_layers)
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether it reads one vector a record."""
+        return self.readout.level == "record"
 
     def forward(self, rows: Float[Tensor, "R W"]) -> Float[Tensor, "R C"]:
         """Logits or scaled values, of one vector a record or of one a token."""

@@ -9,8 +9,13 @@
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from meristem.model.config import Init
 
@@ -42,3 +47,20 @@ def init_weights(module: nn.Module, config: Init, num_layers: int) -> None:
                 assert not own or hasattr(child, "init_own_weights"), f"no initial weights for {own} of {name}"
                 if own:
                     child.init_own_weights(config)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """What is built within has the shapes of weights and none: on the meta device, with nothing to fill.
+
+    Torch would draw an embedding's values there too, and imports its compiler for it: a third of the start of `embed`.
+    """
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))

@@ -204,7 +204,8 @@ def _plan(q_segments: tuple[int, ...], kv_segments: tuple[int, ...], prefixes: t
     assert len(q_segments) == len(kv_segments), "each sequence of queries faces one of keys"
     by_lengths: dict[tuple[int, int, int], list[int]] = defaultdict(list)
     for index, lengths in enumerate(zip(q_segments, kv_segments, prefixes)):
-        by_lengths[lengths].append(index)
+        if lengths[0] or lengths[1]:  # no spare rows are no group
+            by_lengths[lengths].append(index)
     groups = tuple((*lengths, len(members)) for lengths, members in by_lengths.items())
     order = [index for members in by_lengths.values() for index in members]
 
@@ -224,7 +225,7 @@ def _plan(q_segments: tuple[int, ...], kv_segments: tuple[int, ...], prefixes: t
 
 
 def _split(x_THE: Tensor, order: np.ndarray | None, rows: list[int]) -> Sequence[Tensor]:
-    """The rows of each group."""
+    """The rows of each group; one group is all of them, since the gradient of a split is a copy."""
     if order is not None:
         x_THE = x_THE.index_select(0, torch.from_numpy(order).to(x_THE.device))
-    return x_THE.split(rows)
+    return (x_THE,) if len(rows) == 1 else x_THE.split(rows)

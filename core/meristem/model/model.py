@@ -9,7 +9,7 @@ from meristem.model.config import TransformerConfig
 from meristem.model.heads import ContactHead, LabelHead, SymbolHead
 from meristem.model.pool import build_pool
 from meristem.model.readout import Readout
-from meristem.model.transformer import build_trunk
+from meristem.model.transformer import Encoder, build_trunk
 from meristem.shapes import Float, Tensor
 from meristem.types import Hidden, Layout
 
@@ -84,6 +84,18 @@ class Model(nn.Module):
         assert pool is not None
         vectors: Tensor = pool(rows, layout, num_special)
         return vectors
+
+    def num_first(self, names: Sequence[str]) -> int | None:
+        """First rows of each sequence that are all that the heads of these labels read of the trunk's last.
+
+        None where they read others, or the last block makes all rows anyway.
+        """
+        heads = [self.heads[name] for name in names]
+        pools = [head.pool or self.pool for head in heads if isinstance(head, LabelHead) and head.is_pooled]
+        counts = [pool.num_first for pool in pools if pool is not None]
+        known = [count for count in counts if count is not None]
+        may = isinstance(self.trunk, Encoder) and self.trunk.may_leave_rows
+        return max(known) if may and len(known) == len(names) else None
 
     def contact_logits(self, hidden: Hidden, num_special: tuple[int, int]) -> list[Float[Tensor, "n n"]]:
         """Logits of contact between the tokens of each payload, one map a sequence.

@@ -64,6 +64,11 @@ class PoolLayer(nn.Module):
         self.config = pool
         self.width = width * _num_rows(pool) if isinstance(pool, Prefix) and not pool.is_dense else width
 
+    @property
+    def num_first(self) -> int | None:
+        """First rows of each sequence that are all it reads; None where it reads others."""
+        return self.config.count if isinstance(self.config, Prefix) and not self.config.has_mean else None
+
     def forward(
         self, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int] = (0, 0)
     ) -> Float[Tensor, "S W"]:
@@ -96,7 +101,8 @@ class DensePrefix(PoolLayer):
     def forward(
         self, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int] = (0, 0)
     ) -> Float[Tensor, "S W"]:
-        return self.dense(pool_rows(self.config, x, layout, num_special)).tanh()
+        first_SW = pool_rows(self.config, x, layout, num_special)
+        return self.dense(_with_spare(first_SW))[: layout.num_sequences].tanh()
 
 
 class AttentionPoolLayer(PoolLayer):
@@ -124,14 +130,18 @@ class AttentionPoolLayer(PoolLayer):
         # one product for one query, then as many rows as there are sequences: the same bits for each
         q_SHE = self.q(self.query[None]).unflatten(-1, (self.num_heads, -1)).expand(layout.num_sequences, -1, -1)
         pooled_SD = attend(q_SHE.contiguous(), k_THE, v_THE, q_layout, layout, Full()).flatten(1)
-        spare = -len(pooled_SD) % 16  # a linear layer rounds by the number of rows when they are few
-        pooled_SD = self.out(nn.functional.pad(pooled_SD, (0, 0, 0, spare)))
+        pooled_SD = self.out(_with_spare(pooled_SD))
         fed_SD = pooled_SD + self.down(self.activation(self.up(self.norm(pooled_SD))))
         return fed_SD[: layout.num_sequences]
 
     def init_own_weights(self, config: Init) -> None:
         """The query starts as a row of a table does."""
         nn.init.trunc_normal_(self.query, std=config.std, a=-2 * config.std, b=2 * config.std)
+
+
+def _with_spare(rows_SW: Float[Tensor, "S W"]) -> Float[Tensor, "s W"]:
+    """With rows that nobody reads: a linear layer rounds by the number of rows when they are few."""
+    return nn.functional.pad(rows_SW, (0, 0, 0, -len(rows_SW) % 16))
 
 
 def _payload_rows(

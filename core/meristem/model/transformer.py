@@ -6,10 +6,18 @@ import torch
 from torch import nn
 
 from meristem.errors import ConfigError, DataError
-from meristem.model.attention import Context, Placed
+from meristem.model.attention import Context, Placed, Wanted
 from meristem.model.block import Block
 from meristem.model.cache import Cache
-from meristem.model.config import BlockSparse, Position, TransformerConfig, sees_the_future
+from meristem.model.config import (
+    BlockSparse,
+    BucketBias,
+    Full,
+    LinearBias,
+    Position,
+    TransformerConfig,
+    sees_the_future,
+)
 from meristem.model.embed import EmbeddingLayer
 from meristem.model.init import init_weights
 from meristem.model.norm import build_norm
@@ -48,6 +56,7 @@ class Stack(nn.Module):
         attentions: Collection[int] = (),
         source: Hidden | None = None,
         cache: Cache | None = None,
+        wanted: Wanted | None = None,
     ) -> Hidden:
         """Run the blocks over embedded rows; arguments as those of `Encoder.forward`."""
         resolved = {layer: self.resolve_layer(layer) for layer in layers}
@@ -62,8 +71,9 @@ class Stack(nn.Module):
         if cache is not None:
             cache.begin(layout)
         kept: dict[int, Tensor] = {0: x_TD}
+        last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            x_TD = block(x_TD, context)
+            x_TD = block(x_TD, context, wanted if index == last else None)
             if index + 1 in resolved.values():
                 kept[index + 1] = x_TD
         if cache is not None:
@@ -72,7 +82,7 @@ class Stack(nn.Module):
         kept[len(self.blocks)] = x_TD
         return Hidden(
             final=x_TD,
-            layout=layout,
+            layout=layout if wanted is None else wanted.layout,
             layers={layer: kept[index] for layer, index in resolved.items()},
             attentions={layer - self.first: maps for layer, maps in context.maps.items()},
             routing=context.routing,
@@ -115,6 +125,7 @@ class Encoder(Stack):
         layers: Collection[int] = (),
         attentions: Collection[int] = (),
         cache: Cache | None = None,
+        wanted: Wanted | None = None,
     ) -> Hidden:
         """Run the model.
 
@@ -123,6 +134,7 @@ class Encoder(Stack):
                 last one after the final norm. Negative ones count from the last; each is kept as it was asked for.
             attentions: blocks (from 0) whose attention maps to keep; these run on the slow reference kernel.
             cache: of a decoder: what it knows of the tokens before these, to which these are added.
+            wanted: rows that are read of the last block, where `may_leave_rows` and nothing else is asked for.
 
         Raises:
             ConfigError: a layer that the stack does not have, or a cache for a model that sees the future.
@@ -131,11 +143,19 @@ class Encoder(Stack):
         check_lengths(self.config, batch.layout, cache)
         if cache is not None:
             self._check_cached()
-        return self.run(self.embedding(batch), batch, layers, attentions, cache=cache)
+        assert wanted is None or (self.may_leave_rows and not layers and not attentions and cache is None)
+        return self.run(self.embedding(batch), batch, layers, attentions, cache=cache, wanted=wanted)
 
     def read(self, batch: PackedBatch, layers: Collection[int] = ()) -> Hidden:
         """Hidden rows of the inputs: what embeddings are made of."""
         return self(batch, layers)
+
+    @property
+    def may_leave_rows(self) -> bool:
+        """Whether the last block can make some rows and not others: each query sees all keys, wherever it stands."""
+        parts = self.config.layer(self.config.num_layers - 1)
+        is_free = isinstance(parts.attention.pattern, Full) and not isinstance(parts.position, LinearBias | BucketBias)
+        return is_free and parts.experts is None
 
     def _check_cached(self) -> None:
         patterns = [self.config.layer(layer).attention.pattern for layer in range(self.config.num_layers)]

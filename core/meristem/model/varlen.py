@@ -1,6 +1,7 @@
 """Variable-length flash attention: CUDA, half precision, everything within a window."""
 
 import inspect
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ from meristem.model.patterns import window_of
 from meristem.shapes import Float, Int, Tensor
 from meristem.types import Layout
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
+VARLEN_ARGUMENTS: frozenset[str] = frozenset()
+if torch.cuda.device_count():  # its import draws in torch's compiler, half of the start of `embed` on a CPU
+    with suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 has no window_size yet; causal attention is said by one from 2.12 on
-    VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)
-except ImportError:
-    VARLEN_ARGUMENTS = frozenset()
+        # torch 2.11 has no window_size yet; causal attention is said by one from 2.12 on
+        VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def varlen_fits(q_THE: Float[Tensor, "T H E"], pattern: Pattern) -> bool:

@@ -108,7 +108,7 @@ class SelfDistillation(Objective):
                     f"got {side}"
                 )
         large, small = (
-            replace(tokenizer, image_px=(side, side), resize_px=None, max_patches=None)
+            replace(tokenizer, image_px=(side, side), resize_px=None, crop_frac=1.0, max_patches=None)
             for side in (self.crops.global_px, self.crops.local_px)
         )
         self._tokenizers = (large, small)

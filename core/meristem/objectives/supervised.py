@@ -20,6 +20,7 @@ from torchmetrics.regression import MeanAbsoluteError, R2Score, SpearmanCorrCoef
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError, DataError
+from meristem.model.attention import first_rows
 from meristem.model.config import Max, Mean, Pool, Prefix
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.readout import Readout
@@ -28,7 +29,7 @@ from meristem.objectives.objective import Objective
 from meristem.shapes import Float, Int, Tensor
 from meristem.types import IGNORE, LossOut, PackedBatch, Record, Term, Tokens
 
-POOLS: dict[str, type[Pool]] = {"mean": Mean, "max": Max, "cls": Prefix}
+POOLS: dict[str, Pool | None] = {"mean": Mean(), "max": Max(), "cls": Prefix(), "own": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,8 @@ class Target:
         class_weights: `balanced` weighs each class by the inverse of its frequency among the training
             records; or one weight a class, in the order of the sorted names; null for equal weights.
         weight: of this target's loss beside the others.
-        pool: how the rows of a record become one vector; unused at token level.
+        pool: how the rows of a record become one vector, or `own` for the model's (`architecture.pool`); unused at
+            token level.
         is_standardised: the head sees each feature of the pooled vector less its mean, over its deviation; for
             records that differ little, such as the mutants of one protein. Record level only.
         hidden_width: width of a hidden layer in the head; 0 for a linear head.
@@ -55,7 +57,7 @@ class Target:
     task: Literal["classification", "regression"] = "classification"
     class_weights: Literal["balanced"] | list[float] | None = None
     weight: float = 1.0
-    pool: Literal["mean", "max", "cls"] = "mean"
+    pool: Literal["mean", "max", "cls", "own"] = "mean"
     is_standardised: bool = False
     hidden_width: int = 0
     dropout: float = 0.0
@@ -186,12 +188,13 @@ class Supervised(Objective):
     def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
         mixed = self._mix(batch) if model.training and self.mixing.is_on else None
         seen = batch if mixed is None else mixed.batch
-        hidden = model.trunk(seen)
+        num_first = model.num_first(list(self._bound))
+        hidden = model.trunk(seen, **({} if num_first is None else {"wanted": first_rows(seen.layout, num_first)}))
         terms, predictions, targets, outputs = {}, {}, {}, {}
         for name, bound in self._bound.items():
             labels_R = self._of(batch, bound)
             rows_M, wanted_M = _known(labels_R)
-            out_RC = outputs[name] = model.label_outputs(name, hidden.final, batch.layout, self._num_special)
+            out_RC = outputs[name] = model.label_outputs(name, hidden.final, hidden.layout, self._num_special)
             out_MC = out_RC.index_select(0, rows_M).float()
             if bound.is_classes:
                 nats_M = _class_nats(out_MC, wanted_M, bound, model.training)
@@ -340,7 +343,7 @@ def _readout(target: Target, **learned: Any) -> Readout:
         name=target.name,
         level=target.level,
         task=target.task,
-        pool=POOLS[target.pool](),
+        pool=POOLS[target.pool],
         is_standardised=target.is_standardised,
         hidden_width=target.hidden_width,
         dropout=target.dropout,

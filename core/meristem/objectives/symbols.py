@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torchmetrics import Metric
 
 from meristem.errors import ConfigError
+from meristem.model.heads import SymbolHead
 from meristem.model.model import SYMBOLS, Model
+from meristem.objectives.cross_entropy import linear_cross_entropy
 from meristem.objectives.objective import Objective
 from meristem.shapes import Float, Int, Tensor
 from meristem.types import IGNORE, Hidden, LossOut, PackedBatch, Term
@@ -45,15 +46,13 @@ def score_symbols(model: Model, hidden: Hidden, batch: PackedBatch, label_smooth
     targets_M = targets_T.index_select(0, rows_M)
     # only scored rows reach the head: with a large vocabulary it costs as much as several blocks
     scored_MD = hidden.final.index_select(0, rows_M)
-    logits_MV = model.heads[SYMBOLS](scored_MD, model.trunk.embedding.symbols.weight).float()
-    nats_M = losses_M = F.cross_entropy(logits_MV, targets_M, reduction="none")
-    if label_smoothing:
-        uniform_M = logits_MV.logsumexp(-1) - logits_MV.mean(-1)
-        losses_M = (1 - label_smoothing) * nats_M + label_smoothing * uniform_M
-    count = torch.tensor(float(len(rows_M)), device=losses_M.device)
-    hits_M = (logits_MV.detach().argmax(-1) == targets_M).float()
-    figures_M2 = torch.stack([hits_M, nats_M.detach()], dim=1)
-    return Scored(Term(losses_M.sum(), count), rows_M, targets_M, figures_M2)
+    head = model.heads[SYMBOLS]
+    assert isinstance(head, SymbolHead)
+    weight_VD, bias_V = head.onto_symbols(model.trunk.embedding.symbols.weight)
+    found = linear_cross_entropy(head.features(scored_MD), weight_VD, bias_V, targets_M, label_smoothing)
+    count = torch.tensor(float(len(rows_M)), device=targets_T.device)
+    figures_M2 = torch.stack([found.is_hit.float(), found.nats], dim=1)
+    return Scored(Term(found.total, count), rows_M, targets_M, figures_M2)
 
 
 class SymbolObjective(Objective):

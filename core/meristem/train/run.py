@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -66,28 +67,40 @@ def _check_monitor(task: Task, data: DataModule, watch: Watch) -> None:
         raise ConfigError("watch.patience needs a validation part; see data.split")
 
 
-def evaluate(task: Task, data: DataModule, part: str, trainer_options: dict[str, Any]) -> dict[str, float]:
+def is_evaluated_by_checkpoint(task: Task) -> bool:
+    """Whether the objective has parameters beside the model (a decoder, a teacher), which no model directory holds.
+
+    Args:
+        task: bound to its data.
+    """
+    with torch.device("meta"):
+        beside = task.objective.build(task.architecture)
+    return any(True for _ in beside.parameters())
+
+
+def evaluate(
+    task: Task, data: DataModule, part: str, trainer_options: dict[str, Any], checkpoint: Path | None = None
+) -> dict[str, float]:
     """Figures of a model on a part of its data.
 
     Args:
         part: `validation` or `test`.
+        checkpoint: of the run, to be evaluated in the place of the task's model.
 
     Raises:
-        CheckpointError: the model lacks what the objective needs.
+        CheckpointError: the model lacks what the objective needs, or there is no such checkpoint.
         DataError: there is no such part.
     """
-    with torch.device("meta"):
-        beside = task.objective.build(task.architecture)
-    if any(True for _ in beside.parameters()):
+    if checkpoint is not None and not checkpoint.exists():
         raise CheckpointError(
-            f"objective {type(task.objective).__name__} can be evaluated in training alone: what it has beside the "
-            "model is in no model directory; its figures are in metrics.csv"
+            f"objective {type(task.objective).__name__} is evaluated with what it has beside the model, which "
+            f"{checkpoint} would hold; it is not there"
         )
     caught = _Caught()
     with _fewer_warnings():
         trainer = build_trainer({**trainer_options, "logger": False, "max_steps": 1}, [caught], None, Watch())
         run = trainer.test if part == "test" else trainer.validate
-        run(task, datamodule=data, verbose=False)
+        run(task, datamodule=data, verbose=False, ckpt_path=checkpoint, weights_only=True)
     if task.fresh_heads:
         raise CheckpointError(f"the model must have the heads of the objective; it lacks {', '.join(task.fresh_heads)}")
     if not caught.values:

@@ -128,7 +128,7 @@ class PictureViews(Views):
             ) from error
         if self.crop_scale is not None:
             changes.append(crop)
-            tokenizer = replace(tokenizer, resize_px=None)  # it is cut to its size
+            tokenizer = replace(tokenizer, resize_px=None, crop_frac=1.0)  # it is cut to its size
         if self.flip:
             changes.append(transforms.RandomHorizontalFlip(self.flip))
         changes.append(colours)

@@ -1,8 +1,8 @@
 """Shapes of vision transformers, by name.
 
 ViT: Dosovitskiy 2021 (arXiv 2010.11929), tiny and small as Touvron 2021 (arXiv 2012.12877); patches of 16 pixels of
-pictures of 224. The others are for pictures of few pixels, and train on a CPU. With pictures of another size, a table
-of positions takes on their grid.
+pictures of 224. The others are for pictures of few pixels, train on a CPU, and have the mean of the patches as their
+vector. With pictures of another size, a table of positions takes on their grid.
 """
 
 from meristem.model.config import (
@@ -11,15 +11,27 @@ from meristem.model.config import (
     FeedForward,
     LayerNorm,
     Learned,
+    Mean,
+    Pool,
     Prefix,
     TransformerConfig,
 )
 
 
 def vit(
-    width: int, num_layers: int, num_heads: int, image_px: int = 224, patch_px: int = 16, num_channels: int = 3
+    width: int,
+    num_layers: int,
+    num_heads: int,
+    image_px: int = 224,
+    patch_px: int = 16,
+    num_channels: int = 3,
+    pool: Pool | None = None,
 ) -> TransformerConfig:
-    """A ViT of any size: pre-norm, a class token, a learned table of positions, exact GELU, biases everywhere."""
+    """A ViT of any size: pre-norm, a class token, a learned table of positions, exact GELU, biases everywhere.
+
+    Args:
+        pool: what becomes a picture's vector; None for the class token.
+    """
     side = image_px // patch_px
     return TransformerConfig(
         width=width,
@@ -29,7 +41,7 @@ def vit(
         attention=Attention(num_heads=num_heads),
         feedforward=FeedForward(width=4 * width),
         norm=LayerNorm(eps=1e-6),
-        pool=Prefix(),
+        pool=pool or Prefix(),
     )
 
 
@@ -37,7 +49,7 @@ PRESETS = {
     "vit_tiny": vit(192, 12, 3),
     "vit_small": vit(384, 12, 6),
     "vit_base": vit(768, 12, 12),
-    "vit_digits": vit(96, 4, 4, image_px=8, patch_px=2, num_channels=1),
-    "vit_mnist": vit(96, 6, 4, image_px=28, patch_px=4, num_channels=1),
-    "vit_cifar": vit(192, 6, 3, image_px=32, patch_px=4),
+    "vit_digits": vit(96, 4, 4, image_px=8, patch_px=2, num_channels=1, pool=Mean()),
+    "vit_mnist": vit(96, 6, 4, image_px=28, patch_px=4, num_channels=1, pool=Mean()),
+    "vit_cifar": vit(192, 6, 3, image_px=32, patch_px=4, pool=Mean()),
 }

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from meristem.data.patches import PatchTokenizer
-from meristem.data.picture_sizes import resized_px
 from meristem.errors import ConfigError
 
 CLASS = "<class>"
@@ -48,17 +47,13 @@ def tokenizer(
         if len(sides) != 2:
             raise ConfigError(f"image_px must be one number, or a height and a width; got {sides}")
         size = (sides[0], sides[1])
-    if not 0 < crop_frac <= 1:
-        raise ConfigError(f"crop_frac must be above 0 and at most 1; got {crop_frac}")
-    if size is None and crop_frac < 1:
-        raise ConfigError("crop_frac must be 1 at native resolution, where nothing is cropped")
     return PatchTokenizer(
         image_px=size,
         patch_px=patch_px,
         num_channels=num_channels,
         mean=_each(mean, num_channels),
         std=_each(std, num_channels),
-        resize_px=resized_px(size, crop_frac) if size and crop_frac < 1 else None,
+        crop_frac=crop_frac,
         crop=crop,
         interpolation=interpolation,
         prefix=(*([CLASS] if has_class else []), *(f"<register{i}>" for i in range(num_registers))),
