@@ -37,8 +37,9 @@ lint: $(STAMP)  ## check style, format and who imports whom
 types: $(STAMP)  ## check the types of the core and the built-in domains
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## time against peers, results go to benchmarks/results
-	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+bench: $(STAMP)  ## time against peers (an hour), write benchmarks/results and the tables of docs/speed.md
+	$(BIN)/python benchmarks/run.py all
+	$(BIN)/python benchmarks/report.py
 
 docs: $(STAMP)  ## check that links, commands and paths in the documentation hold
 	$(BIN)/python -m pytest tests/test_house.py

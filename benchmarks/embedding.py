@@ -32,9 +32,9 @@ from meristem.model_directory import load_any
 from meristem.types import TokenColumn
 
 SHAPES = {  # layers, width, heads, records
-    "8M": (6, 320, 20, 240),
-    "35M": (12, 480, 20, 96),
-    "150M": (30, 640, 20, 24),
+    "8M": (6, 320, 20, 200),
+    "35M": (12, 480, 20, 56),
+    "150M": (30, 640, 20, 12),
 }
 GPU_SHAPES = {"650M": (33, 1280, 20, 2000)}
 BUDGETS = (2048, 4096)
@@ -93,7 +93,7 @@ def compare(
         )
     }
     fp32 = {"meristem": partial(ours["fp32"].embed, column), **theirs["fp32"], **floor}
-    seconds = race(fp32, options)
+    seconds = race(fp32, options, is_warm=True)
     alone = [ours / alone for ours, alone in zip(seconds["meristem"], seconds["products and attention alone"])]
     yield Finding(
         f"ESM-2 {name} shape, fp32",

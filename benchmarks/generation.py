@@ -161,6 +161,7 @@ def our_model(work: Work) -> Model:
         is_table = "embedding" in name
         if parameter.ndim > 1:
             draw *= 0.2 if is_table else parameter.shape[1] ** -0.5
+            draw *= 2.0 if "qkv" in name else 1.0  # attention that is flat would give one token over and over
         else:
             draw = 0.05 * draw + (1.0 if name.endswith("norm.weight") else 0.0)
         parameter.data = draw

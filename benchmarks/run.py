@@ -16,7 +16,7 @@ sys.path.insert(0, str(HERE))
 
 from harness import Options, write  # noqa: E402
 
-NAMES = ("ceilings", "embedding", "vision", "training", "generation", "reading", "patterns", "memory")
+NAMES = ("embedding", "vision", "training", "generation", "reading", "patterns", "memory")
 
 
 def main() -> None:

@@ -10,13 +10,13 @@ import torch
 from small_decoders import CONFIGS, VOCAB, decoder, random_prompts, redrawn, slow_logits
 from torch.nn import functional as F
 
-from meristem.generation import few_rows
-from meristem.generation.few_rows import MIN_REORDERED_ROWS, ReorderedLinear, for_few_rows, min_rows_of
+from meristem.generation.few_rows import for_few_rows, min_rows_of
 from meristem.generation.options import GenerateOptions
 from meristem.generation.sample import sample
 from meristem.generation.steps import Steps
 from meristem.model.config import Attention, Causal, Experts, FeedForward, LayerNorm, TokenHead
 from meristem.model.model import Model
+from meristem.model.reordered import MIN_REORDERED_ROWS, ReorderedLinear
 from meristem.types import MIN_ROWS
 
 WIDE = decoder(
@@ -147,7 +147,7 @@ def test_it_lives_no_longer_than_the_model() -> None:
 def test_a_torch_without_the_product_makes_sequences_as_before(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(few_rows.torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     model = redrawn(decoder())
     assert for_few_rows(model) is model
     made: Any = sample(model, [rng.integers(0, VOCAB, 3)], GenerateOptions(max_new_tokens=3))

@@ -13,6 +13,7 @@ from meristem.domain import load_domain
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Attention, Embedding, FeedForward, TransformerConfig
 from meristem.model.model import Model
+from meristem.model.transformer import Encoder
 from meristem.objectives.supervised import Supervised, Target
 from meristem.types import IGNORE, Record
 
@@ -133,3 +134,21 @@ def test_a_wrong_label_is_named_by_file_and_line(target, columns, labels, said):
 def test_impossible_targets_are_refused(target):
     with pytest.raises(ConfigError, match="target"):
         Target(**target)
+
+
+def test_a_loss_that_reads_class_rows_alone_is_that_of_a_whole_pass(rng, monkeypatch):
+    objective = _bound([Target(name="place", pool="cls")], place=["a", "b"])
+    batch = pack([_prepare(objective, "MKVAG" * (1 + i % 3), place="ab"[i % 2]) for i in range(5)], range(5))
+    model = Model(CONFIG, (), objective.readouts)
+    losses, grads, rows = [], [], []
+    model.trunk.final_norm.register_forward_hook(lambda _, __, made: rows.append(len(made)))
+    for may_leave_rows in (True, False):
+        monkeypatch.setattr(Encoder, "may_leave_rows", may_leave_rows)
+        model.zero_grad()
+        term = objective.loss(model, objective.build(CONFIG), batch).terms["place"]
+        term.sum.backward()
+        losses.append(term.sum)
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    assert rows == [16, batch.layout.num_rows]

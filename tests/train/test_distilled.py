@@ -85,9 +85,10 @@ def test_loss_of_the_teacher_is_that_of_its_answers(rng, tmp_path, temperature, 
     assert term.weight == 0.3
     assert {name: float(term.count) for name, term in out.terms.items()} == objective.counts(batch)
     assert objective.counts(batch) == {"place": 3, "place_teacher": 4}
-    # the mutant: another teacher's answers
-    other = Model(CONFIG, (), objective.readouts).eval()
-    assert _by_hand(student, other, batch, temperature, is_hard) != pytest.approx(wanted, rel=1e-3)
+    # the mutant: another teacher's answers; some teachers say the same of four pictures
+    others = [Model(CONFIG, (), objective.readouts).eval() for _ in range(12)]
+    answers = [_by_hand(student, other, batch, temperature, is_hard) for other in others]
+    assert any(answer != pytest.approx(wanted, rel=1e-3) for answer in answers)
 
 
 def test_evaluation_asks_no_teacher_and_it_learns_nothing(rng, tmp_path):

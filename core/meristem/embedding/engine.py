@@ -5,7 +5,6 @@ same bit for bit whatever it is packed with: linear layers, norms and attention 
 (packs have `MIN_ROWS` rows or more, see `meristem.types`), and pooling reduces each sequence on its own.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 from meristem.data.order import plan_in_order
 from meristem.data.pack import pack_column
 from meristem.embedding.memory import fitting_tokens, give_back_memory, is_out_of_memory
+from meristem.embedding.trunks import compiled_trunk, runnable_trunk
 from meristem.embedding.windows import WindowMean, cut
 from meristem.errors import ConfigError, DataError
 from meristem.model.attention import first_rows
@@ -92,6 +92,7 @@ class TrunkRunner:
             suit the device and the memory at hand. It is halved when a pack does not fit after all.
         dtype: of the trunk's weights and activations.
         device: to run on.
+        is_compiled: blocks are compiled, where the machine has a compiler.
 
     Raises:
         ConfigError: a layer that the model does not have, or a budget below 1.
@@ -105,11 +106,11 @@ class TrunkRunner:
         tokens_per_batch: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        is_compiled: bool = False,
     ):
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
-        # a copy: rounded weights must not find their way back into the model
-        self.trunk = self.model.trunk if dtype == torch.float32 else copy.deepcopy(self.model.trunk).to(dtype)
+        self.trunk = compiled_trunk(model, dtype) if is_compiled else runnable_trunk(model, dtype)
         self.num_special = num_special
         self.layer = model.trunk.resolve_layer(layer)
         if tokens_per_batch is None:

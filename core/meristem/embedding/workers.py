@@ -14,7 +14,6 @@ import torch
 
 from meristem.embedding.engine import PRECISIONS, Advance, Embedder, TrunkRunner
 from meristem.errors import ConfigError
-from meristem.model.compiled import compile_blocks
 from meristem.model.model import Model
 from meristem.model_directory import load_any
 from meristem.types import TokenColumn
@@ -43,10 +42,14 @@ class EngineOptions:
     def build(self, model: Model, num_special: tuple[int, int], device: str | None = None) -> Embedder:
         """The engine, on `device` where one is named."""
         trunk = TrunkRunner(
-            model, num_special, self.layer, self.tokens_per_batch, PRECISIONS[self.precision], device or self.device
+            model,
+            num_special,
+            self.layer,
+            self.tokens_per_batch,
+            PRECISIONS[self.precision],
+            device or self.device,
+            self.is_compiled,
         )
-        if self.is_compiled:
-            compile_blocks(trunk.trunk, trunk.device)
         return Embedder(trunk, self.pool)
 
 

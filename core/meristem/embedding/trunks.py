@@ -1,0 +1,44 @@
+"""A model's trunk as it is run for vectors: in the precision asked for, and as fast as the machine allows."""
+
+import copy
+
+import torch
+from torch import nn
+
+from meristem.embedding.memory import USED_FRAC, available_bytes
+from meristem.model.compiled import compile_blocks
+from meristem.model.model import Model
+from meristem.model.reordered import can_reorder, remembered, reordered
+from meristem.model.transformer import Encoder, EncoderDecoder
+
+
+def runnable_trunk(model: Model, dtype: torch.dtype) -> Encoder | EncoderDecoder:
+    """A model's trunk as it runs fastest; made once as long as the weights stay as they are.
+
+    On a CPU weights are reordered, where memory allows it and rows then round alike.
+    """
+
+    def make() -> Encoder | EncoderDecoder | None:
+        trunk = _cast(model.trunk, dtype)
+        is_worth_it = can_reorder(trunk) and _has_room_for(trunk)
+        fast = reordered(trunk) if is_worth_it else None
+        return fast or (trunk if trunk is not model.trunk else None)
+
+    return remembered(model.trunk, f"embedding in {dtype}", make) or model.trunk
+
+
+def compiled_trunk(model: Model, dtype: torch.dtype) -> Encoder | EncoderDecoder:
+    """A model's trunk, compiled where the machine can; a copy, so that the model stays as it is."""
+    trunk = copy.deepcopy(model.trunk).to(dtype)
+    compile_blocks(trunk, trunk.device)
+    return trunk
+
+
+def _cast(trunk: Encoder | EncoderDecoder, dtype: torch.dtype) -> Encoder | EncoderDecoder:
+    """In another precision a copy: rounded weights must not find their way back into the model."""
+    return trunk if dtype == torch.float32 else copy.deepcopy(trunk).to(dtype)
+
+
+def _has_room_for(trunk: nn.Module) -> bool:
+    at_hand = available_bytes(torch.device("cpu"))
+    return at_hand is None or sum(one.nbytes for one in trunk.parameters()) < USED_FRAC * at_hand

@@ -1,0 +1,99 @@
+"""The loss over many classes is torch's, gradient and all, however its rows are cut."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from meristem.objectives import cross_entropy
+from meristem.objectives.cross_entropy import linear_cross_entropy
+
+M, D, C = 23, 8, 37
+
+
+def _inputs(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    rows, weight, bias = torch.randn(M, D), torch.randn(C, D), torch.randn(C)
+    return [tensor.to(dtype).requires_grad_() for tensor in (rows, weight, bias)]
+
+
+def _wanted(smoothing: float, has_bias: bool, targets: torch.Tensor) -> list[torch.Tensor]:
+    """Torch's loss and gradients, in fp64."""
+    rows, weight, bias = _inputs(torch.float64)
+    logits = F.linear(rows, weight, bias if has_bias else None)
+    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    (loss * 0.3).backward()
+    return [loss.detach(), rows.grad, weight.grad, *([bias.grad] if has_bias else [])]
+
+
+def _found(smoothing: float, has_bias: bool, targets: torch.Tensor) -> list[torch.Tensor]:
+    rows, weight, bias = _inputs()
+    found = linear_cross_entropy(rows, weight, bias if has_bias else None, targets, smoothing)
+    (found.total * 0.3).backward()
+    return [found.total.detach(), rows.grad, weight.grad, *([bias.grad] if has_bias else [])]
+
+
+def _differ(smoothing: float = 0.1, has_bias: bool = True) -> float:
+    """The largest difference from torch, relative to the largest value of each tensor."""
+    targets = torch.randint(0, C, (M,), generator=torch.Generator().manual_seed(1))
+    pairs = zip(_found(smoothing, has_bias, targets), _wanted(smoothing, has_bias, targets), strict=True)
+    return max(float((own.double() - other).abs().max() / other.abs().max()) for own, other in pairs)
+
+
+@pytest.mark.parametrize("cached", [2**19, C * 4], ids=["one part", "parts of 4 rows"])
+@pytest.mark.parametrize("held", [2**26, C * 10], ids=["all rows at once", "10 rows at once"])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_and_gradients_are_those_of_torch(smoothing, has_bias, held, cached, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", held)
+    monkeypatch.setattr(cross_entropy, "CACHED_LOGITS", cached)
+    assert _differ(smoothing, has_bias) < 1e-6  # rounding of fp32
+
+
+def test_a_gradient_of_the_last_rows_alone_is_caught(monkeypatch):
+    """Mutant: what earlier rows add to the weight's gradient is lost."""
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", C * 10)
+    monkeypatch.setattr(cross_entropy, "_added", lambda total, more: more)
+    assert _differ() > 1e-2
+
+
+def test_hits_are_those_of_the_likeliest_class_and_nats_are_not_smoothed():
+    rows, weight, bias = (tensor.detach() for tensor in _inputs())
+    logits = F.linear(rows, weight, bias)
+    targets = torch.where(torch.arange(M) % 2 == 0, logits.argmax(1), logits.argmin(1))
+    found = linear_cross_entropy(rows, weight, bias, targets, 0.1)
+    assert found.is_hit.tolist() == [row % 2 == 0 for row in range(M)]
+    torch.testing.assert_close(found.nats, F.cross_entropy(logits, targets, reduction="none"))
+
+
+def test_a_model_that_says_the_same_of_all_classes_has_no_perfect_score():
+    found = linear_cross_entropy(torch.zeros(M, D), torch.zeros(C, D), None, torch.arange(M))
+    assert found.is_hit.sum() == 1
+
+
+def test_no_row_gives_no_loss_and_a_gradient_of_zero():
+    rows, weight, bias = _inputs()
+    found = linear_cross_entropy(rows[:0], weight, bias, torch.zeros(0, dtype=torch.long))
+    found.total.backward()
+    assert found.total.item() == 0.0
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+def test_under_autocast_products_are_rounded_and_the_loss_is_not():
+    targets = torch.arange(M)
+    rows, weight, bias = _inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(rows, weight, bias, targets)
+        logits = F.linear(rows, weight, bias)
+    found.total.backward()
+    assert found.total.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(found.total, F.cross_entropy(logits.float(), targets, reduction="sum"))
+
+
+def test_a_second_backward_pass_is_refused():
+    """The gradient is scaled where it lies: a second pass would scale it twice."""
+    rows, weight, bias = _inputs()
+    found = linear_cross_entropy(rows, weight, bias, torch.arange(M))
+    (found.total * 2).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (found.total * 2).backward()
