@@ -150,28 +150,26 @@ def _processor() -> str:
 
 
 def write(theme: str, findings: Iterator[Finding] | Sequence[Finding], options: Options) -> Path:
-    """Write findings as `results/<theme>_<hardware>_<date>.md`, `.json` and `.png`; each is printed as it comes."""
+    """Write findings as `results/<theme>_<hardware>_<date>.md`, `.json` and `.png`, anew with each one that comes."""
     stem = RESULTS / f"{theme}_{hardware(options.device)}_{datetime.date.today():%Y-%m-%d}"
     lines = [
         f"# {theme.capitalize()}",
         "",
         f"{machine(options.device)}. Programs ran in turn, in one process, {options.rounds} rounds.",
     ]
-    done = []
+    done: list[Finding] = []
     for finding in findings:
         part = ["", f"## {finding.title}", "", finding.setting, "", *finding.table()]
         part += ["", *finding.notes] if finding.notes else []
         print("\n".join(part), flush=True)
         lines += part
         done.append(finding)
-    if options.is_quick:
-        print("\nquick: nothing is written")
-        return stem
-    RESULTS.mkdir(exist_ok=True)
-    stem.with_suffix(".md").write_text("\n".join([*lines, ""]))
-    stem.with_suffix(".json").write_text(json.dumps([asdict(finding) for finding in done], indent=1) + "\n")
-    _draw(done, stem.with_suffix(".png"))
-    print(f"\nwritten to {stem}.md, .json and .png")
+        if not options.is_quick:
+            RESULTS.mkdir(exist_ok=True)
+            stem.with_suffix(".md").write_text("\n".join([*lines, ""]))
+            stem.with_suffix(".json").write_text(json.dumps([asdict(one) for one in done], indent=1) + "\n")
+            _draw(done, stem.with_suffix(".png"))
+    print("\nquick: nothing is written" if options.is_quick else f"\nwritten to {stem}.md, .json and .png")
     return stem
 
 

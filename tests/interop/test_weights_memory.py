@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 MEASURE = """
 import json, sys
 from pathlib import Path
+import torch._dynamo  # torch loads it when the meta device is first used; it is not the model's memory
 import meristem.interop.directory as directory
 from meristem.interop import weights
 

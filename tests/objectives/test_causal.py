@@ -87,7 +87,7 @@ def test_loss_is_that_of_a_padded_batch_computed_the_slow_way(rng):
     torch.testing.assert_close(out.terms[SYMBOLS].sum, slow(1), rtol=1e-5, atol=1e-4)
     assert float(out.terms[SYMBOLS].count) == sum(len(record.payload) + 1 for record in records)
     # the mutant: targets that are not shifted
-    assert abs(slow(0) - slow(1)) > 1e-2 * slow(1)
+    assert abs(slow(0) - slow(1)) > 1e-3 * slow(1)
 
 
 def row_losses(model, batch) -> torch.Tensor:

@@ -321,7 +321,10 @@ def run_of_pictures(tmp_path: Path, rng, monkeypatch) -> Path:
 
 def test_a_run_trains_the_decoder_too_and_leaves_a_trunk_and_a_reconstruction(run_of_pictures: Path, capsys):
     with Image.open(run_of_pictures / "reconstruction.png") as image:
-        assert image.size == (3 * 96 + 4 * GAP_PX, 8 * 96 + 9 * GAP_PX)
+        assert image.width == 3 * 96 + 4 * GAP_PX
+        num_rows, rest = divmod(image.height - GAP_PX, 96 + GAP_PX)
+        assert rest == 0
+        assert 1 < num_rows <= 8  # what falls into the validation part is drawn by content
     state = torch.load(run_of_pictures / "checkpoints" / "last.ckpt", weights_only=True)
     moments = state["optimizer_states"][0]["state"]
     trained = [name for name in state["state_dict"] if name.startswith("extra.")]
