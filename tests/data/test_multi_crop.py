@@ -74,7 +74,7 @@ def test_each_change_is_what_it_says(rng):
     assert np.array_equal(solarised[1], np.where(plain[1] >= 0.5, 1 - plain[1], plain[1]))
     assert all(np.array_equal(plain[i], solarised[i]) for i in (0, 2, 3, 4))
     # before the second view is blurred nothing else is drawn, so the first two and no others are as they were
-    blurred = views(blur_rates=(0, 1, 0))
+    blurred = views(blur_rates=(0, 1, 0), blur_px=(0.5, 1.0))
     assert np.array_equal(plain[0], blurred[0])
     assert blurred[1].std() < plain[1].std()
 
