@@ -93,7 +93,7 @@ def test_a_process_that_really_runs_out_of_memory_goes_on() -> None:
     code = IN_LITTLE_MEMORY.format(folder=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert 1000 < int(done.stdout) < 1_000_000
+    assert int(done.stdout) <= 100_400
     assert "out of memory with 200,800 tokens at once on cpu" in done.stderr
 
 
@@ -130,4 +130,6 @@ def test_what_a_token_takes_is_not_underestimated(rng: np.random.Generator) -> N
 def test_memory_that_the_system_counts() -> None:
     at_hand = memory.available_bytes(CPU)
     assert at_hand is None or at_hand > 2**20
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."))

@@ -73,9 +73,13 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a tensor could not be made for want of memory; on a CPU torch has no error of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+WORDS_OF_A_CPU = ("can't allocate memory", "could not create a primitive", "bad_alloc")
+"""How torch, oneDNN and the C++ library say that there was no memory: none of them has an error of its own for it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something could not be made for want of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in WORDS_OF_A_CPU)
 
 
 def give_back_memory() -> None:
