@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 import transformers
+from decoders import gpt2
 from harness import Finding, Options, race, timed
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -21,16 +22,7 @@ from meristem.generation.few_rows import for_few_rows
 from meristem.generation.options import GenerateOptions
 from meristem.generation.sample import sample
 from meristem.interop.gpt2 import TABLE
-from meristem.model.config import (
-    Attention,
-    Causal,
-    Embedding,
-    FeedForward,
-    LayerNorm,
-    Learned,
-    TokenHead,
-    TransformerConfig,
-)
+from meristem.model.config import TransformerConfig
 from meristem.model.model import Model
 
 Tokens = list[list[int]]
@@ -57,16 +49,7 @@ class Work:
     @property
     def architecture(self) -> TransformerConfig:
         """As GPT-2 has it."""
-        return TransformerConfig(
-            width=self.width,
-            num_layers=self.layers,
-            embedding=Embedding(vocab_size=self.vocab_size),
-            position=Learned(max_positions=self.context),
-            attention=Attention(num_heads=self.heads, pattern=Causal()),
-            feedforward=FeedForward(width=4 * self.width, activation="gelu_tanh"),
-            norm=LayerNorm(eps=1e-5),
-            head=TokenHead(activation=None, bias=False),
-        )
+        return gpt2(self.width, self.layers, self.heads, self.vocab_size, self.context)
 
     def draw(self) -> list[np.ndarray]:
         """Ragged prompts."""

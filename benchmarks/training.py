@@ -21,6 +21,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from decoders import gpt2
 from harness import Finding, Options, agree, race, timed
 from plain_gpt import PlainGPT
 from steps import CLIP, OPTIMIZER, TOLERANCES, OurStep, PeerStep, achieved, agreed, packed, precision, redraw
@@ -33,17 +34,7 @@ from meristem.data.records import ReadOptions, Source
 from meristem.domain import load_domain
 from meristem.interop.gpt2 import TABLE
 from meristem.model.compiled import compile_blocks
-from meristem.model.config import (
-    Attention,
-    Causal,
-    Embedding,
-    FeedForward,
-    Init,
-    LayerNorm,
-    Learned,
-    TokenHead,
-    TransformerConfig,
-)
+from meristem.model.config import Init, TransformerConfig
 from meristem.objectives.causal import Causal as CausalObjective
 from meristem.train.run import build_trainer
 from meristem.train.task import Task
@@ -70,17 +61,7 @@ class Shape:
     @property
     def architecture(self) -> TransformerConfig:
         """As GPT-2 has it, without dropout."""
-        return TransformerConfig(
-            width=self.width,
-            num_layers=self.layers,
-            embedding=Embedding(vocab_size=self.vocab_size),
-            position=Learned(max_positions=self.context),
-            attention=Attention(num_heads=self.heads, pattern=Causal()),
-            feedforward=FeedForward(width=4 * self.width, activation="gelu_tanh"),
-            norm=LayerNorm(eps=1e-5),
-            head=TokenHead(activation=None, bias=False),
-            init=Init(is_depth_scaled=True),
-        )
+        return gpt2(self.width, self.layers, self.heads, self.vocab_size, self.context, Init(is_depth_scaled=True))
 
 
 SHAPES = {"10M": Shape(6, 384, 6, 4096, 256, 8), "124M": Shape(12, 768, 12, 50257, 512, 1)}

@@ -165,12 +165,14 @@ def refuse_distance(ours: torch.Tensor, theirs: torch.Tensor, what: str = "rows"
     return distance
 
 
-def check(folder: Path, theirs: nn.Module, files: list[Path], image_px: Sizes, tmp_path: Path) -> float:
+def check(both: Both, is_native: bool, files: list[Path], tmp_path: Path) -> float:
     """Rows of a model directory, and what `meristem embed` writes with it, are timm's.
 
     Returns:
         The largest difference.
     """
+    image_px = None if is_native else both.image_px
+    folder, theirs = both.ours[image_px], load_theirs(both.theirs, image_px)
     rows, pooled = their_features(theirs, files, image_px)
     model = meristem.load(folder, device="cpu")
     ours = our_rows(model, files)
@@ -188,9 +190,7 @@ def check(folder: Path, theirs: nn.Module, files: list[Path], image_px: Sizes, t
 def test_features_of_a_picture_file_are_timms(
     name: str, is_native: bool, both_of: BothOf, drawn: list[Path], tmp_path: Path
 ) -> None:
-    both = both_of(name)
-    image_px = None if is_native else both.image_px
-    print(f"{check(both.ours[image_px], load_theirs(both.theirs, image_px), drawn, image_px, tmp_path):.1e}")
+    print(f"{check(both_of(name), is_native, drawn, tmp_path):.1e}")
 
 
 @pytest.mark.shared
@@ -201,9 +201,7 @@ def test_features_of_photos_are_timms(
 ) -> None:
     files = sorted((shared_data / "images" / "photos").iterdir())
     assert len(files) == 5
-    both = both_of(name)
-    image_px = None if is_native else both.image_px
-    print(f"{check(both.ours[image_px], load_theirs(both.theirs, image_px), files, image_px, tmp_path):.1e}")
+    print(f"{check(both_of(name), is_native, files, tmp_path):.1e}")
 
 
 CARRIED = ("mean", "std", "interpolation", "crop_pct", "crop_mode")

@@ -31,14 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=-1,
         help="layer whose vectors are wanted: 0 is the embedding, -1 the last",
     )
-    parser.add_argument(
-        "--tokens-per-batch",
-        type=int,
-        help="tokens run at once; by default 4096 on a CPU and 65536 on a GPU, fewer where memory is short",
-    )
-    parser.add_argument(
-        "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
-    )
+    add_engine_arguments(parser)
     parser.add_argument("--devices", type=int, default=1, help="GPUs (processes on a CPU) that share the work")
     parser.add_argument(
         "--compile",
@@ -54,6 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sequence-column", default="", help="column of a table that holds the sequences")
     parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the engine runs, for every verb that needs vectors."""
+    parser.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        help="tokens run at once; by default 4096 on a CPU and 65536 on a GPU, fewer where memory is short",
+    )
+    parser.add_argument(
+        "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,6 +103,12 @@ def print_summary(manifest: dict[str, Any]) -> None:
         print(f"refused records: {refused['count']:,} (named in the manifest)")
 
 
+def describe_engine(device: str, threads: int, precision: str, tokens_per_batch: int) -> str:
+    """What was chosen, for people."""
+    where = f"{threads} CPU threads" if device == "cpu" else device
+    return f"on {where}, {precision}, {tokens_per_batch:,} tokens at once"
+
+
 class ProgressReport:
     """Shows progress in tokens, which is what work goes by, with records beside it."""
 
@@ -116,8 +127,7 @@ class ProgressReport:
     def chose(self, device: str, precision: str, tokens_per_batch: int) -> None:
         import torch
 
-        where = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
-        print(f"on {where}, {precision}, {tokens_per_batch:,} tokens at once", file=sys.stderr)
+        print(describe_engine(device, torch.get_num_threads(), precision, tokens_per_batch), file=sys.stderr)
 
     def found(self, records: int | None, tokens: int | None) -> None:
         from meristem.cli.console import progress

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meristem.cli.console import duration
+from meristem.cli.embed import describe_engine
 
 if TYPE_CHECKING:
     from meristem.model.config import TransformerConfig
@@ -219,8 +220,8 @@ def _print_tables(facts: dict[str, Any]) -> None:
 
 
 def _print_throughput(table: Callable[[str, dict[str, Any]], None], facts: dict[str, Any]) -> None:
-    where = f"{facts['threads']} CPU threads" if facts["device"] == "cpu" else facts["device"]
-    rows = {"measured on": f"{where}, {facts['precision']}, {facts['tokens_per_batch']:,} tokens at once"}
+    chosen = (facts[name] for name in ("device", "threads", "precision", "tokens_per_batch"))
+    rows = {"measured": describe_engine(*chosen)}
     for length, rate in facts["tokens_per_second"].items():
         rows[f"at {length} tokens a sequence"] = f"{rate:,} tokens/s, {rate / int(length):,.1f} sequences/s"
     table("throughput", rows)

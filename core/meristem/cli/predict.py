@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from meristem.cli.embed import ProgressReport, add_engine_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to label, with what, and where to."""
@@ -15,14 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one row a token with its probabilities; by default labels of tokens are one text a record",
     )
-    parser.add_argument(
-        "--tokens-per-batch",
-        type=int,
-        help="tokens run at once; by default 4096 on a CPU and 65536 on a GPU, fewer where memory is short",
-    )
-    parser.add_argument(
-        "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
-    )
+    add_engine_arguments(parser)
     parser.add_argument("--domain", default="", help="domain that reads the inputs; the model's own by default")
     parser.add_argument(
         "--on-error",
@@ -36,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Label every record, then put the table in its place."""
-    from meristem.cli.embed import ProgressReport
     from meristem.data.records import ReadOptions
     from meristem.embedding.predict_run import predict_files
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from meristem.cli.embed import ProgressReport, add_engine_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to probe, for what, how, and where to."""
@@ -49,14 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the records for training, to choose the penalty of the linear map by",
     )
     parser.add_argument("--seed", type=int, default=0, help="another one deals anew")
-    parser.add_argument(
-        "--tokens-per-batch",
-        type=int,
-        help="tokens run at once; by default 4096 on a CPU and 65536 on a GPU, fewer where memory is short",
-    )
-    parser.add_argument(
-        "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
-    )
+    add_engine_arguments(parser)
     parser.add_argument("--domain", default="", help="domain that reads the data; the model's own by default")
     parser.add_argument(
         "--on-error",
@@ -154,7 +149,6 @@ class _Shown:
     """Progress on the terminal."""
 
     def embedding(self, title: str) -> AbstractContextManager[Any]:
-        from meristem.cli.embed import ProgressReport
 
         return ProgressReport(title)
 

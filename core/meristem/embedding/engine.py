@@ -1,8 +1,8 @@
 """From token columns to vectors; knows no file.
 
-Sequences are packed shortest first up to a budget, run, and put back in order. On a CPU in fp32 a vector is the
-same bit for bit whatever it is packed with: linear layers, norms and attention treat each row or sequence alone
-(packs have `MIN_ROWS` rows or more, see `meristem.types`), and pooling reduces each sequence on its own.
+Sequences of like lengths are packed up to a budget, run longest first, and put back in order. On a CPU in fp32 a
+vector is the same bit for bit whatever it is packed with: linear layers, norms and attention treat each row or sequence
+alone (packs have `MIN_ROWS` rows or more, see `meristem.types`), and pooling reduces each sequence on its own.
 """
 
 import logging
@@ -185,7 +185,8 @@ class TrunkRunner:
     def _run_pack(self, column: TokenColumn, rows: np.ndarray, num_first: int | None = None) -> Rows:
         batch = pack_column(column, rows, rows.tolist())
         if self.device.type == "cuda":
-            batch = batch.pin_memory().to(self.device)
+            batch = batch.pin_memory()
+        batch = batch.to(self.device)
         is_last = self.layer == self.trunk.resolve_layer(-1)
         if num_first is not None and is_last and isinstance(self.trunk, Encoder) and self.trunk.may_leave_rows:
             hidden = self.trunk(batch, wanted=first_rows(batch.layout, num_first))
@@ -248,7 +249,8 @@ class Embedder:
         ends = np.cumsum(counts)
         values = np.empty((int(ends[-1]) if len(ends) else 0, self.width), np.float32)
         before, behind = self.trunk.num_special
-        for rows, made in _one_late((rows, self._pool(rows)) for rows in self._run(column)):
+        num_first = None if self.pool is None else self.pool.num_first
+        for rows, made in _one_late((rows, self._pool(rows)) for rows in self.trunk.run(column, num_first)):
             host = made.float().cpu().numpy()
             if self.pool is not None:
                 values[list(rows.records)] = host
@@ -261,9 +263,6 @@ class Embedder:
         self._check_finite(values, ends)
         give_back_memory()
         return values
-
-    def _run(self, column: TokenColumn) -> Iterator[Rows]:
-        return self.trunk.run(column, None if self.pool is None else self.pool.num_first)
 
     def _pool(self, rows: Rows) -> Tensor:
         return rows.values if self.pool is None else self.pool(rows.values, rows.layout, self.trunk.num_special)
