@@ -11,6 +11,7 @@ are what an engine without any other work would take.
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from harness import Finding, Options, agree, race
+from steps import matrix_peak
 from torch.nn import functional as F
 from transformers import EsmConfig, EsmModel
 
@@ -27,6 +29,7 @@ from meristem.domain import load_domain
 from meristem.embedding.engine import PRECISIONS
 from meristem.embedding.memory import MOST_TOKENS
 from meristem.embedding.workers import EngineOptions
+from meristem.model.flops import flops_per_token
 from meristem.model.model import Model
 from meristem.model_directory import load_any
 from meristem.types import TokenColumn
@@ -36,7 +39,8 @@ SHAPES = {  # layers, width, heads, records
     "35M": (12, 480, 20, 56),
     "150M": (30, 640, 20, 12),
 }
-GPU_SHAPES = {"650M": (33, 1280, 20, 2000)}
+GPU_SHAPES = {"8M": (6, 320, 20, 4000), "650M": (33, 1280, 20, 1000)}
+GPU_RECORDS_CHECKED = 48
 BUDGETS = (2048, 4096)
 GPU_BUDGETS = (16384, 65536)
 MAX_RESIDUES = 1022
@@ -44,17 +48,71 @@ TOLERANCE = 1e-4
 
 
 def findings(options: Options) -> Iterator[Finding]:
-    """Each shape in fp32, in bf16, and each of our precisions beside the expert's fp32."""
+    """On a CPU each shape in fp32 and in lower precision; on a GPU in bf16."""
     is_gpu = options.device == "cuda"
-    shapes = {**SHAPES, **GPU_SHAPES} if is_gpu else SHAPES
-    for name, (layers, width, heads, records) in shapes.items():
-        column, where = proteins(options, 24 if options.is_quick else records * (20 if is_gpu else 1))
+    for name, (layers, width, heads, records) in (GPU_SHAPES if is_gpu else SHAPES).items():
+        column, where = proteins(options, 24 if options.is_quick else records)
         with tempfile.TemporaryDirectory() as folder:
             peer = save_peer(Path(folder), layers, width, heads).to(options.device)
             card, model = load_any(Path(folder))
-        yield from compare(name, peer, model, column, where, card.tokenizer.num_special, options)
+        if is_gpu:
+            yield on_gpu(name, peer, model, column, where, card.tokenizer.num_special, options)
+        else:
+            yield from compare(name, peer, model, column, where, card.tokenizer.num_special, options)
         if options.is_quick:
             return
+
+
+def on_gpu(
+    name: str,
+    peer: EsmModel,
+    model: Model,
+    column: TokenColumn,
+    where: str,
+    num_special: tuple[int, int],
+    options: Options,
+) -> Finding:
+    """One shape in bf16; what of the peak is reached is that of the fastest of ours."""
+    checked = column.take(np.arange(min(GPU_RECORDS_CHECKED, len(column))))
+    exact = EngineOptions("mean", -1, "fp32", options.device).build(model, num_special).embed(checked)
+    theirs_exact = embed_with(peer, checked, in_order(len(checked), 8))
+    said = f"In fp32 vectors of {len(checked)} differ by {agree('transformers', exact, theirs_exact, TOLERANCE):.1e}."
+    peer = peer.to(torch.bfloat16)
+    engines = {
+        title: EngineOptions("mean", -1, "bf16", options.device, is_compiled=is_compiled).build(model, num_special)
+        for title, is_compiled in (("meristem", False), ("meristem, compiled", True))
+    }
+    orders = {f"{size} a batch, file order": in_order(len(column), size) for size in (8, 32)}
+    by_length = np.argsort(column.lengths, kind="stable")
+    orders |= {f"sorted, {budget:,} tokens": by_budget(column, by_length, budget) for budget in GPU_BUDGETS}
+    errors = {title: relative_error(exact, engine.embed(checked)) for title, engine in engines.items()}
+    errors["transformers"] = relative_error(exact, embed_with(peer, checked, in_order(len(checked), 8)))
+    seconds = race(
+        {
+            **{title: partial(engine.embed, column) for title, engine in engines.items()},
+            **{f"transformers, {how}": partial(embed_with, peer, column, rows) for how, rows in orders.items()},
+        },
+        options,
+    )
+    architecture = replace(model.config, head=None)
+    flops = sum(int(length) * flops_per_token(architecture, int(length)) for length in column.lengths)
+    took = min(statistics.median(seconds[title]) for title in engines)
+    tokens, most = int(column.offsets[-1]), MOST_TOKENS["cuda"]
+    peak = matrix_peak(min(tokens, most), architecture.width, options)
+    return Finding(
+        f"ESM-2 {name} shape, bf16",
+        f"{len(column)} records of {where}, {tokens:,} tokens; mean over residues. {said}",
+        seconds,
+        work=tokens,
+        values={
+            "operations": f"{flops / 1e12:,.1f} TFLOP",
+            "rate": f"{flops / took / 1e12:,.0f} TFLOP/s",
+            f"product of [{min(tokens, most)}, {architecture.width}] and "
+            f"[{architecture.width}, {4 * architecture.width}] alone": f"{peak / 1e12:,.0f} TFLOP/s",
+            "share of it reached": f"{flops / took / peak:.0%}",
+            **{f"error of {title} in bf16, rms of rms": f"{error:.1e}" for title, error in errors.items()},
+        },
+    )
 
 
 def compare(
@@ -68,7 +126,6 @@ def compare(
 ) -> Iterator[Finding]:
     """Findings of one shape."""
     tokens = int(column.offsets[-1])
-    budgets = GPU_BUDGETS if options.device == "cuda" else BUDGETS
     by_length = np.argsort(column.lengths, kind="stable")
     ours = {
         precision: EngineOptions("mean", -1, precision, options.device).build(model, num_special)
@@ -79,7 +136,7 @@ def compare(
         cast = EsmModel(peer.config, add_pooling_layer=False).eval().to(options.device, dtype)
         cast.load_state_dict(peer.state_dict())
         orders = {f"{size} a batch, file order": in_order(len(column), size) for size in (8, 32)}
-        orders |= {f"sorted, {budget:,} tokens": by_budget(column, by_length, budget) for budget in budgets}
+        orders |= {f"sorted, {budget:,} tokens": by_budget(column, by_length, budget) for budget in BUDGETS}
         theirs[precision] = {
             f"transformers, {how}": partial(embed_with, cast, column, rows) for how, rows in orders.items()
         }

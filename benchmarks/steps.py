@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from harness import Options, agree, timed
+from harness import Options, agree, hardware, timed
 from torch import nn
 from torch.nn import functional as F
 
@@ -45,6 +46,7 @@ class Loop:
     accumulate_grad_batches: int = 1
     max_steps: int = 1_000_000
     ckpt_path: None = None
+    strategy: Any = None
 
 
 class OurStep:
@@ -56,12 +58,21 @@ class OurStep:
 
     def __init__(self, task: Task, options: Options):
         self.task, self.options = task, options
-        self.loop = Loop("bf16-mixed" if options.device == "cuda" else "32-true")
+        place = SimpleNamespace(root_device=torch.device(options.device))
+        self.loop = Loop("bf16-mixed" if options.device == "cuda" else "32-true", strategy=place)
         task.trainer = self.loop  # type: ignore[assignment]
         task.configure_model()
         task.to(options.device).train()
         chosen = task.configure_optimizers()
         self.optimizer, self.schedule = chosen["optimizer"], chosen["lr_scheduler"]["scheduler"]
+
+    def compiled(self) -> "OurStep":
+        """Another of the same weights, as `model.compile` makes it."""
+        task = self.task
+        twin = Task(task.architecture, task.objective, task.optimizer_config, is_compiled=True)
+        other = OurStep(twin, self.options)
+        twin.model.load_state_dict(task.model.state_dict())
+        return other
 
     def loss(self, batch: PackedBatch) -> torch.Tensor:
         """The loss of a pack that is a step."""
@@ -173,12 +184,17 @@ def precision(options: Options) -> str:
     return "bf16 autocast" if options.device == "cuda" else "fp32"
 
 
+DATA_SHEET = {"h100": 989e12, "h200": 989e12, "a100": 312e12}
+"""Operations a second in bf16 as the maker states them, without sparsity: what the field's MFU is a share of."""
+
+
 def achieved(
     architecture: TransformerConfig, tokens: int, length: int, seconds: Sequence[float], options: Options
 ) -> dict[str, str]:
     """Operations of a step, and the rate they run at over that of a product of the model's shape run alone."""
     flops = 3 * flops_per_token(architecture, length) * tokens
     rate, peak = flops / statistics.median(seconds), matrix_peak(tokens, architecture.width, options)
+    stated = DATA_SHEET.get(hardware(options.device)) if options.device == "cuda" else None
     return {
         "operations of a step": f"{flops / 1e9:,.0f} GFLOP",
         "rate": f"{rate / 1e9:,.0f} GFLOP/s",
@@ -186,6 +202,11 @@ def achieved(
             f"{peak / 1e9:,.0f} GFLOP/s"
         ),
         "share of it reached": f"{rate / peak:.0%}",
+        **(
+            {f"share of the {stated / 1e12:.0f} TFLOP/s of the data sheet (MFU)": f"{rate / stated:.0%}"}
+            if stated
+            else {}
+        ),
     }
 
 

@@ -33,7 +33,6 @@ from meristem.data.order import plan_epoch
 from meristem.data.records import ReadOptions, Source
 from meristem.domain import load_domain
 from meristem.interop.gpt2 import TABLE
-from meristem.model.compiled import compile_blocks
 from meristem.model.config import Init, TransformerConfig
 from meristem.objectives.causal import Causal as CausalObjective
 from meristem.train.run import build_trainer
@@ -66,13 +65,14 @@ class Shape:
 
 SHAPES = {"10M": Shape(6, 384, 6, 4096, 256, 8), "124M": Shape(12, 768, 12, 50257, 512, 1)}
 GPU_SHAPES = {
-    "10M": Shape(6, 384, 6, 4096, 256, 256),
     "124M": Shape(12, 768, 12, 50257, 1024, 32),
     "350M": Shape(24, 1024, 16, 50257, 1024, 16),
 }
 QUICK = {"tiny": Shape(2, 32, 2, 64, 16, 2)}
 BATCH = 8
 """Documents of a padded batch."""
+REPEATS = {"cpu": 1, "cuda": 5}
+"""Steps on full contexts that are timed together."""
 NUM_STEPS = {"cpu": 4, "cuda": 16}
 """Padded batches of documents that are timed together."""
 
@@ -97,8 +97,12 @@ def our_step(shape: Shape, options: Options) -> OurStep:
     return step
 
 
-def peer_steps(shape: Shape, ours: OurStep, options: Options) -> dict[str, PeerStep]:
-    """Peers with the weights of ours."""
+def peer_steps(shape: Shape, ours: OurStep, options: Options, of_one_size: bool = True) -> dict[str, PeerStep]:
+    """Peers with the weights of ours.
+
+    Args:
+        of_one_size: batches are, so that compiling a peer for them is worth it.
+    """
     tensors = {name: tensor.cpu().clone() for name, tensor in ours.task.model.state_dict().items()}
 
     def plain() -> PlainGPT:
@@ -112,10 +116,10 @@ def peer_steps(shape: Shape, ours: OurStep, options: Options) -> dict[str, PeerS
     foreign = TABLE.write(tensors, shape.architecture)
     theirs.load_state_dict({**foreign, "lm_head.weight": foreign["transformer.wte.weight"]})
     steps = {"plain PyTorch": PeerStep(plain(), plain_loss, options)}
-    if options.device == "cuda":
+    if options.device == "cuda" and of_one_size:
         compiled = torch.compile(plain())
         steps["plain PyTorch, compiled"] = PeerStep(compiled, plain_loss, options)  # type: ignore[arg-type]
-    else:
+    if options.device == "cpu":
         steps["plain PyTorch, fused AdamW"] = PeerStep(plain(), plain_loss, options, is_fused=True)
     steps["transformers"] = PeerStep(theirs, transformers_loss, options)
     return steps
@@ -156,21 +160,21 @@ def full_context(name: str, shape: Shape, options: Options) -> Finding:
     sequences = [rng.integers(0, shape.vocab_size, shape.context) for _ in range(shape.count)]
     batch, theirs = packed(ours.task.objective, [*map(symbols, sequences)], options), padded(sequences, options)
     said = agreed(ours, (batch,), peers, theirs)
-    programs = {"meristem": partial(ours, batch)}
+    repeats = REPEATS[options.device]
+    programs = {"meristem": partial(_run_all, ours, [(batch,)] * repeats)}
     if options.device == "cuda":
-        other = our_step(shape, options)
-        compile_blocks(other.task.model.trunk, options.device)
-        programs["meristem, compiled"] = partial(other, batch)
-    seconds = race({**programs, **{name: partial(step, *theirs) for name, step in peers.items()}}, options)
+        programs["meristem, compiled"] = partial(_run_all, ours.compiled(), [(batch,)] * repeats)
+    peer_programs = {name: partial(_run_all, step, [theirs] * repeats) for name, step in peers.items()}
+    seconds = race({**programs, **peer_programs}, options)
     fastest = min((seconds[name] for name in programs), key=statistics.median)
-    tokens = shape.context * shape.count
+    tokens = shape.context * shape.count * repeats
     return Finding(
         f"GPT {name}, {shape.count} x {shape.context} tokens a step",
         f"{shape.layers} layers of {shape.width}, {shape.heads} heads, {shape.vocab_size:,} symbols, random tokens, "
-        f"{precision(options)}: forward, backward, clipping, AdamW. {said}",
+        f"{precision(options)}: forward, backward, clipping, AdamW; {repeats} at a time. {said}",
         seconds,
         work=tokens,
-        values=achieved(shape.architecture, tokens, shape.context, fastest, options),
+        values=achieved(shape.architecture, tokens // repeats, shape.context, [s / repeats for s in fastest], options),
     )
 
 
@@ -204,7 +208,7 @@ def documents(name: str, shape: Shape, what: str, lengths: np.ndarray, options: 
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, shape.vocab_size, length) for length in lengths]
     ours = our_step(shape, options)
-    peers = peer_steps(shape, ours, options)
+    peers = peer_steps(shape, ours, options, of_one_size=False)
     tokens = int(lengths.sum())
     plan = plan_epoch(lengths, tokens_per_pack=-(-tokens // num_steps) * 11 // 10, seed=0, epoch=0)
     packs = [packed(ours.task.objective, [symbols(sequences[i]) for i in rows], options) for rows in plan]

@@ -100,16 +100,20 @@ class TokenColumn:
 
     def take(self, rows: np.ndarray) -> "TokenColumn":
         """The sequences at `rows`, in that order; what was replaced is not counted anew."""
-        rows = np.asarray(rows)
-        lengths = self.lengths[rows].astype(np.int64)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        index = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        index, offsets = self.index_of(np.asarray(rows))
         return TokenColumn(
             ids=self.ids[index],
             offsets=offsets,
             features=None if self.features is None else self.features[index],
             positions=None if self.positions is None else self.positions[index],
         )
+
+    def index_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the tokens of some sequences stand, `[sum of n]`, and where each sequence begins among them."""
+        lengths = self.lengths[rows].astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        index = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return index, offsets
 
 
 @dataclass(frozen=True)
@@ -181,8 +185,9 @@ class Layout:
     @cached_property
     def segment_of_row(self) -> Int[Tensor, "T"]:
         """Segment that each row belongs to."""
-        index = np.repeat(np.arange(len(self.segments)), self.segments)
-        return torch.from_numpy(index).to(self.device, non_blocking=True)
+        lengths_S = torch.tensor(self.segments).to(self.device, non_blocking=True)
+        # the size is known: a GPU need not be asked
+        return torch.repeat_interleave(lengths_S, output_size=self.num_rows)
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,14 @@ def _differ(smoothing: float = 0.1, has_bias: bool = True) -> float:
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_and_gradients_are_those_of_torch(smoothing, has_bias, held, cached, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", held)
+    monkeypatch.setitem(cross_entropy.MAX_LOGITS, "cpu", held)
     monkeypatch.setattr(cross_entropy, "CACHED_LOGITS", cached)
     assert _differ(smoothing, has_bias) < 1e-6  # rounding of fp32
 
 
 def test_a_gradient_of_the_last_rows_alone_is_caught(monkeypatch):
     """Mutant: what earlier rows add to the weight's gradient is lost."""
-    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", C * 10)
+    monkeypatch.setitem(cross_entropy.MAX_LOGITS, "cpu", C * 10)
     monkeypatch.setattr(cross_entropy, "_added", lambda total, more: more)
     assert _differ() > 1e-2
 
@@ -97,3 +97,43 @@ def test_a_second_backward_pass_is_refused():
     (found.total * 2).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (found.total * 2).backward()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("num_spare", [0, 27])
+def test_what_a_gpu_compiles_is_what_a_cpu_does_in_place(smoothing, num_spare):
+    """Classes that are filled up, as a GPU's products ask for, have no part in anything."""
+    torch.manual_seed(2)
+    logits, wanted = torch.randn(M, C), torch.randint(0, C, (M,))
+    spare = torch.cat([logits, torch.full((M, num_spare), 50.0)], 1)
+    own = cross_entropy.differentiate_at_once(spare.clone(), wanted, C, smoothing)
+    other = cross_entropy._differentiate(spare.clone(), wanted, C, smoothing, is_trained=True)
+    for one, two in zip(own, other, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+    grad = torch.autograd.functional.jacobian(
+        lambda x: F.cross_entropy(x, wanted, reduction="sum", label_smoothing=smoothing), logits
+    )
+    torch.testing.assert_close(own[3][:, :C], grad, atol=1e-6, rtol=1e-5)
+    assert not own[3][:, C:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_classes", [37, 50_257])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_on_a_gpu_loss_and_gradients_are_those_of_torch(smoothing, num_classes, monkeypatch):
+    monkeypatch.setitem(cross_entropy.MAX_LOGITS, "cuda", num_classes * 100)
+    rows, weight, bias = (
+        torch.randn(*shape, device="cuda") for shape in ((250, 64), (num_classes, 64), (num_classes,))
+    )
+    targets = torch.randint(0, num_classes, (250,), device="cuda")
+    own = [tensor.clone().requires_grad_() for tensor in (rows, weight, bias)]
+    with torch.autocast("cuda", torch.bfloat16):
+        found = linear_cross_entropy(*own, targets, smoothing)
+    found.total.backward()
+    exact = [tensor.bfloat16().double().requires_grad_() for tensor in (rows, weight, bias)]
+    loss = F.cross_entropy(F.linear(*exact), targets, reduction="sum", label_smoothing=smoothing)
+    loss.backward()
+    torch.testing.assert_close(found.total.double(), loss, atol=0, rtol=3e-3)
+    for one, two in zip(own, exact, strict=True):
+        # logits and their gradient keep 8 bits
+        assert (one.grad.double() - two.grad).norm() < 2e-2 * two.grad.norm()

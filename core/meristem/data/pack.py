@@ -41,7 +41,13 @@ def pack(sequences: Sequence[Tokens], records: Sequence[int], min_rows: int = MI
     )
 
 
-def pack_column(column: TokenColumn, rows: np.ndarray, records: Sequence[int], min_rows: int = MIN_ROWS) -> PackedBatch:
+def pack_column(
+    column: TokenColumn,
+    rows: np.ndarray,
+    records: Sequence[int],
+    min_rows: int = MIN_ROWS,
+    is_pinned: bool = False,
+) -> PackedBatch:
     """The pack of `rows` of a column, equal to `pack` of the same sequences, without a loop over them.
 
     Args:
@@ -49,27 +55,40 @@ def pack_column(column: TokenColumn, rows: np.ndarray, records: Sequence[int], m
         rows: rows of the column, in any order; at least one.
         records: index of the record that each of `rows` came from.
         min_rows: rows that the pack holds at least.
+        is_pinned: made in pinned memory, from which a GPU fetches while others work.
     """
     assert len(rows), "a pack holds at least one sequence"
     assert len(rows) == len(records)
     rows = np.asarray(rows)
     order = np.argsort(column.lengths[rows], kind="stable")
-    taken = column.take(rows[order])
-    layout = Layout.of(taken.lengths, min_rows)
-    positions = taken.positions
-    if positions is None:
-        positions = (np.arange(layout.num_tokens) - np.repeat(taken.offsets[:-1], taken.lengths))[:, None]
+    index, offsets = column.index_of(rows[order])
+    lengths = np.diff(offsets)
+    layout = Layout.of(lengths, min_rows)
+    if column.positions is None:
+        positions = (np.arange(layout.num_tokens) - np.repeat(offsets[:-1], lengths))[:, None]
+    else:
+        positions = column.positions[index]
 
-    def rows_of(values: np.ndarray, dtype: DTypeLike) -> torch.Tensor:
-        out = np.zeros((layout.num_rows, *values.shape[1:]), dtype)
-        out[: layout.num_tokens] = values
-        return torch.from_numpy(out)
+    def rows_of(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """All rows, and those of tokens among them; the spare ones are zeros."""
+        made = torch.empty(layout.num_rows, *shape, dtype=dtype, pin_memory=is_pinned)
+        made[layout.num_tokens :] = 0
+        return made, made[: layout.num_tokens]
 
+    all_positions, own = rows_of(positions.shape[1:], torch.int64)
+    own.numpy()[:] = positions
+    ids, own = rows_of((), torch.int64)
+    own.numpy()[:] = column.ids[index]
+    features = None
+    if column.features is not None:  # many bytes: gathered by all threads, once, to where they are needed
+        features, own = rows_of(column.features.shape[1:], torch.float32)
+        values = torch.from_numpy(np.require(column.features, np.float32, "W"))  # what is read-only torch does not take
+        torch.index_select(values, 0, torch.from_numpy(index), out=own)
     return PackedBatch(
         layout=layout,
-        positions=rows_of(positions, np.int64),
-        ids=rows_of(taken.ids, np.int64),
-        features=None if taken.features is None else rows_of(taken.features, np.float32),
+        positions=all_positions,
+        ids=ids,
+        features=features,
         records=tuple(np.asarray(records)[order].tolist()),
     )
 

@@ -25,7 +25,7 @@ from meristem.model.model import Model
 from meristem.model.pool import PoolLayer
 from meristem.model.transformer import Encoder
 from meristem.shapes import Float, Tensor
-from meristem.types import Layout, TokenColumn
+from meristem.types import Layout, PackedBatch, TokenColumn
 
 PLAIN_POOLS: dict[str, Pool] = {"mean": Mean(), "cls": Prefix(), "max": Max()}
 
@@ -183,10 +183,12 @@ class TrunkRunner:
         )
 
     def _run_pack(self, column: TokenColumn, rows: np.ndarray, num_first: int | None = None) -> Rows:
-        batch = pack_column(column, rows, rows.tolist())
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        batch = batch.to(self.device)
+        is_pinned = self.device.type == "cuda"
+        return self.run_batch(pack_column(column, rows, rows.tolist(), is_pinned=is_pinned).to(self.device), num_first)
+
+    @torch.inference_mode()
+    def run_batch(self, batch: PackedBatch, num_first: int | None = None) -> Rows:
+        """Rows of one pack that is on the device; of the first rows alone where no others are made."""
         is_last = self.layer == self.trunk.resolve_layer(-1)
         if num_first is not None and is_last and isinstance(self.trunk, Encoder) and self.trunk.may_leave_rows:
             hidden = self.trunk(batch, wanted=first_rows(batch.layout, num_first))

@@ -86,7 +86,7 @@ class Predictor:
             for readout in self.readouts:
                 into = found[readout.name]
                 ends = np.cumsum(into.lengths)
-                values = self._run_head(readout, rows.values.float(), rows.layout).cpu().numpy()
+                values = self.run_head(readout, rows.values.float(), rows.layout).cpu().numpy()
                 if _is_pooled(readout):
                     into.values[list(rows.records)] = values
                     continue
@@ -99,7 +99,8 @@ class Predictor:
             _check_finite(prediction)
         return found
 
-    def _run_head(self, readout: Readout, values_TD: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "R C"]:
+    def run_head(self, readout: Readout, values_TD: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "R C"]:
+        """What one head says of the rows of a pack: probabilities, or values in the unit of the labels."""
         model = self.trunk.model
         rows_RD = model.pooled(readout.name, values_TD, layout, self.trunk.num_special)
         spare = -len(rows_RD) % ROWS_MULTIPLE

@@ -23,11 +23,7 @@ def compile_blocks(trunk: nn.Module, device: torch.device | str) -> bool:
     Returns:
         Whether it is compiled.
     """
-    try:
-        torch.compile(_probe, dynamic=True)(torch.ones(2, 3, device=device))
-    except Exception as error:  # what a missing compiler raises differs by backend and version
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        logger.warning("not compiled, since torch found no compiler that works here: %s", reason)
+    if not has_compiler(device):
         return False
     for layer in trunk.modules():
         if isinstance(layer, AttentionLayer | CrossAttentionLayer):
@@ -35,6 +31,17 @@ def compile_blocks(trunk: nn.Module, device: torch.device | str) -> bool:
     for stack in trunk.modules():
         for block in getattr(stack, "blocks", ()):
             block.compile(dynamic=True)
+    return True
+
+
+def has_compiler(device: torch.device | str) -> bool:
+    """Whether torch can compile for a device; if not, a line says so."""
+    try:
+        torch.compile(_probe, dynamic=True)(torch.ones(2, 3, device=device))
+    except Exception as error:  # what a missing compiler raises differs by backend and version
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        logger.warning("not compiled, since torch found no compiler that works here: %s", reason)
+        return False
     return True
 
 

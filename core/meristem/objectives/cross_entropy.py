@@ -1,22 +1,32 @@
 """Cross-entropy of a linear map onto many classes, and its gradient, in one pass over the logits.
 
 Torch's own keeps the logits, their softmax and the gradient of both, each `[M, C]`: with a large vocabulary that is
-most of a step's memory. Here the gradient is made where the logits stood, a part that fits into a CPU's cache at a
-time, and no more rows at once than `MAX_LOGITS` allows (as Hsu 2024, arXiv 2410.10989, does on a GPU).
+most of a step's memory. Here the gradient is made with the loss, and of no more rows at once than `MAX_LOGITS` allows
+(as Hsu 2024, arXiv 2410.10989, does on a GPU): on a CPU where the logits stood, a part that fits into its cache at a
+time; on a GPU in a kernel that torch compiles.
 """
 
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+from meristem.model.compiled import has_compiler
 from meristem.shapes import Bool, Float, Int, Tensor
 
-MAX_LOGITS = 2**26
+MAX_LOGITS = {"cpu": 2**26, "cuda": 2**28}
 """Logits that are held at once; fewer rows than a thousand would make slow products."""
 
 CACHED_LOGITS = 2**19
 """Logits of a part on a CPU: 2 MB."""
+
+FUSED_LOGITS = 2**22
+"""Logits that are worth a compiled kernel on a GPU."""
+
+CLASS_MULTIPLE = 64
+"""To which classes are filled up on a GPU, as GPT-2's 50,257 are not: the fast products in half precision ask for rows
+of logits that begin at a multiple of 16 bytes."""
 
 
 class CrossEntropy(NamedTuple):
@@ -65,21 +75,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         row_grads = []
         weight_grad: Tensor | None = None
         bias_grad: Tensor | None = None
+        num_classes = len(weight)
+        num_spare = -num_classes % CLASS_MULTIPLE if rows.is_cuda else 0
+        is_worth_it = is_trained and rows.is_cuda and len(rows) * num_classes >= FUSED_LOGITS
+        is_fused = is_worth_it and _can_compile(kind)
+        differentiate = _compiled() if is_fused else partial(_differentiate, is_trained=is_trained)
         with torch.autocast(kind, enabled=False):
-            map_CD, shift_C = weight.to(dtype), None if bias is None else bias.to(dtype)
-            num_rows = max(1, MAX_LOGITS // len(weight))
+            map_PD, shift_P = weight.to(dtype), None if bias is None else bias.to(dtype)
+            if num_spare:
+                map_PD = F.pad(map_PD, (0, 0, 0, num_spare))
+                shift_P = None if shift_P is None else F.pad(shift_P, (0, num_spare))
+            num_rows = max(1, MAX_LOGITS.get(kind, MAX_LOGITS["cpu"]) // len(map_PD))
             for part_mD, wanted_m in zip(rows.to(dtype).split(num_rows), targets.split(num_rows)):
-                logits_mC = F.linear(part_mD, map_CD, shift_C).float()
-                found = _differentiate(logits_mC, wanted_m, smoothing, is_trained)
+                logits_mP = F.linear(part_mD, map_PD, shift_P)
+                *found, grad_mP = differentiate(logits_mP, wanted_m, num_classes, smoothing)
                 for values, more in zip((losses, nats, hits), found):
                     values.append(more)
                 if not is_trained:
                     continue
-                grad_mC = logits_mC.to(dtype)
-                row_grads.append(grad_mC @ map_CD)
-                weight_grad = _added(weight_grad, (grad_mC.t() @ part_mD).to(weight.dtype))
+                row_grads.append(grad_mP @ map_PD)
+                weight_grad = _added(weight_grad, (grad_mP.t() @ part_mD)[:num_classes].to(weight.dtype))
                 if bias is not None:
-                    bias_grad = _added(bias_grad, logits_mC.sum(0).to(bias.dtype))
+                    more_C = grad_mP.sum(0, dtype=torch.float32)[:num_classes].to(bias.dtype)
+                    bias_grad = _added(bias_grad, more_C)
         ctx.has_bias = bias is not None
         if is_trained:
             grads = [torch.cat(row_grads).to(rows.dtype), weight_grad, bias_grad]
@@ -99,11 +117,53 @@ def _added(total: Tensor | None, more: Tensor) -> Tensor:
     return more if total is None else total.add_(more)
 
 
+@lru_cache
+def _can_compile(kind: str) -> bool:
+    return has_compiler(kind)
+
+
+@lru_cache
+def _compiled() -> Any:
+    return torch.compile(differentiate_at_once, dynamic=True)
+
+
+Differentiated = tuple[Float[Tensor, "m"], Float[Tensor, "m"], Bool[Tensor, "m"], Float[Tensor, "m P"]]
+"""Losses, nats, hits, and the gradient of the sum of the losses by each logit."""
+
+
+def differentiate_at_once(
+    logits_mP: Float[Tensor, "m P"], wanted_m: Int[Tensor, "m"], num_classes: int, smoothing: float
+) -> Differentiated:
+    """As a compiler likes it: every element by itself, between two reductions; slow unless it is compiled.
+
+    Args:
+        logits_mP: in the precision of the product; those behind the first `num_classes` are spare.
+    """
+    place_P = torch.arange(logits_mP.shape[1], device=logits_mP.device)
+    is_class_P = place_P < num_classes
+    logits_mP, dtype = logits_mP.float().masked_fill(~is_class_P, -torch.inf), logits_mP.dtype
+    highest_m1 = logits_mP.amax(1, keepdim=True)
+    odds_mP = (logits_mP - highest_m1).exp()
+    sums_m1 = odds_mP.sum(1, keepdim=True)
+    is_wanted_mP = place_P == wanted_m[:, None]
+    asked_m = logits_mP.masked_fill(~is_wanted_mP, 0.0).sum(1)
+    log_sums_m = (sums_m1.log() + highest_m1)[:, 0]
+    nats_m = log_sums_m - asked_m
+    mean_m = logits_mP.masked_fill(~is_class_P, 0.0).sum(1) / num_classes
+    losses_m = nats_m + smoothing * (asked_m - mean_m)
+    asked_of_mP = is_wanted_mP * (1 - smoothing) + is_class_P * (smoothing / num_classes)
+    return losses_m, nats_m, asked_m >= highest_m1[:, 0], (odds_mP / sums_m1 - asked_of_mP).to(dtype)
+
+
 def _differentiate(
-    logits_mC: Tensor, wanted_m: Tensor, smoothing: float, is_trained: bool
-) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"], Bool[Tensor, "m"]]:
-    """Losses, nats and hits; the logits become the gradient of the sum of the losses."""
-    num_classes = logits_mC.shape[1]
+    logits_mP: Float[Tensor, "m P"],
+    wanted_m: Int[Tensor, "m"],
+    num_classes: int,
+    smoothing: float,
+    is_trained: bool,
+) -> Differentiated:
+    """The same in few passes without a compiler: logits become their gradient where they stand."""
+    logits_mC = logits_mP[:, :num_classes].float()
     step = max(1, CACHED_LOGITS // num_classes) if logits_mC.is_cpu else max(1, len(logits_mC))
     losses, nats, hits = [], [], []
     for part_kC, wanted_k in zip(logits_mC.split(step), wanted_m.split(step)):
@@ -121,4 +181,5 @@ def _differentiate(
             if smoothing:
                 part_kC.sub_(smoothing / num_classes)
             part_kC.scatter_(1, place_k1, part_kC.gather(1, place_k1) - (1 - smoothing))
-    return torch.cat(losses), torch.cat(nats), torch.cat(hits)
+    grad_mC, num_spare = logits_mC.to(logits_mP.dtype), logits_mP.shape[1] - num_classes
+    return torch.cat(losses), torch.cat(nats), torch.cat(hits), F.pad(grad_mC, (0, num_spare)) if num_spare else grad_mC
