@@ -113,14 +113,19 @@ def timed(run: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - began
 
 
-def agree(what: str, ours: Any, theirs: Any, within: float) -> float:
+def agree(what: str, ours: Any, theirs: Any, within: float, is_rounded: bool = False) -> float:
     """The largest difference of two arrays, if it is small enough.
+
+    Args:
+        is_rounded: values keep few bits, so that the largest of many differences says little: it is the root of the
+            mean square that must be small.
 
     Raises:
         AssertionError: the programs do not compute the same, so there is nothing to time.
     """
     arrays = [np.asarray(value.detach().float().cpu() if torch.is_tensor(value) else value) for value in (ours, theirs)]
-    worst = float(np.abs(arrays[0] - arrays[1]).max())
+    away = np.abs(arrays[0] - arrays[1])
+    worst = float(np.sqrt(np.square(away).mean()) if is_rounded else away.max())
     assert worst <= within, f"{what}: results differ by {worst:.2e}, more than {within:.0e}; nothing was timed"
     return worst
 

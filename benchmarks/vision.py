@@ -120,26 +120,28 @@ def findings(options: Options) -> Iterator[Finding]:
 
 def forward(case: Case, options: Options) -> Finding:
     """Class probabilities of all pictures; on a GPU, of pictures that are there already."""
-    dtype = PRECISIONS["bf16" if options.device == "cuda" else "fp32"]
+    is_gpu = options.device == "cuda"
+    kind = "bf16" if is_gpu else "fp32"
+    dtype = PRECISIONS[kind]
     peer = case.copy().to(options.device, dtype).eval()
     programs: dict[str, Callable[[], np.ndarray]] = {"meristem": our_forward(case, dtype, options)}
-    if options.device == "cuda":
+    if is_gpu:
         programs["meristem, compiled"] = our_forward(case, dtype, options, is_compiled=True)
     whole = [(np.arange(len(case.pictures)), case.whole)]
     programs[case.peer] = partial(their_forward, peer, whole, dtype)
     if case.in_batches:
         programs[f"{case.peer}, sorted, {SORTED_BATCH} a batch"] = partial(their_forward, peer, case.in_batches, dtype)
-    if options.device == "cuda":
+    if is_gpu:
         programs[f"{case.peer}, compiled"] = partial(their_forward, compiled(peer), whole, dtype)
     found = {name: run() for name, run in programs.items()}
     worst = max(
-        agree(name, np.log(found["meristem"]), np.log(values), TOLERANCES[options.device])
+        agree(name, np.log(found["meristem"]), np.log(values), TOLERANCES[options.device], is_rounded=is_gpu)
         for name, values in found.items()
     )
     return Finding(
         f"{case.what}, forward",
-        f"{describe(case)}, {'bf16' if options.device == 'cuda' else 'fp32'}: class probabilities, whose logarithms "
-        f"differ by {worst:.1e} at most.",
+        f"{describe(case)}, {kind}: class probabilities, whose logarithms differ by {worst:.1e} "
+        f"{'rms' if is_gpu else 'at most'}.",
         race(programs, options, is_warm=True),
         work=len(case.pictures),
         unit="pictures",

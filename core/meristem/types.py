@@ -173,6 +173,11 @@ class Layout:
         return tuple(np.concatenate([[0], np.cumsum(self.segments)[:-1]]).astype(int).tolist())
 
     @cached_property
+    def is_even(self) -> bool:
+        """All sequences are equally long, and no row is spare."""
+        return not self.num_spare and len(set(self.lengths)) == 1
+
+    @cached_property
     def max_length(self) -> int:
         return max(self.segments, default=0)
 

@@ -153,10 +153,14 @@ def test_a_causal_mask_one_too_wide_is_caught(rng: np.random.Generator, monkeypa
 @pytest.mark.parametrize("pattern", [Full(), Causal()])
 @pytest.mark.parametrize("share", [1, 4])
 @pytest.mark.parametrize("head_width", [16, 24, 32, 64])
-def test_the_variable_length_kernel_equals_the_reference_in_bf16(
-    pattern: Pattern, share: int, head_width: int, rng: np.random.Generator
+@pytest.mark.parametrize("is_even", [False, True], ids=["ragged", "even"])
+def test_kernels_on_cuda_equal_the_reference_in_bf16(
+    is_even: bool, pattern: Pattern, share: int, head_width: int, rng: np.random.Generator
 ) -> None:
+    """Of variable lengths, and where all are equally long."""
     lengths = [(m, m + extra) for m, extra in rng.integers(1, 90, (7, 2)).tolist()]
+    if is_even:
+        lengths = [(int(rng.integers(3, 90)),) * 2] * 7
     made = make(int(rng.integers(2**31)), lengths, 2, share, head_width, "cuda")
     exact = [x.cuda().bfloat16().float() for x in made[:3]]
     half = [x.bfloat16() for x in exact]

@@ -19,6 +19,7 @@ from meristem.model.config import (
     LayerNorm,
     Learned,
     NoPosition,
+    Position,
     Residual,
     RMSNorm,
     Rotary,
@@ -324,9 +325,15 @@ def test_dropout_of_attention_is_active_in_training_alone(rng: np.random.Generat
 
 
 @pytest.mark.gpu
-def test_a_trunk_in_bf16_on_the_gpu_is_that_of_the_cpu(rng: np.random.Generator) -> None:
-    trunk = redraw(Encoder(config(width=128, attention=Attention(num_heads=4))))
-    batch = random_pack(rng, [5, 30, 30, 77])
+@pytest.mark.parametrize("lengths", [[5, 30, 30, 77], [40, 40, 40]], ids=["ragged", "even"])
+@pytest.mark.parametrize(
+    "position", [NoPosition(), Rotary(), Rotary(is_interleaved=True)], ids=["none", "halves", "pairs"]
+)
+def test_a_trunk_in_bf16_on_the_gpu_is_that_of_the_cpu(
+    position: Position, lengths: list[int], rng: np.random.Generator
+) -> None:
+    trunk = redraw(Encoder(config(width=128, attention=Attention(num_heads=4), position=position)))
+    batch = random_pack(rng, lengths)
     with torch.inference_mode():
         wanted = trunk(batch).final[: batch.layout.num_tokens]
         got = trunk.cuda().bfloat16()(batch.to("cuda")).final.float().cpu()[: batch.layout.num_tokens]

@@ -10,6 +10,7 @@ from torch import nn
 
 from meristem.data.pack import pack
 from meristem.errors import ConfigError
+from meristem.model.attention import Context
 from meristem.model.block import Block
 from meristem.model.config import (
     Attention,
@@ -128,12 +129,13 @@ def test_drop_path_leaves_out_branches_of_whole_sequences(rng: np.random.Generat
     parts = config(num_layers=2, residual=Residual(drop_path=0.5)).layer(1)
     block = Block(parts).train()
     layout = Layout.of([3] * 2000)
+    context = Context(layout, ())
     branch = torch.ones(layout.num_rows, 32)
-    joined = block._join(branch, None, layout)[: layout.num_tokens].view(2000, 3, 32)
+    joined = block._join(branch, None, context)[: layout.num_tokens].view(2000, 3, 32)
     assert set(joined.unique().tolist()) == {0.0, 2.0}  # what stays is scaled, so that the mean is that of evaluation
     assert (joined == joined[:, :1, :1]).all()
     assert abs(joined.mean().item() - 1) < 0.12  # five standard errors of 2,000 draws
-    assert torch.equal(block.eval()._join(branch, None, layout), branch)
+    assert torch.equal(block.eval()._join(branch, None, context), branch)
 
 
 def test_layer_scale_and_scale_are_factors_of_a_branch(rng: np.random.Generator) -> None:

@@ -32,9 +32,12 @@ class Placed:
     bias: ScoreBias | None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Wanted:
     """Rows that are read of what a stack gives; its last block makes no others.
+
+    Not frozen, and neither is `Context`: of a frozen value torch 2.11 looks at every field when it compiles, the
+    lengths of sequences too, and compiles anew for each pack.
 
     Attributes:
         rows: `[M]` where they stand, in order.
@@ -54,7 +57,7 @@ def first_rows(layout: Layout, count: int) -> Wanted:
     return Wanted(torch.from_numpy(rows).to(layout.device, non_blocking=True), chosen.to(layout.device))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Context:
     """What the layers of a stack share within one batch, and where they leave what was asked for.
 
@@ -111,7 +114,7 @@ class AttentionLayer(nn.Module):
         if wanted is None:
             return self.out(self._attend(q_THE, k_TKE, v_TKE, context, placed.bias).flatten(1))
         q_MHE = q_THE.index_select(0, wanted.rows)
-        return self.out(self._attend(q_MHE, k_TKE, v_TKE, context, placed.bias, wanted.layout).flatten(1))
+        return self.out(self._attend(q_MHE, k_TKE, v_TKE, context, placed.bias, wanted).flatten(1))
 
     def _project(self, x: Float[Tensor, "T D"], placed: Placed) -> Sequence[Float[Tensor, "T X E"]]:
         """Queries, keys and values, the first two turned by their positions."""
@@ -137,7 +140,7 @@ class AttentionLayer(nn.Module):
         v_TKE: Float[Tensor, "T K E"],
         context: Context,
         bias: ScoreBias | None,
-        q_layout: Layout | None = None,
+        wanted: Wanted | None = None,
     ) -> Float[Tensor, "T H E"]:
         layout, cache = context.layout, context.cache
         pattern, scale = self.config.pattern, self.config.scale
@@ -151,7 +154,8 @@ class AttentionLayer(nn.Module):
             context.maps[self.layer].extend(weights)
             return o_THE
         dropout = self.config.dropout if self.training else 0.0
-        return attend(q_THE, k_TKE, v_TKE, q_layout or layout, layout, pattern, bias, scale, dropout)
+        q_layout = layout if wanted is None else wanted.layout
+        return attend(q_THE, k_TKE, v_TKE, q_layout, layout, pattern, bias, scale, dropout)
 
 
 class CrossAttentionLayer(nn.Module):

@@ -9,7 +9,6 @@ from meristem.model.experts import ExpertsLayer
 from meristem.model.feedforward import FeedForwardLayer
 from meristem.model.norm import build_norm
 from meristem.shapes import Float, Tensor
-from meristem.types import Layout
 
 
 class Block(nn.Module):
@@ -51,56 +50,66 @@ class Block(nn.Module):
         """All rows, or those that are wanted."""
         if wanted is not None:
             return self._forward_wanted(x, context, wanted)
-        layout = context.layout
         match self.residual.placement:
             case "before":
-                x = x + self._join(self.attention(self.attention_norm(x), context), self.attention_scale, layout)
+                x = x + self._join(self.attention(self.attention_norm(x), context), self.attention_scale, context)
                 if self.has_source:
-                    x = x + self._join(self.cross(self.cross_norm(x), context), self.cross_scale, layout)
-                return x + self._join(self._feed(self.feedforward_norm(x), context), self.feedforward_scale, layout)
+                    x = x + self._join(self.cross(self.cross_norm(x), context), self.cross_scale, context)
+                return x + self._join(self._feed(self.feedforward_norm(x), context), self.feedforward_scale, context)
             case "after":
-                x = self.attention_norm(x + self._join(self.attention(x, context), self.attention_scale, layout))
+                x = self.attention_norm(x + self._join(self.attention(x, context), self.attention_scale, context))
                 if self.has_source:
-                    x = self.cross_norm(x + self._join(self.cross(x, context), self.cross_scale, layout))
-                return self.feedforward_norm(x + self._join(self._feed(x, context), self.feedforward_scale, layout))
+                    x = self.cross_norm(x + self._join(self.cross(x, context), self.cross_scale, context))
+                return self.feedforward_norm(x + self._join(self._feed(x, context), self.feedforward_scale, context))
             case _:  # parallel
                 normed = self.attention_norm(x)
-                attended = self._join(self.attention(normed, context), self.attention_scale, layout)
-                return x + attended + self._join(self._feed(normed, context), self.feedforward_scale, layout)
+                attended = self._join(self.attention(normed, context), self.attention_scale, context)
+                return x + attended + self._join(self._feed(normed, context), self.feedforward_scale, context)
 
     def _forward_wanted(self, x: Float[Tensor, "T D"], context: Context, wanted: Wanted) -> Float[Tensor, "M D"]:
         """Every row is a key; what comes behind the attention is made of the wanted ones alone."""
-        layout, x_MD = wanted.layout, x.index_select(0, wanted.rows)
+        x_MD = x.index_select(0, wanted.rows)
         is_after = self.residual.placement == "after"
         normed = x if is_after else self.attention_norm(x)
-        attended_MD = self._join(self.attention(normed, context, wanted), self.attention_scale, layout)
+        attended_MD = self._join(self.attention(normed, context, wanted), self.attention_scale, wanted)
         if self.residual.placement == "parallel":
             fed_MD = self._feed(normed.index_select(0, wanted.rows), context)
-            return x_MD + attended_MD + self._join(fed_MD, self.feedforward_scale, layout)
+            return x_MD + attended_MD + self._join(fed_MD, self.feedforward_scale, wanted)
         x_MD = self.attention_norm(x_MD + attended_MD) if is_after else x_MD + attended_MD
         fed_MD = self._feed(x_MD if is_after else self.feedforward_norm(x_MD), context)
-        x_MD = x_MD + self._join(fed_MD, self.feedforward_scale, layout)
+        x_MD = x_MD + self._join(fed_MD, self.feedforward_scale, wanted)
         return self.feedforward_norm(x_MD) if is_after else x_MD
 
     def _feed(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T D"]:
         if not self.has_experts:
             fed: Tensor = self.feedforward(x)
             return fed
+        return self._ask_experts(x, context)
+
+    def _ask_experts(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T D"]:
         fed, context.routing[self.layer] = self.experts(x, context.layout)
         return fed
 
-    def _join(self, branch: Float[Tensor, "T D"], scale: Tensor | None, layout: Layout) -> Float[Tensor, "T D"]:
-        """A branch as it is added to the trunk."""
+    def _join(self, branch: Float[Tensor, "T D"], scale: Tensor | None, rows: Context | Wanted) -> Float[Tensor, "T D"]:
+        """A branch as it is added to the trunk.
+
+        Args:
+            rows: which rows it has.
+        """
         branch = self.dropout(branch)
         if scale is not None:
             branch = branch * scale
         if self.residual.scale != 1.0:
             branch = branch * self.residual.scale
         if self.training and self.drop_path:
-            kept = torch.rand(len(layout.segments), device=branch.device) >= self.drop_path
-            factor = (kept / (1 - self.drop_path)).to(branch.dtype)
-            branch = branch * factor[layout.segment_of_row, None]
+            branch = self._drop_sequences(branch, rows)
         return branch
+
+    def _drop_sequences(self, branch: Float[Tensor, "T D"], rows: Context | Wanted) -> Float[Tensor, "T D"]:
+        """Stochastic depth (Huang 2016, arXiv 1603.09382), drawn for each sequence."""
+        kept = torch.rand(len(rows.layout.segments), device=branch.device) >= self.drop_path
+        factor = (kept / (1 - self.drop_path)).to(branch.dtype)
+        return branch * factor[rows.layout.segment_of_row, None]
 
     def init_own_weights(self, config: Init | None) -> None:
         """Factors of branches start at the value their config says."""

@@ -1,20 +1,24 @@
 """Blocks compiled by torch, where the machine has what that takes."""
 
-import logging
-
 import torch
 from torch import nn
 
 from meristem.model.attention import AttentionLayer, CrossAttentionLayer
+from meristem.model.block import Block
+from meristem.model.compiler import has_compiler
 
-logger = logging.getLogger(__name__)
+AS_IT_STANDS: dict[type[nn.Module], tuple[str, ...]] = {
+    AttentionLayer: ("_attend",),
+    CrossAttentionLayer: ("forward",),
+    Block: ("_ask_experts", "_drop_sequences"),
+}
+"""Methods that a compiler leaves alone: what they do depends on the lengths of sequences, which the host knows."""
 
 
 def compile_blocks(trunk: nn.Module, device: torch.device | str) -> bool:
     """Compile each block of a trunk, once for packs of any size; without a compiler, say so and leave it as it is.
 
-    Norms, maps, rotations and activations are fused. Attention stays as it is: which kernel runs, and how sequences
-    are grouped, depends on their lengths, which the host knows. Names of parameters do not change.
+    Norms, maps, rotations and activations are fused. Names of parameters do not change.
 
     Args:
         trunk: of any kind.
@@ -25,25 +29,10 @@ def compile_blocks(trunk: nn.Module, device: torch.device | str) -> bool:
     """
     if not has_compiler(device):
         return False
-    for layer in trunk.modules():
-        if isinstance(layer, AttentionLayer | CrossAttentionLayer):
-            layer._attend = torch.compiler.disable(layer._attend)  # type: ignore[method-assign]
-    for stack in trunk.modules():
-        for block in getattr(stack, "blocks", ()):
-            block.compile(dynamic=True)
+    for module in trunk.modules():
+        for name in AS_IT_STANDS.get(type(module), ()):
+            setattr(module, name, torch.compiler.disable(getattr(module, name)))
+    for module in trunk.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=True)
     return True
-
-
-def has_compiler(device: torch.device | str) -> bool:
-    """Whether torch can compile for a device; if not, a line says so."""
-    try:
-        torch.compile(_probe, dynamic=True)(torch.ones(2, 3, device=device))
-    except Exception as error:  # what a missing compiler raises differs by backend and version
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        logger.warning("not compiled, since torch found no compiler that works here: %s", reason)
-        return False
-    return True
-
-
-def _probe(x: torch.Tensor) -> torch.Tensor:
-    return (x * 2).sigmoid()

@@ -1,9 +1,10 @@
 """How packed attention is computed: the only place that knows.
 
-One signature, `attend`. On CUDA: variable-length flash attention in half precision for what is a window, FlexAttention
-for other patterns and for score biases. Elsewhere: one SDPA call per group of equal lengths, masked where the pattern
-asks for it, and on tiles where a long sequence sees little of itself. `attend_reference`, slow and obvious, is the
-oracle of the tests and the source of attention maps. Keys and values that are kept have a kernel in `cached.py`.
+One signature, `attend`. On CUDA: variable-length flash attention in half precision for what is a window, SDPA where
+all sequences are equally long, FlexAttention for other patterns and for score biases. Elsewhere: one SDPA call per
+group of equal lengths, masked where the pattern asks for it, and on tiles where a long sequence sees little of itself.
+`attend_reference`, slow and obvious, is the oracle of the tests and the source of attention maps. Keys and values that
+are kept have a kernel in `cached.py`.
 
 Measured on two CPU cores, 8 sequences of 256 tokens, 8 heads of 32: grouped 5 ms, compiled FlexAttention 11 ms,
 one masked call 42 ms, jagged nested tensors 144 ms. Grouping pads nothing, and the result of a sequence
@@ -59,11 +60,22 @@ def attend(
         scale: of the scores; 1 / sqrt(E) when None.
         dropout: of the weights.
     """
-    if bias is None and dropout == 0.0 and varlen_fits(q_THE, pattern):
+    is_plain = bias is None and dropout == 0.0
+    if is_plain and varlen_fits(q_THE, pattern) and not _is_one_call(q_layout, kv_layout, pattern):
         return attend_varlen(q_THE, k_UKE, v_UKE, q_layout, kv_layout, pattern, scale)
     if flex_fits(q_THE, dropout) and (bias is not None or not isinstance(pattern, Full | Causal)):
         return attend_flex(q_THE, k_UKE, v_UKE, q_layout, kv_layout, pattern, bias, scale)
     return _attend_grouped(q_THE, k_UKE, v_UKE, q_layout, kv_layout, pattern, bias, scale, dropout)
+
+
+def _is_one_call(q_layout: Layout, kv_layout: Layout, pattern: Pattern) -> bool:
+    """Whether one call of torch's own kernel computes all sequences, without a mask.
+
+    On a GPU it is faster than the kernel of variable lengths: on an H100, for 16 x 1,024 tokens and 16 heads of 64,
+    causal, 0.62 ms forward and backward, where that takes 0.92.
+    """
+    is_even = q_layout.is_even and kv_layout.is_even
+    return is_even and (isinstance(pattern, Full) or (isinstance(pattern, Causal) and q_layout == kv_layout))
 
 
 def attend_reference(

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
+from meristem.model.compiler import fused
 from meristem.model.config import (
     AddedPosition,
     BandScaling,
@@ -106,10 +107,19 @@ class RotaryLayer(BetweenLayer):
         if x.is_cpu and not torch.compiler.is_compiling():  # one pass, where products of halves would take six
             wide = (part.float() if part.dtype == torch.bfloat16 else part for part in (first, second))
             pairs = torch.view_as_real(_product(torch.complex(*wide), torch.complex(cos, sin)))
+            turned = pairs.flatten(-2).to(x.dtype)
         else:
-            pairs = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        turned = pairs.flatten(-2).to(x.dtype)
+            turned = _turn_halves(first, second, cos, sin)
         return turned if self.width == self.head_width else torch.cat([turned, rest], dim=-1)
+
+
+@fused
+def _turn_halves(
+    first_THp: Float[Tensor, "T H p"], second_THp: Float[Tensor, "T H p"], cos: Tensor, sin: Tensor
+) -> Float[Tensor, "T H w"]:
+    """Twelve passes over memory, unless it is one kernel."""
+    pairs = torch.stack([first_THp * cos - second_THp * sin, second_THp * cos + first_THp * sin], dim=-1)
+    return pairs.flatten(-2).to(first_THp.dtype)
 
 
 PARALLEL_GRAIN = 32_768

@@ -1,28 +1,29 @@
 """Cross-entropy of a linear map onto many classes, and its gradient, in one pass over the logits.
 
 Torch's own keeps the logits, their softmax and the gradient of both, each `[M, C]`: with a large vocabulary that is
-most of a step's memory. Here the gradient is made with the loss, and of no more rows at once than `MAX_LOGITS` allows
-(as Hsu 2024, arXiv 2410.10989, does on a GPU): on a CPU where the logits stood, a part that fits into its cache at a
-time; on a GPU in a kernel that torch compiles.
+most of a step's memory. Here the gradient is made with the loss, where the logits stood, and of few rows at once
+(as Hsu 2024, arXiv 2410.10989, does on a GPU): on a CPU a part that fits into its cache at a time, on a GPU in a kernel
+of its own.
 """
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from meristem.model.compiled import has_compiler
+from meristem.model.compiler import compiles_for_gpu
 from meristem.shapes import Bool, Float, Int, Tensor
 
-MAX_LOGITS = {"cpu": 2**26, "cuda": 2**28}
-"""Logits that are held at once; fewer rows than a thousand would make slow products."""
+MAX_LOGITS = {"cpu": 2**26, "cuda": 2**29}
+"""Logits that are worth another part; a part holds twice as many at most. Of fewer rows than a thousand products would
+be slow."""
 
 CACHED_LOGITS = 2**19
 """Logits of a part on a CPU: 2 MB."""
 
 FUSED_LOGITS = 2**22
-"""Logits that are worth a compiled kernel on a GPU."""
+"""Logits that are worth a kernel of their own on a GPU, which is compiled when it is first needed."""
 
 CLASS_MULTIPLE = 64
 """To which classes are filled up on a GPU, as GPT-2's 50,257 are not: the fast products in half precision ask for rows
@@ -78,14 +79,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         num_classes = len(weight)
         num_spare = -num_classes % CLASS_MULTIPLE if rows.is_cuda else 0
         is_worth_it = is_trained and rows.is_cuda and len(rows) * num_classes >= FUSED_LOGITS
-        is_fused = is_worth_it and _can_compile(kind)
-        differentiate = _compiled() if is_fused else partial(_differentiate, is_trained=is_trained)
+        plain = partial(_differentiate, is_trained=is_trained)
+        differentiate = _differentiate_in_kernel if is_worth_it and compiles_for_gpu() else plain
         with torch.autocast(kind, enabled=False):
             map_PD, shift_P = weight.to(dtype), None if bias is None else bias.to(dtype)
             if num_spare:
                 map_PD = F.pad(map_PD, (0, 0, 0, num_spare))
                 shift_P = None if shift_P is None else F.pad(shift_P, (0, num_spare))
-            num_rows = max(1, MAX_LOGITS.get(kind, MAX_LOGITS["cpu"]) // len(map_PD))
+            num_parts = max(1, len(rows) * len(map_PD) // MAX_LOGITS.get(kind, MAX_LOGITS["cpu"]))
+            num_rows = max(1, -(-len(rows) // num_parts))
             for part_mD, wanted_m in zip(rows.to(dtype).split(num_rows), targets.split(num_rows)):
                 logits_mP = F.linear(part_mD, map_PD, shift_P)
                 *found, grad_mP = differentiate(logits_mP, wanted_m, num_classes, smoothing)
@@ -117,42 +119,16 @@ def _added(total: Tensor | None, more: Tensor) -> Tensor:
     return more if total is None else total.add_(more)
 
 
-@lru_cache
-def _can_compile(kind: str) -> bool:
-    return has_compiler(kind)
-
-
-@lru_cache
-def _compiled() -> Any:
-    return torch.compile(differentiate_at_once, dynamic=True)
-
-
 Differentiated = tuple[Float[Tensor, "m"], Float[Tensor, "m"], Bool[Tensor, "m"], Float[Tensor, "m P"]]
 """Losses, nats, hits, and the gradient of the sum of the losses by each logit."""
 
 
-def differentiate_at_once(
+def _differentiate_in_kernel(
     logits_mP: Float[Tensor, "m P"], wanted_m: Int[Tensor, "m"], num_classes: int, smoothing: float
 ) -> Differentiated:
-    """As a compiler likes it: every element by itself, between two reductions; slow unless it is compiled.
+    from meristem.objectives.cross_entropy_kernel import differentiate_rows
 
-    Args:
-        logits_mP: in the precision of the product; those behind the first `num_classes` are spare.
-    """
-    place_P = torch.arange(logits_mP.shape[1], device=logits_mP.device)
-    is_class_P = place_P < num_classes
-    logits_mP, dtype = logits_mP.float().masked_fill(~is_class_P, -torch.inf), logits_mP.dtype
-    highest_m1 = logits_mP.amax(1, keepdim=True)
-    odds_mP = (logits_mP - highest_m1).exp()
-    sums_m1 = odds_mP.sum(1, keepdim=True)
-    is_wanted_mP = place_P == wanted_m[:, None]
-    asked_m = logits_mP.masked_fill(~is_wanted_mP, 0.0).sum(1)
-    log_sums_m = (sums_m1.log() + highest_m1)[:, 0]
-    nats_m = log_sums_m - asked_m
-    mean_m = logits_mP.masked_fill(~is_class_P, 0.0).sum(1) / num_classes
-    losses_m = nats_m + smoothing * (asked_m - mean_m)
-    asked_of_mP = is_wanted_mP * (1 - smoothing) + is_class_P * (smoothing / num_classes)
-    return losses_m, nats_m, asked_m >= highest_m1[:, 0], (odds_mP / sums_m1 - asked_of_mP).to(dtype)
+    return *differentiate_rows(logits_mP, wanted_m, num_classes, smoothing), logits_mP
 
 
 def _differentiate(
@@ -162,7 +138,7 @@ def _differentiate(
     smoothing: float,
     is_trained: bool,
 ) -> Differentiated:
-    """The same in few passes without a compiler: logits become their gradient where they stand."""
+    """By torch alone, in place; logits behind the first `num_classes` are spare."""
     logits_mC = logits_mP[:, :num_classes].float()
     step = max(1, CACHED_LOGITS // num_classes) if logits_mC.is_cpu else max(1, len(logits_mC))
     losses, nats, hits = [], [], []
