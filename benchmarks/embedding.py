@@ -39,7 +39,7 @@ SHAPES = {  # layers, width, heads, records
     "35M": (12, 480, 20, 56),
     "150M": (30, 640, 20, 12),
 }
-GPU_SHAPES = {"8M": (6, 320, 20, 4000), "650M": (33, 1280, 20, 1000)}
+GPU_SHAPES = {"8M": (6, 320, 20, 4000), "650M": (33, 1280, 20, 500)}
 GPU_RECORDS_CHECKED = 48
 BUDGETS = (2048, 4096)
 GPU_BUDGETS = (16384, 65536)

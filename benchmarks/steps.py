@@ -24,9 +24,9 @@ from meristem.types import PackedBatch, Record, Tokens
 
 OPTIMIZER = OptimizerConfig(lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), warmup_steps=0, schedule="constant")
 CLIP = 1.0
-TOLERANCES = {"cpu": 1e-4, "cuda": 3e-2}
+TOLERANCES = {"cpu": 1e-4, "cuda": 5e-2}
 """Of losses and logarithms of probabilities: rounding of fp32, and of bf16."""
-STEP_TOLERANCES = {"cpu": 0.02, "cuda": 0.1}
+STEP_TOLERANCES = {"cpu": 0.02, "cuda": 0.2}
 """Of what a step changes a loss by: timm learns a class token and its position apart, which move it twice."""
 
 

@@ -119,6 +119,23 @@ def test_the_kernel_gives_what_torch_does(mutant):
     assert (run.returncode == 0) != bool(mutant), run.stderr
 
 
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("kind", ["*bf16", "*fp32"])
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here(kind):
+    """The interpreter takes more of Python than Triton does."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from meristem.objectives.cross_entropy_kernel import BLOCK, _differentiate_row
+
+    pointers = {"logits": kind, "wanted": "*i64", "losses": "*fp32", "nats": "*fp32", "hits": "*i1"}
+    numbers = {"width": "i32", "num_classes": "i32", "smoothing": "fp32", "block": "constexpr"}
+    source = ASTSource(fn=_differentiate_row, signature=pointers | numbers, constexprs={"block": BLOCK})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16})
+    assert ".entry _differentiate_row" in made.asm["ptx"]
+
+
 def test_spare_classes_have_no_part_without_the_kernel():
     torch.manual_seed(2)
     logits, wanted = torch.randn(M, C), torch.randint(0, C, (M,))
