@@ -15,13 +15,13 @@ from meristem.model.transformer import Encoder, EncoderDecoder
 def runnable_trunk(model: Model, dtype: torch.dtype) -> Encoder | EncoderDecoder:
     """A model's trunk as it runs fastest; made once as long as the weights stay as they are.
 
-    On a CPU weights are reordered, where memory allows it and rows then round alike.
+    On a CPU weights are reordered, where memory allows it and, in fp32, rows then round alike.
     """
 
     def make() -> Encoder | EncoderDecoder | None:
         trunk = _cast(model.trunk, dtype)
         is_worth_it = can_reorder(trunk) and _has_room_for(trunk)
-        fast = reordered(trunk) if is_worth_it else None
+        fast = reordered(trunk, must_round_alike=dtype == torch.float32) if is_worth_it else None
         return fast or (trunk if trunk is not model.trunk else None)
 
     return remembered(model.trunk, f"embedding in {dtype}", make) or model.trunk

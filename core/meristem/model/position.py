@@ -99,14 +99,16 @@ class RotaryLayer(BetweenLayer):
         Queries and keys alike, so their products are those of any other order.
         """
         turned, rest = x.split([self.width, self.head_width - self.width], dim=-1)
+        cos, sin = tables
+        is_one_pass = x.is_cpu and not torch.compiler.is_compiling()  # where products of halves would take six
+        if is_one_pass and x.dtype == torch.bfloat16:
+            turned = turned.float()
         if self.config.is_interleaved:
             first, second = turned.unflatten(-1, (-1, 2)).unbind(-1)
         else:
             first, second = turned.chunk(2, dim=-1)
-        cos, sin = tables
-        if x.is_cpu and not torch.compiler.is_compiling():  # one pass, where products of halves would take six
-            wide = (part.float() if part.dtype == torch.bfloat16 else part for part in (first, second))
-            pairs = torch.view_as_real(_product(torch.complex(*wide), torch.complex(cos, sin)))
+        if is_one_pass:
+            pairs = torch.view_as_real(_product(torch.complex(first, second), torch.complex(cos, sin)))
             turned = pairs.flatten(-2).to(x.dtype)
         else:
             turned = _turn_halves(first, second, cos, sin)

@@ -101,15 +101,18 @@ def can_reorder(module: nn.Module) -> bool:
 
 
 @torch.inference_mode()
-def reordered(module: AnyModule, kept: Collection[nn.Module | None] = ()) -> AnyModule | None:
+def reordered(
+    module: AnyModule, kept: Collection[nn.Module | None] = (), must_round_alike: bool = True
+) -> AnyModule | None:
     """A copy whose linear layers are reordered and which shares all other parameters; experts stay as they are.
 
     Args:
         module: in evaluation mode; one that `can_reorder` allows.
         kept: layers that stay as they are.
+        must_round_alike: rows must not depend on their number; in bf16 they often do, reordered or not.
 
     Returns:
-        None where this CPU does not round all rows alike with them.
+        None where this CPU does not round all rows alike with them, and it must.
     """
     # a router reads its weight itself, and what else is in such a layer works on a few rows of a pack
     experts = [part for layer in module.modules() if isinstance(layer, ExpertsLayer) for part in layer.modules()]
@@ -123,10 +126,15 @@ def reordered(module: AnyModule, kept: Collection[nn.Module | None] = ()) -> Any
             left |= {id(layer.up), id(layer.down)}
         elif type(layer) is nn.Linear:
             stand_ins[id(layer)] = ReorderedLinear(layer.weight, layer.bias)
+    if not must_round_alike:
+        return _with(stand_ins, module)
     products = [part for made in stand_ins.values() for part in made.modules() if isinstance(part, ReorderedLinear)]
     by_shape = {(part._reordered.shape, part.activation): part for part in products}
-    if not all(part.rounds_alike() for part in by_shape.values()):
-        return None
+    return _with(stand_ins, module) if all(part.rounds_alike() for part in by_shape.values()) else None
+
+
+def _with(stand_ins: dict[int, nn.Module], module: AnyModule) -> AnyModule:
+    """A copy of a module, where some of its parts are others."""
     # whatever is known to the memo stands in the copy as it stands there
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared | stand_ins)
