@@ -17,6 +17,7 @@ from meristem.embedding.predict_run import predict_files
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Learned
 from meristem.model.model import Model
+from meristem.model.readout import Readout
 from meristem.model_directory import ModelCard, load_model
 
 MakeModel = Callable[..., Path]
@@ -92,13 +93,16 @@ def read_rows(path: Path) -> list[dict]:
         return list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
 
 
+@pytest.mark.parametrize("parts", [{}, {"width": 1280, "num_layers": 1, "num_heads": 20}], ids=["narrow", "wide"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_prediction_is_the_same_alone_and_beside_any_others(
-    make_model_directory: MakeModel, rng: np.random.Generator, threads: int
+    make_model_directory: MakeModel, rng: np.random.Generator, threads: int, parts: dict
 ) -> None:
+    """From 1,024 inputs on and with several threads, MKL rounds a row by how many there are."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    _, model = load_model(make_model_directory(readouts=READOUTS))
+    many = Readout(name="kind", classes=tuple(f"{number:03}" for number in range(100)))
+    _, model = load_model(make_model_directory(readouts=(*READOUTS, many), **parts))
     sequences = [random_ids(rng, int(n)) for n in rng.integers(1, 80, 23)]
     alone = [Predictor(TrunkRunner(model, (1, 1))).predict(column_of([ids])) for ids in sequences]
     for budget in (1, 200, 100_000):

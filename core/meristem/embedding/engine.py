@@ -16,7 +16,7 @@ import torch
 from meristem.data.order import plan_in_order
 from meristem.data.pack import pack_column
 from meristem.embedding.memory import fitting_tokens, give_back_memory, is_out_of_memory
-from meristem.embedding.trunks import compiled_trunk, runnable_trunk
+from meristem.embedding.trunks import compiled_trunk, runnable_trunk, with_runnable_heads
 from meristem.embedding.windows import WindowMean, cut
 from meristem.errors import ConfigError, DataError
 from meristem.model.attention import first_rows
@@ -111,6 +111,7 @@ class TrunkRunner:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         self.trunk = compiled_trunk(model, dtype) if is_compiled else runnable_trunk(model, dtype)
+        self.heads = with_runnable_heads(self.model)
         self.num_special = num_special
         self.layer = model.trunk.resolve_layer(layer)
         if tokens_per_batch is None:
@@ -231,7 +232,7 @@ class Embedder:
         width = trunk.model.config.width
         plain = PLAIN_POOLS.get(pool)
         self.trunk = trunk
-        self.pool = PoolLayer(plain, width) if plain is not None else trunk.model.pool if pool == "own" else None
+        self.pool = PoolLayer(plain, width) if plain is not None else trunk.heads.pool if pool == "own" else None
         self.width = width if self.pool is None else self.pool.width
 
     def num_vectors(self, column: TokenColumn) -> np.ndarray:

@@ -101,7 +101,7 @@ class Predictor:
 
     def run_head(self, readout: Readout, values_TD: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "R C"]:
         """What one head says of the rows of a pack: probabilities, or values in the unit of the labels."""
-        model = self.trunk.model
+        model = self.trunk.heads
         rows_RD = model.pooled(readout.name, values_TD, layout, self.trunk.num_special)
         spare = -len(rows_RD) % ROWS_MULTIPLE
         outputs_RC = model.heads[readout.name](F.pad(rows_RD, (0, 0, 0, spare)))[: len(rows_RD)].float()
