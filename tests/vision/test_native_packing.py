@@ -119,8 +119,8 @@ def count_places_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second picture's first patch is the one behind the last of the first picture."""
     lay = engine.pack_column
 
-    def lay_through(*arguments: Any) -> PackedBatch:
-        batch = lay(*arguments)
+    def lay_through(*arguments: Any, **options: Any) -> PackedBatch:
+        batch = lay(*arguments, **options)
         before = np.cumsum([0, *batch.layout.lengths])[:-1].repeat(batch.layout.lengths)
         moved = batch.positions[: len(before)] + torch.from_numpy(before)[:, None]
         positions = batch.positions.clone()
@@ -133,9 +133,12 @@ def count_places_through(monkeypatch: pytest.MonkeyPatch) -> None:
 def forget_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pack holds the shortest first, which is not the order of the caller."""
     lay = engine.pack_column
-    monkeypatch.setattr(
-        engine, "pack_column", lambda *a: replace(batch := lay(*a), records=tuple(sorted(batch.records)))
-    )
+
+    def lay_sorted(*arguments: Any, **options: Any) -> PackedBatch:
+        batch = lay(*arguments, **options)
+        return replace(batch, records=tuple(sorted(batch.records)))
+
+    monkeypatch.setattr(engine, "pack_column", lay_sorted)
 
 
 def pool_the_pack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +197,8 @@ def test_budgets_cut_packs_and_change_nothing(rng: np.random.Generator) -> None:
 def test_a_pool_without_spare_rows_is_caught(
     named: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mutant: a map of few vectors rounds by how many there are."""
+    """The mutant: a map of few vectors rounds by how many there are, where its weights are not reordered."""
+    monkeypatch.setattr(engine, "with_runnable_heads", lambda model: model)
     own, how = POOLS[named]
     model, pictures = native_model(SinCos2D(), own), drawn(rng, 11)
     assert distance(model, pictures, how) == 0
