@@ -64,8 +64,8 @@ def test_shares_of_labels_are_shares_of_pixels(rng, mixing):
     found = _shares_of_pixels(batch, mixed)
     # a record that is its own partner has whatever share: it is what it was. fp32 at 1e-6 over differences near 0.3
     np.testing.assert_allclose(found[~is_self], mixed.shares.numpy()[~is_self], atol=1e-4)
-    assert len(np.unique(found.round(3))) > 5
-    assert (found < 0.99).mean() > 0.3
+    assert len(np.unique(found.round(3))) > 3  # a grid of 3 x 5 has few rectangles: 5 to 7 shares in 1,200 draws
+    assert (found < 0.99).mean() > 0.1  # 0.22 was the least in 1,200 draws
     unchanged = (batch.ids, batch.positions, batch.labels["kind"], batch.layout)
     assert all(
         a is b
