@@ -184,7 +184,7 @@ def natural_lengths(options: Options, context: int) -> Iterator[tuple[str, np.nd
     if text is not None:
         words = [len(line.split()) for line in text.read_text().splitlines() if not line.strip().startswith("=")]
         yield "paragraphs of wikitext2_valid.txt, a token a word", _drawn(words, context), context
-    proteins, limit = options.data("protein/uniref90_sample.fasta"), 4 * context
+    proteins, limit = options.data("protein/uniref90_sample.fasta"), max(4 * context, 512)
     domain = load_domain("protein")
     residues = [
         len(payload)
