@@ -149,7 +149,6 @@ class _Shown:
     """Progress on the terminal."""
 
     def embedding(self, title: str) -> AbstractContextManager[Any]:
-
         return ProgressReport(title)
 
     def reused(self, records: int) -> None:

@@ -108,11 +108,11 @@ def reordered(
 
     Args:
         module: in evaluation mode; one that `can_reorder` allows.
-        kept: layers that stay as they are.
+        kept: layers that stay as they are, and are the same ones in the copy.
         must_round_alike: rows must not depend on their number; in bf16 they often do, reordered or not.
 
     Returns:
-        None where this CPU does not round all rows alike with them, and it must.
+        None where there is nothing to reorder, or this CPU does not round all rows alike then, and must.
     """
     # a router reads its weight itself, and what else is in such a layer works on a few rows of a pack
     experts = [part for layer in module.modules() if isinstance(layer, ExpertsLayer) for part in layer.modules()]
@@ -126,15 +126,12 @@ def reordered(
             left |= {id(layer.up), id(layer.down)}
         elif type(layer) is nn.Linear:
             stand_ins[id(layer)] = ReorderedLinear(layer.weight, layer.bias)
-    if not must_round_alike:
-        return _with(stand_ins, module)
+    if not stand_ins:
+        return None
     products = [part for made in stand_ins.values() for part in made.modules() if isinstance(part, ReorderedLinear)]
     by_shape = {(part._reordered.shape, part.activation): part for part in products}
-    return _with(stand_ins, module) if all(part.rounds_alike() for part in by_shape.values()) else None
-
-
-def _with(stand_ins: dict[int, nn.Module], module: AnyModule) -> AnyModule:
-    """A copy of a module, where some of its parts are others."""
+    if must_round_alike and not all(part.rounds_alike() for part in by_shape.values()):
+        return None
     # whatever is known to the memo stands in the copy as it stands there
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    shared: dict[int, Any] = {id(one): one for one in (*module.parameters(), *module.buffers(), *kept)}
     return copy.deepcopy(module, shared | stand_ins)
