@@ -11,7 +11,7 @@ are what an engine without any other work would take.
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from transformers import EsmConfig, EsmModel
 from meristem.data.order import plan_in_order
 from meristem.data.records import ReadOptions, Source
 from meristem.domain import load_domain
-from meristem.embedding.engine import PRECISIONS
+from meristem.embedding.engine import PRECISIONS, Embedder
 from meristem.embedding.memory import MOST_TOKENS
 from meristem.embedding.workers import EngineOptions
 from meristem.model.flops import flops_per_token
@@ -47,6 +47,44 @@ MAX_RESIDUES = 1022
 TOLERANCE = 1e-4
 
 
+@dataclass(frozen=True)
+class Case:
+    """A shape of a model, ours and the peer of the same weights, and what both embed.
+
+    Attributes:
+        where: the records come from.
+    """
+
+    name: str
+    peer: EsmModel
+    model: Model
+    column: TokenColumn
+    where: str
+    num_special: tuple[int, int]
+    options: Options
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.column.offsets[-1])
+
+    @property
+    def setting(self) -> str:
+        """The records in words."""
+        return f"{len(self.column)} records of {self.where}, {self.num_tokens:,} tokens; mean over residues."
+
+    def engine(self, precision: str, is_compiled: bool = False) -> Embedder:
+        """The one of `meristem embed`."""
+        made = EngineOptions("mean", -1, precision, self.options.device, is_compiled=is_compiled)
+        return made.build(self.model, self.num_special)
+
+    def batches(self) -> dict[str, list[np.ndarray]]:
+        """Rows of each batch, by how people and experts choose them."""
+        by_length = np.argsort(self.column.lengths, kind="stable")
+        budgets = GPU_BUDGETS if self.options.device == "cuda" else BUDGETS
+        found = {f"sorted, {budget:,} tokens": by_budget(self.column, by_length, budget) for budget in budgets}
+        return found | {f"{size} a batch, file order": in_order(len(self.column), size) for size in (8, 32)}
+
+
 def findings(options: Options) -> Iterator[Finding]:
     """On a CPU each shape in fp32 and in lower precision; on a GPU in bf16."""
     is_gpu = options.device == "cuda"
@@ -55,59 +93,44 @@ def findings(options: Options) -> Iterator[Finding]:
         with tempfile.TemporaryDirectory() as folder:
             peer = save_peer(Path(folder), layers, width, heads).to(options.device)
             card, model = load_any(Path(folder))
-        if is_gpu:
-            yield on_gpu(name, peer, model, column, where, card.tokenizer.num_special, options)
-        else:
-            yield from compare(name, peer, model, column, where, card.tokenizer.num_special, options)
+        case = Case(name, peer, model, column, where, card.tokenizer.num_special, options)
+        yield from [on_gpu(case)] if is_gpu else on_cpu(case)
         if options.is_quick:
             return
 
 
-def on_gpu(
-    name: str,
-    peer: EsmModel,
-    model: Model,
-    column: TokenColumn,
-    where: str,
-    num_special: tuple[int, int],
-    options: Options,
-) -> Finding:
+def on_gpu(case: Case) -> Finding:
     """One shape in bf16; what of the peak is reached is that of the fastest of ours."""
+    column, peer = case.column, case.peer
     checked = column.take(np.arange(min(GPU_RECORDS_CHECKED, len(column))))
-    exact = EngineOptions("mean", -1, "fp32", options.device).build(model, num_special).embed(checked)
+    exact = case.engine("fp32").embed(checked)
     theirs_exact = embed_with(peer, checked, in_order(len(checked), 8))
     said = f"In fp32 vectors of {len(checked)} differ by {agree('transformers', exact, theirs_exact, TOLERANCE):.1e}."
     peer = peer.to(torch.bfloat16)
-    engines = {
-        title: EngineOptions("mean", -1, "bf16", options.device, is_compiled=is_compiled).build(model, num_special)
-        for title, is_compiled in (("meristem", False), ("meristem, compiled", True))
-    }
-    orders = {f"{size} a batch, file order": in_order(len(column), size) for size in (8, 32)}
-    by_length = np.argsort(column.lengths, kind="stable")
-    orders |= {f"sorted, {budget:,} tokens": by_budget(column, by_length, budget) for budget in GPU_BUDGETS}
+    engines = {"meristem": case.engine("bf16"), "meristem, compiled": case.engine("bf16", is_compiled=True)}
     errors = {title: relative_error(exact, engine.embed(checked)) for title, engine in engines.items()}
     errors["transformers"] = relative_error(exact, embed_with(peer, checked, in_order(len(checked), 8)))
     seconds = race(
         {
             **{title: partial(engine.embed, column) for title, engine in engines.items()},
-            **{f"transformers, {how}": partial(embed_with, peer, column, rows) for how, rows in orders.items()},
+            **{f"transformers, {how}": partial(embed_with, peer, column, rows) for how, rows in case.batches().items()},
         },
-        options,
+        case.options,
     )
-    architecture = replace(model.config, head=None)
+    architecture = replace(case.model.config, head=None)
     flops = sum(int(length) * flops_per_token(architecture, int(length)) for length in column.lengths)
     took = min(statistics.median(seconds[title]) for title in engines)
-    tokens, most = int(column.offsets[-1]), MOST_TOKENS["cuda"]
-    peak = matrix_peak(min(tokens, most), architecture.width, options)
+    rows = min(case.num_tokens, MOST_TOKENS["cuda"])
+    peak = matrix_peak(rows, architecture.width, case.options)
     return Finding(
-        f"ESM-2 {name} shape, bf16",
-        f"{len(column)} records of {where}, {tokens:,} tokens; mean over residues. {said}",
+        f"ESM-2 {case.name} shape, bf16",
+        f"{case.setting} {said}",
         seconds,
-        work=tokens,
+        work=case.num_tokens,
         values={
             "operations": f"{flops / 1e12:,.1f} TFLOP",
             "rate": f"{flops / took / 1e12:,.0f} TFLOP/s",
-            f"product of [{min(tokens, most)}, {architecture.width}] and "
+            f"product of [{rows}, {architecture.width}] and "
             f"[{architecture.width}, {4 * architecture.width}] alone": f"{peak / 1e12:,.0f} TFLOP/s",
             "share of it reached": f"{flops / took / peak:.0%}",
             **{f"error of {title} in bf16, rms of rms": f"{error:.1e}" for title, error in errors.items()},
@@ -115,48 +138,32 @@ def on_gpu(
     )
 
 
-def compare(
-    name: str,
-    peer: EsmModel,
-    model: Model,
-    column: TokenColumn,
-    where: str,
-    num_special: tuple[int, int],
-    options: Options,
-) -> Iterator[Finding]:
-    """Findings of one shape."""
-    tokens = int(column.offsets[-1])
-    by_length = np.argsort(column.lengths, kind="stable")
-    ours = {
-        precision: EngineOptions("mean", -1, precision, options.device).build(model, num_special)
-        for precision in PRECISIONS
-    }
+def on_cpu(case: Case) -> Iterator[Finding]:
+    """One shape in fp32, in bf16, and each of our precisions beside the expert's fp32."""
+    column, options = case.column, case.options
+    ours = {precision: case.engine(precision) for precision in PRECISIONS}
     theirs: dict[str, dict[str, Callable[[], np.ndarray]]] = {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        cast = EsmModel(peer.config, add_pooling_layer=False).eval().to(options.device, dtype)
-        cast.load_state_dict(peer.state_dict())
-        orders = {f"sorted, {budget:,} tokens": by_budget(column, by_length, budget) for budget in BUDGETS}
-        orders |= {f"{size} a batch, file order": in_order(len(column), size) for size in (8, 32)}
+        cast = EsmModel(case.peer.config, add_pooling_layer=False).eval().to(options.device, dtype)
+        cast.load_state_dict(case.peer.state_dict())
         theirs[precision] = {
-            f"transformers, {how}": partial(embed_with, cast, column, rows) for how, rows in orders.items()
+            f"transformers, {how}": partial(embed_with, cast, column, rows) for how, rows in case.batches().items()
         }
     exact = ours["fp32"].embed(column)
     worst = max(agree(how, exact, run(), TOLERANCE) for how, run in theirs["fp32"].items())
-    setting = f"{len(column)} records of {where}, {tokens:,} tokens; mean over residues"
-
     floor = {
         "products and attention alone": partial(
-            run_floor, model, plans(column, options), PRECISIONS["fp32"], options.device
+            run_floor, case.model, plans(column, options), PRECISIONS["fp32"], options.device
         )
     }
     fp32 = {"meristem": partial(ours["fp32"].embed, column), **floor, **theirs["fp32"]}
     seconds = race(fp32, options, is_warm=True)
     alone = [ours / alone for ours, alone in zip(seconds["meristem"], seconds["products and attention alone"])]
     yield Finding(
-        f"ESM-2 {name} shape, fp32",
-        f"{setting}. Vectors differ by {worst:.1e} at most.",
+        f"ESM-2 {case.name} shape, fp32",
+        f"{case.setting} Vectors differ by {worst:.1e} at most.",
         seconds,
-        work=tokens,
+        work=case.num_tokens,
         values={"meristem over its products and attention alone": f"{statistics.median(alone):.2f}"},
     )
     errors = {
@@ -169,11 +176,11 @@ def compare(
     their_error = relative_error(exact, theirs["bf16"][experts[-1]]())
     lower = {f"meristem {precision}": partial(ours[precision].embed, column) for precision in errors}
     yield Finding(
-        f"ESM-2 {name} shape, lower precision",
-        f"{setting}.",
+        f"ESM-2 {case.name} shape, lower precision",
+        case.setting,
         race({**lower, **cast_peers, **{how: theirs["fp32"][how] for how in experts}}, options),
         reference="meristem bf16",
-        work=tokens,
+        work=case.num_tokens,
         values={
             **{f"error of meristem {precision}, rms of rms": f"{error:.1e}" for precision, error in errors.items()},
             "error of transformers bf16": f"{their_error:.1e}",
