@@ -7,7 +7,6 @@ A domain is one folder and one value: a `Domain`. It is found through the entry-
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from meristem.data.views import Views
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
 from meristem.objectives.objective import Objective
+from meristem.registry import find, installed
 
 GROUP = "meristem.domains"
 
@@ -56,11 +56,6 @@ class Domain:
     augment: Callable[..., Views] | None = None
 
 
-def installed_domains() -> dict[str, EntryPoint]:
-    """Entry points of the installed domains by name; none is imported."""
-    return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
-
-
 def load_domain(name: str) -> Domain:
     """The installed domain of that name, or the one at a dotted path.
 
@@ -70,9 +65,9 @@ def load_domain(name: str) -> Domain:
     Raises:
         ConfigError: no such domain, or what was found is none.
     """
-    installed = installed_domains()
-    if name in installed:
-        found = installed[name].load()
+    points = installed(GROUP)
+    if name in points:
+        found = find(GROUP, name)
     elif "." in name or ":" in name:
         module_name, _, attribute = name.partition(":")
         try:
@@ -80,7 +75,7 @@ def load_domain(name: str) -> Domain:
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"domain {name!r} cannot be imported: {error}") from error
     else:
-        known = ", ".join(installed) or "none"
+        known = ", ".join(points) or "none"
         raise ConfigError(
             f"domain must be installed or a dotted path; got {name!r}; installed: {known} (meristem domains list)"
         )

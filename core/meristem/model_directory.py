@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 
 from meristem.data.patches import PatchTokenizer
 from meristem.data.tokenizer import Tokenizer
-from meristem.data.tokenizer_kinds import TOKENIZERS
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import Imported, read_config_file, read_directory
 from meristem.interop.weights import read_safetensors, refuse_tensors
@@ -29,6 +28,7 @@ from meristem.model.init import without_weights
 from meristem.model.model import CONTACTS, SYMBOLS, Model
 from meristem.model.plain import from_json, to_json
 from meristem.model.readout import Readout
+from meristem.registry import find
 
 FORMAT_VERSION = 2
 CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
@@ -108,10 +108,7 @@ def load_card(path: Path | str) -> ModelCard:
         got = values.get("format_version", "none: is this a model directory?")
         raise CheckpointError(f"{path / CONFIG}: format_version must be {FORMAT_VERSION}; got {got}")
     try:
-        kind = tokens.pop("kind", None)
-        if kind not in TOKENIZERS:
-            raise CheckpointError(f"{path / TOKENIZER}: kind must be one of {', '.join(TOKENIZERS)}; got {kind!r}")
-        tokenizer = TOKENIZERS[kind].from_json(tokens)
+        tokenizer: Tokenizer = find("meristem.tokenizers", str(tokens.pop("kind", None))).from_json(tokens)
         card = ModelCard(
             architecture=from_json(TransformerConfig, values["architecture"]),
             tokenizer=tokenizer,

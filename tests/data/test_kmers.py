@@ -12,8 +12,8 @@ import pytest
 from meristem.data import kmers
 from meristem.data.kmers import AMBIGUOUS, KmerTokenizer
 from meristem.data.tokenizer import RefusedSymbol
-from meristem.data.tokenizer_kinds import TOKENIZERS
 from meristem.errors import CheckpointError, ConfigError
+from meristem.registry import find
 
 SPECIAL = {"unk": "<unk>", "pad": "<pad>", "mask": "<mask>", "cls": "<cls>", "eos": "<eos>", "bos": "<bos>"}
 
@@ -125,7 +125,7 @@ def test_special_symbols_are_never_drawn_and_survive_json():
     tokenizer = made()
     assert (tokenizer.mask_id, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (2, 1, 5, 4)
     assert tokenizer.random_ids.tolist() == list(range(6, 4106))  # words and bases, without N
-    again = TOKENIZERS["k-mers"].from_json(json.loads(json.dumps(tokenizer.to_json())))
+    again = find("meristem.tokenizers", "k-mers").from_json(json.loads(json.dumps(tokenizer.to_json())))
     assert again == tokenizer
     assert again.fingerprint == tokenizer.fingerprint
     assert again.encode("ACGTGTNA").ids.tolist() == tokenizer.encode("ACGTGTNA").ids.tolist()

@@ -18,8 +18,8 @@ from meristem.data.pack import pack_column
 from meristem.data.patches import PatchTokenizer
 from meristem.data.picture_sizes import resized_px
 from meristem.data.tokenizer import RefusedSymbol
-from meristem.data.tokenizer_kinds import TOKENIZERS
 from meristem.errors import CheckpointError, ConfigError, DataError
+from meristem.registry import find
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -179,7 +179,7 @@ def test_what_is_no_image_is_refused_by_row(rng: np.random.Generator):
 
 def test_writing_and_reading_keeps_the_tokenizer(rng: np.random.Generator):
     tokenizer = PatchTokenizer((16, 24), 8, mean=MEAN, std=STD, resize_px=(18, 27), mask="<mask>")
-    again = TOKENIZERS["patches"].from_json(json.loads(json.dumps(tokenizer.to_json())))
+    again = find("meristem.tokenizers", "patches").from_json(json.loads(json.dumps(tokenizer.to_json())))
     assert again == tokenizer
     assert again.fingerprint == tokenizer.fingerprint
     assert (again.vocab, again.mask_id, again.num_special) == (("<class>", "<mask>"), 1, (1, 0))

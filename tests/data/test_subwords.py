@@ -17,8 +17,8 @@ from meristem.data import subwords
 from meristem.data.pack import pack_column
 from meristem.data.subwords import SubwordTokenizer, TextColumn
 from meristem.data.tokenizer import RefusedSymbol
-from meristem.data.tokenizer_kinds import TOKENIZERS
 from meristem.errors import CheckpointError, ConfigError, DataError
+from meristem.registry import find
 from meristem.types import TokenColumn
 from small_vocabularies import BYTE_KINDS, KINDS, random_texts, trained
 
@@ -88,7 +88,7 @@ def test_a_span_holds_the_letters_of_its_token():
 @pytest.mark.parametrize("kind", KINDS)
 def test_writing_and_reading_keeps_the_tokenizer(kind: str, rng: np.random.Generator):
     tokenizer, texts = made(kind), random_texts(rng, 20)
-    again = TOKENIZERS["subwords"].from_json(json.loads(json.dumps(tokenizer.to_json())))
+    again = find("meristem.tokenizers", "subwords").from_json(json.loads(json.dumps(tokenizer.to_json())))
     assert again == tokenizer
     assert again.fingerprint == tokenizer.fingerprint
     column = pa.array(texts)

@@ -23,9 +23,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list() -> int:
-    from meristem.domain import installed_domains
+    from meristem.domain import GROUP
+    from meristem.registry import installed
 
-    points = installed_domains()
+    points = installed(GROUP)
     for name, point in points.items():
         origin = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
         print(f"{name:<16}{point.value:<36}{origin}")

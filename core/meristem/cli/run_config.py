@@ -22,6 +22,7 @@ from meristem.domain import load_domain
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
 from meristem.model.plain import from_json, to_json
+from meristem.registry import find_all
 from meristem.train.datamodule import DataModule, build_tokenizer
 from meristem.train.task import Task
 from meristem.train.watch import Watch
@@ -140,6 +141,7 @@ def parse(argv: list[str], verb: str) -> RunConfig | None:
     Raises:
         ConfigError: with file and line of the key, where a file has it.
     """
+    find_all("meristem.objectives")  # jsonargparse knows a class by its short name once it is imported
     names, architecture, rest, is_print = _sort_arguments(argv)
     paths = [find_config(name) for name in names]
     read = read_configs(paths)

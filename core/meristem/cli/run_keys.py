@@ -4,39 +4,13 @@ from typing import Any
 
 from meristem.model.config import TransformerConfig
 from meristem.model.plain import from_json
-from meristem.objectives.causal import Causal
-from meristem.objectives.denoising import Denoising
-from meristem.objectives.masked import Masked
-from meristem.objectives.masked_patches import MaskedPatches
-from meristem.objectives.next_sentence import NextSentence
 from meristem.objectives.objective import Objective
-from meristem.objectives.prefix import Prefix
-from meristem.objectives.self_distillation import SelfDistillation
-from meristem.objectives.sequence_to_sequence import SequenceToSequence
-from meristem.objectives.spans import SpanCorruption
-from meristem.objectives.supervised import Supervised
-from meristem.train.distilled import Distilled
 from meristem.train.optim import OptimizerConfig
 from meristem.train.task import Task
 
 ARCHITECTURE = "model.architecture"
 
 TOP_KEYS = "model, data, trainer, watch, run_dir, seed"
-
-OBJECTIVES = (
-    Masked,
-    Supervised,
-    Causal,
-    Prefix,
-    SpanCorruption,
-    Denoising,
-    SequenceToSequence,
-    NextSentence,
-    MaskedPatches,
-    SelfDistillation,
-    Distilled,
-)
-"""The core's own; jsonargparse knows a class by its short name once it is imported."""
 
 TRAINER_KEYS = (
     "accelerator",
