@@ -18,8 +18,8 @@ from meristem.embedding.engine import PRECISIONS, NotFinite, TrunkRunner, best_d
 from meristem.embedding.predict import Predictor, record_columns, token_columns
 from meristem.embedding.run import Report, Silent
 from meristem.embedding.threads import ahead
-from meristem.embedding.writer import replacing
 from meristem.errors import ConfigError, DataError
+from meristem.files import replacing
 from meristem.model_directory import load_any
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}

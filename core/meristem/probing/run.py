@@ -1,7 +1,6 @@
 """Probe files: read and deal the records, embed them, fit, measure on the test, write what came of it."""
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from meristem.data.store import RecordStore, default_cache_dir
 from meristem.domain import load_domain
 from meristem.embedding.engine import best_device
 from meristem.embedding.run import EmbedOptions
-from meristem.embedding.writer import replacing, write_file
 from meristem.errors import ConfigError, DataError
+from meristem.files import replacing, write_json
 from meristem.model_directory import find_model, hash_weights, is_own, load_any, load_card
 from meristem.probing.fit import Fit, Unwatched, Watch
 from meristem.probing.labels import Classes, find_classes, is_missing, task_of
@@ -148,7 +147,7 @@ class _Probe:
         else:
             self._values(fit, _numbers(fit_labels), _numbers(true_labels), metrics, columns)
         _write_csv(self.output / PREDICTIONS, columns)
-        write_file(self.output / METRICS, (json.dumps(metrics, indent=2, ensure_ascii=False) + "\n").encode())
+        write_json(self.output / METRICS, metrics)
         return metrics
 
     def _domain_of_model(self) -> str:
