@@ -130,11 +130,11 @@ class ProgressReport:
         print(describe_engine(device, torch.get_num_threads(), precision, tokens_per_batch), file=sys.stderr)
 
     def found(self, records: int | None, tokens: int | None) -> None:
-        from meristem.cli.console import progress
+        from meristem.progress import Progress
 
         if records is not None:
             print(f"{records:,} records, {tokens:,} tokens", file=sys.stderr)
-        self._bar = progress(tokens, "tokens", title=self._title).__enter__()
+        self._bar = Progress(tokens, "tokens", title=self._title).__enter__()
         self._began = time.monotonic()
 
     def skipped(self, records: int, tokens: int) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meristem.cli.console import duration
 from meristem.cli.embed import describe_engine
+from meristem.progress import duration
 
 if TYPE_CHECKING:
     from meristem.model.config import TransformerConfig

@@ -156,8 +156,8 @@ class _Shown:
 
     @contextmanager
     def fitting(self, total: int) -> Iterator[Callable[[int], None]]:
-        from meristem.cli.console import progress
+        from meristem.progress import Progress
 
         print("fitting the linear probe", file=sys.stderr)
-        with progress(total, "penalties", title="fit") as bar:
+        with Progress(total, "penalties", title="fit") as bar:
             yield bar.advance
