@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the texts and show or write them."""
-    from meristem.embedding.engine import best_device
     from meristem.errors import ConfigError
     from meristem.generation.text import Generator, check_options
+    from meristem.inference.engine import best_device
     from meristem.model_directory import load_any
 
     if bool(args.prompt) == bool(args.prompts):

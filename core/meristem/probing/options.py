@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from meristem.embedding.run import EmbedOptions
 from meristem.errors import ConfigError
+from meristem.inference.run import EmbedOptions
 from meristem.probing.labels import TASKS
 from meristem.probing.parts import SPLITS
 

@@ -11,9 +11,9 @@ import numpy as np
 from meristem.data.records import ReadOptions, Refusal, Source
 from meristem.data.store import RecordStore, default_cache_dir
 from meristem.domain import load_domain
-from meristem.embedding.engine import best_device
 from meristem.errors import ConfigError, DataError
 from meristem.files import replacing, write_json
+from meristem.inference.engine import best_device
 from meristem.model_directory import find_model, hash_weights, is_own, load_any, load_card
 from meristem.probing.fit import Fit, Unwatched, Watch
 from meristem.probing.labels import Classes, find_classes, is_missing, task_of

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from meristem.embedding.chunks import Chunk
-from meristem.embedding.dedupe import Sources
 from meristem.errors import ConfigError, DataError
 from meristem.files import TEMPORARY, read_json, replacing, write_json
+from meristem.inference.chunks import Chunk
+from meristem.inference.dedupe import Sources
 
 MANIFEST = "manifest.json"
 METADATA_KEY = b"meristem"
