@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from labelled import run_data
+from labelled import records_of, run_data
 from meristem.data.corrupt import crop_window
 from meristem.data.pack import pack
 from meristem.data.parts import Part, RunData
