@@ -6,10 +6,9 @@ A protein, a text and an image differ in `Tokens` alone. From `PackedBatch` on t
 no batch axis: sequences lie end to end along `T`, and a `Layout` says where each begins.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,21 +23,48 @@ MIN_ROWS = 16
 below 14 rows at a width of 320 and below 16 from 640 on; with spare rows a lone short sequence gets the same bits."""
 
 
+Payload = str | bytes
+"""What a tokenizer reads: a text, or the bytes of a file."""
+
+INPUT = "input"
+"""Name of the input of records that have one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One record of a domain, as its file states it.
 
     Attributes:
         id: the name the file gives it; need not be unique.
-        payload: residues, bases, text, source code (`str`) or an encoded image (`bytes`).
-        labels: what is to be predicted, by name; a missing label is absent.
+        inputs: payloads by name: most domains have one, `INPUT`; a pair of sentences has two.
+        labels: what is to be predicted, by name: a word, or a list of words, one a token. A missing label is absent.
         source: where it came from, `file:line`, for error messages.
+        group: what must stay in one part of a split, such as a patient; empty for none.
     """
 
     id: str
-    payload: str | bytes
-    labels: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Payload]
+    labels: Mapping[str, str | Sequence[str | None]] = field(default_factory=dict)
     source: str = ""
+    group: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        id: str,
+        payload: Payload,
+        labels: Mapping[str, str | Sequence[str | None]] | None = None,
+        source: str = "",
+        group: str = "",
+    ) -> "Record":
+        """A record of one input."""
+        return cls(id, {INPUT: payload}, labels or {}, source, group)
+
+    @property
+    def payload(self) -> Payload:
+        """The payload of a record that has one input."""
+        (payload,) = self.inputs.values()
+        return payload
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ def _bound(targets: list[Target], payloads: list[str] | None = None, **columns) 
 
 
 def _prepare(objective, sequence: str, **labels):
-    record = Record("p1", sequence, labels, "file.csv:7")
+    record = Record.of("p1", sequence, labels, "file.csv:7")
     return objective.prepare(record, (TOKENIZER.encode(sequence),), np.random.default_rng(0))[0]
 
 
@@ -100,7 +100,7 @@ def test_token_labels_follow_the_window_that_a_record_is_cropped_to(rng):
     labels = "ABCDEFGHIJKLMNOPQRST"
     for seed in range(20):
         window = crop_window(TOKENIZER.encode(sequence), 9, TOKENIZER.num_special, np.random.default_rng(seed))
-        record = Record("p", sequence, {"ss": labels}, "file.csv:1")
+        record = Record.of("p", sequence, {"ss": labels}, "file.csv:1")
         (tokens,) = objective.prepare(record, (window,), rng)
         residues = TOKENIZER.decode(tokens)
         expected = [ord(labels[sequence.index(residue)]) - ord("A") for residue in residues]
@@ -192,7 +192,9 @@ def test_labels_are_counted_in_every_part_and_declared_words_are_missing(task):
         f"label y: train 3 with a label, 2 without ({shown[0]}); validation 1 with a label, 1 without ({shown[1]}); "
         f"test 1 with a label, 2 without ({shown[2]})"
     )
-    (tokens,) = objective.prepare(Record("a", "M", {"y": "NA"}, ""), (TOKENIZER.encode("M"),), np.random.default_rng(0))
+    (tokens,) = objective.prepare(
+        Record.of("a", "M", {"y": "NA"}, ""), (TOKENIZER.encode("M"),), np.random.default_rng(0)
+    )
     assert np.isnan(tokens.labels["y"]) if task == "regression" else tokens.labels["y"] == IGNORE
 
 

@@ -63,13 +63,19 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["refuse", "skip"],
         help="a record that cannot be used: refuse everything, or leave it out, name it and count it",
     )
-    parser.add_argument("--sequence-column", default="", help="column of a table that holds the payloads")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="[INPUT=]COLUMN",
+        help="column of a table that holds the payloads; where records have several inputs, once for each",
+    )
     parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
 
 
 def embed_options(args: argparse.Namespace) -> "EmbedOptions":
     """What the arguments of `add_vector_arguments` and `add_engine_arguments` say."""
-    from meristem.data.records import ReadOptions
+    from meristem.data.records import ReadOptions, columns_of
     from meristem.inference.run import EmbedOptions
 
     return EmbedOptions(
@@ -79,7 +85,7 @@ def embed_options(args: argparse.Namespace) -> "EmbedOptions":
         precision=args.precision,
         domain=args.domain,
         is_skipping=args.on_error == "skip",
-        read=ReadOptions(payload_column=args.sequence_column, id_column=args.id_column),
+        read=ReadOptions(columns_of(args.column), id_column=args.id_column),
     )
 
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Label every record, then put the table in its place."""
-    from meristem.data.records import ReadOptions
+    from meristem.data.records import ReadOptions, columns_of
     from meristem.inference.predict_run import predict_files
 
     with ProgressReport("predict") as report:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             precision=args.precision,
             domain=args.domain,
             is_skipping=args.on_error == "skip",
-            read=ReadOptions(payload_column=args.sequence_column, id_column=args.id_column),
+            read=ReadOptions(columns_of(args.column), id_column=args.id_column),
             report=report,
         )
     if done.replaced:

@@ -8,10 +8,9 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,27 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.data.labels import text_column
-from meristem.data.records import LABEL_PREFIX, ReadOptions, Refusal, Source, place_of
-from meristem.data.store_writer import END, Progress, Read, write_store
-from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
+from meristem.data.reading.reader import Reader
+from meristem.data.records import (
+    GROUP,
+    INPUT_PREFIX,
+    LABEL_PREFIX,
+    ReadOptions,
+    Refusal,
+    Source,
+    batch_of,
+    input_names,
+    label_names,
+    place_of,
+    records_of,
+)
+from meristem.data.store_writer import END, Progress, write_store
+from meristem.data.tokenizer import RefusedSymbol, Tokenizer
 from meristem.errors import DataError
 from meristem.files import replacing
-from meristem.types import Record
+from meristem.types import INPUT, Payload, Record
 
-Files = Callable[[Source, ReadOptions], Iterable[Path]]
-"""Gives the files that a source names beside itself."""
-
-VERSION = 2
+VERSION = 3
 """Changes with the format, so that a store of another one is not opened but built anew."""
 
 
@@ -43,11 +52,12 @@ class RecordStore:
 
     Attributes:
         path: the Arrow file.
+        reader: of the domain.
         refused: records that were refused when the store was built with `on_error` set.
     """
 
-    def __init__(self, path: Path, chunks: list[pa.RecordBatch], end: dict[str, Any]):
-        self.path = path
+    def __init__(self, path: Path, chunks: list[pa.RecordBatch], end: dict[str, Any], reader: Reader):
+        self.path, self.reader = path, reader
         self.refused = [Refusal(**values) for values in end["refused"]]
         self._files: list[str] = end["files"]
         self._chunks = chunks
@@ -57,24 +67,21 @@ class RecordStore:
     @classmethod
     def build(
         cls,
-        read: Read,
+        reader: Reader,
         sources: Sequence[Source],
         options: ReadOptions,
         *,
         name: str,
-        files: Files | None = None,
         cache_dir: Path | str | None = None,
         progress: Progress | None = None,
     ) -> "RecordStore":
         """Open the store of these sources, after building it where there is none.
 
         Args:
-            read: of the domain.
+            reader: of the domain.
             sources: files; standard input can be read only once and is no source of a store.
-            options: of `read`. `on_error` is called with each refused record, also when the store was there.
-            name: of the domain, and whatever else changes what `read` gives.
-            files: of the domain: files that a source names beside itself, such as those in a folder. They count by
-                name, size and time of the last change, since they may be many.
+            options: how to read. `on_error` is called with each refused record, also when the store was there.
+            name: of the domain, and whatever else changes what the reader gives.
             cache_dir: folder of the stores; None for the default one.
             progress: called with bytes done and bytes in all while a store is built. Bytes done follow
                 from the records, so they are an estimate within a file, and exact at its end.
@@ -82,18 +89,18 @@ class RecordStore:
         Raises:
             DataError: a source that cannot be read or holds no record; the folder cannot be written or is full.
         """
-        named = {source: sorted(files(source, options)) if files and not source.is_stdin else [] for source in sources}
+        named = {source: [] if source.is_stdin else sorted(reader.files(source, options)) for source in sources}
         key = _key(sources, options, name, named)
         folder = Path(cache_dir) if cache_dir else default_cache_dir()
         path = folder / f"{key}.arrow"
         with _writable(folder), _locked(folder):
-            store = _open_or_none(path)
+            store = _open_or_none(path, reader)
             if store is None:
                 for stale in folder.glob(f"{key}.*"):  # what a killed process left, or what is damaged
                     stale.unlink(missing_ok=True)
                 sizes = [sum(_sizes([Path(source.path), *named[source]])) for source in sources]
-                write_store(path, read, sources, options, progress, sizes)
-                store = cls.open(path)
+                write_store(path, reader, sources, options, progress, sizes)
+                store = cls.open(path, reader)
         # the same content may lie elsewhere by now; messages shall name the file that the user named
         before = [Source(file) for file in store._files[: len(sources)]]
         names = {old.name: source.name for old, source in zip(before, sources)}
@@ -106,44 +113,40 @@ class RecordStore:
         return store
 
     @classmethod
-    def open(cls, path: Path | str) -> "RecordStore":
-        """Open a store.
+    def open(cls, path: Path | str, reader: Reader) -> "RecordStore":
+        """Open a store that was built with this reader.
 
         Raises:
             DataError: no store, one of another version, or one that is cut off.
         """
         try:
-            reader = pa.ipc.open_file(pa.memory_map(os.fspath(path)))
-            count = reader.num_record_batches
-            _, metadata = reader.get_batch_with_custom_metadata(count - 1)
+            file = pa.ipc.open_file(pa.memory_map(os.fspath(path)))
+            count = file.num_record_batches
+            _, metadata = file.get_batch_with_custom_metadata(count - 1)
             end = json.loads(metadata[END])
-            return cls(Path(path), [reader.get_batch(i) for i in range(count - 1)], end)
+            return cls(Path(path), [file.get_batch(i) for i in range(count - 1)], end, reader)
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(f"{path}: not a complete record store; delete it, and it is built again") from error
 
     @classmethod
-    def of(cls, records: Sequence[Record]) -> "RecordStore":
+    def of(cls, records: Sequence[Record], reader: Reader | None = None) -> "RecordStore":
         """A store in memory, without a file; it cannot travel to other processes.
 
         Raises:
             DataError: labels that are neither words, numbers nor lists of these.
         """
-        is_bytes = bool(records) and isinstance(records[0].payload, bytes)
-        columns: dict[str, Any] = {
-            "id": pa.array([record.id for record in records], pa.string()),
-            "payload": pa.array(
-                [record.payload for record in records], pa.large_binary() if is_bytes else pa.large_string()
-            ),
-            "file": pa.array(np.arange(len(records)), pa.int32()),
-            "line": pa.array(np.zeros(len(records)), pa.int64()),
-        }
+        inputs = {name: _payloads([record.inputs[name] for record in records]) for name in records[0].inputs}
+        extra = {GROUP: pa.array([record.group or None for record in records], pa.string())}
         for name in sorted({name for record in records for name in record.labels}):
-            columns[LABEL_PREFIX + name] = text_column([record.labels.get(name) for record in records])
+            extra[LABEL_PREFIX + name] = text_column([record.labels.get(name) for record in records])
+        ids = pa.array([record.id for record in records], pa.string())
+        batch = batch_of(ids, inputs, "", np.zeros(len(records), np.int64), extra)
+        batch = batch.set_column(1, "file", pa.array(np.arange(len(records)), pa.int32()))
         end = {"files": [record.source for record in records], "refused": []}
-        return cls(Path(), [pa.RecordBatch.from_pydict(columns)], end)
+        return cls(Path(), [batch], end, reader or _Memory())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self._files)
+        return _reopen, (self.path, self._files, self.reader)
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
@@ -154,25 +157,29 @@ class RecordStore:
         return self.records(np.array([row]))[0]
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs of each record."""
+        return input_names(self._schema)
+
+    @property
     def label_columns(self) -> tuple[str, ...]:
         """Names of the labels, as the user's file has them."""
-        names = (name for name in self._schema.names if name.startswith(LABEL_PREFIX))
-        return tuple(name.removeprefix(LABEL_PREFIX) for name in names)
+        return label_names(self._schema)
 
     @property
     def column_names(self) -> tuple[str, ...]:
-        """Columns of `records.SCHEMA`, then those of labels and split."""
+        """Columns of a record batch (`records`)."""
         return tuple(self._schema.names)
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """A whole column where it lies, by its name in `records.SCHEMA`, or `split`, or a label's name."""
+        """A whole column where it lies, by its name in a record batch, or a label's name."""
         if name not in self._schema.names:
             name = LABEL_PREFIX + name
         return pa.chunked_array([self._decoded(name, chunk.column(name)) for chunk in self._chunks])
 
-    def payloads(self, rows: np.ndarray) -> pa.Array:
-        """Payloads of `rows`, in their order."""
-        return self._take("payload", np.asarray(rows))
+    def payloads(self, rows: np.ndarray, name: str = INPUT) -> pa.Array:
+        """Payloads of an input of `rows`, in their order."""
+        return self._take(INPUT_PREFIX + name, np.asarray(rows))
 
     def labels(self, name: str, rows: np.ndarray) -> pa.Array:
         """A label of `rows`, in their order; null where it is missing."""
@@ -181,41 +188,37 @@ class RecordStore:
     def records(self, rows: np.ndarray) -> list[Record]:
         """`rows` as records; missing labels are left out."""
         rows = np.asarray(rows)
-        columns = {name: self._take(name, rows).to_pylist() for name in ("id", "payload", "file", "line")}
-        named = {name: self.labels(name, rows).to_pylist() for name in self.label_columns}
-        return [
-            Record(
-                id=columns["id"][i],
-                payload=columns["payload"][i],
-                labels={name: values[i] for name, values in named.items() if values[i] is not None},
-                source=place_of(columns["file"][i], columns["line"][i], columns["id"][i]),
-            )
-            for i in range(len(rows))
-        ]
+        return records_of({name: self._take(name, rows).to_pylist() for name in self._schema.names})
 
     def where(self, row: int) -> str:
-        """Where a record stands, for messages."""
-        return self[row].source
+        """Where a record stands, for messages: `file:line`."""
+        at = np.array([row])
+        return place_of(*(self._take(name, at)[0].as_py() for name in ("file", "line", "id")))
 
     def token_lengths(
-        self, tokenizer: Tokenizer, rows: np.ndarray | None = None, on_error: Callable[[Refusal], None] | None = None
+        self,
+        tokenizer: Tokenizer,
+        rows: np.ndarray | None = None,
+        on_error: Callable[[Refusal], None] | None = None,
+        name: str = INPUT,
     ) -> np.ndarray:
-        """`[N]` tokens of each record, computed once a store and tokenizer and kept beside the store.
+        """`[N]` tokens of an input of each record, computed once a store and tokenizer and kept beside the store.
 
         Args:
             rows: that are asked for; None for all.
             on_error: called with each record of `rows` that the tokenizer refuses; it gets -1 tokens.
+            name: of the input.
 
         Raises:
             DataError: a payload that the tokenizer refuses and no `on_error`; names where it stands.
         """
-        lengths = self._lengths_of_all(tokenizer)
+        lengths = self._lengths_of_all(tokenizer, name)
         lengths = lengths if rows is None else lengths[rows]
         for place in np.flatnonzero(lengths < 0).tolist():
             row = place if rows is None else int(rows[place])
             record = self[row]
             try:
-                tokenizer.lengths(self.payloads(np.array([row])))
+                tokenizer.lengths(self.payloads(np.array([row]), name))
             except RefusedSymbol as error:
                 if on_error is None:
                     raise DataError(f"{record.source}: {error}") from error
@@ -223,15 +226,15 @@ class RecordStore:
                 on_error(Refusal(file, line, record.id, str(error)))
         return lengths
 
-    def _lengths_of_all(self, tokenizer: Tokenizer) -> np.ndarray:
-        path = self.path.with_suffix(f".{tokenizer.fingerprint}.lengths.npy")
+    def _lengths_of_all(self, tokenizer: Tokenizer, name: str) -> np.ndarray:
+        path = self.path.with_suffix(f".{name}.{tokenizer.fingerprint}.lengths.npy")
         with suppress(OSError, ValueError):
             lengths = np.load(path, mmap_mode="r")
             if len(lengths) == len(self):
                 return lengths
         lengths = np.full(len(self), -1, np.int32)
         for chunk, first in zip(self._chunks, self._bounds.tolist()):
-            payloads, done = chunk.column("payload"), 0
+            payloads, done = chunk.column(INPUT_PREFIX + name), 0
             while done < len(payloads):
                 count = len(payloads) - done
                 try:
@@ -245,24 +248,30 @@ class RecordStore:
             np.save(file, lengths)
         return lengths
 
-    def payload_hashes(self, seed: int) -> np.ndarray:
-        """`[N]` 64-bit hashes of the payloads, keyed by `seed`: equal payloads, equal numbers.
+    def canonical(self) -> Iterator[list[bytes]]:
+        """What the payloads of each record come down to (`Reader.canonical`), chunk by chunk.
 
-        Letters of a text hash alike in both cases: a soft-masked sequence is the same sequence.
+        Several inputs are joined by a zero byte.
         """
-        key = seed.to_bytes(8, "little")
-        out = np.empty(len(self), np.uint64)
-        for chunk, start in zip(self._chunks, self._bounds):
-            payloads = chunk.column("payload")
-            text, bounds = column_bytes(payloads)
-            data, ends = text.tobytes(), bounds.tolist()
-            is_text = pa.types.is_string(payloads.type) or pa.types.is_large_string(payloads.type)
-            spelled = bytes.upper if is_text else bytes
-            digests = b"".join(
-                hashlib.blake2b(spelled(data[a:b]), digest_size=8, key=key).digest() for a, b in pairwise(ends)
-            )
-            out[start : start + chunk.num_rows] = np.frombuffer(digests, "<u8")
-        return out
+        for chunk in self._chunks:
+            columns = [chunk.column(INPUT_PREFIX + name).to_pylist() for name in self.inputs]
+            yield [b"\0".join(map(self.reader.canonical, payloads)) for payloads in zip(*columns)]
+
+    def payload_hashes(self, seed: int) -> np.ndarray:
+        """`[N]` 64-bit hashes of the canonical payloads, keyed by `seed`: the same payloads, the same numbers."""
+        return np.concatenate([_hashes(payloads, seed) for payloads in self.canonical()])
+
+    def group_hashes(self, seed: int) -> np.ndarray:
+        """`[N]` 64-bit hashes, keyed by `seed`, of what must stay together: a record's group, or else its payload."""
+        hashes = self.payload_hashes(seed)
+        groups = self.groups()
+        is_grouped = np.array([group is not None for group in groups])
+        hashes[is_grouped] = _hashes([group.encode() for group in groups if group is not None], seed)
+        return hashes
+
+    def groups(self) -> list[str | None]:
+        """Group of each record; None where it has none."""
+        return self.column(GROUP).to_pylist() if GROUP in self._schema.names else [None] * len(self)
 
     def _take(self, name: str, rows: np.ndarray) -> pa.Array:
         # not ChunkedArray.take, which may join all chunks of a string column first
@@ -287,15 +296,32 @@ class RecordStore:
         return pa.DictionaryArray.from_arrays(column, pa.array(self._files, pa.string()))
 
 
-def _reopen(path: Path, files: list[str]) -> RecordStore:
-    store = RecordStore.open(path)
+class _Memory(Reader):
+    """Of records that no file holds."""
+
+    def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+        raise DataError(f"{source.name}: records in memory are read from no file")
+
+
+def _payloads(values: Sequence[Payload]) -> pa.Array:
+    return pa.array(values, pa.large_binary() if isinstance(values[0], bytes) else pa.large_string())
+
+
+def _hashes(values: Sequence[bytes], seed: int) -> np.ndarray:
+    key = seed.to_bytes(8, "little")
+    digests = b"".join(hashlib.blake2b(value, digest_size=8, key=key).digest() for value in values)
+    return np.frombuffer(digests, "<u8").copy()
+
+
+def _reopen(path: Path, files: list[str], reader: Reader) -> RecordStore:
+    store = RecordStore.open(path, reader)
     store._files = files
     return store
 
 
-def _open_or_none(path: Path) -> RecordStore | None:
+def _open_or_none(path: Path, reader: Reader) -> RecordStore | None:
     try:
-        return RecordStore.open(path)
+        return RecordStore.open(path, reader)
     except DataError:
         return None
 
@@ -306,6 +332,7 @@ def _key(sources: Sequence[Source], options: ReadOptions, name: str, named: Mapp
         raise DataError("there must be at least one source of records; got none")
     wanted = {key: value for key, value in asdict(replace(options, on_error=None)).items() if key != "batch_bytes"}
     wanted |= {"version": VERSION, "name": name, "is_refusing": options.on_error is None}
+    wanted["columns"] = list(options.columns.items())  # their order counts
     digest = hashlib.blake2b(json.dumps(wanted, sort_keys=True, default=str).encode(), digest_size=16)
     for source in sources:
         if source.is_stdin:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.records import SCHEMA, ReadOptions, Refusal, Source, place_of
+from meristem.data.records import PAYLOAD, SCHEMA, ReadOptions, Refusal, Source, place_of
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
 from meristem.domain import Domain
 from meristem.errors import DataError
@@ -123,7 +123,7 @@ class ChunkReader:
         held: list[pa.RecordBatch] = []
         num_records = num_symbols = 0
         for batch in self._batches():
-            ends = np.cumsum(self._tokenizer.estimate_lengths(batch.column("payload")))
+            ends = np.cumsum(self._tokenizer.estimate_lengths(batch.column(PAYLOAD)))
             at = 0
             while at < batch.num_rows:
                 used = int(ends[at - 1]) if at else 0
@@ -143,16 +143,16 @@ class ChunkReader:
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         for number, name in enumerate(self._inputs):
-            for batch in self._domain.read(Source(name), self._options):
+            for batch in self._domain.reader.read(Source(name), self._options):
                 self.per_input[number] += batch.num_rows
-                columns = [batch.column(field.name) for field in SCHEMA]
-                columns[2] = columns[2].cast(pa.string())  # dictionaries of two files do not go together
-                yield pa.RecordBatch.from_arrays(columns, names=SCHEMA.names)
+                columns = {name: batch.column(name) for name in (*SCHEMA.names, PAYLOAD)}
+                columns["file"] = columns["file"].cast(pa.string())  # dictionaries of two files do not go together
+                yield pa.RecordBatch.from_pydict(columns)
 
     def _encode(self, table: pa.RecordBatch) -> tuple[pa.RecordBatch, TokenColumn]:
         while True:
             try:
-                return table, self._tokenizer.encode_column(table["payload"])
+                return table, self._tokenizer.encode_column(table[PAYLOAD])
             except RefusedSymbol as error:
                 row = error.row
                 refusal = Refusal(
@@ -177,7 +177,7 @@ class _Digest:
         self._parts = [hashlib.blake2b(digest_size=16) for _ in range(3)]
 
     def add(self, table: pa.RecordBatch) -> None:
-        texts = [column_bytes(table[name]) for name in ("id", "payload")]
+        texts = [column_bytes(table[name]) for name in ("id", PAYLOAD)]
         for digest, (text, _) in zip(self._parts, texts):
             digest.update(text.data)
         self._parts[2].update(np.stack([np.diff(bounds) for _, bounds in texts], axis=1).tobytes())

@@ -334,7 +334,7 @@ class _Run:
                 "threads": torch.get_num_threads(),
                 "tokens_per_batch": self.embedder.trunk.tokens_per_batch,
                 "on_error": "skip" if self.options.is_skipping else "refuse",
-                "sequence_column": self.options.read.payload_column,
+                "columns": dict(self.options.read.columns),
                 "id_column": self.options.read.id_column,
             },
             "width": self.embedder.width,

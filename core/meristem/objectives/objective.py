@@ -12,7 +12,7 @@ from meristem.model.config import TransformerConfig
 from meristem.model.model import Model
 from meristem.model.readout import Readout
 from meristem.objectives.routing import routing_counts, routing_figures, routing_terms
-from meristem.types import IGNORE, Hidden, LossOut, PackedBatch, Record, Tokens
+from meristem.types import IGNORE, INPUT, Hidden, LossOut, PackedBatch, Record, Tokens
 
 if TYPE_CHECKING:  # it imports scipy and torchvision, for seconds, and verbs that only read models need none of it
     from torchmetrics import Metric
@@ -26,6 +26,9 @@ class Objective(ABC):
     `after_step` at each step.
     An objective is a plain value that travels to loader workers; tensors and modules live in what `build` gives.
     """
+
+    inputs: tuple[str, ...] = (INPUT,)
+    """Inputs of the records that this objective reads, the first one first."""
 
     label_columns: tuple[str, ...] = ()
     """Label columns of the records that this objective reads."""

@@ -5,17 +5,16 @@ from pathlib import Path
 from meristem.domain import Domain
 from meristem_domains.vision.augment import augment
 from meristem_domains.vision.presets import PRESETS
-from meristem_domains.vision.reading import files, read
+from meristem_domains.vision.reading import PictureReader
 from meristem_domains.vision.tokenizer import tokenizer
 
 domain = Domain(
     name="vision",
-    read=read,
+    reader=PictureReader(),
     tokenizer=tokenizer,
     presets=PRESETS,
     sample=Path(__file__).parent / "digits.parquet",
     sample_tokenizer={"image_px": 8, "patch_px": 2, "num_channels": 1},
-    files=files,
     augment=augment,
 )
 
