@@ -116,7 +116,7 @@ def test_the_same_call_gives_the_same_bytes_and_embeds_once(
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     other = probe(model, table, "--seed", "1", output="c")
     assert read_rows(tmp_path / "c" / "predictions.csv") != read_rows(tmp_path / "a" / "predictions.csv")
-    assert other["rows"] == first["vectors"]
+    assert other["vectors"] == first["vectors"]
 
 
 def test_another_label_of_the_same_records_embeds_nothing(
