@@ -22,18 +22,18 @@ import numpy as np
 import pyarrow as pa
 from Bio import SeqIO
 from Bio.SeqIO.FastaIO import SimpleFastaParser
+from embedding import SHAPES, save_peer
 from harness import Finding, Options, agree, race
 from steps import OPTIMIZER, OurStep
 from transformers import EsmTokenizer
 
-from embedding import SHAPES, save_peer
 from meristem.api import read_embeddings
 from meristem.data.loader import TrainLoader
 from meristem.data.records import ReadOptions, Source
 from meristem.data.store import RecordStore
 from meristem.domain import load_domain
-from meristem.embedding.chunks import ChunkReader
-from meristem.embedding.workers import EngineOptions
+from meristem.inference.chunks import ChunkReader
+from meristem.inference.workers import EngineOptions
 from meristem.objectives.masked import Masked
 from meristem.train.task import Task
 from meristem_domains.protein.presets import PRESETS

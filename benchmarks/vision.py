@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from meristem.data.pack import pack_column
 from meristem.data.patches import PatchTokenizer
-from meristem.embedding.engine import PRECISIONS, TrunkRunner
-from meristem.embedding.predict import Predictor
+from meristem.inference.engine import PRECISIONS, TrunkRunner
+from meristem.inference.predict import Predictor
 from meristem.interop.table import KeyTable, Rename, Row, Transform
 from meristem.model.config import (
     Attention,

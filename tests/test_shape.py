@@ -19,8 +19,8 @@ from meristem.data.pack import pack, pack_column
 from meristem.data.records import SCHEMA, ReadOptions, Source, record_at
 from meristem.data.tokenizer import Tokenizer
 from meristem.domain import Domain
-from meristem.embedding.dedupe import Seen
-from meristem.embedding.engine import TrunkRunner
+from meristem.inference.dedupe import Seen
+from meristem.inference.engine import TrunkRunner
 from meristem.model.config import Attention, Embedding, FeedForward, Full, Learned, TransformerConfig
 from meristem.model.kernels import attend, attend_reference
 from meristem.model.model import Model

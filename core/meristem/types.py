@@ -1,6 +1,6 @@
 """What crosses a floor: the frozen values that data flows through, in order.
 
-    file -> Record -> Tokens -> (objective.prepare) Tokens -> PackedBatch -> Hidden -> LossOut | Vectors -> file
+    file -> Record -> Tokens -> (objective.prepare) Tokens -> PackedBatch -> Hidden -> LossOut, or rows of a file
 
 A protein, a text and an image differ in `Tokens` alone. From `PackedBatch` on there is no padding and
 no batch axis: sequences lie end to end along `T`, and a `Layout` says where each begins.
@@ -304,18 +304,3 @@ class LossOut:
     terms: Mapping[str, Term]
     predictions: Mapping[str, Tensor] = field(default_factory=dict)
     targets: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """Embeddings of the sequences of one pack, in the order of the pack.
-
-    Attributes:
-        values: `[S, D]` one vector a sequence, or `[T, D]` one a token.
-        lengths: tokens of each sequence that have a vector (all 1 for pooled ones are implied).
-        records: index of the record of each sequence.
-    """
-
-    values: Float[Tensor, "R D"]
-    lengths: tuple[int, ...]
-    records: tuple[int, ...]

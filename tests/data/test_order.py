@@ -75,7 +75,6 @@ def test_starting_at_step_k_equals_going_through(lengths, budget, packs_per_step
     assert as_lists(PackStream(lengths, **options).step(k)) == steps[k]
     assert as_lists(through.step(0)) == steps[0]  # backwards as well
     assert as_lists(pickle.loads(pickle.dumps(through)).step(k)) == steps[k]
-    assert through.epoch_of(k) == steps[k][0][0]
 
 
 @given(LENGTHS, BUDGET, st.integers(1, 7))

@@ -210,7 +210,7 @@ def test_processes_that_build_the_same_store_at_once_all_get_it(rng, tmp_path):
 def test_what_a_killed_build_left_is_cleared_away(tmp_path):
     source = write(tmp_path / "a.txt", "x\tMKV")
     path = build([source], tmp_path / "cache").path
-    path.rename(path.with_name(f"{path.stem}.abc.partial.arrow"))
+    path.rename(path.with_name(f"{path.name}.abc.tmp"))
     build([source], tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == [path]
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from meristem.errors import CheckpointError
 from meristem.interop.directory import read_directory, read_model
 from meristem.interop.dnabert2 import DNABERT2
-from meristem.interop.families import find_family
+from meristem.interop.family import find_family
 from meristem.interop.nucleotide import NUCLEOTIDE_V1, NUCLEOTIDE_V2
 from meristem.interop.runners import Runner, draw_sequences
 from meristem.model.model import Model
@@ -118,7 +118,7 @@ def dnabert2(shape: str, folder: Path, rng: np.random.Generator) -> Case:
     config = {**DNABERT, **DNABERT_SHAPES[shape]}
     plain_dna.write(folder / "hf", config, plain_dna.dnabert2_shapes(config), rng)
     runner = Runner("torch", plain_dna.load, draw_sequences, plain_dna.theirs(plain_dna.run_dnabert2))
-    tokenizer = PlainIds(config["vocab_size"], prefix=(1,), suffix=(2,), special=(0, 3), mask_id=4)
+    tokenizer = PlainIds(config["vocab_size"], prefix=(1,), suffix=(2,), reserved=(0, 3), mask_id=4)
     return Case.of(folder / "hf", replace(DNABERT2, runner=runner), tokenizer)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from meristem.data.pack import pack
 from meristem.interop.directory import Imported, read_directory, write_directory
-from meristem.interop.esm import ESM
+from meristem.interop.families.esm import ESM
 from meristem.interop.parity import Parity, compare
 from meristem.interop.runners import load_transformers, random_tokens
 from meristem.model.model import Model

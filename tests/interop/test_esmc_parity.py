@@ -15,7 +15,7 @@ from transformers import EsmcConfig, EsmcForMaskedLM, EsmcModel, EsmcTokenizer
 
 from meristem.errors import ConfigError
 from meristem.interop.directory import read_directory, write_directory
-from meristem.interop.esmc import ESMC, SYMBOLS
+from meristem.interop.families.esmc import ESMC, SYMBOLS
 from meristem.interop.runners import load_transformers
 from meristem.model.model import Model
 

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from meristem.data.pack import pack
 from meristem.interop.directory import read_directory, write_directory
-from meristem.interop.gpt2 import GPT2, GPT_BIGCODE
+from meristem.interop.families.gpt2 import GPT2, GPT_BIGCODE
 from meristem.model.model import Model
 
 SHAPE = {"vocab_size": 64, "n_positions": 60, "n_embd": 32, "n_layer": 3, "n_head": 4}

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel
 
-from meristem.interop.modernbert import MODERNBERT
+from meristem.interop.families.modernbert import MODERNBERT
 from meristem.model.config import Full, NoNorm, Rotary, Window
 from meristem.model.model import Model
 from meristem.model.position import RotaryLayer
@@ -61,7 +61,7 @@ COMMON = {
 
 def modernbert(shape: str, folder: Path, rng: np.random.Generator, kind: type = ModernBertForMaskedLM) -> Case:
     config = ModernBertConfig(**{**COMMON, **SHAPES[shape]})
-    tokenizer = PlainIds(config.vocab_size, prefix=(2,), suffix=(3,), special=(0, 1), mask_id=4)
+    tokenizer = PlainIds(config.vocab_size, prefix=(2,), suffix=(3,), reserved=(0, 1), mask_id=4)
     return Case.of(save(redraw(kind(config), rng, sharp=1.4, symbols=1.5), folder / "hf"), MODERNBERT, tokenizer)
 
 

@@ -30,7 +30,7 @@ from meristem.cli.main import main
 from meristem.data.patches import PatchTokenizer
 from meristem.data.picture_sizes import resized_size
 from meristem.data.pictures import read_pixels
-from meristem.embedding.engine import TrunkRunner
+from meristem.inference.engine import TrunkRunner
 from meristem.interop.image_runners import load_timm
 
 TOLERANCE = 1e-4

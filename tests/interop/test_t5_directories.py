@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel, T5ForCondition
 
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import read_directory, read_model, write_directory
-from meristem.interop.families import find_family
-from meristem.interop.t5 import DEFAULTS, T5, T5_ENCODER, read_config, write_config
+from meristem.interop.families.t5 import DEFAULTS, T5, T5_ENCODER, read_config, write_config
+from meristem.interop.family import find_family
 from meristem.model.config import TokenHead
 
 ODD = {

@@ -24,7 +24,7 @@ from torch import nn
 
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import read_directory, write_directory
-from meristem.interop.families import find_family
+from meristem.interop.family import find_family
 from meristem.interop.timm_names import ARCHITECTURES
 from meristem.interop.timm_vit import TIMM_VIT
 from meristem.model.config import LayerNorm, Mean, Prefix, Rotary

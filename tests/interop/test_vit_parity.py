@@ -36,8 +36,7 @@ from meristem.data.patches import PatchTokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.dino import DINO, DINO_REGISTERS
 from meristem.interop.directory import read_directory, read_model, write_directory
-from meristem.interop.families import find_family
-from meristem.interop.family import Family
+from meristem.interop.family import Family, find_family
 from meristem.interop.vit import VIT
 from meristem.model.config import FeedForward, Prefix, Residual, RMSNorm
 from meristem.model.model import Model

@@ -3,7 +3,11 @@
 import argparse
 import sys
 import time
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # importing torch takes seconds, and help needs none of it
+    from meristem.inference.run import EmbedOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,18 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["parquet", "h5", "npz"],
         help="part-*.parquet alone, or embeddings.h5 (as biotrainer reads it) or embeddings.npz beside them",
     )
-    parser.add_argument(
-        "--pool",
-        choices=["mean", "cls", "max", "own", "none"],
-        help="how tokens become one vector: own is the model's, with its weights; none is one a token; "
-        "own by default, mean where the model has none",
-    )
-    parser.add_argument(
-        "--layer",
-        type=int,
-        default=-1,
-        help="layer whose vectors are wanted: 0 is the embedding, -1 the last",
-    )
+    add_vector_arguments(parser, ["mean", "cls", "max", "own", "none"], "; none is one a token")
     add_engine_arguments(parser)
     parser.add_argument("--devices", type=int, default=1, help="GPUs (processes on a CPU) that share the work")
     parser.add_argument(
@@ -38,19 +31,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let torch compile the blocks (a minute at the start; worth it on a GPU and long inputs), where it can",
     )
-    parser.add_argument("--domain", default="", help="domain that reads the inputs; the model's own by default")
+
+
+def add_vector_arguments(parser: argparse.ArgumentParser, pools: list[str], more: str = "") -> None:
+    """Which vectors are wanted, for every verb that embeds.
+
+    Args:
+        more: said of the pools in the help text.
+    """
+    own = "own is the model's, with its weights, and the default; mean where the model has none"
+    parser.add_argument("--pool", choices=pools, help=f"how tokens become one vector: {own}{more}")
     parser.add_argument(
-        "--on-error",
-        default="refuse",
-        choices=["refuse", "skip"],
-        help="a record that cannot be used: refuse everything, or skip it and name it in manifest.json",
+        "--layer", type=int, default=-1, help="layer whose vectors are wanted: 0 is the embedding, -1 the last"
     )
-    parser.add_argument("--sequence-column", default="", help="column of a table that holds the sequences")
-    parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the engine runs, for every verb that needs vectors."""
+    """How records are read and the model is run, for every verb that does."""
     parser.add_argument(
         "--tokens-per-batch",
         type=int,
@@ -59,25 +56,38 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
     )
+    parser.add_argument("--domain", default="", help="domain that reads the inputs; the model's own by default")
+    parser.add_argument(
+        "--on-error",
+        default="refuse",
+        choices=["refuse", "skip"],
+        help="a record that cannot be used: refuse everything, or leave it out, name it and count it",
+    )
+    parser.add_argument("--sequence-column", default="", help="column of a table that holds the payloads")
+    parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Embed, and say what came of it."""
+def embed_options(args: argparse.Namespace) -> "EmbedOptions":
+    """What the arguments of `add_vector_arguments` and `add_engine_arguments` say."""
     from meristem.data.records import ReadOptions
-    from meristem.embedding.run import EmbedOptions, embed_files
+    from meristem.inference.run import EmbedOptions
 
-    options = EmbedOptions(
+    return EmbedOptions(
         pool=args.pool,
         layer=args.layer,
-        format=args.format,
         tokens_per_batch=args.tokens_per_batch,
         precision=args.precision,
-        devices=args.devices,
-        is_compiled=args.compile,
         domain=args.domain,
         is_skipping=args.on_error == "skip",
         read=ReadOptions(payload_column=args.sequence_column, id_column=args.id_column),
     )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embed, and say what came of it."""
+    from meristem.inference.run import embed_files
+
+    options = replace(embed_options(args), format=args.format, devices=args.devices, is_compiled=args.compile)
     with ProgressReport("embed") as report:
         manifest = embed_files(args.model, args.inputs, args.output, options, report)
     print_summary(manifest)
@@ -130,11 +140,11 @@ class ProgressReport:
         print(describe_engine(device, torch.get_num_threads(), precision, tokens_per_batch), file=sys.stderr)
 
     def found(self, records: int | None, tokens: int | None) -> None:
-        from meristem.cli.console import progress
+        from meristem.progress import Progress
 
         if records is not None:
             print(f"{records:,} records, {tokens:,} tokens", file=sys.stderr)
-        self._bar = progress(tokens, "tokens", title=self._title).__enter__()
+        self._bar = Progress(tokens, "tokens", title=self._title).__enter__()
         self._began = time.monotonic()
 
     def skipped(self, records: int, tokens: int) -> None:

@@ -18,21 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one row a token with its probabilities; by default labels of tokens are one text a record",
     )
     add_engine_arguments(parser)
-    parser.add_argument("--domain", default="", help="domain that reads the inputs; the model's own by default")
-    parser.add_argument(
-        "--on-error",
-        default="refuse",
-        choices=["refuse", "skip"],
-        help="what to do about a record that cannot be used",
-    )
-    parser.add_argument("--sequence-column", default="", help="column of a table that holds the sequences")
-    parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
 
 
 def run(args: argparse.Namespace) -> int:
     """Label every record, then put the table in its place."""
     from meristem.data.records import ReadOptions
-    from meristem.embedding.predict_run import predict_files
+    from meristem.inference.predict_run import predict_files
 
     with ProgressReport("predict") as report:
         done = predict_files(

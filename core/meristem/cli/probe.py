@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from meristem.cli.embed import ProgressReport, add_engine_arguments
+from meristem.cli.embed import ProgressReport, add_engine_arguments, add_vector_arguments, embed_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--k", type=int, help="neighbours that vote; 20 by default, or all where there are fewer")
     parser.add_argument("--temperature", type=float, default=0.07, help="of the votes")
-    parser.add_argument(
-        "--pool",
-        choices=["mean", "cls", "max", "own"],
-        help="how tokens become one vector: own is the model's, and the default; mean where the model has none",
-    )
-    parser.add_argument("--layer", type=int, default=-1, help="whose vectors: 0 is the embedding, -1 the last")
+    add_vector_arguments(parser, ["mean", "cls", "max", "own"])
     parser.add_argument(
         "--split",
         default="hash",
@@ -52,15 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="another one deals anew")
     add_engine_arguments(parser)
-    parser.add_argument("--domain", default="", help="domain that reads the data; the model's own by default")
-    parser.add_argument(
-        "--on-error",
-        default="refuse",
-        choices=["refuse", "skip"],
-        help="a record that cannot be used: refuse everything, or leave it out and count it",
-    )
-    parser.add_argument("--sequence-column", default="", help="column of a table that holds the payloads")
-    parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
     parser.add_argument("--cache", metavar="DIR", help="folder in which vectors are kept for the next call")
 
 
@@ -77,19 +63,12 @@ def run(args: argparse.Namespace) -> int:
         task=args.task,
         k=args.k,
         temperature=args.temperature,
-        pool=args.pool,
-        layer=args.layer,
         split=args.split,
         split_column=args.split_column,
         test_frac=args.test_frac,
         validation_frac=args.validation_frac,
         seed=args.seed,
-        tokens_per_batch=args.tokens_per_batch,
-        precision=args.precision,
-        domain=args.domain,
-        is_skipping=args.on_error == "skip",
-        payload_column=args.sequence_column,
-        id_column=args.id_column,
+        embed=embed_options(args),
         cache_dir=Path(args.cache) if args.cache else None,
     )
     metrics = probe_files(args.model, args.inputs, args.output, options, args.test, _Shown())
@@ -156,8 +135,8 @@ class _Shown:
 
     @contextmanager
     def fitting(self, total: int) -> Iterator[Callable[[int], None]]:
-        from meristem.cli.console import progress
+        from meristem.progress import Progress
 
         print("fitting the linear probe", file=sys.stderr)
-        with progress(total, "penalties", title="fit") as bar:
+        with Progress(total, "penalties", title="fit") as bar:
             yield bar.advance

@@ -140,10 +140,10 @@ def _write_arrays(
 
     import numpy as np
 
-    from meristem.cli.console import progress
+    from meristem.progress import Progress
 
     seen: Counter[str] = Counter()
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file, progress(None, "records", title="score") as bar:
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file, Progress(None, "records", title="score") as bar:
         for name, column in records:
             values = make(column)
             seen[name] += 1
@@ -167,16 +167,16 @@ def _write_likelihoods(
     import pyarrow.parquet
     import torch
 
-    from meristem.cli.console import progress
-    from meristem.embedding.trunks import runnable_trunk
     from meristem.errors import DataError
+    from meristem.inference.trunks import runnable_trunk
+    from meristem.progress import Progress
     from meristem.scoring.likelihood import LikelihoodOptions, score_column
     from meristem.scoring.running import RunningModel
 
     options = LikelihoodOptions(one_pass=args.one_pass, closing=args.closing, prefix_tokens=args.prefix_tokens)
     trunk = runnable_trunk(model, torch.float32)
     rows = []
-    with progress(None, "tokens", title="score") as bar:
+    with Progress(None, "tokens", title="score") as bar:
         running = RunningModel(model, trunk, card.tokenizer, args.tokens_per_batch, bar.advance)
         for name, column in records:
             [row] = score_column(running, column, options)

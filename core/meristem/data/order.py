@@ -123,10 +123,6 @@ class PackStream:
         """The packs of optimiser step `n`, each as its epoch and its records."""
         return [self._pack(i) for i in range(n * self.packs_per_step, (n + 1) * self.packs_per_step)]
 
-    def epoch_of(self, n: int) -> int:
-        """The epoch that the first pack of step `n` belongs to."""
-        return self._pack(n * self.packs_per_step)[0]
-
     def _pack(self, i: int) -> tuple[int, np.ndarray]:
         while not self._ends or self._ends[-1] <= i:
             plan = self._plan(len(self._ends))

@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.data.records import LABEL_PREFIX, ReadOptions, Refusal, Source, place_of
-from meristem.data.store_writer import END, Progress, Read, replaced, write_store
+from meristem.data.store_writer import END, Progress, Read, write_store
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
 from meristem.errors import DataError
+from meristem.files import replacing
 from meristem.types import Record
 
 Files = Callable[[Source, ReadOptions], Iterable[Path]]
@@ -217,8 +218,9 @@ class RecordStore:
                     count = error.row
                     lengths[first + done : first + done + count] = tokenizer.lengths(payloads.slice(done, count))
                 done += count + 1
-        with suppress(OSError), replaced(path) as temporary:  # a full disk costs the next run some seconds
-            np.save(temporary, lengths)
+        # a full disk costs the next run some seconds
+        with suppress(OSError), replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, lengths)
         return lengths
 
     def payload_hashes(self, seed: int) -> np.ndarray:

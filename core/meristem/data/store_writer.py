@@ -7,9 +7,7 @@ it, since an Arrow file takes no dictionary that grows.
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pyarrow as pa
 
 from meristem.data.records import ReadOptions, Refusal, Source
 from meristem.errors import DataError
+from meristem.files import replacing
 
 CHUNK_BYTES = 32 << 20
 """Payload bytes of a chunk: few chunks to look a row up in, and little memory to build one."""
@@ -26,21 +25,6 @@ END = b"meristem.end"
 
 Read = Callable[[Source, ReadOptions], Iterator[pa.RecordBatch]]
 Progress = Callable[[int, int], None]
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` when all went well, and is gone when not."""
-    handle, name = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
-    temporary = Path(name)
-    try:
-        os.close(handle)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _Wider(Exception):
@@ -66,7 +50,7 @@ def write_store(
     schema: pa.Schema | None = None
     while True:
         try:
-            with replaced(path) as temporary:
+            with replacing(path) as temporary:
                 return _write_chunks(temporary, schema, read, sources, options, progress, sizes)
         except _Wider as wider:  # rare: begin again; types only widen, so this ends
             schema = wider.schema

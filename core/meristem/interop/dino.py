@@ -181,6 +181,7 @@ DINO = Family(
 DINO_REGISTERS = replace(
     DINO,
     name="DINOv2 with registers",
+    variant_of=DINO,
     recognises=lambda config: config.get("model_type") == "dinov2_with_registers",
     write_config=write_register_config,
     prefix="dinov2_with_registers.",

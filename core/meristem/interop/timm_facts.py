@@ -158,12 +158,12 @@ def named_of(config: ForeignConfig) -> Named:
     """What the name of an architecture stands for.
 
     Raises:
-        ConfigError: it is none of those at home.
+        ConfigError: it is not a supported one.
     """
     name = config["architecture"]
     if name not in ARCHITECTURES:
         raise ConfigError(
-            f"architecture must be a vision transformer of timm that is at home, one of {len(ARCHITECTURES)} such as "
+            f"architecture must be a supported vision transformer of timm, one of {len(ARCHITECTURES)} such as "
             f"vit_base_patch16_224 and deit_tiny_distilled_patch16_224; got {name!r}"
         )
     return ARCHITECTURES[name]

@@ -1,9 +1,10 @@
 """How to probe."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from meristem.errors import ConfigError
+from meristem.inference.run import EmbedOptions
 from meristem.probing.labels import TASKS
 from meristem.probing.parts import SPLITS
 
@@ -21,19 +22,12 @@ class ProbeOptions:
         task: classification, regression, or auto: regression where the labels are numbers and one has a fraction.
         k: neighbours that vote; None for 20, or all where there are fewer.
         temperature: of their votes.
-        pool: as in `EmbedOptions`, but for none.
-        layer: as in `EmbedOptions`.
         split: hash or similarity: how records are dealt that no column and no file deals.
         split_column: column that says train, validation or test.
         test_frac: of the records, where neither a column nor files give the test; None for 0.2.
         validation_frac: of the records for training, to choose the penalty of the linear probe by.
         seed: another one deals anew.
-        tokens_per_batch: as in `EmbedOptions`.
-        precision: as in `EmbedOptions`.
-        domain: reads the inputs; the model's own where empty.
-        is_skipping: records that cannot be used are left out and counted; else they are errors.
-        payload_column: as in `ReadOptions`.
-        id_column: as in `ReadOptions`.
+        embed: how the records are read and embedded; every pool but none. Columns of labels and of the split are added.
         cache_dir: folder of record stores and vectors; None for the default one.
     """
 
@@ -42,19 +36,12 @@ class ProbeOptions:
     task: str = "auto"
     k: int | None = None
     temperature: float = 0.07
-    pool: str | None = None
-    layer: int = -1
     split: str = "hash"
     split_column: str = ""
     test_frac: float | None = None
     validation_frac: float = 0.1
     seed: int = 0
-    tokens_per_batch: int | None = None
-    precision: str = "auto"
-    domain: str = ""
-    is_skipping: bool = False
-    payload_column: str = ""
-    id_column: str = ""
+    embed: EmbedOptions = field(default_factory=EmbedOptions)
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +50,7 @@ class ProbeOptions:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         if not self.label:
             raise ConfigError("label must name a column; got none")
-        if self.pool == "none":
+        if self.embed.pool == "none":
             raise ConfigError("a probe needs one vector a record; pool none gives one a token: use mean")
         if self.k is not None and self.k < 1:
             raise ConfigError(f"k must be 1 or more; got {self.k}")

@@ -1,9 +1,8 @@
 """Probe files: read and deal the records, embed them, fit, measure on the test, write what came of it."""
 
 import csv
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import numpy as np
 from meristem.data.records import ReadOptions, Refusal, Source
 from meristem.data.store import RecordStore, default_cache_dir
 from meristem.domain import load_domain
-from meristem.embedding.engine import best_device
-from meristem.embedding.run import EmbedOptions
-from meristem.embedding.writer import replacing, write_file
 from meristem.errors import ConfigError, DataError
+from meristem.files import replacing, write_json
+from meristem.inference.engine import best_device
 from meristem.model_directory import find_model, hash_weights, is_own, load_any, load_card
 from meristem.probing.fit import Fit, Unwatched, Watch
 from meristem.probing.labels import Classes, find_classes, is_missing, task_of
@@ -101,7 +99,7 @@ class _Probe:
 
     def go(self) -> dict[str, Any]:
         options = self.options
-        self.domain = load_domain(options.domain or self._domain_of_model())
+        self.domain = load_domain(options.embed.domain or self._domain_of_model())
         main_store, main_refused = self._read(self.inputs, options.split_column)
         test_store, test_refused = self._read(self.tests, "") if self.tests else (main_store, [])
         # labels and split are looked at before the hours of embedding
@@ -148,7 +146,7 @@ class _Probe:
         else:
             self._values(fit, _numbers(fit_labels), _numbers(true_labels), metrics, columns)
         _write_csv(self.output / PREDICTIONS, columns)
-        write_file(self.output / METRICS, (json.dumps(metrics, indent=2, ensure_ascii=False) + "\n").encode())
+        write_json(self.output / METRICS, metrics)
         return metrics
 
     def _domain_of_model(self) -> str:
@@ -169,12 +167,11 @@ class _Probe:
 
     def _read_options(self, split_column: str, refused: list[Refusal] | None = None) -> ReadOptions:
         options = self.options
-        return ReadOptions(
-            payload_column=options.payload_column,
-            id_column=options.id_column,
+        return replace(
+            options.embed.read,
             label_columns=(options.label,),
             split_column=split_column,
-            on_error=refused.append if options.is_skipping and refused is not None else None,
+            on_error=refused.append if options.embed.is_skipping and refused is not None else None,
         )
 
     def _deal(self, store: RecordStore, labels: list[Any]) -> Parts:
@@ -202,17 +199,9 @@ class _Probe:
     def _embed(
         self, store: RecordStore, labels: list[Any], sources: list[str], refused: list[Refusal], title: str
     ) -> _Set:
-        options = self.options
-        embed = EmbedOptions(
-            pool=options.pool,
-            layer=options.layer,
-            tokens_per_batch=options.tokens_per_batch,
-            precision=options.precision,
-            domain=options.domain,
-            is_skipping=options.is_skipping,
-            # the same records as the store's: a label that cannot be read is refused here as well
-            read=self._read_options("" if sources is self.tests else options.split_column),
-        )
+        # the same records as the store's: a label that cannot be read is refused here as well
+        read = self._read_options("" if sources is self.tests else self.options.split_column)
+        embed = replace(self.options.embed, read=read)
         rows, vectors, manifest = stored_vectors(
             store, self.model_path, sources, embed, self.cache_dir / "vectors", title, self.watch
         )

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from meristem.errors import CheckpointError, ConfigError
 from meristem.model.compiled import compile_blocks
-from meristem.model.config import TransformerConfig
+from meristem.model.config import TokenHead, TransformerConfig
 from meristem.model.grid import resampled
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard, load_card, load_model
@@ -130,7 +130,7 @@ class Task(L.LightningModule):
             return
         heads = self.objective.heads
         if "tokens" in heads and self.architecture.head is None:
-            self.architecture = replace(self.architecture, head=_default_head())
+            self.architecture = replace(self.architecture, head=TokenHead())
         with torch.random.fork_rng():
             torch.manual_seed(fold(self.seed, "init"))
             self.model = Model(self.architecture, heads, self.objective.readouts)
@@ -350,9 +350,3 @@ def fold(seed: int, *parts: int | str) -> int:
     """One seed of many numbers: equal only where all are equal."""
     digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _default_head() -> Any:
-    from meristem.model.config import TokenHead
-
-    return TokenHead()

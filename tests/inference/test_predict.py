@@ -11,10 +11,10 @@ import torch
 from small_models import READOUTS, column_of, random_ids, random_protein, write_fasta
 
 from meristem.data.pack import pack
-from meristem.embedding.engine import TrunkRunner
-from meristem.embedding.predict import Predictor
-from meristem.embedding.predict_run import predict_files
 from meristem.errors import ConfigError, DataError
+from meristem.inference.engine import TrunkRunner
+from meristem.inference.predict import Predictor
+from meristem.inference.predict_run import predict_files
 from meristem.model.config import Learned
 from meristem.model.model import Model
 from meristem.model.readout import Readout

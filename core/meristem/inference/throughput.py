@@ -12,8 +12,8 @@ import numpy as np
 
 from meristem.data.records import ReadOptions
 from meristem.domain import load_domain
-from meristem.embedding.chunks import ChunkReader
-from meristem.embedding.engine import Embedder
+from meristem.inference.chunks import ChunkReader
+from meristem.inference.engine import Embedder
 from meristem.model_directory import ModelCard
 from meristem.types import TokenColumn
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from small_models import column_of, random_ids, redraw, tiny_config
 
-from meristem.embedding.engine import Embedder, TrunkRunner
-from meristem.embedding.predict import Predictor
+from meristem.inference.engine import Embedder, TrunkRunner
+from meristem.inference.predict import Predictor
 from meristem.model.config import Learned, Prefix
 from meristem.model.model import Model
 from meristem.model.readout import Readout

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from small_models import tiny_model
 
-from meristem.embedding import throughput
-from meristem.embedding.engine import Embedder, TrunkRunner
-from meristem.embedding.throughput import Throughput, measure_throughput
+from meristem.inference import throughput
+from meristem.inference.engine import Embedder, TrunkRunner
+from meristem.inference.throughput import Throughput, measure_throughput
 from meristem.model.config import Learned
 
 

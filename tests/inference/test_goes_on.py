@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from small_models import records_with_repeats, snapshot, write_fasta
 
-from meristem.embedding import writer
-from meristem.embedding.engine import Embedder
-from meristem.embedding.formats import iter_embeddings, read_embeddings
-from meristem.embedding.run import EmbedOptions, embed_files
 from meristem.errors import ConfigError, DataError
+from meristem.inference import writer
+from meristem.inference.engine import Embedder
+from meristem.inference.formats import iter_embeddings, read_embeddings
+from meristem.inference.run import EmbedOptions, embed_files
 
 MakeModel = Callable[..., Path]
 
@@ -68,7 +68,7 @@ def test_a_run_goes_on_where_it_was_stopped_and_computes_only_what_is_left(
 
 DRIVER = """
 import sys
-from meristem.embedding import chunks, engine, run
+from meristem.inference import chunks, engine, run
 chunks.CHUNK_RECORDS = run.CHUNK_RECORDS = 16
 slow = engine.Embedder.embed
 import time

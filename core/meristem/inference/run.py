@@ -17,15 +17,15 @@ import torch
 from meristem import __version__
 from meristem.data.records import ReadOptions, Source
 from meristem.domain import load_domain
-from meristem.embedding.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS, Chunk, ChunkReader
-from meristem.embedding.dedupe import Seen, Sources, take
-from meristem.embedding.engine import PLAIN_POOLS, POOLS, PRECISIONS, NotFinite, best_device, best_precision
-from meristem.embedding.formats import FORMATS, convert
-from meristem.embedding.threads import Behind, ahead
-from meristem.embedding.windows import OVERLAP_FRAC
-from meristem.embedding.workers import EngineOptions, InProcess, Workers
-from meristem.embedding.writer import OutputDirectory, PartWriter, run_id
 from meristem.errors import ConfigError, DataError
+from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS, Chunk, ChunkReader
+from meristem.inference.dedupe import Seen, Sources, take
+from meristem.inference.engine import PLAIN_POOLS, POOLS, PRECISIONS, NotFinite, best_device, best_precision
+from meristem.inference.formats import FORMATS, convert
+from meristem.inference.threads import Behind, ahead
+from meristem.inference.windows import OVERLAP_FRAC
+from meristem.inference.workers import EngineOptions, InProcess, Workers
+from meristem.inference.writer import OutputDirectory, PartWriter, run_id
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard, hash_weights, load_any
 

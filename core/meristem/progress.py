@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere; always on stderr."""
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere; always on stderr."""
 
 import sys
 import time
@@ -8,24 +8,25 @@ from typing import Any, Self, TextIO
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class progress:
+class Progress:
     """Counts work that is done, and says how fast it goes and how long it will take.
 
     Args:
         total: units in all; None where it is not known, then no time left is given.
         unit: what is counted, in the plural (`records`, `tokens`).
         title: what is being done, in front of the figures.
-        stream: where to; a terminal gets a bar, anything else one line every ten seconds.
+        stream: where to; a terminal gets a bar, anything else a line every ten seconds.
+        done: units that an earlier run has done: they count, but not for the rate.
 
     Example:
-        >>> with progress(2, "records", title="embed") as p:
-        ...     p.advance(2)
+        >>> with Progress(2, "records", title="embed") as progress:
+        ...     progress.advance(2)
     """
 
-    def __init__(self, total: int | None, unit: str, title: str = "", stream: TextIO | None = None):
+    def __init__(self, total: int | None, unit: str, title: str = "", stream: TextIO | None = None, done: int = 0):
         self._total, self._unit, self._title = total, unit, title or unit
         self._stream = stream or sys.stderr
-        self._done, self._skipped, self._note = 0, 0, ""
+        self._done, self._skipped, self._note = done, done, ""
         self._bar: Any = None
         self._task: Any = None
         self._began = self._last_line = time.monotonic()
@@ -54,11 +55,19 @@ class progress:
         self._skipped += count
         self.advance(count)
 
+    def say(self, line: str) -> None:
+        """Print a line that stays, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False)
+        else:
+            print(line, file=self._stream, flush=True)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
         elif time.monotonic() - self._began >= SECONDS_BETWEEN_LINES:
             self._print_line()
 
@@ -66,7 +75,8 @@ class progress:
         return (self._done - self._skipped) / max(time.monotonic() - self._began, 1e-6)
 
     def _rates(self) -> str:
-        rate = _rate(self._speed(), self._unit)
+        per_second = self._speed()
+        rate = f"{per_second:,.0f} {self._unit}/s" if per_second >= 10 else f"{per_second:.2g} {self._unit}/s"
         return f"{rate}, {self._note}" if self._note else rate
 
     def _start_bar(self) -> None:
@@ -81,7 +91,7 @@ class progress:
             TimeRemainingColumn(),
             console=Console(file=self._stream),
         )
-        self._task = self._bar.add_task(self._title, total=self._total, rate="")
+        self._task = self._bar.add_task(self._title, total=self._total, completed=self._done, rate="")
         self._bar.start()
 
     def _print_line(self) -> None:
@@ -98,11 +108,8 @@ class progress:
         print(line, file=self._stream, flush=True)
 
 
-def _rate(per_second: float, unit: str) -> str:
-    return f"{per_second:,.0f} {unit}/s" if per_second >= 10 else f"{per_second:.2g} {unit}/s"
-
-
 def duration(seconds: float) -> str:
+    """A time as people write it: `1:05` for 65 seconds, `2:00:00` for two hours."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from meristem.embedding.chunks import Chunk
-from meristem.embedding.dedupe import Sources
 from meristem.errors import ConfigError, DataError
+from meristem.files import TEMPORARY, read_json, replacing, write_json
+from meristem.inference.chunks import Chunk
+from meristem.inference.dedupe import Sources
 
 MANIFEST = "manifest.json"
 METADATA_KEY = b"meristem"
@@ -62,7 +63,7 @@ class OutputDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--output {self.path} must be a directory, new or of the same run; it is a file")
         if self.path.is_dir() and not (self.path / MANIFEST).exists():
-            others = sorted(item.name for item in self.path.iterdir() if not item.name.endswith(".tmp"))
+            others = sorted(item.name for item in self.path.iterdir() if not item.name.endswith(TEMPORARY))
             if others:
                 raise ConfigError(
                     f"--output {self.path} must be new, empty or of the same run; it holds {others[0]!r}; "
@@ -99,8 +100,9 @@ class OutputDirectory:
             raise ConfigError(f"--output {self.path}: another process is writing there; wait for it") from error
         except OSError as error:
             raise ConfigError(f"--output {self.path} cannot be made: {error.strerror or error}") from error
-        for leftover in self.path.glob("*.tmp"):
-            leftover.unlink()
+        for name in ("part-*.parquet", MANIFEST, "embeddings.*"):  # what a killed run left half written
+            for leftover in self.path.glob(f"{name}.*{TEMPORARY}"):
+                leftover.unlink()
 
     def release(self) -> None:
         """Let others in."""
@@ -138,8 +140,7 @@ class OutputDirectory:
 
     def write_manifest(self, values: Mapping[str, Any]) -> None:
         """Replace the manifest at once."""
-        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-        write_file(self.path / MANIFEST, text.encode("utf-8", "replace"))
+        write_json(self.path / MANIFEST, values)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -148,15 +149,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         DataError: there is none, or it is damaged.
     """
-    try:
-        values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no directory of vectors ({MANIFEST} is missing)") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path / MANIFEST}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path / MANIFEST}: must be a JSON object")
-    return values
+    if not (path / MANIFEST).exists():
+        raise DataError(f"{path}: no directory of vectors ({MANIFEST} is missing)")
+    return read_json(path / MANIFEST)
 
 
 def run_id(identity: Identity) -> str:
@@ -212,9 +207,16 @@ class PartWriter:
         facts = {"run": self._run, "digest": chunk.digest, "seconds": round(seconds, 3)}
         table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(facts)})
         path = self._output.part(chunk.index)
-        with replacing(path) as temporary:
-            # floats of vectors do not get smaller
-            pq.write_table(table, temporary, compression="none", use_dictionary=["tokens.list.element"])
+        try:
+            with replacing(path) as temporary:
+                # floats of vectors do not get smaller
+                pq.write_table(table, temporary, compression="none", use_dictionary=["tokens.list.element"])
+        except OSError as error:
+            if "No space left" not in str(error):  # Arrow hides the number of the error in its text
+                raise
+            raise DataError(
+                f"{path.parent}: no space left on device; finished parts stay: free some and run the same command again"
+            ) from error
 
     def _token_columns(
         self, chunk: Chunk, lengths: np.ndarray, sources: Sources, place: np.ndarray, new_values: np.ndarray
@@ -252,36 +254,3 @@ def part_vectors(path: Path) -> np.ndarray:
     if not pa.types.is_fixed_size_list(column.type):
         column = column.flatten()
     return column.flatten().to_numpy().reshape(-1, column.type.list_size)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file at once: it is the old one or the new one, never half of it."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Any:
-    """A temporary name that becomes `path` when all went well, and is gone when it did not.
-
-    Raises:
-        DataError: the disk is full.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.rename(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and "No space left" in str(error):
-            raise DataError(
-                f"{path.parent}: no space left on device; finished parts stay: free some and run the same command again"
-            ) from error
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_models import column_of, random_ids, tiny_model
 
-from meristem.embedding.engine import Embedder, TrunkRunner
+from meristem.inference.engine import Embedder, TrunkRunner
 from meristem.model import kernels
 from meristem.model.config import FeedForward, Learned
 from meristem.model.model import Model

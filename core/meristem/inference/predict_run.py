@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 
 from meristem.data.records import ReadOptions, Refusal
 from meristem.domain import load_domain
-from meristem.embedding.chunks import Chunk, ChunkReader
-from meristem.embedding.engine import PRECISIONS, NotFinite, TrunkRunner, best_device, best_precision
-from meristem.embedding.predict import Predictor, record_columns, token_columns
-from meristem.embedding.run import Report, Silent
-from meristem.embedding.threads import ahead
-from meristem.embedding.writer import replacing
 from meristem.errors import ConfigError, DataError
+from meristem.files import replacing
+from meristem.inference.chunks import Chunk, ChunkReader
+from meristem.inference.engine import PRECISIONS, NotFinite, TrunkRunner, best_device, best_precision
+from meristem.inference.predict import Predictor, record_columns, token_columns
+from meristem.inference.run import Report, Silent
+from meristem.inference.threads import ahead
 from meristem.model_directory import load_any
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}

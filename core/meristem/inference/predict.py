@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from meristem.embedding.engine import Advance, NotFinite, TrunkRunner
 from meristem.errors import ConfigError
+from meristem.inference.engine import Advance, NotFinite, TrunkRunner
 from meristem.model.readout import Readout
 from meristem.shapes import Float, Tensor
 from meristem.types import Layout, TokenColumn

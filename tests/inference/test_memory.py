@@ -10,10 +10,10 @@ import pytest
 import torch
 from small_models import column_of, random_ids, tiny_model
 
-from meristem.embedding import memory
-from meristem.embedding.engine import Embedder, TrunkRunner
-from meristem.embedding.memory import FEWEST_TOKENS, MOST_TOKENS, bytes_per_token, fitting_tokens, is_out_of_memory
 from meristem.errors import DataError
+from meristem.inference import memory
+from meristem.inference.engine import Embedder, TrunkRunner
+from meristem.inference.memory import FEWEST_TOKENS, MOST_TOKENS, bytes_per_token, fitting_tokens, is_out_of_memory
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ import resource, sys
 sys.path.insert(0, {folder!r})
 import numpy as np, torch
 from small_models import column_of, random_ids, tiny_model
-from meristem.embedding.engine import Embedder, TrunkRunner
+from meristem.inference.engine import Embedder, TrunkRunner
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = tiny_model(width=64, num_heads=4)

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from meristem.embedding.memory import USED_FRAC, available_bytes
+from meristem.inference.memory import USED_FRAC, available_bytes
 from meristem.model.compiled import compile_blocks
 from meristem.model.heads import LabelHead
 from meristem.model.model import Model

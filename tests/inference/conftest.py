@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_models import redraw, tiny_config
 
-from meristem.embedding import chunks, run
+from meristem.inference import chunks, run
 from meristem.model.readout import Readout
 from meristem.model_directory import ModelCard, save_model
 from meristem_domains.protein import domain

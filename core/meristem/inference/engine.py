@@ -15,10 +15,10 @@ import torch
 
 from meristem.data.order import plan_in_order
 from meristem.data.pack import pack_column
-from meristem.embedding.memory import fitting_tokens, give_back_memory, is_out_of_memory
-from meristem.embedding.trunks import compiled_trunk, runnable_trunk, with_runnable_heads
-from meristem.embedding.windows import WindowMean, cut
 from meristem.errors import ConfigError, DataError
+from meristem.inference.memory import fitting_tokens, give_back_memory, is_out_of_memory
+from meristem.inference.trunks import compiled_trunk, runnable_trunk, with_runnable_heads
+from meristem.inference.windows import WindowMean, cut
 from meristem.model.attention import first_rows
 from meristem.model.config import Max, Mean, Pool, Prefix
 from meristem.model.model import Model

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from meristem.embedding.writer import MANIFEST, part_vectors, read_manifest, replacing
 from meristem.errors import DataError
+from meristem.files import replacing
+from meristem.inference.writer import MANIFEST, part_vectors, read_manifest
 
 ID_ATTRIBUTE = "original_id"
 """Attribute of an HDF5 dataset that holds the id, as biotrainer reads it."""

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meristem.embedding.engine import PRECISIONS, Advance, Embedder, TrunkRunner
 from meristem.errors import ConfigError
+from meristem.inference.engine import PRECISIONS, Advance, Embedder, TrunkRunner
 from meristem.model.model import Model
 from meristem.model_directory import load_any
 from meristem.types import TokenColumn
