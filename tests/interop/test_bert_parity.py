@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity_checks import Case
-from references import PlainIds, redraw, save
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
@@ -25,6 +23,8 @@ from transformers import (
 from meristem.interop.directory import read_model
 from meristem.interop.families.bert import BERT, NEXT_SENTENCE, ROBERTA
 from meristem.model.model import Model
+from parity_checks import Case
+from references import PlainIds, redraw, save
 
 TOLERANCE = 1e-5
 """The same operations in fp32, over few layers."""

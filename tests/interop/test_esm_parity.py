@@ -8,7 +8,6 @@ import esm_reference
 import numpy as np
 import pytest
 import torch
-from parity_checks import Case
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,6 +18,7 @@ from meristem.interop.parity import Parity, compare
 from meristem.interop.runners import load_transformers, random_tokens
 from meristem.model.model import Model
 from meristem.model.position import RotaryLayer
+from parity_checks import Case
 
 TOLERANCE = 1e-4
 """fp32 rounds at 1e-7; over 30 layers of sharp attention and a norm before the head this leaves about 4e-5."""

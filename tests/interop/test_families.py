@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from references import redraw, save
 from transformers import (
     BertConfig,
     BertForPreTraining,
@@ -42,6 +41,7 @@ from meristem.interop.directory import read_config_file, read_model, write_direc
 from meristem.interop.family import find_family, installed_families
 from meristem.model.model import Model
 from meristem.model.plain import from_json, to_json
+from references import redraw, save
 from small_vocabularies import trained
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from references import PlainIds, redraw, save
 
 from meristem.generation.beams import search
 from meristem.generation.few_rows import for_few_rows
@@ -19,6 +18,7 @@ from meristem.generation.sample import sample
 from meristem.interop.directory import read_directory
 from meristem.interop.family import find_family
 from meristem.model.model import Model
+from references import PlainIds, redraw, save
 
 VOCAB, PAD, STOP = 83, 0, 2
 

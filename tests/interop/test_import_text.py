@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from references import redraw, save
 from transformers import AutoTokenizer, BertConfig, BertForPreTraining, BertTokenizer
 
 from meristem.cli.main import main
 from meristem.interop.families.bert import NEXT_SENTENCE
 from meristem.model_directory import load_any, load_model
+from references import redraw, save
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cell", "wall", "grow", "##s", "##ing", "leaf", ".", ","]
 

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity_checks import Case
-from references import PlainIds, redraw, save
 from torch import nn
 from torch.nn import functional as F
 from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel
@@ -18,6 +16,8 @@ from meristem.interop.families.modernbert import MODERNBERT
 from meristem.model.config import Full, NoNorm, Rotary, Window
 from meristem.model.model import Model
 from meristem.model.position import RotaryLayer
+from parity_checks import Case
+from references import PlainIds, redraw, save
 
 TOLERANCE = 1e-4
 """The same operations in fp32; pre-norm sums grow over the layers, to about 1e-5 in the last ones and the logits."""

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity_checks import Case
-from references import PlainIds, redraw, save
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -31,6 +29,8 @@ from meristem.interop.runners import PAIRS, SEQUENCES, Runner
 from meristem.model.experts import ExpertsLayer
 from meristem.model.model import Model
 from meristem.types import Hidden, Layout, Routing, Tokens
+from parity_checks import Case
+from references import PlainIds, redraw, save
 
 MARGIN = 3e-4
 """Least difference of the two best logits of a router: ten times what layers differ by."""

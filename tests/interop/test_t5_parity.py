@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity_checks import Case
-from references import PlainIds, redraw, save
 from torch import nn
 from torch.nn import functional as F
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model
@@ -19,6 +17,8 @@ from meristem.interop.families.t5 import T5, T5_ENCODER
 from meristem.interop.family import Family
 from meristem.model.model import Model
 from meristem.model.position import BetweenLayer
+from parity_checks import Case
+from references import PlainIds, redraw, save
 
 SMALL = {
     "vocab_size": 64,

@@ -43,8 +43,8 @@ A family can lie in any installed package, and no file of Meristem changes for i
    `architectures`, `library` for what is not `transformers`, and a `runner`: `SEQUENCES`, `PAIRS` of `runners.py`, or
    `replace(SEQUENCES, theirs=run_sequences(pooled="pooler_output"))`. A family whose config another one recognises
    too, or that can say models of another one, names that one as `variant_of`.
-4. An entry point in the package's `pyproject.toml`, and a parity test (those of `tests/interop` use `references.py`
-   and `parity_checks.py`):
+4. An entry point in the package's `pyproject.toml`, and a parity test (`tests/references.py` and
+   `tests/parity_checks.py` help):
 
        [project.entry-points."meristem.families"]
        lab-bert = "lab_models.bert:LAB_BERT"

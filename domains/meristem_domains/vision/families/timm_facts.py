@@ -8,10 +8,10 @@ from typing import Any
 from meristem.errors import ConfigError
 from meristem.interop.family import ForeignConfig
 from meristem.interop.settings import Settings
-from meristem.interop.timm_names import ARCHITECTURES, Named
-from meristem.interop.vit import pair
 from meristem.interop.weights import Weights
 from meristem.shapes import Tensor
+from meristem_domains.vision.families.timm_names import ARCHITECTURES, Named
+from meristem_domains.vision.families.vit import pair
 
 READ = """
     img_size patch_size in_chans num_classes global_pool embed_dim depth num_heads mlp_ratio qkv_bias proj_bias

@@ -12,9 +12,9 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.interop.families import esm
 from meristem.interop.families.esm import ESM
 from meristem.interop.family import ForeignConfig
-from meristem.interop.vocabulary import read_kmers, write_kmers
 from meristem.model.config import FeedForward, TransformerConfig
 from meristem.shapes import Tensor
+from meristem_domains.dna.vocabulary import read_kmers, write_kmers
 
 NUM_WORDS = 4**6
 """Words of six bases: an ESM with as many symbols is no model of proteins."""
