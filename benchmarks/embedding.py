@@ -26,9 +26,9 @@ from transformers import EsmConfig, EsmModel
 from meristem.data.order import plan_in_order
 from meristem.data.records import ReadOptions, Source
 from meristem.domain import load_domain
-from meristem.embedding.engine import PRECISIONS, Embedder
-from meristem.embedding.memory import MOST_TOKENS
-from meristem.embedding.workers import EngineOptions
+from meristem.inference.engine import PRECISIONS, Embedder
+from meristem.inference.memory import MOST_TOKENS
+from meristem.inference.workers import EngineOptions
 from meristem.model.flops import flops_per_token
 from meristem.model.model import Model
 from meristem.model_directory import load_any

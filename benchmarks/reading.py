@@ -22,18 +22,19 @@ import numpy as np
 import pyarrow as pa
 from Bio import SeqIO
 from Bio.SeqIO.FastaIO import SimpleFastaParser
+from embedding import SHAPES, save_peer
 from harness import Finding, Options, agree, race
 from steps import OPTIMIZER, OurStep
 from transformers import EsmTokenizer
 
-from embedding import SHAPES, save_peer
 from meristem.api import read_embeddings
 from meristem.data.loader import TrainLoader
+from meristem.data.parts import RunData
 from meristem.data.records import ReadOptions, Source
 from meristem.data.store import RecordStore
 from meristem.domain import load_domain
-from meristem.embedding.chunks import ChunkReader
-from meristem.embedding.workers import EngineOptions
+from meristem.inference.chunks import ChunkReader
+from meristem.inference.workers import EngineOptions
 from meristem.objectives.masked import Masked
 from meristem.train.task import Task
 from meristem_domains.protein.presets import PRESETS
@@ -139,7 +140,7 @@ def loading(path: Path, folder: Path, options: Options) -> Finding:
     num_packs = 2 if options.is_quick else 4
     store = RecordStore.build(DOMAIN.read, [Source(str(path))], ReadOptions(), name=DOMAIN.name, cache_dir=folder)
     objective = Masked()
-    objective.bind(TOKENIZER, {}, store.where)
+    objective.bind(RunData(TOKENIZER))
     loader = TrainLoader(
         store, np.arange(len(store)), TOKENIZER, objective,
         seed=0, tokens_per_pack=4096, packs_per_step=1, max_tokens_per_record=1024,

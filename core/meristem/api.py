@@ -8,13 +8,13 @@ import numpy as np
 
 from meristem.data.records import ReadOptions
 from meristem.data.tokenizer import RefusedSymbol
-from meristem.embedding.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS
-from meristem.embedding.engine import PRECISIONS, Embedder, NotFinite, TrunkRunner, best_device, best_precision
-from meristem.embedding.formats import Embeddings, read_embeddings
-from meristem.embedding.predict import Prediction, Predictor
-from meristem.embedding.run import EmbedOptions, Report, default_pool, embed_files
 from meristem.errors import ConfigError, DataError
 from meristem.generation.text import Generator, check_options
+from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS
+from meristem.inference.engine import PRECISIONS, Embedder, NotFinite, TrunkRunner, best_device, best_precision
+from meristem.inference.formats import Embeddings, read_embeddings
+from meristem.inference.predict import Prediction, Predictor
+from meristem.inference.run import EmbedOptions, Report, default_pool, embed_files
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard, load_any, of_size
 from meristem.types import TokenColumn
@@ -226,7 +226,7 @@ def embed(
         on_error: refuse, or skip records that cannot be used.
         sequence_column: column of a table that holds the sequences.
         id_column: column of a table that holds the ids.
-        options: fields of `meristem.embedding.run.EmbedOptions`: pool, layer, format, precision ...
+        options: fields of `meristem.inference.run.EmbedOptions`: pool, layer, format, precision ...
 
     Raises:
         UserError: as the command would.

@@ -16,8 +16,8 @@ import pytest
 
 from meristem.cli import main as cli
 from meristem.cli.configs import find_config, shipped_configs
-from meristem.cli.console import progress
 from meristem.errors import ConfigError, DataError
+from meristem.progress import Progress
 
 HEAVY = ("torch", "numpy", "pyarrow", "lightning", "jsonargparse", "yaml", "matplotlib", "transformers")
 HEAVY_LOADED = f"import sys; print([name for name in {HEAVY} if name in sys.modules])"
@@ -235,9 +235,9 @@ def test_shipped_configs_are_found_by_name_and_unknown_ones_are_listed(tmp_path,
 
 def test_progress_prints_lines_with_rate_and_time_left_where_there_is_no_terminal(monkeypatch, tmp_path):
     clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr("meristem.cli.console.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("meristem.progress.time.monotonic", lambda: float(next(clock)))
     path = tmp_path / "log"
-    with path.open("w") as stream, progress(100, "records", stream=stream) as counter:
+    with path.open("w") as stream, Progress(100, "records", stream=stream) as counter:
         for _ in range(4):
             counter.advance(10)
     lines = path.read_text().splitlines()
@@ -248,7 +248,7 @@ def test_progress_prints_lines_with_rate_and_time_left_where_there_is_no_termina
 
 def test_progress_of_short_work_is_silent_in_a_log(tmp_path):
     path = tmp_path / "log"
-    with path.open("w") as stream, progress(None, "records", stream=stream) as counter:
+    with path.open("w") as stream, Progress(None, "records", stream=stream) as counter:
         counter.advance(10)
     assert path.read_text() == ""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from packs import config
 
-from meristem.embedding.trunks import runnable_trunk
+from meristem.inference.trunks import runnable_trunk
 from meristem.model.model import Model
 from meristem.model.reordered import ReorderedLinear, can_reorder
 

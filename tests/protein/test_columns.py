@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from meristem.data.records import ReadOptions, Source
-from meristem.embedding.chunks import CHUNK_RECORDS, ChunkReader
+from meristem.inference.chunks import CHUNK_RECORDS, ChunkReader
 from meristem.model_directory import ModelCard, save_model
 from meristem_domains.protein import domain
 from meristem_domains.protein.presets import PRESETS

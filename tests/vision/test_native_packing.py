@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meristem.api import LoadedModel
-from meristem.embedding import engine
+from meristem.inference import engine
 from meristem.model import attention, pool
 from meristem.model.config import (
     Attention,

@@ -26,5 +26,5 @@ What a verb may rely on, and must do:
   thread is: clean up in `finally` and let them pass. A verb that installs a handler of its own gives the
   old one back.
 * `--debug` and `--version` are taken by `main` and never reach a verb.
-* Results go to stdout; progress and remarks go to stderr (`meristem.cli.console.progress`).
+* Results go to stdout; progress and remarks go to stderr (`meristem.progress.Progress`).
 """

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # importing torch takes seconds, and help needs none of it
-    from meristem.embedding.run import EmbedOptions
+    from meristem.inference.run import EmbedOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 def embed_options(args: argparse.Namespace) -> "EmbedOptions":
     """What the arguments of `add_vector_arguments` and `add_engine_arguments` say."""
     from meristem.data.records import ReadOptions
-    from meristem.embedding.run import EmbedOptions
+    from meristem.inference.run import EmbedOptions
 
     return EmbedOptions(
         pool=args.pool,
@@ -85,7 +85,7 @@ def embed_options(args: argparse.Namespace) -> "EmbedOptions":
 
 def run(args: argparse.Namespace) -> int:
     """Embed, and say what came of it."""
-    from meristem.embedding.run import embed_files
+    from meristem.inference.run import embed_files
 
     options = replace(embed_options(args), format=args.format, devices=args.devices, is_compiled=args.compile)
     with ProgressReport("embed") as report:
@@ -140,11 +140,11 @@ class ProgressReport:
         print(describe_engine(device, torch.get_num_threads(), precision, tokens_per_batch), file=sys.stderr)
 
     def found(self, records: int | None, tokens: int | None) -> None:
-        from meristem.cli.console import progress
+        from meristem.progress import Progress
 
         if records is not None:
             print(f"{records:,} records, {tokens:,} tokens", file=sys.stderr)
-        self._bar = progress(tokens, "tokens", title=self._title).__enter__()
+        self._bar = Progress(tokens, "tokens", title=self._title).__enter__()
         self._began = time.monotonic()
 
     def skipped(self, records: int, tokens: int) -> None:

@@ -30,15 +30,15 @@ def _say(line: str) -> None:
 @contextmanager
 def _progress_of(data: "DataModule") -> Iterator[None]:
     """Show how far a record store is, where one is built."""
-    from meristem.cli.console import progress
+    from meristem.progress import Progress
 
-    shown: list[progress] = []
+    shown: list[Progress] = []
     done = 0
 
     def show(now: int, total: int) -> None:
         nonlocal done
         if not shown:
-            shown.append(progress(total, "bytes", title="reading").__enter__())
+            shown.append(Progress(total, "bytes", title="reading").__enter__())
         shown[0].advance(now - done)
         done = now
 
@@ -52,9 +52,10 @@ def _progress_of(data: "DataModule") -> Iterator[None]:
 
 
 def _fit(config: "RunConfig") -> int:
+    from meristem.files import write_file
     from meristem.train.keeper import Stopped
     from meristem.train.run import fit
-    from meristem.train.run_directory import RunDirectory, refusals_as_csv, write_atomically
+    from meristem.train.run_directory import RunDirectory, refusals_as_csv
 
     run = RunDirectory(config.run_dir)
     if run.is_started:
@@ -74,9 +75,9 @@ def _fit(config: "RunConfig") -> int:
     is_new = not run.path.exists()
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(run.config, config.to_yaml().encode())
+        write_file(run.config, config.to_yaml().encode())
         if data.refused:
-            write_atomically(run.refused, refusals_as_csv(data.refused))
+            write_file(run.refused, refusals_as_csv(data.refused))
         fit(task, data, run, config.watch, config.trainer, _say)
     except UserError:
         if is_new and not run.last_checkpoint.exists():

@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the texts and show or write them."""
-    from meristem.embedding.engine import best_device
     from meristem.errors import ConfigError
     from meristem.generation.text import Generator, check_options
+    from meristem.inference.engine import best_device
     from meristem.model_directory import load_any
 
     if bool(args.prompt) == bool(args.prompts):
@@ -111,20 +111,22 @@ def _read_prompts(name: str) -> Iterator[str]:
 def _write(output: str, generator: Any, prompts: list[str], options: Any) -> None:
     """One JSON object a sample, in a file that is there when all are."""
     import json
-    import os
     from pathlib import Path
 
-    from meristem.cli.console import progress
+    from meristem.files import replacing
+    from meristem.progress import Progress
 
-    part = Path(f"{output}.part")
     tokens = count = 0
-    with progress(len(prompts), "prompts", title="generate") as bar, part.open("w", encoding="utf-8") as file:
+    with (
+        replacing(Path(output)) as temporary,
+        Progress(len(prompts), "prompts", title="generate") as bar,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
         for number, samples in enumerate(generator.generate(prompts, options)):
             for index, sample in enumerate(samples):
                 file.write(json.dumps(_plain(number, index, sample), ensure_ascii=False) + "\n")
                 tokens, count = tokens + len(sample.generated.ids), count + 1
             bar.advance(note=f"{tokens:,} tokens")
-    os.replace(part, output)
     print(f"{count:,} texts of {tokens:,} tokens for {len(prompts):,} prompts in {output}")
 
 

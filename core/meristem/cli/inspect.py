@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meristem.cli.console import duration
 from meristem.cli.embed import describe_engine
+from meristem.progress import duration
 
 if TYPE_CHECKING:
     from meristem.model.config import TransformerConfig
@@ -89,10 +89,10 @@ def _throughput(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second on this machine, and what that makes of an input."""
     import torch
 
-    from meristem.embedding.engine import best_device, best_precision
-    from meristem.embedding.run import default_pool
-    from meristem.embedding.throughput import measure_throughput, weigh
-    from meristem.embedding.workers import EngineOptions
+    from meristem.inference.engine import best_device, best_precision
+    from meristem.inference.run import default_pool
+    from meristem.inference.throughput import measure_throughput, weigh
+    from meristem.inference.workers import EngineOptions
     from meristem.model_directory import load_any
 
     card, model = load_any(args.model)

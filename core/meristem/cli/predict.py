@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Label every record, then put the table in its place."""
     from meristem.data.records import ReadOptions
-    from meristem.embedding.predict_run import predict_files
+    from meristem.inference.predict_run import predict_files
 
     with ProgressReport("predict") as report:
         done = predict_files(

@@ -129,10 +129,10 @@ def _write_arrays(
 
     import numpy as np
 
-    from meristem.cli.console import progress
+    from meristem.progress import Progress
 
     seen: Counter[str] = Counter()
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file, progress(None, "records", title="score") as bar:
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file, Progress(None, "records", title="score") as bar:
         for name, column in records:
             values = make(column)
             seen[name] += 1
@@ -153,11 +153,11 @@ def _write_likelihoods(
     import pyarrow.csv
     import pyarrow.parquet
 
-    from meristem.cli.console import progress
+    from meristem.progress import Progress
     from meristem.scoring.likelihood import token_log_likelihoods
 
     columns: dict[str, list[Any]] = {"id": [], "length": [], "log_likelihood": [], "pseudo_perplexity": []}
-    with progress(None, "tokens", title="score") as bar:
+    with Progress(None, "tokens", title="score") as bar:
         for name, column in records:
             scores = token_log_likelihoods(
                 model,

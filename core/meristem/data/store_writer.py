@@ -7,16 +7,15 @@ it, since an Arrow file takes no dictionary that grows.
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
 
-from meristem.data.records import ReadOptions, Refusal, Source
+from meristem.data.records import LABEL_PREFIX, ReadOptions, Refusal, Source, labels_of
 from meristem.errors import DataError
+from meristem.files import replacing
 
 CHUNK_BYTES = 32 << 20
 """Payload bytes of a chunk: few chunks to look a row up in, and little memory to build one."""
@@ -26,21 +25,6 @@ END = b"meristem.end"
 
 Read = Callable[[Source, ReadOptions], Iterator[pa.RecordBatch]]
 Progress = Callable[[int, int], None]
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` when all went well, and is gone when not."""
-    handle, name = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
-    temporary = Path(name)
-    try:
-        os.close(handle)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _Wider(Exception):
@@ -66,7 +50,7 @@ def write_store(
     schema: pa.Schema | None = None
     while True:
         try:
-            with replaced(path) as temporary:
+            with replacing(path) as temporary:
                 return _write_chunks(temporary, schema, read, sources, options, progress, sizes)
         except _Wider as wider:  # rare: begin again; types only widen, so this ends
             schema = wider.schema
@@ -134,13 +118,15 @@ def _with_progress(
 
 
 def _plain(batch: pa.RecordBatch, codes: dict[str, int]) -> pa.RecordBatch:
-    """The batch without dictionaries: file names as numbers, labels as themselves."""
+    """The batch without dictionaries: file names as numbers, labels as text."""
     columns, fields = [], []
     for field, column in zip(batch.schema, batch.columns):
         if field.name == "file":
             names = column.dictionary.to_pylist()
             table = pa.array([codes.setdefault(name, len(codes)) for name in names], pa.int32())
             column = table.take(column.indices)
+        elif field.name.startswith(LABEL_PREFIX):
+            column = labels_of(batch, field.name)
         elif pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         columns.append(column)

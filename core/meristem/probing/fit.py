@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from meristem.embedding.run import Report, Silent
+from meristem.inference.run import Report, Silent
 from meristem.probing.linear import L2_CLASSES, probe_classes, probe_values
 from meristem.probing.neighbours import nearest, vote_classes, vote_values
 from meristem.probing.options import ProbeOptions

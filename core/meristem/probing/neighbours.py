@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from meristem.embedding.engine import Advance
+from meristem.inference.engine import Advance
 
 QUERIES = 1024
 """Queries that are compared with the bank at once."""

@@ -12,11 +12,11 @@ import numpy as np
 from meristem.data.records import Source
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import column_bytes
-from meristem.embedding.engine import best_device, best_precision
-from meristem.embedding.formats import read_embeddings
-from meristem.embedding.run import EmbedOptions, embed_files
-from meristem.embedding.writer import MANIFEST, read_manifest
 from meristem.errors import DataError
+from meristem.inference.engine import best_device, best_precision
+from meristem.inference.formats import read_embeddings
+from meristem.inference.run import EmbedOptions, embed_files
+from meristem.inference.writer import MANIFEST, read_manifest
 from meristem.model_directory import hash_weights
 from meristem.probing.fit import Watch
 

@@ -1,9 +1,9 @@
 """Draws which classes were taken for which."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from meristem.files import replacing
 from meristem.shapes import Int, Tensor
 
 MAX_WRITTEN = 25
@@ -41,6 +41,5 @@ def draw_confusion(counts: Int[Tensor, "C C"], classes: Sequence[str], out: Path
                     colour = "white" if shares[row, column] > 0.5 else "black"
                     text = f"{int(counts[row, column])}"
                     axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    part = out.with_name(out.name + ".part")
-    figure.savefig(part, format="png", dpi=110)
-    os.replace(part, out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -2,8 +2,9 @@
 
 import csv
 import math
-import os
 from pathlib import Path
+
+from meristem.files import replacing
 
 
 def draw_curves(metrics: Path, out: Path) -> None:
@@ -43,9 +44,8 @@ def draw_curves(metrics: Path, out: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[1 + len(validated) :]:
         axis.remove()
-    part = out.with_name(out.name + ".part")
-    figure.savefig(part, format="png", dpi=110)
-    os.replace(part, out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def _curve(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[float]]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import lightning as L
 
-from meristem.train.run_directory import RunDirectory, write_atomically
+from meristem.files import write_file
+from meristem.train.run_directory import RunDirectory
 from meristem.train.task import Task
 from meristem.types import PackedBatch
 
@@ -34,4 +35,4 @@ class Gallery(L.Callback):
 
             encoded = io.BytesIO()
             imsave(encoded, pixels, format="png")
-            write_atomically(self.run.picture(name), encoded.getvalue())
+            write_file(self.run.picture(name), encoded.getvalue())

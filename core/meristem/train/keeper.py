@@ -1,6 +1,5 @@
 """What a run leaves behind: a checkpoint to go on from, the best and the last model, its curves."""
 
-import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from meristem.errors import CheckpointError
+from meristem.files import replacing
 from meristem.model_directory import save_model
 from meristem.train.curves import draw_curves
 from meristem.train.recorder import Recorder
@@ -27,15 +27,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
         try:
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
+            with replacing(path) as temporary:
+                torch.save(checkpoint, temporary)
         except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError where a disk is full
-            part.unlink(missing_ok=True)
             raise CheckpointError(f"{path} cannot be written: {error}; the last good one is kept") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import Any
 import lightning as L
 
 from meristem.errors import CheckpointError
+from meristem.files import write_file
 from meristem.shapes import Tensor
-from meristem.train.run_directory import RunDirectory, write_atomically
+from meristem.train.run_directory import RunDirectory
 from meristem.train.task import NotFinite, StepResult, Task
 from meristem.train.watch import Watch
 
@@ -41,7 +42,7 @@ class MetricsFile:
             return
         self._columns, body = rows[0], rows[1:]
         kept = [row for row in body if len(row) == len(self._columns) and row[0].isdigit() and int(row[0]) <= step]
-        write_atomically(self.path, _lines([self._columns, *kept]).encode())
+        write_file(self.path, _lines([self._columns, *kept]).encode())
 
     def add(self, values: Mapping[str, Any], columns: list[str]) -> None:
         """Add a row; the columns are those of the first row ever written.

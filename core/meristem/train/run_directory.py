@@ -14,15 +14,14 @@
 
 import csv
 import io
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meristem.data.records import Refusal
-from meristem.errors import CheckpointError
+from meristem.errors import CheckpointError, DataError
+from meristem.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -88,14 +87,13 @@ class RunDirectory:
     def read_state(self) -> dict[str, Any]:
         """What `write_state` wrote last; empty for a new run."""
         try:
-            state = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            return state if isinstance(state, dict) else {}
-        except (OSError, ValueError):
+            return read_json(self.path / "run.json")
+        except DataError:
             return {}
 
     def write_state(self, **state: Any) -> None:
         """Say how far the run came: `step`, and `finished` with the reason once it is."""
-        write_atomically(self.path / "run.json", (json.dumps(state, indent=2) + "\n").encode())
+        write_json(self.path / "run.json", state)
 
 
 def refusals_as_csv(refused: Sequence[Refusal]) -> bytes:
@@ -105,14 +103,3 @@ def refusals_as_csv(refused: Sequence[Refusal]) -> bytes:
     writer.writerow(["where", "id", "reason"])
     writer.writerows([one.where, one.id, one.reason] for one in refused)
     return text.getvalue().encode()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

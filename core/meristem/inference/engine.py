@@ -1,0 +1,291 @@
+"""From token columns to vectors; knows no file.
+
+Sequences of like lengths are packed up to a budget, run longest first, and put back in order. On a CPU in fp32 a
+vector is the same bit for bit whatever it is packed with: linear layers, norms and attention treat each row or sequence
+alone (packs have `MIN_ROWS` rows or more, see `meristem.types`), and pooling reduces each sequence on its own.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from meristem.data.order import plan_in_order
+from meristem.data.pack import pack_column
+from meristem.errors import ConfigError, DataError
+from meristem.inference.memory import fitting_tokens, give_back_memory, is_out_of_memory
+from meristem.inference.trunks import compiled_trunk, runnable_trunk, with_runnable_heads
+from meristem.inference.windows import WindowMean, cut
+from meristem.model.attention import first_rows
+from meristem.model.config import Max, Mean, Pool, Prefix
+from meristem.model.model import Model
+from meristem.model.pool import PoolLayer
+from meristem.model.transformer import Encoder
+from meristem.shapes import Float, Tensor
+from meristem.types import Layout, PackedBatch, TokenColumn
+
+PLAIN_POOLS: dict[str, Pool] = {"mean": Mean(), "cls": Prefix(), "max": Max()}
+
+POOLS = (*PLAIN_POOLS, "own", "none")
+"""Poolings as the command line names them: own is the model's, with its weights; none is one vector a token."""
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Item = TypeVar("Item")
+
+Advance = Callable[[int, int], None]
+"""Told of records and tokens as they are done."""
+
+
+def best_device() -> str:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def best_precision(precision: str, device: str) -> str:
+    """What `auto` means on a device; other words mean themselves."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device == "cuda" else "fp32"
+
+
+class NotFinite(DataError):
+    """A vector that is not finite.
+
+    Attributes:
+        row: of the column.
+    """
+
+    def __init__(self, row: int):
+        super().__init__(f"the vector of record {row + 1} is not finite")
+        self.row = row
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Hidden rows of whole sequences.
+
+    Attributes:
+        values: `[T, D]`, spare rows at the end.
+        layout: of the rows.
+        records: row of the column that each sequence is.
+    """
+
+    values: Float[Tensor, "T D"]
+    layout: Layout
+    records: tuple[int, ...]
+
+
+class TrunkRunner:
+    """Runs the trunk over columns, within a token budget.
+
+    Args:
+        model: moved to `device`.
+        num_special: special rows before and behind each payload.
+        layer: whose rows are wanted; counted from the last where negative.
+        tokens_per_batch: tokens that a pack holds at most, but for a single longer sequence; None for as many as
+            suit the device and the memory at hand. It is halved when a pack does not fit after all.
+        dtype: of the trunk's weights and activations.
+        device: to run on.
+        is_compiled: blocks are compiled, where the machine has a compiler.
+
+    Raises:
+        ConfigError: a layer that the model does not have, or a budget below 1.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        num_special: tuple[int, int],
+        layer: int = -1,
+        tokens_per_batch: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        is_compiled: bool = False,
+    ):
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        self.trunk = compiled_trunk(model, dtype) if is_compiled else runnable_trunk(model, dtype)
+        self.heads = with_runnable_heads(self.model)
+        self.num_special = num_special
+        self.layer = model.trunk.resolve_layer(layer)
+        if tokens_per_batch is None:
+            tokens_per_batch = fitting_tokens(model.config, self.device, dtype)
+        if tokens_per_batch < 1:
+            raise ConfigError(f"tokens_per_batch must be at least 1; got {tokens_per_batch}")
+        self.tokens_per_batch = tokens_per_batch
+
+    @torch.inference_mode()
+    def run(self, column: TokenColumn, num_first: int | None = None) -> Iterator[Rows]:
+        """Rows of every sequence of the column, in packs, in no particular order.
+
+        A sequence longer than positions allow is run in windows and comes in a pack of its own.
+
+        Args:
+            num_first: first rows of each sequence that will be read; there may be others. None for all.
+        """
+        limit = self.model.config.max_length
+        lengths = column.lengths
+        is_long = lengths > limit if limit is not None else np.zeros(len(lengths), bool)
+        yield from self._run_packs(column, np.flatnonzero(~is_long), num_first)
+        for row in np.flatnonzero(is_long):
+            ids = column.ids[column.offsets[row] : column.offsets[row + 1]]
+            yield replace(self._run_windows(ids), records=(int(row),))
+
+    def _run_packs(self, column: TokenColumn, rows: np.ndarray, num_first: int | None = None) -> Iterator[Rows]:
+        """The packs of `rows`, longest sequences first: what does not fit in memory is known at once.
+
+        From a pack that does not fit on, packs are half as large; nothing is lost.
+
+        Raises:
+            DataError: a single sequence does not fit.
+        """
+        plan = plan_in_order(column.lengths[rows], self.tokens_per_batch)
+        left = len(plan)
+        while left:
+            pack = rows[plan[left - 1]]
+            done = self._try_pack(column, pack, num_first)
+            if done is not None:
+                left -= 1
+                yield done
+                continue
+            self._halve(column.lengths[pack])
+            rows = np.sort(rows[plan.records[: plan.stops[left - 1]]])
+            plan = plan_in_order(column.lengths[rows], self.tokens_per_batch)
+            left = len(plan)
+
+    def _try_pack(self, column: TokenColumn, rows: np.ndarray, num_first: int | None) -> Rows | None:
+        """The pack; None where it does not fit, and then nothing of it is held by an error any more."""
+        try:
+            return self._run_pack(column, rows, num_first)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    def _halve(self, lengths: np.ndarray) -> None:
+        if len(lengths) == 1:
+            raise DataError(f"a sequence of {lengths[0]:,} tokens does not fit in the memory of {self.device}")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        give_back_memory()
+        tokens = int(lengths.sum())
+        self.tokens_per_batch = max(min(tokens, self.tokens_per_batch) // 2, 1)
+        logger.warning(
+            "out of memory with %s tokens at once on %s; going on with %s",
+            f"{tokens:,}",
+            self.device,
+            f"{self.tokens_per_batch:,}",
+        )
+
+    def _run_pack(self, column: TokenColumn, rows: np.ndarray, num_first: int | None = None) -> Rows:
+        is_pinned = self.device.type == "cuda"
+        return self.run_batch(pack_column(column, rows, rows.tolist(), is_pinned=is_pinned).to(self.device), num_first)
+
+    @torch.inference_mode()
+    def run_batch(self, batch: PackedBatch, num_first: int | None = None) -> Rows:
+        """Rows of one pack that is on the device; of the first rows alone where no others are made."""
+        is_last = self.layer == self.trunk.resolve_layer(-1)
+        if num_first is not None and is_last and isinstance(self.trunk, Encoder) and self.trunk.may_leave_rows:
+            hidden = self.trunk(batch, wanted=first_rows(batch.layout, num_first))
+            return Rows(hidden.final, hidden.layout, batch.records)
+        hidden = self.trunk.read(batch, layers=(self.layer,))
+        return Rows(hidden.layers[self.layer], batch.layout, batch.records)
+
+    def _run_windows(self, ids: np.ndarray) -> Rows:
+        limit = self.model.config.max_length
+        assert limit is not None
+        windows = cut(ids, self.num_special, limit)
+        mean = WindowMean(windows, self.model.config.width, self.device)
+        made: dict[int, Tensor] = {}
+        for rows in self._run_packs(windows.column, np.arange(len(windows.column))):
+            for index, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
+                made[index] = rows.values[start : start + length]
+        for index in sorted(made):  # sums depend on their order, and packs on the budget
+            mean.add(index, made[index])
+        return Rows(mean.rows(), Layout.of([len(ids)], min_rows=0), (0,))
+
+
+class Embedder:
+    """Vectors of the sequences of a column, in its order.
+
+    Args:
+        trunk: runs the model.
+        pool: how the rows of a sequence become one vector, one of `POOLS`.
+
+    Raises:
+        ConfigError: no such pooling, or one that this model does not have.
+    """
+
+    def __init__(self, trunk: TrunkRunner, pool: str):
+        if pool not in POOLS:
+            raise ConfigError(f"pool must be one of {', '.join(POOLS)}; got {pool!r}")
+        if pool == "cls" and not trunk.num_special[0]:
+            raise ConfigError("pool cls needs a class row before the payload and this model has none; use mean")
+        if pool == "own" and trunk.model.pool is None:
+            raise ConfigError("pool own needs a model that has a pooling of its own, and this one has none; use mean")
+        width = trunk.model.config.width
+        plain = PLAIN_POOLS.get(pool)
+        self.trunk = trunk
+        self.pool = PoolLayer(plain, width) if plain is not None else trunk.heads.pool if pool == "own" else None
+        self.width = width if self.pool is None else self.pool.width
+
+    def num_vectors(self, column: TokenColumn) -> np.ndarray:
+        """`[N]` vectors that each sequence gets."""
+        if self.pool is not None:
+            return np.ones(len(column), np.int64)
+        return column.lengths - sum(self.trunk.num_special)
+
+    @torch.inference_mode()
+    def embed(self, column: TokenColumn, advance: Advance | None = None) -> np.ndarray:
+        """`[N, D]` float32, or `[sum of payload tokens, D]` where there is no pooling.
+
+        Raises:
+            NotFinite: names the first sequence whose vector is not finite.
+        """
+        counts = self.num_vectors(column)
+        ends = np.cumsum(counts)
+        values = np.empty((int(ends[-1]) if len(ends) else 0, self.width), np.float32)
+        before, behind = self.trunk.num_special
+        num_first = None if self.pool is None else self.pool.num_first
+        for rows, made in _one_late((rows, self._pool(rows)) for rows in self.trunk.run(column, num_first)):
+            host = made.float().cpu().numpy()
+            if self.pool is not None:
+                values[list(rows.records)] = host
+            else:
+                for record, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
+                    place = slice(ends[record] - counts[record], ends[record])
+                    values[place] = host[start + before : start + length - behind]
+            if advance is not None:
+                advance(len(rows.records), rows.layout.num_tokens)
+        self._check_finite(values, ends)
+        give_back_memory()
+        return values
+
+    def _pool(self, rows: Rows) -> Tensor:
+        return rows.values if self.pool is None else self.pool(rows.values, rows.layout, self.trunk.num_special)
+
+    def _check_finite(self, values: np.ndarray, ends: np.ndarray) -> None:
+        # a sum is finite when all its terms are, or nearly always: look closer where it is not
+        with np.errstate(invalid="ignore"):
+            is_finite = np.isfinite(values.sum(dtype=np.float64))
+        if not is_finite:
+            bad = np.flatnonzero(~np.isfinite(values).all(1))
+            if len(bad):
+                raise NotFinite(int(np.searchsorted(ends, bad[0], side="right")))
+
+
+def _one_late(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each when the next one is there: a GPU works on that while this one is fetched."""
+    before = next(items, None)
+    if before is None:
+        return
+    for item in items:
+        yield before
+        before = item
+    yield before

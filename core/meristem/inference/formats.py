@@ -1,0 +1,206 @@
+"""Vectors as one file: HDF5 and npz made from finished parts, and any of them read back.
+
+Files are made part by part, so memory stays flat, under a temporary name.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from meristem.errors import DataError
+from meristem.files import replacing
+from meristem.inference.writer import MANIFEST, part_vectors, read_manifest
+
+ID_ATTRIBUTE = "original_id"
+"""Attribute of an HDF5 dataset that holds the id, as biotrainer reads it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """Vectors of records in memory, in the order of the input.
+
+    Attributes:
+        ids: `[N]` names of the records.
+        values: `[R, D]` vectors end to end: one a record, or one a token.
+        offsets: `[N + 1]` where the vectors of each record begin.
+        is_pooled: one vector a record.
+    """
+
+    ids: np.ndarray
+    values: np.ndarray
+    offsets: np.ndarray
+    is_pooled: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """`[D]` the vector of a record, or `[n, D]` those of its tokens."""
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        start, stop = self.offsets[row % len(self)], self.offsets[row % len(self) + 1]
+        return self.values[start] if self.is_pooled else self.values[start:stop]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[row] for row in range(len(self)))
+
+
+def read_embeddings(path: Path | str, allow_incomplete: bool = False) -> Embeddings:
+    """Read what `meristem embed` wrote: its directory, or the HDF5 or npz file in it.
+
+    Args:
+        allow_incomplete: read the finished parts of a run that was stopped.
+
+    Raises:
+        DataError: nothing of the kind, or a run that was stopped.
+
+    Example:
+        >>> vectors = read_embeddings("vectors")
+        >>> vectors.ids[0], vectors[0].shape
+    """
+    pieces = list(iter_embeddings(path, allow_incomplete))
+    width = next((piece.values.shape[1] for piece in pieces), 0)
+    starts = np.cumsum([0, *(len(piece.values) for piece in pieces)])
+    return Embeddings(
+        ids=np.concatenate([piece.ids for piece in pieces]) if pieces else np.zeros(0, object),
+        values=np.concatenate([piece.values for piece in pieces]) if pieces else np.zeros((0, width), np.float32),
+        offsets=np.concatenate([[0], *(piece.offsets[1:] + start for piece, start in zip(pieces, starts))]),
+        is_pooled=all(piece.is_pooled for piece in pieces),
+    )
+
+
+def iter_embeddings(path: Path | str, allow_incomplete: bool = False) -> Iterator[Embeddings]:
+    """The same, piece by piece, for more vectors than fit in memory."""
+    path = Path(path)
+    readers: dict[str, Callable[[Path], Iterator[Embeddings]]] = {".npz": _iter_npz, ".h5": _iter_h5}
+    if path.is_dir():
+        manifest = read_manifest(path)
+        if not manifest.get("complete") and not allow_incomplete:
+            raise DataError(
+                f"{path}: the run was stopped before its end ({manifest.get('parts')} parts are there); run the same "
+                "command again, or allow_incomplete=True"
+            )
+        if not (path / "part-00000.parquet").exists():
+            for suffix, reader in readers.items():
+                if (file := path / f"embeddings{suffix}").exists():
+                    return reader(file)
+        return _iter_parts(path)
+    if path.suffix not in readers or not path.is_file():
+        raise DataError(f"{path}: must be a directory with {MANIFEST}, or its .h5 or .npz file")
+    return readers[path.suffix](path)
+
+
+def parts_of(path: Path) -> list[Path]:
+    """Finished parts in order."""
+    return sorted(path.glob("part-*.parquet"), key=lambda part: int(part.stem.removeprefix("part-")))
+
+
+def _iter_parts(path: Path) -> Iterator[Embeddings]:
+    for part in parts_of(path):
+        columns = pq.read_schema(part).names
+        is_pooled = "tokens" not in columns
+        facts = pq.read_table(part, columns=["id", "length"])
+        lengths = np.ones(len(facts), np.int64) if is_pooled else facts["length"].to_numpy()
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        ids = np.array(facts["id"].to_pylist(), object)
+        yield Embeddings(ids, part_vectors(part), offsets, is_pooled)
+
+
+def _iter_h5(path: Path) -> Iterator[Embeddings]:
+    import h5py
+
+    with h5py.File(path) as file:
+        block = 1024
+        for first in range(0, len(file), block):
+            sets = [file[str(row)] for row in range(first, min(first + block, len(file)))]
+            values = [np.atleast_2d(item[()]) for item in sets]
+            yield Embeddings(
+                ids=np.array([item.attrs[ID_ATTRIBUTE] for item in sets], object),
+                values=np.concatenate(values),
+                offsets=np.cumsum([0, *map(len, values)]),
+                is_pooled=sets[0].ndim == 1,
+            )
+
+
+def _iter_npz(path: Path) -> Iterator[Embeddings]:
+    with np.load(path, allow_pickle=False) as file:
+        offsets = file["offsets"]
+        values = file["embeddings"]
+        yield Embeddings(file["ids"].astype(object), values, offsets, bool(file["is_pooled"]))
+
+
+def convert(path: Path, form: str, num_records: int, num_vectors: int) -> str:
+    """Make the file of a format from finished parts; its name, empty where parts are the format."""
+    if form == "parquet":
+        return ""
+    target = path / f"embeddings.{form}"
+    with replacing(target) as temporary:
+        FORMATS[form](path, temporary, num_records, num_vectors)
+    return target.name
+
+
+def _write_h5(path: Path, target: Path, num_records: int, num_vectors: int) -> None:
+    import h5py
+
+    with h5py.File(target, "w") as file:
+        row = 0
+        for piece in _iter_parts(path):
+            for name, vector in zip(piece.ids, piece):
+                file.create_dataset(str(row), data=vector).attrs[ID_ATTRIBUTE] = name
+                row += 1
+        assert row == num_records
+
+
+def _write_npz(path: Path, target: Path, num_records: int, num_vectors: int) -> None:
+    width, id_length, is_pooled = 0, 1, True
+    for part in parts_of(path):
+        schema = pq.read_schema(part)
+        kind = schema.field("embedding").type
+        is_pooled = pa.types.is_fixed_size_list(kind)
+        width = kind.list_size if is_pooled else kind.value_type.list_size
+        ids = pq.read_table(part, columns=["id"])["id"].to_pylist()
+        id_length = max(id_length, *map(len, ids)) if ids else id_length
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with _entry(archive, "ids", (num_records,), f"<U{id_length}") as stream:
+            for piece in _iter_id_blocks(path):
+                stream.write(np.array(piece, f"<U{id_length}").tobytes())
+        with _entry(archive, "embeddings", (num_vectors, width), "<f4") as stream:
+            for part in parts_of(path):
+                stream.write(np.ascontiguousarray(part_vectors(part)).data)
+        with _entry(archive, "offsets", (num_records + 1,), "<i8") as stream:
+            at = 0
+            stream.write(np.array([0], "<i8").tobytes())
+            for part in parts_of(path):
+                lengths = pq.read_table(part, columns=["length"])["length"].to_numpy().astype("<i8")
+                ends = at + np.cumsum(np.ones_like(lengths) if is_pooled else lengths)
+                stream.write(ends.astype("<i8").tobytes())
+                at = int(ends[-1]) if len(ends) else at
+        with _entry(archive, "is_pooled", (), "|b1") as stream:
+            stream.write(np.array(is_pooled).tobytes())
+
+
+def _iter_id_blocks(path: Path) -> Iterator[list[str]]:
+    for part in parts_of(path):
+        yield pq.read_table(part, columns=["id"])["id"].to_pylist()
+
+
+def _entry(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: str) -> IO[bytes]:
+    """An array of an npz file whose values follow in blocks."""
+    stream = archive.open(f"{name}.npy", "w", force_zip64=True)
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream
+
+
+FORMATS: dict[str, Callable[[Path, Path, int, int], Any]] = {
+    "parquet": lambda *_: None,
+    "h5": _write_h5,
+    "npz": _write_npz,
+}
+"""Writers of one file, by format."""

@@ -1,0 +1,60 @@
+"""A model as it is run for vectors: in the precision asked for, and as fast as the machine allows."""
+
+import copy
+
+import torch
+from torch import nn
+
+from meristem.inference.memory import USED_FRAC, available_bytes
+from meristem.model.compiled import compile_blocks
+from meristem.model.heads import LabelHead
+from meristem.model.model import Model
+from meristem.model.reordered import can_reorder, has_foreign, remembered, reordered
+from meristem.model.transformer import Encoder, EncoderDecoder
+
+
+def runnable_trunk(model: Model, dtype: torch.dtype) -> Encoder | EncoderDecoder:
+    """A model's trunk as it runs fastest; made once as long as the model stays as it is.
+
+    On a CPU weights are reordered, where memory allows it and, in fp32, rows then round alike.
+    """
+
+    def make() -> Encoder | EncoderDecoder | None:
+        trunk = _cast(model.trunk, dtype)
+        is_worth_it = can_reorder(trunk) and _has_room_for(trunk)
+        fast = reordered(trunk, must_round_alike=dtype == torch.float32) if is_worth_it else None
+        return fast or (trunk if trunk is not model.trunk else None)
+
+    # in another precision foreign layers are copied as well, and nothing tells when what they do has changed
+    is_fixed = dtype == torch.float32 or not has_foreign(model.trunk)
+    return (remembered(model.trunk, f"embedding in {dtype}", make) if is_fixed else make()) or model.trunk
+
+
+def with_runnable_heads(model: Model) -> Model:
+    """A model whose pools and heads of labels are reordered on a CPU, where rows then round alike; its trunk aside.
+
+    MKL's does not: from 1,024 inputs on and with several threads it shares the inputs out, by the number of rows.
+    """
+
+    def make() -> Model | None:
+        others = [model.trunk, *(head for head in model.heads.values() if not isinstance(head, LabelHead))]
+        return reordered(model, others) if can_reorder(model) else None
+
+    return remembered(model, "heads", make) or model
+
+
+def compiled_trunk(model: Model, dtype: torch.dtype) -> Encoder | EncoderDecoder:
+    """A model's trunk, compiled where the machine can; a copy, so that the model stays as it is."""
+    trunk = copy.deepcopy(model.trunk).to(dtype)
+    compile_blocks(trunk, trunk.device)
+    return trunk
+
+
+def _cast(trunk: Encoder | EncoderDecoder, dtype: torch.dtype) -> Encoder | EncoderDecoder:
+    """In another precision a copy: rounded weights must not find their way back into the model."""
+    return trunk if dtype == torch.float32 else copy.deepcopy(trunk).to(dtype)
+
+
+def _has_room_for(trunk: nn.Module) -> bool:
+    at_hand = available_bytes(torch.device("cpu"))
+    return at_hand is None or sum(one.nbytes for one in trunk.parameters()) < USED_FRAC * at_hand

@@ -1,0 +1,274 @@
+"""BERT (Devlin 2019, arXiv 1810.04805) and RoBERTa (Liu 2019, arXiv 1907.11692), whose positions begin further on.
+
+As Hugging Face keeps them (`BertForPreTraining`, `BertForMaskedLM`, `BertModel`, `RobertaForMaskedLM` and so on):
+post-norm, biases everywhere, a learned table of positions and one of token types, a norm of the embedding; the
+pooler is the first row, a linear map and tanh, and BERT's label `next_sentence` is predicted from it.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from meristem.data.tokenizer import Tokenizer
+from meristem.errors import ConfigError
+from meristem.interop.family import Family, ForeignConfig, heads_by_prefix
+from meristem.interop.runners import SEQUENCES, run_sequences
+from meristem.interop.settings import Settings, foreign_activation, special_ids
+from meristem.interop.table import FuseHeads, Ignored, KeyTable, Rename, Row, Tied
+from meristem.interop.vocabulary import read_subwords, write_subwords
+from meristem.model.config import (
+    Attention,
+    Embedding,
+    FeedForward,
+    Init,
+    LayerNorm,
+    Learned,
+    Position,
+    Prefix,
+    Residual,
+    TokenHead,
+    TransformerConfig,
+)
+from meristem.model.model import SYMBOLS
+from meristem.model.readout import Readout
+from meristem.shapes import Tensor
+
+NEXT_SENTENCE = Readout(name="next_sentence", classes=("next", "random"), pool=None)
+"""Whether the second sentence follows the first, in the order of the reference's logits."""
+
+DEFAULTS = {
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-12,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
+
+ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
+"""Kinds that differ in their vocabulary alone."""
+
+SPELLINGS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+"""Checkpoints from before 2019 have the names of TensorFlow."""
+
+
+def trunk_rows(prefix: str, positions: bool = True) -> tuple[Row, ...]:
+    """Rows that BERT and its kin have in common, but those of blocks.
+
+    Args:
+        prefix: of the trunk.
+        positions: whether there is a table of positions.
+    """
+    table = (Rename("trunk.embedding.position.table", f"{prefix}embeddings.position_embeddings"),)
+    return (
+        Rename("trunk.embedding.symbols", f"{prefix}embeddings.word_embeddings"),
+        *(table if positions else ()),
+        Rename("trunk.embedding.types", f"{prefix}embeddings.token_type_embeddings"),
+        Rename("trunk.embedding.norm", f"{prefix}embeddings.LayerNorm"),
+        Rename("pool.dense", f"{prefix}pooler.dense"),
+    )
+
+
+def _rows(prefix: str) -> tuple[Row, ...]:
+    layer = f"{prefix}encoder.layer.{{}}"
+    return (
+        *trunk_rows(prefix),
+        FuseHeads(
+            "trunk.blocks.{}.attention.qkv",
+            f"{layer}.attention.self.query",
+            f"{layer}.attention.self.key",
+            f"{layer}.attention.self.value",
+        ),
+        Rename("trunk.blocks.{}.attention.out", f"{layer}.attention.output.dense"),
+        Rename("trunk.blocks.{}.attention_norm", f"{layer}.attention.output.LayerNorm"),
+        Rename("trunk.blocks.{}.feedforward.up", f"{layer}.intermediate.dense"),
+        Rename("trunk.blocks.{}.feedforward.down", f"{layer}.output.dense"),
+        Rename("trunk.blocks.{}.feedforward_norm", f"{layer}.output.LayerNorm"),
+    )
+
+
+TABLE = KeyTable(
+    rows=(
+        *_rows("bert."),
+        Rename("heads.tokens.dense", "cls.predictions.transform.dense"),
+        Rename("heads.tokens.norm", "cls.predictions.transform.LayerNorm"),
+        Rename("heads.tokens.out", "cls.predictions.decoder"),
+        Rename("heads.tokens.bias", "cls.predictions.bias"),
+        Rename("heads.next_sentence.out", "cls.seq_relationship"),
+    ),
+    tied=(
+        Tied("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        Tied("cls.predictions.decoder.bias", "cls.predictions.bias"),
+    ),
+    ignored=(Ignored(r"bert\.embeddings\.position_ids"),),
+)
+
+ROBERTA_TABLE = KeyTable(
+    rows=(
+        *_rows("roberta."),
+        Rename("heads.tokens.dense", "lm_head.dense"),
+        Rename("heads.tokens.norm", "lm_head.layer_norm"),
+        Rename("heads.tokens.out", "lm_head.decoder"),
+        Rename("heads.tokens.bias", "lm_head.bias"),
+    ),
+    tied=(
+        Tied("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+        Tied("lm_head.decoder.bias", "lm_head.bias"),
+    ),
+    ignored=(Ignored(r"roberta\.embeddings\.(position_ids|token_type_ids)"),),
+)
+
+
+def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of a `BertConfig`.
+
+    Raises:
+        ConfigError: a setting that no part of ours can say.
+    """
+    found = Settings("a BERT", config, DEFAULTS)
+    # the head has the activation of the trunk
+    position = Learned(max_positions=found["max_position_embeddings"])
+    return _read(found, position, TokenHead(activation=found.activation("hidden_act")), "bert.", tensors)
+
+
+def read_roberta_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of a `RobertaConfig`.
+
+    Raises:
+        ConfigError: a setting that no part of ours can say.
+    """
+    found = Settings("a RoBERTa", config, {**DEFAULTS, "pad_token_id": 1})
+    if not isinstance(found["pad_token_id"], int):
+        raise ConfigError(f"pad_token_id must be set in a RoBERTa config; got {found['pad_token_id']!r}")
+    position = Learned(max_positions=found["max_position_embeddings"], offset=found["pad_token_id"] + 1)
+    return _read(found, position, TokenHead(), "roberta.", tensors)
+
+
+def _read(
+    found: Settings, position: Position, head: TokenHead, prefix: str, tensors: Mapping[str, Tensor]
+) -> TransformerConfig:
+    """What both have in common."""
+    found.require(is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
+    return read_post_norm(
+        found,
+        position,
+        FeedForward(width=found["intermediate_size"], activation=found.activation("hidden_act")),
+        replace(head, is_tied=found["tie_word_embeddings"]),
+        has_pool=f"{prefix}pooler.dense.weight" in tensors,
+    )
+
+
+def read_post_norm(
+    found: Settings, position: Position, feedforward: FeedForward, head: TokenHead, has_pool: bool
+) -> TransformerConfig:
+    """A post-norm encoder with the settings of BERT."""
+    dropout = found["hidden_dropout_prob"]
+    return TransformerConfig(
+        width=found["hidden_size"],
+        num_layers=found["num_hidden_layers"],
+        embedding=Embedding(
+            vocab_size=found["vocab_size"],
+            token_types=found["type_vocab_size"],
+            is_normed=True,
+            dropout=dropout,
+        ),
+        position=position,
+        attention=Attention(num_heads=found["num_attention_heads"], dropout=found["attention_probs_dropout_prob"]),
+        feedforward=feedforward,
+        norm=LayerNorm(eps=found["layer_norm_eps"]),
+        residual=Residual(placement="after", dropout=dropout),
+        final_norm=False,
+        head=head,
+        pool=Prefix(is_dense=True) if has_pool else None,
+        init=Init(std=found["initializer_range"]),
+    )
+
+
+def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `BertConfig` of ours, as far as one can say it."""
+    return {"model_type": "bert", **write_post_norm(architecture), **special_ids(tokenizer)}
+
+
+def write_roberta_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `RobertaConfig` of ours, as far as one can say it: padding stands before the first position."""
+    position = architecture.position
+    pad = position.offset - 1 if isinstance(position, Learned) else 1
+    ids = special_ids(tokenizer)
+    if ids["pad_token_id"] not in (None, pad):
+        raise ConfigError(f"positions must begin behind the padding symbol; got {pad + 1} and {ids['pad_token_id']}")
+    return {"model_type": "roberta", **write_post_norm(architecture), **ids, "pad_token_id": pad}
+
+
+def write_post_norm(architecture: TransformerConfig) -> dict[str, Any]:
+    """The settings of BERT that say a post-norm encoder, as far as they can."""
+    position = architecture.position
+    return {
+        "vocab_size": architecture.embedding.vocab_size,
+        "hidden_size": architecture.width,
+        "num_hidden_layers": architecture.num_layers,
+        "num_attention_heads": architecture.attention.num_heads,
+        "intermediate_size": architecture.feedforward.width,
+        "hidden_act": foreign_activation(architecture.feedforward.activation),
+        "hidden_dropout_prob": architecture.residual.dropout,
+        "attention_probs_dropout_prob": architecture.attention.dropout,
+        "max_position_embeddings": position.max_positions if isinstance(position, Learned) else 512,
+        "type_vocab_size": architecture.embedding.token_types,
+        "initializer_range": architecture.init.std,
+        "layer_norm_eps": getattr(architecture.norm, "eps", None),
+        "tie_word_embeddings": architecture.head is None or architecture.head.is_tied,
+    }
+
+
+def read_readouts(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
+    """The label of BERT's second task, where its head is there."""
+    return (NEXT_SENTENCE,) if "cls.seq_relationship.weight" in names else ()
+
+
+def _name_class(heads: Collection[str]) -> str:
+    has_symbols, has_label = SYMBOLS in heads, NEXT_SENTENCE.name in heads
+    if has_label:
+        return "BertForPreTraining" if has_symbols else "BertForNextSentencePrediction"
+    return "BertForMaskedLM" if has_symbols else "BertModel"
+
+
+BERT = Family(
+    name="BERT",
+    domain="text",
+    recognises=lambda config: config.get("model_type") == "bert",
+    read_config=read_config,
+    write_config=write_config,
+    read_tokenizer=read_subwords,
+    write_tokenizer=write_subwords,
+    table=TABLE,
+    read_heads=heads_by_prefix(tokens="cls.predictions."),
+    read_readouts=read_readouts,
+    spellings=SPELLINGS,
+    prefix="bert.",
+    name_class=_name_class,
+    runner=replace(
+        SEQUENCES,
+        theirs=run_sequences(
+            logits=("logits", "prediction_logits"), next_sentence="seq_relationship_logits", pooled="pooler_output"
+        ),
+    ),
+)
+
+ROBERTA = Family(
+    name="RoBERTa",
+    variant_of=BERT,
+    domain="text",
+    recognises=lambda config: config.get("model_type") in ROBERTA_TYPES,
+    read_config=read_roberta_config,
+    write_config=write_roberta_config,
+    read_tokenizer=read_subwords,
+    write_tokenizer=write_subwords,
+    table=ROBERTA_TABLE,
+    read_heads=heads_by_prefix(tokens="lm_head."),
+    spellings=SPELLINGS,
+    prefix="roberta.",
+    name_class=lambda heads: "RobertaForMaskedLM" if SYMBOLS in heads else "RobertaModel",
+    runner=replace(SEQUENCES, theirs=run_sequences(pooled="pooler_output")),
+)

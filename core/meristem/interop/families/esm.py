@@ -1,0 +1,324 @@
+"""ESM-1b, ESM-1v and ESM-2 (Rives 2021, doi 10.1073/pnas.2016239118; Lin 2023, doi 10.1126/science.ade2574).
+
+As Hugging Face keeps them (`EsmModel`, `EsmForMaskedLM`): pre-norm, biases everywhere, exact GELU, token dropout also
+at inference; rotary positions (ESM-2) or a learned table whose first row is that of the padding symbol plus one.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, get_args
+
+import torch
+
+from meristem.data.tokenizer import AlphabetTokenizer, Tokenizer
+from meristem.errors import CheckpointError, ConfigError
+from meristem.interop.family import Family, ForeignConfig, classes_by_head, heads_by_prefix
+from meristem.interop.runners import SEQUENCES, Results, padded
+from meristem.interop.table import FuseHeads, Ignored, KeyTable, Rename, Tied
+from meristem.model.config import (
+    Attention,
+    Embedding,
+    FeedForward,
+    LayerNorm,
+    Learned,
+    Position,
+    Residual,
+    Rotary,
+    Rounding,
+    TokenHead,
+    TransformerConfig,
+)
+from meristem.model.position import rotary_frequencies
+from meristem.shapes import Tensor
+from meristem.types import Tokens
+
+MASK_DROPOUT_FRAC = 0.15 * 0.8
+"""Share of masks in pre-training; a constant of the reference, not of its config."""
+
+RESIDUES = "LAGVSERTIDPKQNFYMHWC"
+SYMBOLS = ("<cls>", "<pad>", "<eos>", "<unk>", *RESIDUES, *"XBUZO.-", "<null_1>", "<mask>")
+"""The vocabulary of all published models, for directories that hold none."""
+
+SPECIAL = {"cls": "<cls>", "pad": "<pad>", "eos": "<eos>", "unk": "<unk>", "mask": "<mask>"}
+FREQUENCIES = "rotary_embeddings.inv_freq"
+LAYER = "esm.encoder.layer.{}"
+
+TABLE = KeyTable(
+    rows=(
+        Rename("trunk.embedding.symbols", "esm.embeddings.word_embeddings"),
+        Rename("trunk.embedding.position.table", "esm.embeddings.position_embeddings"),
+        Rename("trunk.embedding.norm", "esm.embeddings.layer_norm"),
+        Rename("trunk.blocks.{}.attention_norm", f"{LAYER}.attention.LayerNorm"),
+        FuseHeads(
+            "trunk.blocks.{}.attention.qkv",
+            f"{LAYER}.attention.self.query",
+            f"{LAYER}.attention.self.key",
+            f"{LAYER}.attention.self.value",
+        ),
+        Rename("trunk.blocks.{}.attention.out", f"{LAYER}.attention.output.dense"),
+        Rename("trunk.blocks.{}.feedforward_norm", f"{LAYER}.LayerNorm"),
+        Rename("trunk.blocks.{}.feedforward.up", f"{LAYER}.intermediate.dense"),
+        Rename("trunk.blocks.{}.feedforward.down", f"{LAYER}.output.dense"),
+        Rename("trunk.final_norm", "esm.encoder.emb_layer_norm_after"),
+        Rename("heads.tokens.dense", "lm_head.dense"),
+        Rename("heads.tokens.norm", "lm_head.layer_norm"),
+        Rename("heads.tokens.out", "lm_head.decoder"),
+        Rename("heads.tokens.bias", "lm_head.bias"),
+        Rename("heads.contacts.regression", "esm.contact_head.regression"),
+    ),
+    tied=(Tied("lm_head.decoder.weight", "esm.embeddings.word_embeddings.weight"),),
+    ignored=(
+        # computed from the config, and compared with it by read_config
+        Ignored(r"esm\.(encoder\.layer\.(\d+|\*)\.attention\.self\.)?rotary_embeddings\.inv_freq"),
+        Ignored(r"esm\.embeddings\.position_ids"),
+        Ignored(r"esm\.embeddings\.position_embeddings\.weight", "a table of positions beside rotary ones is unused"),
+        Ignored(r"esm\.pooler\.dense\.(weight|bias)", "the pooler is left out: it was never trained"),
+    ),
+)
+
+
+def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of an `EsmConfig`.
+
+    Raises:
+        ConfigError: a setting that no part of ours can say.
+        CheckpointError: rotary frequencies that are not those of the config.
+    """
+    for name, plain in (("is_folding_model", False), ("is_decoder", False), ("add_cross_attention", False)):
+        if config.get(name, plain) not in (plain, None):
+            raise ConfigError(f"{name} must be {plain} in an ESM config; got {config[name]!r}")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ConfigError(f"hidden_act must be gelu in an ESM config; got {config['hidden_act']!r}")
+    try:
+        architecture = TransformerConfig(
+            width=config["hidden_size"],
+            num_layers=config["num_hidden_layers"],
+            embedding=Embedding(
+                vocab_size=config["vocab_size"],
+                is_normed=bool(config.get("emb_layer_norm_before")),
+                mask_id=config["mask_token_id"] if config.get("token_dropout") else None,
+                mask_dropout_frac=MASK_DROPOUT_FRAC if config.get("token_dropout") else 0.0,
+            ),
+            position=_read_position(config),
+            attention=Attention(
+                num_heads=config["num_attention_heads"],
+                dropout=config.get("attention_probs_dropout_prob") or 0.0,
+            ),
+            feedforward=FeedForward(width=config["intermediate_size"]),
+            norm=LayerNorm(eps=config.get("layer_norm_eps", 1e-12)),
+            residual=Residual(dropout=config.get("hidden_dropout_prob") or 0.0),
+            head=TokenHead(is_tied=config.get("tie_word_embeddings", True)),
+        )
+    except KeyError as error:
+        raise ConfigError(f"an ESM config must have {error.args[0]}") from error
+    return _with_rounding(architecture, tensors)
+
+
+def _read_position(config: ForeignConfig) -> Position:
+    kind = config.get("position_embedding_type", "absolute")
+    if kind == "absolute":
+        return Learned(max_positions=config["max_position_embeddings"], offset=config["pad_token_id"] + 1)
+    if kind != "rotary":
+        raise ConfigError(f"position_embedding_type must be rotary or absolute in an ESM config; got {kind!r}")
+    return Rotary(base=float(config.get("rope_theta") or 10000.0))
+
+
+def _with_rounding(architecture: TransformerConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """With rotary frequencies rounded as those of the checkpoint, which was trained to them."""
+    position = architecture.position
+    stored = [tensor for name, tensor in tensors.items() if name.endswith(FREQUENCIES)]
+    if not isinstance(position, Rotary) or not stored:
+        return architecture
+    for rounding in get_args(Rounding):
+        rounded = replace(position, rounding=rounding)
+        expected = rotary_frequencies(rounded, architecture.head_width)
+        if all(t.shape == expected.shape and torch.allclose(t, expected, rtol=1e-6, atol=0) for t in stored):
+            return replace(architecture, position=rounded)
+    raise CheckpointError(f"{FREQUENCIES} must be those of rope_theta={position.base:g}, rounded or not; got others")
+
+
+def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `EsmConfig` of ours, as far as one can say it."""
+    position = architecture.position
+    return {
+        "model_type": "esm",
+        "vocab_size": architecture.embedding.vocab_size,
+        **ids_of_special(tokenizer),
+        # one that is zeroed goes before the tokenizer's
+        **({} if architecture.embedding.mask_id is None else {"mask_token_id": architecture.embedding.mask_id}),
+        "hidden_size": architecture.width,
+        "num_hidden_layers": architecture.num_layers,
+        "num_attention_heads": architecture.attention.num_heads,
+        "intermediate_size": architecture.feedforward.width,
+        "hidden_act": architecture.feedforward.activation,
+        "hidden_dropout_prob": architecture.residual.dropout,
+        "attention_probs_dropout_prob": architecture.attention.dropout,
+        "layer_norm_eps": getattr(architecture.norm, "eps", None),
+        "position_embedding_type": "rotary" if isinstance(position, Rotary) else "absolute",
+        "rope_theta": position.base if isinstance(position, Rotary) else 10000.0,
+        "max_position_embeddings": position.max_positions if isinstance(position, Learned) else 1026,
+        "emb_layer_norm_before": architecture.embedding.is_normed,
+        "token_dropout": architecture.embedding.mask_dropout_frac > 0,
+        "tie_word_embeddings": architecture.head is None or architecture.head.is_tied,
+        "initializer_range": architecture.init.std,
+        "is_folding_model": False,
+    }
+
+
+def derived(architecture: TransformerConfig) -> dict[str, Tensor]:
+    """The buffer of rotary frequencies, which the reference keeps among its weights."""
+    if not isinstance(architecture.position, Rotary):
+        return {}
+    return {f"esm.{FREQUENCIES}": rotary_frequencies(architecture.position, architecture.head_width)}
+
+
+def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
+    """One token a residue, with the ids of the directory's vocabulary.
+
+    Raises:
+        CheckpointError: a vocabulary that is damaged, or whose ids are not those of the config.
+    """
+    return read_residues(folder, config, SYMBOLS, len(SYMBOLS), "ESM")
+
+
+def read_residues(
+    folder: Path, config: ForeignConfig, published: Sequence[str], num_rows: int, kind: str
+) -> tuple[Tokenizer, list[str]]:
+    """One token a residue, with the ids of the directory's vocabulary.
+
+    Letters and `*` without a symbol are read as X, and counted; the reference merges a run of them into one token.
+
+    Args:
+        published: the vocabulary of a directory that holds none.
+        num_rows: of the embedding of published models: such a directory must have as many.
+        kind: of models that have it, for notes.
+
+    Raises:
+        CheckpointError: a vocabulary that is damaged, or whose ids are not those of the config.
+    """
+    vocab, notes = _read_vocab(folder, config, published, num_rows, kind)
+    special = {**SPECIAL, **_read_special(folder)}
+    if unknown := [symbol for symbol in special.values() if symbol not in vocab]:
+        raise CheckpointError(f"{folder}: the vocabulary must hold every special symbol; it lacks {unknown[0]!r}")
+    if long := [s for s in vocab if len(s) != 1 and not (s.startswith("<") and s.endswith(">"))]:
+        raise CheckpointError(f"{folder}: a symbol of the vocabulary must be one residue; got {long[0]!r}")
+    for name in ("mask", "pad"):
+        if config.get(f"{name}_token_id", vocab.index(special[name])) not in (vocab.index(special[name]), None):
+            raise CheckpointError(
+                f"{folder}: {name}_token_id must be {vocab.index(special[name])}, the id of {special[name]} in the "
+                f"vocabulary; got {config[f'{name}_token_id']} in config.json"
+            )
+    if len(vocab) > config["vocab_size"]:
+        raise CheckpointError(f"{folder}: vocab_size must be {len(vocab)} or more; got {config['vocab_size']}")
+    lacking = [letter for letter in (*ascii_uppercase, "*") if letter not in vocab]
+    tokenizer = AlphabetTokenizer(
+        vocab=tuple(vocab),
+        prefix=(special["cls"],),
+        suffix=(special["eos"],),
+        mask=special["mask"],
+        replace=dict.fromkeys(lacking, "X") if "X" in vocab else {},
+        random="".join(residue for residue in RESIDUES if residue in vocab),
+    )
+    return tokenizer, notes
+
+
+def _read_vocab(
+    folder: Path, config: ForeignConfig, published: Sequence[str], num_rows: int, kind: str
+) -> tuple[list[str], list[str]]:
+    if (folder / "vocab.txt").is_file():
+        return (folder / "vocab.txt").read_text(encoding="utf-8").split(), []
+    if (folder / "tokenizer.json").is_file():
+        try:
+            ids = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+            vocab = sorted(ids, key=ids.__getitem__)
+            assert [ids[symbol] for symbol in vocab] == list(range(len(vocab))), "ids must count from 0"
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise CheckpointError(f"{folder / 'tokenizer.json'} must have model.vocab: {error}") from error
+        return vocab, []
+    if config["vocab_size"] != num_rows:
+        raise CheckpointError(f"{folder} must hold vocab.txt or tokenizer.json; it holds neither")
+    return list(published), [f"no vocab.txt: the {len(published)} symbols of all published {kind} models are taken"]
+
+
+def _read_special(folder: Path) -> dict[str, str]:
+    """Special symbols by role, as the tokenizer's files name them."""
+    found: dict[str, str] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if not (folder / name).is_file():
+            continue
+        try:
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            for role in SPECIAL:
+                value = values.get(f"{role}_token")
+                if value:
+                    found[role] = value if isinstance(value, str) else value["content"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder / name} must name special symbols: {error}") from error
+    return found
+
+
+def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files of an `EsmTokenizer`.
+
+    Raises:
+        ConfigError: a tokenizer of another kind, or one that lacks a special symbol.
+    """
+    if not isinstance(tokenizer, AlphabetTokenizer) or not set(SPECIAL.values()) <= set(tokenizer.vocab):
+        raise ConfigError(f"a tokenizer of ESM must have {', '.join(SPECIAL.values())}, and one token a residue")
+    names = {f"{role}_token": symbol for role, symbol in SPECIAL.items()}
+    settings = {**names, "tokenizer_class": "EsmTokenizer", "clean_up_tokenization_spaces": False}
+    return {
+        "vocab.txt": "\n".join(tokenizer.vocab),
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(names, indent=2) + "\n",
+    }
+
+
+def ids_of_special(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """Settings that name the ids of special symbols; null for one that the tokenizer lacks."""
+    named: Mapping[str, str] = getattr(tokenizer, "special", {})
+    ids = {}
+    for role, symbol in SPECIAL.items():
+        name = named.get(role, symbol)
+        ids[role] = tokenizer.vocab.index(name) if name in tokenizer.vocab else None
+    return {
+        "mask_token_id": ids["mask"],
+        "pad_token_id": ids["pad"],
+        "bos_token_id": ids["cls"],
+        "eos_token_id": ids["eos"],
+    }
+
+
+def _run_reference(reference: Any, sequences: Sequence[Tokens]) -> Results:
+    """Results of `transformers`, contacts among them."""
+    found = dict(SEQUENCES.theirs(reference, sequences))
+    if hasattr(reference, "predict_contacts"):
+        ids, mask = padded(sequences, reference.config.pad_token_id)
+        # the reference drops the first row and the last one of the padding, so that inner places come first
+        inner = [len(tokens) - 2 for tokens in sequences]
+        contacts = reference.predict_contacts(ids, mask)
+        found["contacts"] = [row[:length, :length] for row, length in zip(contacts, inner)]
+    return found
+
+
+ESM = Family(
+    name="ESM-1b and ESM-2",
+    domain="protein",
+    recognises=lambda config: config.get("model_type") == "esm",
+    read_config=read_config,
+    write_config=write_config,
+    read_tokenizer=read_tokenizer,
+    write_tokenizer=write_tokenizer,
+    table=TABLE,
+    read_heads=heads_by_prefix(tokens="lm_head.", contacts="esm.contact_head."),
+    # transformers 5 writes the names of long ago, and the star of a pattern, when it saves; it reads both
+    spellings=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
+    prefix="esm.",
+    derived=derived,
+    name_class=classes_by_head("EsmForMaskedLM", "EsmModel"),
+    implied_heads=("contacts",),
+    runner=replace(SEQUENCES, theirs=_run_reference),
+)

@@ -1,0 +1,172 @@
+"""ESM-C (EvolutionaryScale 2024), as Hugging Face keeps it (`EsmcForMaskedLM`, `EsmcModel`).
+
+Pre-norm with rotary positions and a gated feed-forward layer, no biases in maps; queries and keys are normed over all
+heads at once, each branch is divided by sqrt(layers / 36), and the head is not tied. Its last norm and those of
+queries and keys have no bias, the others have one: ours has one after the last block, which is zero.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from meristem.data.tokenizer import AlphabetTokenizer, Tokenizer
+from meristem.errors import ConfigError
+from meristem.interop.families.esm import RESIDUES, SPECIAL, ids_of_special, read_residues
+from meristem.interop.family import Family, ForeignConfig, classes_by_head, heads_by_prefix
+from meristem.interop.rotary import read_rotary, write_rotary
+from meristem.interop.runners import SEQUENCES
+from meristem.interop.settings import Settings, foreign_activation
+from meristem.interop.table import FuseHeads, KeyTable, Lacking, Rename, Row, joined
+from meristem.model.config import (
+    Attention,
+    Embedding,
+    FeedForward,
+    Init,
+    LayerNorm,
+    Residual,
+    TokenHead,
+    TransformerConfig,
+)
+from meristem.shapes import Tensor
+
+SYMBOLS = ("<cls>", "<pad>", "<eos>", "<unk>", *RESIDUES, *"XBUZO.-|", "<mask>")
+"""The vocabulary of all published models: that of ESM with a symbol between chains."""
+
+NUM_ROWS = 64
+"""Of the embedding of all published models."""
+
+EPS = 1e-5
+"""Of every norm; a constant of the reference."""
+
+SCALED_LAYERS = 36
+"""Layers of the model whose branches are added as they are."""
+
+DEFAULTS = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+}
+
+LAYER = "esmc.layers.{}"
+
+TABLE = KeyTable(
+    rows=(
+        Rename("trunk.embedding.symbols", "esmc.embed_tokens"),
+        Rename("trunk.blocks.{}.attention_norm", f"{LAYER}.input_layernorm"),
+        FuseHeads(
+            "trunk.blocks.{}.attention.qkv",
+            f"{LAYER}.self_attn.q_proj",
+            f"{LAYER}.self_attn.k_proj",
+            f"{LAYER}.self_attn.v_proj",
+        ),
+        Rename("trunk.blocks.{}.attention.q_norm", f"{LAYER}.self_attn.q_norm"),
+        Rename("trunk.blocks.{}.attention.k_norm", f"{LAYER}.self_attn.k_norm"),
+        Rename("trunk.blocks.{}.attention.out", f"{LAYER}.self_attn.o_proj"),
+        Rename("trunk.blocks.{}.feedforward_norm", f"{LAYER}.post_attention_layernorm"),
+        Row("trunk.blocks.{}.feedforward.up", (f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj"), joined(2)),
+        Rename("trunk.blocks.{}.feedforward.down", f"{LAYER}.mlp.down_proj"),
+        Rename("trunk.final_norm.weight", "esmc.norm.weight"),
+        Lacking("trunk.final_norm.bias"),
+        Rename("heads.tokens.dense", "lm_head.dense"),
+        Rename("heads.tokens.norm", "lm_head.layer_norm"),
+        Rename("heads.tokens.out", "lm_head.decoder"),
+        Rename("heads.tokens.bias", "lm_head.decoder.bias"),
+    ),
+)
+
+
+def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of an `EsmcConfig`.
+
+    Raises:
+        ConfigError: a setting that no part of ours can say.
+    """
+    found = Settings("an ESM-C", config, DEFAULTS)
+    width, heads, num_layers = found["hidden_size"], found["num_attention_heads"], found["num_hidden_layers"]
+    found.require(num_key_value_heads=heads, head_dim=width // heads, tie_word_embeddings=False)
+    return TransformerConfig(
+        width=width,
+        num_layers=num_layers,
+        embedding=Embedding(vocab_size=found["vocab_size"]),
+        position=read_rotary(found),
+        attention=Attention(
+            num_heads=heads,
+            qkv_bias=found["attention_bias"],
+            out_bias=found["attention_bias"],
+            qk_norm="full",
+            dropout=found["attention_dropout"] or 0.0,
+        ),
+        feedforward=FeedForward(
+            width=found["intermediate_size"],
+            activation=found.activation("hidden_act"),
+            is_gated=True,
+            in_bias=found["mlp_bias"],
+            out_bias=found["mlp_bias"],
+        ),
+        norm=LayerNorm(eps=EPS),
+        residual=Residual(scale=(SCALED_LAYERS / num_layers) ** 0.5),
+        head=TokenHead(is_tied=False),
+        init=Init(std=found["initializer_range"]),
+    )
+
+
+def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `EsmcConfig` of ours, as far as one can say it."""
+    return {
+        "model_type": "esmc",
+        "vocab_size": architecture.embedding.vocab_size,
+        "hidden_size": architecture.width,
+        "intermediate_size": architecture.feedforward.width,
+        "num_hidden_layers": architecture.num_layers,
+        "num_attention_heads": architecture.attention.num_heads,
+        "hidden_act": foreign_activation(architecture.feedforward.activation),
+        "initializer_range": architecture.init.std,
+        "attention_bias": architecture.attention.qkv_bias,
+        "attention_dropout": architecture.attention.dropout,
+        "mlp_bias": architecture.feedforward.in_bias,
+        **write_rotary(architecture.position),
+        **ids_of_special(tokenizer),
+    }
+
+
+def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
+    """One token a residue, with the ids of the directory's vocabulary or those of all published models.
+
+    Raises:
+        CheckpointError: a vocabulary that is damaged, or whose ids are not those of the config.
+    """
+    return read_residues(folder, config, SYMBOLS, NUM_ROWS, "ESM-C")
+
+
+def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files of an `EsmcTokenizer`, whose vocabulary is always the same.
+
+    Raises:
+        ConfigError: another vocabulary.
+    """
+    if not isinstance(tokenizer, AlphabetTokenizer) or tuple(tokenizer.vocab) != SYMBOLS:
+        raise ConfigError("a tokenizer of ESM-C must have the vocabulary of the published models; got another one")
+    names = {f"{role}_token": symbol for role, symbol in SPECIAL.items()}
+    settings = {**names, "tokenizer_class": "EsmcTokenizer", "clean_up_tokenization_spaces": False}
+    # the foreign class reads no vocabulary; ours does
+    return {"vocab.txt": "\n".join(SYMBOLS), "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}
+
+
+ESMC = Family(
+    name="ESM-C",
+    domain="protein",
+    recognises=lambda config: config.get("model_type") == "esmc",
+    read_config=read_config,
+    write_config=write_config,
+    read_tokenizer=read_tokenizer,
+    write_tokenizer=write_tokenizer,
+    table=TABLE,
+    read_heads=heads_by_prefix(tokens="lm_head."),
+    prefix="esmc.",
+    name_class=classes_by_head("EsmcForMaskedLM", "EsmcModel"),
+    runner=SEQUENCES,
+)

@@ -1,0 +1,240 @@
+"""GPT-2 (Radford 2019) and GPTBigCode (Ben Allal 2023, arXiv 2301.03988), which is GPT-2 with one key head.
+
+As Hugging Face keeps them (`GPT2LMHeadModel`, `GPTBigCodeForCausalLM`): a causal pre-norm stack with biases
+everywhere, the tanh form of GELU, a learned table of positions, a head tied to the embedding. GPT-2 keeps its maps
+transposed. GPTBigCode with a key head for each query head keeps queries, keys and values of one head together.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from meristem.data.tokenizer import Tokenizer
+from meristem.interop.family import Family, ForeignConfig, classes_by_head, symbols_but_for
+from meristem.interop.runners import SEQUENCES
+from meristem.interop.settings import Settings, foreign_activation, special_ids
+from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied, Transform, Transposed
+from meristem.interop.vocabulary import read_subwords, write_subwords
+from meristem.model.config import (
+    Attention,
+    Causal,
+    Embedding,
+    FeedForward,
+    Init,
+    LayerNorm,
+    LayerRule,
+    Learned,
+    Residual,
+    TokenHead,
+    TransformerConfig,
+)
+from meristem.shapes import Tensor
+
+LAYER = "transformer.h.{}"
+
+
+def _by_kind(tensors: Sequence[Tensor], config: TransformerConfig) -> Tensor:
+    """Rows of queries, keys and values, of rows kept head after head where each head has all three."""
+    heads = config.attention.num_heads
+    if config.num_kv_heads != heads:
+        return tensors[0]
+    return tensors[0].unflatten(0, (heads, 3, config.head_width)).transpose(0, 1).flatten(0, 2)
+
+
+def _by_head(tensor: Tensor, config: TransformerConfig) -> Sequence[Tensor]:
+    """The inverse of `_by_kind`."""
+    heads = config.attention.num_heads
+    if config.num_kv_heads != heads:
+        return [tensor]
+    return [tensor.unflatten(0, (3, heads, config.head_width)).transpose(0, 1).flatten(0, 2)]
+
+
+COMMON = (
+    Rename("trunk.embedding.symbols", "transformer.wte"),
+    Rename("trunk.embedding.position.table", "transformer.wpe"),
+    Rename("trunk.blocks.{}.attention_norm", f"{LAYER}.ln_1"),
+    Rename("trunk.blocks.{}.feedforward_norm", f"{LAYER}.ln_2"),
+    Rename("trunk.final_norm", "transformer.ln_f"),
+    Rename("heads.tokens.out", "lm_head"),
+)
+TIED = (Tied("lm_head.weight", "transformer.wte.weight"),)
+BUFFERS = (Ignored(r"transformer\.h\.\d+\.attn\.(bias|masked_bias|causal_mask)"),)
+"""Masks, which checkpoints of long ago hold."""
+
+TABLE = KeyTable(
+    rows=(
+        *COMMON,
+        Transposed("trunk.blocks.{}.attention.qkv", f"{LAYER}.attn.c_attn"),
+        Transposed("trunk.blocks.{}.attention.out", f"{LAYER}.attn.c_proj"),
+        Transposed("trunk.blocks.{}.feedforward.up", f"{LAYER}.mlp.c_fc"),
+        Transposed("trunk.blocks.{}.feedforward.down", f"{LAYER}.mlp.c_proj"),
+    ),
+    tied=TIED,
+    ignored=BUFFERS,
+)
+
+BIGCODE_TABLE = KeyTable(
+    rows=(
+        *COMMON,
+        Row("trunk.blocks.{}.attention.qkv", (f"{LAYER}.attn.c_attn",), Transform(_by_kind, _by_head)),
+        Rename("trunk.blocks.{}.attention.out", f"{LAYER}.attn.c_proj"),
+        Rename("trunk.blocks.{}.feedforward.up", f"{LAYER}.mlp.c_fc"),
+        Rename("trunk.blocks.{}.feedforward.down", f"{LAYER}.mlp.c_proj"),
+    ),
+    tied=TIED,
+    ignored=BUFFERS,
+)
+
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+DEFAULTS = {
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+    "add_cross_attention": False,
+}
+
+
+def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of a `GPT2Config`.
+
+    `reorder_and_upcast_attn` says how scores are computed in half precision, and not what they are.
+
+    Raises:
+        ConfigError: a setting that no part of ours can say.
+    """
+    found = Settings("a GPT-2", config, DEFAULTS, ALIASES)
+    architecture = _read(found, Attention(num_heads=found["n_head"]))
+    if not found["scale_attn_by_inverse_layer_idx"]:
+        return architecture
+    # layer i divides its scores by i + 1
+    attention = architecture.attention
+    base = architecture.head_width**-0.5 if attention.scale is None else attention.scale
+    rules = [
+        LayerRule(start=layer, stop=layer + 1, attention=replace(attention, scale=base / (layer + 1)))
+        for layer in range(1, architecture.num_layers)
+    ]
+    return replace(architecture, layers=tuple(rules))
+
+
+def read_bigcode_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of a `GPTBigCodeConfig`.
+
+    Raises:
+        ConfigError: a setting that no part of ours can say.
+    """
+    defaults = {**DEFAULTS, "activation_function": "gelu_pytorch_tanh", "multi_query": True}
+    found = Settings("a GPTBigCode", config, defaults, ALIASES)
+    found.require(scale_attn_by_inverse_layer_idx=False)
+    heads = found["n_head"]
+    return _read(found, Attention(num_heads=heads, num_kv_heads=1 if found["multi_query"] else heads))
+
+
+def _read(found: Settings, attention: Attention) -> TransformerConfig:
+    """What both have in common."""
+    found.require(add_cross_attention=False)
+    width = found["n_embd"]
+    return TransformerConfig(
+        width=width,
+        num_layers=found["n_layer"],
+        embedding=Embedding(vocab_size=found["vocab_size"], dropout=found["embd_pdrop"]),
+        position=Learned(max_positions=found["n_positions"]),
+        attention=replace(
+            attention,
+            scale=None if found["scale_attn_weights"] else 1.0,
+            pattern=Causal(),
+            dropout=found["attn_pdrop"],
+        ),
+        feedforward=FeedForward(
+            width=4 * width if found["n_inner"] is None else found["n_inner"],
+            activation=found.activation("activation_function"),
+        ),
+        norm=LayerNorm(eps=found["layer_norm_epsilon"]),
+        residual=Residual(dropout=found["resid_pdrop"]),
+        head=TokenHead(activation=None, is_tied=found["tie_word_embeddings"], bias=False),
+        init=Init(std=found["initializer_range"], is_depth_scaled=True),
+    )
+
+
+def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `GPT2Config` of ours, as far as one can say it."""
+    last = architecture.layer(architecture.num_layers - 1).attention
+    is_by_layer = last.scale != architecture.attention.scale
+    return {
+        "model_type": "gpt2",
+        **_write(architecture, tokenizer),
+        "scale_attn_by_inverse_layer_idx": is_by_layer,
+        "reorder_and_upcast_attn": False,
+    }
+
+
+def write_bigcode_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `GPTBigCodeConfig` of ours, as far as one can say it."""
+    is_multi_query = architecture.num_kv_heads == 1 and architecture.attention.num_heads > 1
+    return {"model_type": "gpt_bigcode", **_write(architecture, tokenizer), "multi_query": is_multi_query}
+
+
+def _write(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    position, feedforward = architecture.position, architecture.feedforward
+    return {
+        "vocab_size": architecture.embedding.vocab_size,
+        "n_positions": position.max_positions if isinstance(position, Learned) else 1024,
+        "n_embd": architecture.width,
+        "n_layer": architecture.num_layers,
+        "n_head": architecture.attention.num_heads,
+        "n_inner": feedforward.width,
+        "activation_function": foreign_activation(feedforward.activation),
+        "resid_pdrop": architecture.residual.dropout,
+        "embd_pdrop": architecture.embedding.dropout,
+        "attn_pdrop": architecture.attention.dropout,
+        "layer_norm_epsilon": getattr(architecture.norm, "eps", None),
+        "initializer_range": architecture.init.std,
+        "scale_attn_weights": architecture.attention.scale is None,
+        "tie_word_embeddings": architecture.head is None or architecture.head.is_tied,
+        "add_cross_attention": False,
+        **special_ids(tokenizer),
+    }
+
+
+GPT2 = Family(
+    name="GPT-2",
+    domain="text",
+    recognises=lambda config: config.get("model_type") == "gpt2",
+    read_config=read_config,
+    write_config=write_config,
+    read_tokenizer=read_subwords,
+    write_tokenizer=write_subwords,
+    table=TABLE,
+    read_heads=symbols_but_for("GPT2Model"),
+    prefix="transformer.",
+    name_class=classes_by_head("GPT2LMHeadModel", "GPT2Model"),
+    runner=SEQUENCES,
+)
+
+GPT_BIGCODE = Family(
+    name="GPTBigCode",
+    variant_of=GPT2,
+    domain="code",
+    recognises=lambda config: config.get("model_type") == "gpt_bigcode",
+    read_config=read_bigcode_config,
+    write_config=write_bigcode_config,
+    read_tokenizer=read_subwords,
+    write_tokenizer=write_subwords,
+    table=BIGCODE_TABLE,
+    read_heads=symbols_but_for("GPTBigCodeModel"),
+    prefix="transformer.",
+    name_class=classes_by_head("GPTBigCodeForCausalLM", "GPTBigCodeModel"),
+    runner=SEQUENCES,
+)

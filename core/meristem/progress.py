@@ -1,0 +1,115 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere; always on stderr."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts work that is done, and says how fast it goes and how long it will take.
+
+    Args:
+        total: units in all; None where it is not known, then no time left is given.
+        unit: what is counted, in the plural (`records`, `tokens`).
+        title: what is being done, in front of the figures.
+        stream: where to; a terminal gets a bar, anything else a line every ten seconds.
+        done: units that an earlier run has done: they count, but not for the rate.
+
+    Example:
+        >>> with Progress(2, "records", title="embed") as progress:
+        ...     progress.advance(2)
+    """
+
+    def __init__(self, total: int | None, unit: str, title: str = "", stream: TextIO | None = None, done: int = 0):
+        self._total, self._unit, self._title = total, unit, title or unit
+        self._stream = stream or sys.stderr
+        self._done, self._skipped, self._note = done, done, ""
+        self._bar: Any = None
+        self._task: Any = None
+        self._began = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._began = self._last_line = time.monotonic()
+        if self._stream.isatty():
+            self._start_bar()
+        return self
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Say that `count` more units are done.
+
+        Args:
+            note: another figure, shown beside the rate until the next one.
+        """
+        self._done += count
+        self._note = note or self._note
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, rate=self._rates())
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._print_line()
+
+    def skip(self, count: int) -> None:
+        """Say that `count` units were done by an earlier run: they count, but not for the rate."""
+        self._skipped += count
+        self.advance(count)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        elif time.monotonic() - self._began >= SECONDS_BETWEEN_LINES:
+            self._print_line()
+
+    def _speed(self) -> float:
+        return (self._done - self._skipped) / max(time.monotonic() - self._began, 1e-6)
+
+    def _rates(self) -> str:
+        per_second = self._speed()
+        rate = f"{per_second:,.0f} {self._unit}/s" if per_second >= 10 else f"{per_second:.2g} {self._unit}/s"
+        return f"{rate}, {self._note}" if self._note else rate
+
+    def _start_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=Console(file=self._stream),
+        )
+        self._task = self._bar.add_task(self._title, total=self._total, completed=self._done, rate="")
+        self._bar.start()
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        speed = self._speed()
+        line = f"{self._title}: {self._done:,}"
+        if self._total is not None:
+            line += f" of {self._total:,} {self._unit} ({self._done / max(self._total, 1):.0%})"
+        else:
+            line += f" {self._unit}"
+        line += f", {self._rates()}"
+        if self._total is not None and speed > 0 and self._done < self._total:
+            line += f", {duration((self._total - self._done) / speed)} left"
+        print(line, file=self._stream, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A time as people write it: `1:05` for 65 seconds, `2:00:00` for two hours."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,99 @@
+"""DNABERT-2 (Zhou 2023, arXiv 2306.15006), which is MosaicBERT (Portes 2023, arXiv 2312.17482) on bases.
+
+In the layout of its own published code, which no library has: post-norm as BERT, without positions but with a bias of
+scores that falls with distance, queries, keys and values in one map, and a feed-forward layer gated by GELU.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from meristem.data.tokenizer import Tokenizer
+from meristem.interop.families.bert import BERT, DEFAULTS, SPELLINGS, read_post_norm, trunk_rows, write_post_norm
+from meristem.interop.family import Family, ForeignConfig, classes_by_head, heads_by_prefix
+from meristem.interop.settings import Settings, special_ids
+from meristem.interop.table import Ignored, KeyTable, Rename, Tied
+from meristem.interop.vocabulary import read_subwords, write_subwords
+from meristem.model.config import FeedForward, LinearBias, TokenHead, TransformerConfig
+from meristem.shapes import Tensor
+
+CODE = {
+    "AutoConfig": "configuration_bert.BertConfig",
+    "AutoModel": "bert_layers.BertModel",
+    "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
+}
+"""The published code that a config names; it is beside the published weights and is not written."""
+
+LAYER = "bert.encoder.layer.{}"
+
+TABLE = KeyTable(
+    rows=(
+        *trunk_rows("bert.", positions=False),
+        Rename("trunk.blocks.{}.attention.qkv", f"{LAYER}.attention.self.Wqkv"),
+        Rename("trunk.blocks.{}.attention.out", f"{LAYER}.attention.output.dense"),
+        Rename("trunk.blocks.{}.attention_norm", f"{LAYER}.attention.output.LayerNorm"),
+        Rename("trunk.blocks.{}.feedforward.up", f"{LAYER}.mlp.gated_layers"),
+        Rename("trunk.blocks.{}.feedforward.down", f"{LAYER}.mlp.wo"),
+        Rename("trunk.blocks.{}.feedforward_norm", f"{LAYER}.mlp.layernorm"),
+        Rename("heads.tokens.dense", "cls.predictions.transform.dense"),
+        Rename("heads.tokens.norm", "cls.predictions.transform.LayerNorm"),
+        Rename("heads.tokens.out", "cls.predictions.decoder"),
+        Rename("heads.tokens.bias", "cls.predictions.decoder.bias"),
+    ),
+    tied=(
+        Tied("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        Tied("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    ),
+    ignored=(
+        Ignored(r"bert\.embeddings\.(position_ids|token_type_ids)"),
+        # slopes times distances, computed anew
+        Ignored(r"bert\.encoder\.alibi"),
+    ),
+)
+
+
+def recognises(config: ForeignConfig) -> bool:
+    """Whether a config is one of MosaicBERT's, which call themselves BERT."""
+    code = config.get("auto_map") or {}
+    named = any("bert_layers." in str(name) for name in code.values())
+    return config.get("model_type") == "bert" and ("alibi_starting_size" in config or named)
+
+
+def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of a MosaicBERT's.
+
+    Raises:
+        ConfigError: a setting that no part of ours can say.
+    """
+    found = Settings("a DNABERT-2", config, DEFAULTS)
+    # whatever the config says, the feed-forward layer is gated by the exact GELU
+    feedforward = FeedForward(width=found["intermediate_size"], is_gated=True, in_bias=False)
+    head = TokenHead(activation=found.activation("hidden_act"), is_tied=found["tie_word_embeddings"])
+    return read_post_norm(found, LinearBias(), feedforward, head, has_pool="bert.pooler.dense.weight" in tensors)
+
+
+def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The config of a MosaicBERT, as far as one can say it."""
+    return {
+        "model_type": "bert",
+        **write_post_norm(architecture),
+        "alibi_starting_size": 512,
+        "auto_map": CODE,
+        **special_ids(tokenizer),
+    }
+
+
+DNABERT2 = Family(
+    name="DNABERT-2",
+    variant_of=BERT,
+    domain="dna",
+    recognises=recognises,
+    read_config=read_config,
+    write_config=write_config,
+    read_tokenizer=read_subwords,
+    write_tokenizer=write_subwords,
+    table=TABLE,
+    read_heads=heads_by_prefix(tokens="cls.predictions."),
+    spellings=SPELLINGS,
+    prefix="bert.",
+    name_class=classes_by_head("BertForMaskedLM", "BertModel"),
+)

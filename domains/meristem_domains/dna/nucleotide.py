@@ -1,0 +1,94 @@
+"""Nucleotide Transformer (Dalla-Torre 2024, doi 10.1038/s41592-024-02523-z) v1 and v2: ESM over words of six bases.
+
+v1 is an ESM-1b, which `transformers` has; v2 is an ESM-2 whose feed-forward layer is gated by SiLU and has no biases.
+v2 is kept in the layout of its own published code, which no library has: its config names no `model_type`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from meristem.data.tokenizer import Tokenizer
+from meristem.interop.families import esm
+from meristem.interop.families.esm import ESM
+from meristem.interop.family import ForeignConfig
+from meristem.model.config import FeedForward, TransformerConfig
+from meristem.shapes import Tensor
+from meristem_domains.dna.vocabulary import read_kmers, write_kmers
+
+NUM_WORDS = 4**6
+"""Words of six bases: an ESM with as many symbols is no model of proteins."""
+
+CODE = {
+    "AutoConfig": "esm_config.EsmConfig",
+    "AutoModelForMaskedLM": "modeling_esm.EsmForMaskedLM",
+}
+"""The published code that a config names; it is beside the published weights and is not written."""
+
+
+def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of a v2's.
+
+    Raises:
+        ConfigError: a setting that no part of ours can say.
+    """
+    bias = bool(config["add_bias_fnn"])
+    plain = {name: value for name, value in config.items() if name not in ("add_bias_fnn", "hidden_act")}
+    architecture = esm.read_config(plain, tensors)
+    feedforward = FeedForward(
+        width=architecture.feedforward.width, activation="silu", is_gated=True, in_bias=bias, out_bias=bias
+    )
+    return replace(architecture, feedforward=feedforward)
+
+
+def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The config of a v2, as far as one can say it."""
+    config = esm.write_config(architecture, tokenizer)
+    del config["model_type"], config["hidden_act"]
+    return {**config, "add_bias_fnn": architecture.feedforward.in_bias, "auto_map": CODE}
+
+
+def derived(architecture: TransformerConfig) -> dict[str, Tensor]:
+    """The buffers of rotary frequencies, which this code keeps for each layer."""
+    found = esm.derived(architecture).values()
+    return {
+        f"{esm.LAYER.format(layer)}.attention.self.{esm.FREQUENCIES}": frequencies.clone()
+        for layer in range(architecture.num_layers)
+        for frequencies in found
+    }
+
+
+def recognises_v2(config: ForeignConfig) -> bool:
+    """Whether a config is a v2's: some published ones say that they are an ESM, and some nothing."""
+    return "add_bias_fnn" in config
+
+
+def _has_words(vocab_size: object) -> bool:
+    return isinstance(vocab_size, int) and vocab_size > NUM_WORDS
+
+
+NUCLEOTIDE_V1 = replace(
+    ESM,
+    name="Nucleotide Transformer v1",
+    variant_of=ESM,
+    domain="dna",
+    recognises=lambda config: (
+        ESM.recognises(config) and _has_words(config.get("vocab_size")) and not recognises_v2(config)
+    ),
+    read_tokenizer=read_kmers,
+    write_tokenizer=write_kmers,
+)
+
+NUCLEOTIDE_V2 = replace(
+    ESM,
+    name="Nucleotide Transformer v2",
+    variant_of=ESM,
+    domain="dna",
+    recognises=recognises_v2,
+    read_config=read_config,
+    write_config=write_config,
+    read_tokenizer=read_kmers,
+    write_tokenizer=write_kmers,
+    derived=derived,
+    runner=None,
+)

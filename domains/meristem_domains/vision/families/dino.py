@@ -1,0 +1,191 @@
+"""DINOv2 (Oquab 2023, arXiv 2304.07193), with registers (Darcet 2023, arXiv 2309.16588) or without.
+
+As Hugging Face keeps it (`Dinov2Model`, `Dinov2WithRegistersModel` and their classifiers): a ViT whose branches are
+scaled, at times with gated feed-forward layers. Registers stand behind the class token and have no positions. A
+classifier reads the class token and the mean of the patches side by side.
+
+Drop path is the same in all layers there; here, as in the paper, it grows from 0 to that of the last one.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from meristem.data.tokenizer import Tokenizer
+from meristem.errors import ConfigError
+from meristem.interop.family import Family, ForeignConfig
+from meristem.interop.settings import Settings, foreign_activation
+from meristem.interop.table import KeyTable, Rename, Row, joined
+from meristem.model.config import FeedForward, Prefix, Residual, TransformerConfig
+from meristem.model.readout import Readout
+from meristem.shapes import Tensor
+from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
+from meristem_domains.vision.families.runners import HF_IMAGES
+from meristem_domains.vision.families.vit import (
+    ATTENTION_SPELLINGS,
+    DEFAULTS,
+    LEFT_OUT,
+    pair,
+    patches_of,
+    read_patches,
+    read_trunk,
+    trunk_rows,
+    write_tokenizer,
+    write_trunk,
+)
+
+DINO_DEFAULTS = {
+    **DEFAULTS,
+    "mlp_ratio": 4,
+    "layer_norm_eps": 1e-6,
+    "patch_size": 14,
+    "layerscale_value": 1.0,
+    "drop_path_rate": 0.0,
+    "use_swiglu_ffn": False,
+    "num_register_tokens": 0,
+}
+REGISTER_DEFAULTS = {**DINO_DEFAULTS, "patch_size": 16, "num_register_tokens": 4}
+
+CLASS_MEAN = Prefix(has_mean=True)
+"""What a classifier reads."""
+
+SPELLINGS = (*ATTENTION_SPELLINGS, (r"\.mlp\.down_proj\.", ".mlp.weights_out."))
+"""Names that tensors have in memory since transformers 5; on disk they keep the others."""
+
+
+def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of a `Dinov2Config` or a `Dinov2WithRegistersConfig`.
+
+    Raises:
+        ConfigError: a setting that no part of ours can say.
+    """
+    found = _settings(config)
+    height, width = pair(found["image_size"])
+    if height != width:
+        # the reference stretches positions for every picture that is no square, and takes their grid for one
+        raise ConfigError(f"image_size must be a square in a DINOv2 config; got {height} x {width}")
+    gated = found["use_swiglu_ffn"]
+    feedforward = FeedForward(
+        width=_width(found["hidden_size"], found["mlp_ratio"], gated),
+        activation="silu" if gated else found.activation("hidden_act"),
+        is_gated=gated,
+    )
+    residual = Residual(layer_scale=found["layerscale_value"], drop_path=found["drop_path_rate"])
+    num_symbols = 1 + found["num_register_tokens"] + bool(found.get("use_mask_token", True))
+    return read_trunk(found, feedforward, residual, num_symbols, Prefix())
+
+
+def _settings(config: ForeignConfig) -> Settings:
+    has_registers = config.get("model_type") == "dinov2_with_registers"
+    return Settings("a DINOv2", config, REGISTER_DEFAULTS if has_registers else DINO_DEFAULTS)
+
+
+def _width(width: int, ratio: float, is_gated: bool) -> int:
+    """Hidden width, which its config says as a ratio; of a gated layer two thirds, up to the next multiple of 8."""
+    hidden = int(width * ratio)
+    return (int(hidden * 2 / 3) + 7) // 8 * 8 if is_gated else hidden
+
+
+def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
+    """The tensors of a `Dinov2Model`, under the names that it has on disk; gated layers of either layout."""
+    prefix = f"{foreign['model_type']}."
+    layer = prefix + "encoder.layer.{}"
+    rows: list[Row] = [
+        Rename("trunk.blocks.{}.attention_norm", f"{layer}.norm1"),
+        Rename("trunk.blocks.{}.attention_scale", f"{layer}.layer_scale1.lambda1"),
+        Rename("trunk.blocks.{}.feedforward_norm", f"{layer}.norm2"),
+        Rename("trunk.blocks.{}.feedforward_scale", f"{layer}.layer_scale2.lambda1"),
+    ]
+    if not architecture.feedforward.is_gated:
+        rows.append(Rename("trunk.blocks.{}.feedforward.up", f"{layer}.mlp.fc1"))
+    elif any(".mlp.gate_proj." in name for name in names):
+        halves = (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
+        rows.append(Row("trunk.blocks.{}.feedforward.up", halves, joined(2)))
+    else:
+        rows.append(Rename("trunk.blocks.{}.feedforward.up", f"{layer}.mlp.weights_in"))
+    down = "weights_out" if architecture.feedforward.is_gated else "fc2"
+    rows.append(Rename("trunk.blocks.{}.feedforward.down", f"{layer}.mlp.{down}"))
+    found = _settings(foreign)
+    has_mask = architecture.embedding.vocab_size > 1 + found["num_register_tokens"]
+    # a model with registers has this tensor in any case: it is written for one of ours that has no such symbol, too
+    has_tensor = has_mask or (not names and found["num_register_tokens"] > 0)
+    mask = f"{prefix}embeddings.mask_token" if has_tensor else None
+    return KeyTable(
+        (*trunk_rows(architecture, found, prefix, found["num_register_tokens"], mask, 2), *rows), ignored=LEFT_OUT
+    )
+
+
+def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `Dinov2Config` of ours, as far as one can say it."""
+    return {"model_type": "dinov2", **_write(architecture, tokenizer)}
+
+
+def write_register_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `Dinov2WithRegistersConfig` of ours, as far as one can say it."""
+    num_registers = len(patches_of(tokenizer).prefix) - 1
+    return {
+        "model_type": "dinov2_with_registers",
+        **_write(architecture, tokenizer),
+        "num_register_tokens": num_registers,
+    }
+
+
+def _write(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    feedforward, residual = architecture.feedforward, architecture.residual
+    # a whole number: 64 times the width is more than anybody has
+    fits = [r for r in range(1, 65) if _width(architecture.width, r, feedforward.is_gated) == feedforward.width]
+    if not fits:
+        raise ConfigError(f"feedforward.width must be one that a whole mlp_ratio gives; got {feedforward.width}")
+    if residual.layer_scale is None:
+        raise ConfigError("a DINOv2 has residual.layer_scale; got none")
+    return {
+        **write_trunk(architecture, tokenizer),
+        "hidden_dropout_prob": architecture.embedding.dropout,
+        "mlp_ratio": fits[0],
+        "use_swiglu_ffn": feedforward.is_gated,
+        "hidden_act": "gelu" if feedforward.is_gated else foreign_activation(feedforward.activation),
+        "layerscale_value": residual.layer_scale,
+        "drop_path_rate": residual.drop_path,
+    }
+
+
+def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
+    """Patches behind a class token and registers."""
+    return read_patches(folder, _settings(config), bool(config.get("use_mask_token", True)))
+
+
+def read_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
+    """The classifier on the class token and the mean of the patches, where there is one."""
+    return (label_of(classes_of(config), CLASS_MEAN),) if "classifier.weight" in names else ()
+
+
+DINO = Family(
+    name="DINOv2",
+    domain="vision",
+    recognises=lambda config: config.get("model_type") == "dinov2",
+    read_config=read_config,
+    write_config=write_config,
+    read_tokenizer=read_tokenizer,
+    write_tokenizer=write_tokenizer,
+    table=table,
+    read_heads=lambda config, names: (),
+    read_readouts=read_label,
+    write_readouts=lambda readouts: write_classes(readouts, (CLASS_MEAN,)),
+    spellings=SPELLINGS,
+    prefix="dinov2.",
+    name_class=lambda kept: "Dinov2ForImageClassification" if LABEL in kept else "Dinov2Model",
+    runner=HF_IMAGES,
+)
+
+DINO_REGISTERS = replace(
+    DINO,
+    name="DINOv2 with registers",
+    variant_of=DINO,
+    recognises=lambda config: config.get("model_type") == "dinov2_with_registers",
+    write_config=write_register_config,
+    prefix="dinov2_with_registers.",
+    name_class=lambda kept: (
+        "Dinov2WithRegistersForImageClassification" if LABEL in kept else "Dinov2WithRegistersModel"
+    ),
+)

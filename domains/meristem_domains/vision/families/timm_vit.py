@@ -1,0 +1,373 @@
+"""Vision transformers of timm: `vit_*`, `deit*` and their like with plain pre-norm blocks and LayerNorm.
+
+A directory of timm says the name of an architecture, and arguments in which the model differs from what the name
+stands for. Nearly all of it shows in the shapes of the tensors, so timm itself is not asked: depth and widths, special
+tokens, which positions there are, norms, biases, factors of branches, gated layers. What does not show is the number
+of heads, the activation and the eps of the norms: they are those of the arguments, or of the name (`timm_names.py`);
+a name that is not known is refused. The pool is the one that the config says.
+
+A distilled model averages two classifiers, one on each of its two special tokens: here that is one linear map of both
+side by side. Written, class token and registers have no rows of positions (`no_embed_class`), but in distilled models.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meristem.data.patches import PatchTokenizer
+from meristem.data.picture_sizes import resized_px
+from meristem.data.tokenizer import Tokenizer
+from meristem.errors import ConfigError
+from meristem.interop.family import Family, ForeignConfig
+from meristem.interop.table import KeyTable, Rename, Row, Transform
+from meristem.interop.weights import open_weights
+from meristem.model.config import (
+    Activation,
+    Attention,
+    AttentionPool,
+    Embedding,
+    FeedForward,
+    LayerNorm,
+    Learned,
+    Max,
+    Mean,
+    NoPosition,
+    Pool,
+    Position,
+    Prefix,
+    Residual,
+    TransformerConfig,
+)
+from meristem.model.readout import Readout
+from meristem.shapes import Tensor
+from meristem_domains.vision.families.labels import LABEL, label_of, require_plain
+from meristem_domains.vision.families.processor import IMAGENET
+from meristem_domains.vision.families.rows import embedding_rows, shaped
+from meristem_domains.vision.families.runners import TIMM_IMAGES
+from meristem_domains.vision.families.timm_facts import (
+    Facts,
+    arguments_of,
+    facts_of,
+    has_mask,
+    image_px_of,
+    named_of,
+    preprocessing_of,
+)
+from meristem_domains.vision.families.vit import patches_of
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""Our activations by their names in timm."""
+
+NORM = ("layernorm", 1e-6)
+"""The norm that an argument can name, and its eps."""
+
+CLASS, DISTILLATION, MASK = "<class>", "<distillation>", "<mask>"
+
+
+def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of a model of timm.
+
+    Raises:
+        ConfigError: an architecture or an argument that no part of ours can say.
+    """
+    named, arguments, facts = named_of(config), arguments_of(config), facts_of(config, tensors)
+    if facts.is_gated != named.is_gated:
+        raise ConfigError(f"{config['architecture']} must have gated layers or not; its tensors say otherwise")
+    if arguments.get("norm_layer") not in (None, NORM[0]):
+        raise ConfigError(f"model_args.norm_layer must be {NORM[0]}; got {arguments['norm_layer']!r}")
+    eps = NORM[1] if arguments.get("norm_layer") else named.eps
+    activation = named.activation
+    if (name := arguments.get("act_layer")) is not None:
+        if name not in ACTIVATIONS:
+            raise ConfigError(f"model_args.act_layer must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
+        activation = ACTIVATIONS[name]
+    num_heads = arguments.get("num_heads", named.num_heads)
+    dropout = arguments.get("proj_drop_rate") or 0.0
+    return TransformerConfig(
+        width=facts.width,
+        num_layers=facts.depth,
+        embedding=Embedding(
+            vocab_size=facts.num_prefix + has_mask(config, facts),
+            patch_features=facts.channels * facts.side**2,
+            feature_bias=not facts.is_normed,
+            is_normed=facts.is_normed,
+            dropout=arguments.get("pos_drop_rate") or 0.0,
+        ),
+        position=_read_position(config, facts),
+        attention=Attention(
+            num_heads=num_heads,
+            qkv_bias=facts.qkv_bias,
+            out_bias=facts.proj_bias,
+            dropout=arguments.get("attn_drop_rate") or 0.0,
+        ),
+        feedforward=FeedForward(
+            width=facts.hidden,
+            activation=activation,
+            is_gated=facts.is_gated,
+            in_bias=facts.proj_bias,
+            out_bias=facts.proj_bias,
+            dropout=dropout,
+        ),
+        norm=LayerNorm(eps=eps),
+        residual=Residual(
+            dropout=dropout,
+            drop_path=arguments.get("drop_path_rate") or 0.0,
+            layer_scale=(arguments.get("init_values") or 1e-5) if facts.has_layer_scale else None,
+        ),
+        final_norm=facts.has_final_norm,
+        pool=_read_pool(config, facts, num_heads, activation),
+    )
+
+
+def _read_position(config: ForeignConfig, facts: Facts) -> Position:
+    if not facts.num_positions:
+        return NoPosition()
+    height, width = image_px_of(config)
+    grid = (height // facts.side, width // facts.side)
+    places = math.prod(grid)
+    if facts.num_positions not in (places, places + facts.num_prefix):
+        raise ConfigError(
+            f"pos_embed must have {places} rows for pictures of {height} x {width} px, or {facts.num_prefix} more for "
+            f"special tokens; got {facts.num_positions}"
+        )
+    return Learned(max_positions=places, grid=grid)
+
+
+def _read_pool(config: ForeignConfig, facts: Facts, num_heads: int, activation: Activation) -> Pool | None:
+    arguments = arguments_of(config)
+    kind = arguments.get("global_pool", config.get("global_pool"))
+    sees_prefix = bool(arguments.get("pool_include_prefix"))
+    if facts.has_pool_norm and kind != "avg":
+        raise ConfigError(f"global_pool must be avg where a norm follows (fc_norm); got {kind!r}")
+    if sees_prefix and kind != "map":
+        raise ConfigError(f"model_args.pool_include_prefix must be false with global_pool {kind!r}; got true")
+    match kind:
+        case "token":
+            return Prefix(count=2 if facts.is_distilled else 1)
+        case "avg":
+            return Mean(is_normed=facts.has_pool_norm)
+        case "max":
+            return Max()
+        case "map":
+            return AttentionPool(
+                num_heads=num_heads,
+                feedforward_width=facts.hidden * (2 if facts.is_gated else 1),
+                activation=activation,
+                has_special=sees_prefix or facts.num_prefix == 0,
+            )
+        case "":
+            return None
+    raise ConfigError(f"global_pool must be one of token, avg, max, map; got {kind!r}")
+
+
+def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
+    """The tensors of a vision transformer of timm."""
+    facts = facts_of(foreign, names if isinstance(names, Mapping) else {})
+    tokens = {"cls_token": 1} if facts.has_class else {}
+    if facts.is_distilled:
+        tokens["dist_token"] = 1
+    if facts.registers:
+        tokens["reg_token"] = facts.registers
+    block = "blocks.{}"
+    rows: list[Row] = [
+        *embedding_rows(
+            architecture,
+            tokens,
+            positions="pos_embed",
+            patches="patch_embed.proj",
+            patch=(facts.channels, facts.side),
+            folded=(facts.num_prefix,) if facts.is_distilled else (0, facts.num_prefix),
+        ),
+        Rename("trunk.embedding.norm", "norm_pre"),
+        Rename("trunk.blocks.{}.attention_norm", f"{block}.norm1"),
+        Rename("trunk.blocks.{}.attention.qkv", f"{block}.attn.qkv"),
+        Rename("trunk.blocks.{}.attention.out", f"{block}.attn.proj"),
+        Rename("trunk.blocks.{}.attention_scale", f"{block}.ls1.gamma"),
+        Rename("trunk.blocks.{}.feedforward_norm", f"{block}.norm2"),
+        Rename("trunk.blocks.{}.feedforward.up", f"{block}.mlp.fc1"),
+        Rename("trunk.blocks.{}.feedforward.down", f"{block}.mlp.fc2"),
+        Rename("trunk.blocks.{}.feedforward_scale", f"{block}.ls2.gamma"),
+        Rename("trunk.final_norm", "norm"),
+    ]
+    if isinstance(architecture.pool, AttentionPool):
+        rows.append(Row("pool.query", ("attn_pool.latent",), shaped(1, 1, architecture.width)))
+        foreign_names = {"out": "proj", "up": "mlp.fc1", "down": "mlp.fc2"}
+        for name in ("q", "kv", "out", "norm", "up", "down"):
+            rows.append(Rename(f"pool.{name}", f"attn_pool.{foreign_names.get(name, name)}"))
+    else:
+        rows.append(Rename("pool.norm", "fc_norm"))
+    if facts.is_distilled:
+        rows.append(Row(f"heads.{LABEL}.out", ("head", "head_dist"), AVERAGED))
+    else:
+        rows.append(Rename(f"heads.{LABEL}.out", "head"))
+    return KeyTable(tuple(rows))
+
+
+AVERAGED = Transform(
+    read=lambda found, _: torch.cat(list(found), dim=1) / 2 if found[0].ndim > 1 else (found[0] + found[1]) / 2,
+    write=lambda tensor, _: (
+        [2 * half for half in tensor.chunk(2, dim=1)] if tensor.ndim > 1 else [tensor, tensor.clone()]
+    ),
+)
+"""Two classifiers that are averaged, as one on both vectors side by side."""
+
+
+def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The config of a directory of timm, every argument said, as far as it can say ours."""
+    patches, pool = patches_of(tokenizer), architecture.pool
+    is_distilled = isinstance(pool, Prefix) and pool.count == 2
+    feedforward, residual = architecture.feedforward, architecture.residual
+    has_class = isinstance(pool, Prefix) or patches.prefix[:1] == (CLASS,)
+    pool_norm = isinstance(pool, Mean) and pool.is_normed
+    hidden = feedforward.width * (2 if feedforward.is_gated else 1)
+    global_pool = POOLS.get(type(pool), "")
+    arguments = {
+        "img_size": list(patches.fixed_px),
+        "patch_size": patches.patch_px,
+        "in_chans": patches.num_channels,
+        "global_pool": global_pool,
+        "embed_dim": architecture.width,
+        "depth": architecture.num_layers,
+        "num_heads": architecture.attention.num_heads,
+        # rounded down there: half a feature more keeps it from falling below
+        "mlp_ratio": (hidden + 0.5) / architecture.width,
+        "qkv_bias": architecture.attention.qkv_bias,
+        "proj_bias": architecture.attention.out_bias,
+        "init_values": residual.layer_scale,
+        "class_token": has_class,
+        "pos_embed": "learn" if isinstance(architecture.position, Learned) else "none",
+        "no_embed_class": not is_distilled,
+        "reg_tokens": len(patches.prefix) - has_class - is_distilled,
+        "pre_norm": architecture.embedding.is_normed,
+        "final_norm": architecture.final_norm or pool_norm,
+        "fc_norm": pool_norm,
+        "pool_include_prefix": isinstance(pool, AttentionPool) and pool.has_special and len(patches.prefix) > 0,
+        "act_layer": feedforward.activation,
+        "pos_drop_rate": architecture.embedding.dropout,
+        "attn_drop_rate": architecture.attention.dropout,
+        "proj_drop_rate": residual.dropout,
+        "drop_path_rate": residual.drop_path,
+    }
+    if is_distilled and arguments["reg_tokens"]:
+        raise ConfigError(f"a distilled model must have two special tokens; got {', '.join(patches.prefix)}")
+    return {
+        "architecture": _base(is_distilled, feedforward.is_gated, getattr(architecture.norm, "eps", None)),
+        "num_classes": 0,
+        "num_features": architecture.width,
+        "global_pool": global_pool,
+        "has_mask": bool(patches.mask),
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [patches.num_channels, *patches.fixed_px],
+            "fixed_input_size": True,
+            "pool_size": None,
+            "interpolation": patches.interpolation,
+            "crop_pct": _crop_pct(patches),
+            "crop_mode": patches.crop,
+            "mean": list(patches.mean),
+            "std": list(patches.std),
+            "first_conv": "patch_embed.proj",
+            "classifier": ["head", "head_dist"] if is_distilled else "head",
+        },
+    }
+
+
+POOLS: Mapping[type, str] = {Prefix: "token", Mean: "avg", Max: "max", AttentionPool: "map"}
+
+
+def _base(is_distilled: bool, is_gated: bool, eps: float | None) -> str:
+    """An architecture whose name stands for what no argument can say."""
+    if is_gated:
+        return "vit_giant_patch14_dinov2"
+    if is_distilled:
+        return "deit_tiny_distilled_patch16_224"
+    return "vit_base_patch16_clip_224" if eps == 1e-5 else "vit_base_patch16_224"
+
+
+def _crop_pct(patches: PatchTokenizer) -> float:
+    """The share of a picture that is cut out, which gives the size that it is resized to."""
+    if patches.resize_px is None:
+        return patches.crop_frac
+    resized = patches.resize_px
+    for share in (1.0, patches.fixed_px[0] / resized[0], patches.fixed_px[0] / (resized[0] + 0.5)):
+        if resized_px(patches.fixed_px, share) == resized:
+            return share
+    raise ConfigError(
+        f"resize_px must be image_px divided by one number; got {list(resized)} for {list(patches.fixed_px)}"
+    )
+
+
+def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
+    """Patches behind the special tokens, with timm's own steps of preparation."""
+    facts, found = facts_of(config, open_weights(folder)), preprocessing_of(config)
+    tokenizer = PatchTokenizer(
+        image_px=image_px_of(config),
+        patch_px=facts.side,
+        num_channels=facts.channels,
+        mean=tuple(found.get("mean") or IMAGENET[0]),
+        std=tuple(found.get("std") or IMAGENET[1]),
+        crop=found.get("crop_mode") or "center",
+        crop_frac=found.get("crop_pct") or 0.875,
+        interpolation=found.get("interpolation") or "bicubic",
+        prefix=(
+            *([CLASS] if facts.has_class else []),
+            *([DISTILLATION] if facts.is_distilled else []),
+            *(f"<register_{index}>" for index in range(1, facts.registers + 1)),
+        ),
+        mask=MASK if has_mask(config, facts) else "",
+    )
+    return tokenizer, []
+
+
+def read_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
+    """The classifier, where there is one."""
+    if "head.weight" not in names:
+        return ()
+    count = config.get("num_classes") or preprocessing_of(config).get("num_classes")
+    if not count:
+        raise ConfigError("num_classes must be that of the classifier; the config says none")
+    found = config.get("label_names") or preprocessing_of(config).get("label_names") or [str(i) for i in range(count)]
+    classes = [found[key] for key in sorted(found, key=int)] if isinstance(found, Mapping) else list(found)
+    if len(classes) != count:
+        raise ConfigError(f"label_names must name num_classes={count} classes; got {len(classes)}")
+    return (replace(label_of(classes), dropout=arguments_of(config).get("drop_rate") or 0.0),)
+
+
+def write_label(readouts: Sequence[Readout]) -> dict[str, Any]:
+    """Settings about the classes of a label."""
+    settings: dict[str, Any] = {}
+    for readout in readouts:
+        require_plain(readout, (None,))
+        settings["num_classes"] = readout.num_outputs
+        if readout.classes:
+            settings["label_names"] = list(readout.classes)
+    return settings
+
+
+TIMM_VIT = Family(
+    name="vision transformers of timm",
+    domain="vision",
+    recognises=lambda config: "architecture" in config and "model_type" not in config,
+    read_config=read_config,
+    write_config=write_config,
+    read_tokenizer=read_tokenizer,
+    write_tokenizer=lambda tokenizer: {},
+    table=table,
+    read_heads=lambda config, names: (),
+    read_readouts=read_label,
+    write_readouts=write_label,
+    runner=TIMM_IMAGES,
+    library="timm",
+)

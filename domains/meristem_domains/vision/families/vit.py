@@ -1,0 +1,274 @@
+"""ViT (Dosovitskiy 2020, arXiv 2010.11929), and what other models of images in `transformers` have in common with it.
+
+As Hugging Face keeps it (`ViTModel`, `ViTForImageClassification`): a picture is cut into patches, a class token stands
+before them, positions are learned, a classifier reads the class token. Here the class token and the token that hides
+a patch are symbols, and the row of positions for the class token is part of its symbol.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from meristem.data.patches import PatchTokenizer
+from meristem.data.tokenizer import Tokenizer
+from meristem.errors import ConfigError
+from meristem.interop.family import Family, ForeignConfig
+from meristem.interop.settings import Settings, foreign_activation
+from meristem.interop.table import FuseHeads, Ignored, KeyTable, Rename, Row
+from meristem.model.config import (
+    Attention,
+    Embedding,
+    FeedForward,
+    Init,
+    LayerNorm,
+    Learned,
+    Prefix,
+    Residual,
+    TransformerConfig,
+)
+from meristem.model.readout import Readout
+from meristem.shapes import Tensor
+from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
+from meristem_domains.vision.families.processor import read_processor, write_processor
+from meristem_domains.vision.families.rows import embedding_rows
+from meristem_domains.vision.families.runners import HF_IMAGES
+
+DEFAULTS = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.02,
+    "image_size": 224,
+    "num_channels": 3,
+    "qkv_bias": True,
+}
+VIT_DEFAULTS = {**DEFAULTS, "intermediate_size": 3072, "layer_norm_eps": 1e-12, "patch_size": 16}
+LEFT_OUT = (
+    Ignored(r".*\.pooler\.dense\.(weight|bias)", "the pooler is left out: the classifier does not read it"),
+    Ignored(r"decoder\.0\.(weight|bias)", "the decoder that draws hidden patches is left out"),
+    Ignored(r".*\.embeddings\.mask_token"),
+)
+
+
+def read_vit_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of a `ViTConfig`.
+
+    Raises:
+        ConfigError: a setting that no part of ours can say.
+    """
+    found = Settings("a ViT", config, VIT_DEFAULTS)
+    has_pooler = "vit.pooler.dense.weight" in tensors and "classifier.weight" not in tensors
+    if has_pooler:
+        found.require(pooler_act="tanh", pooler_output_size=found["hidden_size"])
+    feedforward = FeedForward(width=found["intermediate_size"], activation=found.activation("hidden_act"))
+    residual = Residual(dropout=found["hidden_dropout_prob"])
+    return read_trunk(found, feedforward, residual, 1 + _has_mask(config), Prefix(is_dense=has_pooler))
+
+
+def _has_mask(config: ForeignConfig) -> bool:
+    """Whether there is a token that hides patches; the setting is ours, the class alone says it there."""
+    is_masked = "ViTForMaskedImageModeling" in (config.get("architectures") or ())
+    return bool(config.get("use_mask_token", is_masked))
+
+
+def read_trunk(
+    found: Settings, feedforward: FeedForward, residual: Residual, num_symbols: int, pool: Prefix
+) -> TransformerConfig:
+    """Our config but for what the model types say each in its own way."""
+    (height, width), side = pair(found["image_size"]), side_of(found)
+    grid = (height // side, width // side)
+    return TransformerConfig(
+        width=found["hidden_size"],
+        num_layers=found["num_hidden_layers"],
+        embedding=Embedding(
+            vocab_size=num_symbols,
+            patch_features=found["num_channels"] * side**2,
+            dropout=found["hidden_dropout_prob"],
+        ),
+        position=Learned(max_positions=math.prod(grid), grid=grid),
+        attention=Attention(
+            num_heads=found["num_attention_heads"],
+            head_width=found.get("head_dim"),
+            qkv_bias=found["qkv_bias"],
+            dropout=found["attention_probs_dropout_prob"],
+        ),
+        feedforward=feedforward,
+        norm=LayerNorm(eps=found["layer_norm_eps"]),
+        residual=residual,
+        pool=pool,
+        init=Init(std=found["initializer_range"]),
+    )
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, of both or of the one number that both are."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def side_of(found: Mapping[str, Any]) -> int:
+    height, width = pair(found["patch_size"])
+    if height != width:
+        raise ConfigError(f"patch_size must be a square; got {height} x {width}")
+    return height
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------
+
+
+def vit_table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
+    """The tensors of a `ViTModel`, under the names that it has on disk."""
+    layer = "vit.encoder.layer.{}"
+    rows = (
+        Rename("trunk.blocks.{}.attention_norm", f"{layer}.layernorm_before"),
+        Rename("trunk.blocks.{}.feedforward_norm", f"{layer}.layernorm_after"),
+        Rename("trunk.blocks.{}.feedforward.up", f"{layer}.intermediate.dense"),
+        Rename("trunk.blocks.{}.feedforward.down", f"{layer}.output.dense"),
+        Rename("pool.dense", "vit.pooler.dense"),
+    )
+    mask = "vit.embeddings.mask_token"
+    found = Settings("a ViT", foreign, VIT_DEFAULTS)
+    shared = trunk_rows(architecture, found, "vit.", 0, mask if mask in names else None, mask_axes=3)
+    return KeyTable((*shared, *rows), ignored=LEFT_OUT)
+
+
+def trunk_rows(
+    architecture: TransformerConfig, found: Settings, prefix: str, num_registers: int, mask: str | None, mask_axes: int
+) -> tuple[Row, ...]:
+    """Rows of tensors that are called the same in all of them."""
+    layer, embeddings = prefix + "encoder.layer.{}.attention", f"{prefix}embeddings"
+    tokens = {f"{embeddings}.cls_token": 1}
+    if num_registers:
+        tokens[f"{embeddings}.register_tokens"] = num_registers
+    parts = (f"{layer}.attention.query", f"{layer}.attention.key", f"{layer}.attention.value")
+    return (
+        *embedding_rows(
+            architecture,
+            tokens,
+            positions=f"{embeddings}.position_embeddings",
+            patches=f"{embeddings}.patch_embeddings.projection",
+            patch=(found["num_channels"], side_of(found)),
+            folded=(1,),
+            mask=mask,
+            mask_axes=mask_axes,
+        ),
+        FuseHeads("trunk.blocks.{}.attention.qkv", *parts),
+        Rename("trunk.blocks.{}.attention.out", f"{layer}.output.dense"),
+        Rename("trunk.final_norm", f"{prefix}layernorm"),
+        Rename(f"heads.{LABEL}.out", "classifier"),
+    )
+
+
+ATTENTION_SPELLINGS = (
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+)
+VIT_SPELLINGS = (
+    (r"^(vit\.)?layers\.", r"\1encoder.layer."),
+    *ATTENTION_SPELLINGS,
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+"""Names that tensors have in memory since transformers 5; on disk they keep the others."""
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def write_vit_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `ViTConfig` of ours, as far as one can say it."""
+    return {
+        "model_type": "vit",
+        **write_trunk(architecture, tokenizer),
+        "hidden_dropout_prob": architecture.residual.dropout,
+        "intermediate_size": architecture.feedforward.width,
+        "hidden_act": foreign_activation(architecture.feedforward.activation),
+        "pooler_output_size": architecture.width,
+        "pooler_act": "tanh",
+        "encoder_stride": patches_of(tokenizer).patch_px,
+    }
+
+
+def write_trunk(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Settings that are called the same in all of them."""
+    patches = patches_of(tokenizer)
+    return {
+        "hidden_size": architecture.width,
+        "num_hidden_layers": architecture.num_layers,
+        "num_attention_heads": architecture.attention.num_heads,
+        "attention_probs_dropout_prob": architecture.attention.dropout,
+        "layer_norm_eps": getattr(architecture.norm, "eps", None),
+        "image_size": patches.fixed_px[0] if len(set(patches.fixed_px)) == 1 else list(patches.fixed_px),
+        "patch_size": patches.patch_px,
+        "num_channels": patches.num_channels,
+        "qkv_bias": architecture.attention.qkv_bias,
+        "initializer_range": architecture.init.std,
+        "use_mask_token": bool(patches.mask),
+    }
+
+
+def patches_of(tokenizer: Tokenizer) -> PatchTokenizer:
+    """The tokenizer, which must be one of patches.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    if not isinstance(tokenizer, PatchTokenizer):
+        raise ConfigError(f"a model of images must have a tokenizer of patches; got {tokenizer.kind}")
+    return tokenizer
+
+
+# --- tokenizers and labels ---------------------------------------------------------------------------------------
+
+
+def read_vit_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
+    """Patches behind a class token."""
+    return read_patches(folder, Settings("a ViT", config, VIT_DEFAULTS), _has_mask(config))
+
+
+def read_patches(folder: Path, found: Settings, has_mask: bool) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer of a directory, and notes for the user."""
+    registers = [f"<register_{index}>" for index in range(1, found.get("num_register_tokens", 0) + 1)]
+    return read_processor(
+        folder,
+        image_px=pair(found["image_size"]),
+        patch_px=side_of(found),
+        num_channels=found["num_channels"],
+        prefix=("<class>", *registers),
+        mask="<mask>" if has_mask else "",
+    )
+
+
+def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
+    """The file of an image processor."""
+    return {"preprocessor_config.json": write_processor(patches_of(tokenizer))}
+
+
+def read_vit_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
+    """The classifier on the class token, where there is one."""
+    return (label_of(classes_of(config)),) if "classifier.weight" in names else ()
+
+
+VIT = Family(
+    name="ViT",
+    domain="vision",
+    recognises=lambda config: config.get("model_type") == "vit",
+    read_config=read_vit_config,
+    write_config=write_vit_config,
+    read_tokenizer=read_vit_tokenizer,
+    write_tokenizer=write_tokenizer,
+    table=vit_table,
+    read_heads=lambda config, names: (),
+    read_readouts=read_vit_label,
+    write_readouts=lambda readouts: write_classes(readouts, (None,)),
+    spellings=VIT_SPELLINGS,
+    prefix="vit.",
+    name_class=lambda kept: "ViTForImageClassification" if LABEL in kept else "ViTModel",
+    runner=HF_IMAGES,
+)

@@ -1,0 +1,235 @@
+"""A run that is stopped or killed goes on, and what it has finished stays."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_models import records_with_repeats, snapshot, write_fasta
+
+from meristem.errors import ConfigError, DataError
+from meristem.inference import writer
+from meristem.inference.engine import Embedder
+from meristem.inference.formats import iter_embeddings, read_embeddings
+from meristem.inference.run import EmbedOptions, embed_files
+
+MakeModel = Callable[..., Path]
+
+
+class Killed(BaseException):
+    """Like a power cut, but it can be caught by the test."""
+
+
+@pytest.mark.parametrize("pool", ["mean", "none"])
+def test_a_run_goes_on_where_it_was_stopped_and_computes_only_what_is_left(
+    tmp_path: Path,
+    make_model_directory: MakeModel,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    pool: str,
+) -> None:
+    model, source = make_model_directory(), str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng)))
+    options = EmbedOptions(pool=pool)
+    embed_files(model, [source], tmp_path / "whole", options)
+    embed = Embedder.embed
+    calls = 0
+
+    def dying(self: Embedder, *args: object) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Killed
+        return embed(self, *args)
+
+    monkeypatch.setattr(Embedder, "embed", dying)
+    with pytest.raises(Killed):
+        embed_files(model, [source], tmp_path / "out", options)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"] is False
+    with pytest.raises(DataError, match="stopped before its end"):
+        read_embeddings(tmp_path / "out")
+    assert len(read_embeddings(tmp_path / "out", allow_incomplete=True)) == 32
+    calls = 3
+    manifest = embed_files(model, [source], tmp_path / "out", EmbedOptions(pool=pool, tokens_per_batch=77))
+    assert calls - 3 == 4, "the last leg costs only what was left"
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+    assert manifest["complete"] is True
+    calls = 3
+    embed_files(model, [source], tmp_path / "out", options)
+    assert calls == 3, "a complete run computes nothing again"
+
+
+DRIVER = """
+import sys
+from meristem.inference import chunks, engine, run
+chunks.CHUNK_RECORDS = run.CHUNK_RECORDS = 16
+slow = engine.Embedder.embed
+import time
+
+
+def embed(self, *args):
+    time.sleep(.02)
+    return slow(self, *args)
+engine.Embedder.embed = embed
+from meristem.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_moments_leave_the_rows_of_an_unbroken_run(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
+) -> None:
+    model = make_model_directory()
+    source = str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng, 1200)))
+    embed_files(model, [source], tmp_path / "whole")
+    command = [sys.executable, "-c", DRIVER, "embed", str(model), source, "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    kills = 0
+    for _ in range(5):
+        had = len(list(tmp_path.glob("out/part-*.parquet")))
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # wait until it works, whatever the start takes, then strike at any moment: also while a part is written
+        while process.poll() is None and len(list(tmp_path.glob("out/part-*.parquet"))) <= had:
+            time.sleep(0.01)
+        time.sleep(float(rng.uniform(0, 0.3)))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 5
+    done = len(list(tmp_path.glob("out/part-*.parquet")))
+    assert 0 < done < 75, "the input must be long enough for five kills"
+    last = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+    assert not list(tmp_path.glob("out/*.tmp"))
+
+
+def test_another_runs_output_is_refused_and_not_touched(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
+) -> None:
+    model, other = make_model_directory(), make_model_directory("other")
+    records = records_with_repeats(rng, 20)
+    source = str(write_fasta(tmp_path / "in.fa", records))
+    changed = str(write_fasta(tmp_path / "changed.fa", [*records[:-1], ("x", "MKV")]))
+    renamed = str(write_fasta(tmp_path / "renamed.fa", records))
+    out = tmp_path / "out"
+    embed_files(model, [source], out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    for arguments, options, reason in (
+        ((model, [source]), EmbedOptions(pool="max"), "--pool mean"),
+        ((model, [source]), EmbedOptions(layer=1), "--layer 2"),
+        ((model, [source]), EmbedOptions(precision="bf16"), "--precision fp32"),
+        ((other, [source]), EmbedOptions(), "another model"),
+        ((model, [changed]), EmbedOptions(), "another input"),
+        ((model, [source, source]), EmbedOptions(), "another input"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            embed_files(*arguments, out, options)
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    embed_files(model, [renamed], out)  # the same records under another name are the same input
+
+
+def test_a_folder_with_something_else_is_refused(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
+) -> None:
+    model, source = make_model_directory(), str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng, 5)))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    for output in (tmp_path / "home", tmp_path / "in.fa"):
+        with pytest.raises(ConfigError, match="--output"):
+            embed_files(model, [source], output)
+    with pytest.raises(ConfigError, match="--format h5"):
+        embed_files(model, [source], tmp_path / "vectors.h5")
+    assert not (tmp_path / "vectors.h5").exists()
+
+
+def test_standard_input_keeps_what_is_finished(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, records = make_model_directory(), records_with_repeats(rng, 50)
+    good = write_fasta(tmp_path / "good.fa", records)
+    bad = write_fasta(tmp_path / "bad.fa", [*records[:40], ("bad", "MK1"), *records[40:]])
+
+    class Piped:
+        """Standard input with these bytes."""
+
+        closed = False
+
+        def __init__(self, path: Path):
+            self.buffer = path.open("rb")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", stdin := Piped(bad))
+        # a batch of one record, so that the good ones are read before the bad one is seen
+        from meristem.data.records import ReadOptions
+
+        with pytest.raises(DataError, match="<stdin>:82"):
+            embed_files(model, ["-"], tmp_path / "out", EmbedOptions(read=ReadOptions(batch_bytes=64)))
+        stdin.buffer.close()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["complete"], manifest["parts"]) == (False, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", stdin := Piped(good))
+        manifest = embed_files(model, ["-"], tmp_path / "out")
+        stdin.buffer.close()
+    assert manifest["complete"] is True
+    embed_files(model, [str(good)], tmp_path / "file")
+    assert snapshot_values(tmp_path / "out") == snapshot_values(tmp_path / "file")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", stdin := Piped(write_fasta(tmp_path / "o.fa", records_with_repeats(rng, 50))))
+        with pytest.raises(ConfigError, match="another input"):
+            embed_files(model, ["-"], tmp_path / "out")
+        stdin.buffer.close()
+
+
+def snapshot_values(folder: Path) -> list[bytes]:
+    return [read.values.tobytes() for read in iter_embeddings(folder)]
+
+
+def test_a_full_disk_is_one_line_and_finished_parts_stay(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, source = make_model_directory(), str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng)))
+    write = pq.write_table
+    calls = 0
+
+    def fill(table: pa.Table, path: Path, **options: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            path.write_bytes(b"half a part")
+            raise OSError(28, "No space left on device")
+        write(table, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.pq, "write_table", fill)
+        with pytest.raises(DataError, match="no space left"):
+            embed_files(model, [source], tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "manifest.json",
+        "part-00000.parquet",
+        "part-00001.parquet",
+    ]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"] is False
+    embed_files(model, [source], tmp_path / "out")
+    embed_files(model, [source], tmp_path / "whole")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+
+
+def test_a_second_process_is_kept_out(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
+) -> None:
+    model, source = make_model_directory(), str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng, 5)))
+    first = writer.OutputDirectory(tmp_path / "out")
+    first.claim()
+    with pytest.raises(ConfigError, match="another process"):
+        embed_files(model, [source], tmp_path / "out")
+    first.release()
+    embed_files(model, [source], tmp_path / "out")
