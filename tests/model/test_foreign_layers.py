@@ -13,12 +13,12 @@ from foreign import LINEAR, OTHERS, Adapter
 from packs import config
 from torch import nn
 
-from meristem.embedding import engine, trunks
-from meristem.embedding.engine import Embedder, TrunkRunner
-from meristem.embedding.predict import Predictor
-from meristem.embedding.trunks import compiled_trunk, runnable_trunk, with_runnable_heads
 from meristem.generation.few_rows import for_few_rows, min_rows_of
 from meristem.generation.steps import Steps
+from meristem.inference import engine, trunks
+from meristem.inference.engine import Embedder, TrunkRunner
+from meristem.inference.predict import Predictor
+from meristem.inference.trunks import compiled_trunk, runnable_trunk, with_runnable_heads
 from meristem.model import reordered
 from meristem.model.config import (
     Attention,
