@@ -8,7 +8,7 @@ from typing import Any
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """With what, and of what."""
-    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or a foreign directory")
+    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or one of another library")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="files of records; - for standard input")
 
 
