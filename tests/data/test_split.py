@@ -174,11 +174,7 @@ def test_a_record_without_a_group_keeps_the_part_of_its_payload(rng, make_store)
     payloads = random_payloads(rng, 300, 20, 40)
     groups = ["g" if i % 3 else "" for i in range(300)]
     plain = part_of(split_by_hash(make_store(payloads), FRACTIONS, seed=2))
-    mixed = part_of(
-        split_by_hash(
-            make_store(payloads, groups, group_column="g"), {"train": 0.7, "validation": 0.2, "test": 0.1}, seed=2
-        )
-    )
+    mixed = part_of(split_by_hash(make_store(payloads, groups, group_column="g"), FRACTIONS, seed=2))
     assert all(plain[row] == mixed[row] for row in range(300) if not groups[row])
 
 
