@@ -23,8 +23,35 @@ MIN_ROWS = 16
 below 14 rows at a width of 320 and below 16 from 640 on; with spare rows a lone short sequence gets the same bits."""
 
 
-Payload = str | bytes
-"""What a tokenizer reads: a text, or the bytes of a file."""
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A part of a file that is read when it is needed, such as a stretch of a long sequence.
+
+    Attributes:
+        file: path of the file.
+        start: first symbol; what a symbol is (a byte, a letter of a sequence in the file) the domain's reader knows.
+        stop: the symbol behind the last.
+        strand: 1 to read as the file has it, -1 to read from the end, as the reader of the domain does that.
+    """
+
+    file: str
+    start: int
+    stop: int
+    strand: int = 1
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def part(self, start: int, stop: int) -> "Slice":
+        """A part of the slice, counted from where reading begins."""
+        assert 0 <= start <= stop <= len(self)
+        if self.strand < 0:
+            return replace(self, start=self.stop - stop, stop=self.stop - start)
+        return replace(self, start=self.start + start, stop=self.start + stop)
+
+
+Payload = str | bytes | Slice
+"""What a tokenizer reads: a text, or the bytes of a file; or a part of a file that is to be fetched first."""
 
 INPUT = "input"
 """Name of the input of records that have one."""

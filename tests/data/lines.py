@@ -9,7 +9,6 @@ from meristem.data.labels import text_column
 from meristem.data.reading.reader import Reader
 from meristem.data.records import GROUP, LABEL_PREFIX, SPLIT, ReadOptions, Refusal, Source, batch_of
 from meristem.data.tokenizer import AlphabetTokenizer
-from meristem.types import Payload
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 TOKENIZER = AlphabetTokenizer(
@@ -45,7 +44,7 @@ class LinesReader(Reader):
             extra = {name: text_column([_label(row[3][i]) for row in part]) for i, name in enumerate(names)}
             yield batch_of(pa.array([row[0] for row in part]), inputs, source.name, [row[2] for row in part], extra)
 
-    def canonical(self, payload: Payload) -> bytes:
+    def canonical(self, payload: str | bytes) -> bytes:
         return super().canonical(payload).upper()
 
 

@@ -3,14 +3,12 @@
 Opening one costs nothing, whatever its size; rows are read where they lie. `store_writer` makes the file.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +30,13 @@ from meristem.data.records import (
     place_of,
     records_of,
 )
+from meristem.data.store_cache import default_cache_dir, locked, sizes_of, store_key, writable
 from meristem.data.store_writer import END, Progress, write_store
+from meristem.data.stretches import bytes_at, is_sliced, size_at, slice_sizes, slices_of
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer
 from meristem.errors import DataError
 from meristem.files import replacing
-from meristem.types import INPUT, Payload, Record
-
-VERSION = 3
-"""Changes with the format, so that a store of another one is not opened but built anew."""
-
-
-def default_cache_dir() -> Path:
-    """Where stores are kept: `$MERISTEM_CACHE`, else `~/.cache/meristem`."""
-    return Path(os.environ.get("MERISTEM_CACHE") or Path.home() / ".cache" / "meristem")
+from meristem.types import INPUT, Payload, Record, Slice
 
 
 class RecordStore:
@@ -90,15 +82,15 @@ class RecordStore:
             DataError: a source that cannot be read or holds no record; the folder cannot be written or is full.
         """
         named = {source: [] if source.is_stdin else sorted(reader.files(source, options)) for source in sources}
-        key = _key(sources, options, name, named)
+        key = store_key(sources, options, name, named)
         folder = Path(cache_dir) if cache_dir else default_cache_dir()
         path = folder / f"{key}.arrow"
-        with _writable(folder), _locked(folder):
+        with writable(folder), locked(folder):
             store = _open_or_none(path, reader)
             if store is None:
                 for stale in folder.glob(f"{key}.*"):  # what a killed process left, or what is damaged
                     stale.unlink(missing_ok=True)
-                sizes = [sum(_sizes([Path(source.path), *named[source]])) for source in sources]
+                sizes = [sum(sizes_of([Path(source.path), *named[source]])) for source in sources]
                 write_store(path, reader, sources, options, progress, sizes)
                 store = cls.open(path, reader)
         # the same content may lie elsewhere by now; messages shall name the file that the user named
@@ -178,17 +170,60 @@ class RecordStore:
         return pa.chunked_array([self._decoded(name, chunk.column(name)) for chunk in self._chunks])
 
     def payloads(self, rows: np.ndarray, name: str = INPUT) -> pa.Array:
-        """Payloads of an input of `rows`, in their order."""
-        return self._take(INPUT_PREFIX + name, np.asarray(rows))
+        """Payloads of an input of `rows`, in their order; slices of files are read."""
+        return self.fetched(self._take(INPUT_PREFIX + name, np.asarray(rows)))
+
+    def fetched(self, column: pa.Array) -> pa.Array:
+        """A column of payloads; where it names slices of files, their content."""
+        return self.reader.fetch(slices_of(column)) if is_sliced(column.type) else column
+
+    def sizes(self, rows: np.ndarray, name: str = INPUT) -> np.ndarray:
+        """`[N]` bytes of an input of `rows`; symbols of slices. No payload is read."""
+        places = list(zip(*self._places(np.asarray(rows))))
+        return np.array([size_at(self._chunks[i].column(INPUT_PREFIX + name), row) for i, row in places], np.int64)
+
+    def stretches(self, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, name: str = INPUT) -> pa.Array:
+        """Parts of an input of `rows`, in their order; of each payload no other bytes are read.
+
+        Args:
+            starts: `[N]` first byte of each part (first symbol, of a slice).
+            stops: `[N]` the byte behind the last.
+        """
+        kind = self._schema.field(INPUT_PREFIX + name).type
+        parts = list(zip(starts.tolist(), stops.tolist()))
+        if is_sliced(kind):
+            slices = slices_of(self._take(INPUT_PREFIX + name, np.asarray(rows)))
+            return self.reader.fetch([one.part(start, stop) for one, (start, stop) in zip(slices, parts)])
+        places = zip(*self._places(np.asarray(rows)))
+        columns = [(self._chunks[i].column(INPUT_PREFIX + name), row) for i, row in places]
+        cut = [bytes_at(column, row, start, stop) for (column, row), (start, stop) in zip(columns, parts)]
+        return pa.array(cut, pa.large_binary()).view(kind)
 
     def labels(self, name: str, rows: np.ndarray) -> pa.Array:
         """A label of `rows`, in their order; null where it is missing."""
         return self._take(LABEL_PREFIX + name, np.asarray(rows))
 
-    def records(self, rows: np.ndarray) -> list[Record]:
-        """`rows` as records; missing labels are left out."""
+    def records(self, rows: np.ndarray, is_whole: np.ndarray | None = None) -> list[Record]:
+        """`rows` as records; missing labels are left out.
+
+        Args:
+            is_whole: `[N]` whose payloads are read; those of others are a `Slice` of the store. None for all.
+        """
         rows = np.asarray(rows)
-        return records_of({name: self._take(name, rows).to_pylist() for name in self._schema.names})
+        whole = rows if is_whole is None else rows[is_whole]
+        columns = {}
+        for name in self._schema.names:
+            is_input = name.startswith(INPUT_PREFIX)
+            column = self._take(name, whole if is_input else rows)
+            columns[name] = slices_of(column) if is_sliced(column.type) else column.to_pylist()
+            if is_input and len(whole) < len(rows):
+                left = iter(columns[name])
+                sizes = self.sizes(rows, name.removeprefix(INPUT_PREFIX)).tolist()
+                columns[name] = [
+                    next(left) if is_read else Slice(os.fspath(self.path), 0, size)
+                    for is_read, size in zip(is_whole.tolist(), sizes)  # type: ignore[union-attr]
+                ]
+        return records_of(columns)
 
     def where(self, row: int) -> str:
         """Where a record stands, for messages: `file:line`."""
@@ -235,6 +270,9 @@ class RecordStore:
         lengths = np.full(len(self), -1, np.int32)
         for chunk, first in zip(self._chunks, self._bounds.tolist()):
             payloads, done = chunk.column(INPUT_PREFIX + name), 0
+            if is_sliced(payloads.type):  # of slices nothing is read
+                lengths[first : first + len(payloads)] = tokenizer.length_of(slice_sizes(payloads))
+                continue
             while done < len(payloads):
                 count = len(payloads) - done
                 try:
@@ -254,7 +292,7 @@ class RecordStore:
         Several inputs are joined by a zero byte.
         """
         for chunk in self._chunks:
-            columns = [chunk.column(INPUT_PREFIX + name).to_pylist() for name in self.inputs]
+            columns = [self.fetched(chunk.column(INPUT_PREFIX + name)).to_pylist() for name in self.inputs]
             yield [b"\0".join(map(self.reader.canonical, payloads)) for payloads in zip(*columns)]
 
     def payload_hashes(self, seed: int) -> np.ndarray:
@@ -272,6 +310,11 @@ class RecordStore:
     def groups(self) -> list[str | None]:
         """Group of each record; None where it has none."""
         return self.column(GROUP).to_pylist() if GROUP in self._schema.names else [None] * len(self)
+
+    def _places(self, rows: np.ndarray) -> tuple[list[int], list[int]]:
+        """Chunk of each row, and its row there."""
+        of_chunk = np.searchsorted(self._bounds, rows, side="right") - 1
+        return of_chunk.tolist(), (rows - self._bounds[of_chunk]).tolist()
 
     def _take(self, name: str, rows: np.ndarray) -> pa.Array:
         # not ChunkedArray.take, which may join all chunks of a string column first
@@ -324,74 +367,3 @@ def _open_or_none(path: Path, reader: Reader) -> RecordStore | None:
         return RecordStore.open(path, reader)
     except DataError:
         return None
-
-
-def _key(sources: Sequence[Source], options: ReadOptions, name: str, named: Mapping[Source, Sequence[Path]]) -> str:
-    """A hash of everything that a store depends on."""
-    if not sources:
-        raise DataError("there must be at least one source of records; got none")
-    wanted = {key: value for key, value in asdict(replace(options, on_error=None)).items() if key != "batch_bytes"}
-    wanted |= {"version": VERSION, "name": name, "is_refusing": options.on_error is None}
-    wanted["columns"] = list(options.columns.items())  # their order counts
-    digest = hashlib.blake2b(json.dumps(wanted, sort_keys=True, default=str).encode(), digest_size=16)
-    for source in sources:
-        if source.is_stdin:
-            raise DataError("<stdin>: training data is read more than once; write it to a file and name that")
-        is_folder = os.path.isdir(source.path)
-        root = Path(source.path) if is_folder else Path(source.path).parent
-        for path in named[source]:
-            digest.update(json.dumps([os.path.relpath(path, root), *_facts_of(path)]).encode())
-        if is_folder:
-            if not named[source]:
-                raise DataError(f"{source.name}: is a directory; name the files in it")
-            continue
-        # a reader may go by the ending of a name, so it counts as content
-        digest.update(json.dumps(Path(source.path).suffixes[-2:]).encode())
-        try:
-            with open(source.path, "rb") as file:
-                digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
-        except FileNotFoundError as error:
-            raise DataError(f"{source.name}: no such file") from error
-        except OSError as error:
-            raise DataError(f"{source.name}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
-
-
-def _facts_of(file: Path) -> tuple[int, int]:
-    """Size and time of the last change; of a file that is not there, none."""
-    try:
-        facts = file.stat()
-    except OSError:
-        return -1, -1
-    return facts.st_size, facts.st_mtime_ns
-
-
-def _sizes(files: Sequence[Path]) -> list[int]:
-    """Bytes of each file; of a folder, none."""
-    return [max(_facts_of(file)[0], 0) if not file.is_dir() else 0 for file in files]
-
-
-@contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Make the folder, and say which it was when the disk is the trouble."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = "no space is left on its disk; free some"
-        else:
-            what = f"cannot be written ({error.strerror or error}); make it writable"
-        raise DataError(f"{folder}: the cache of record stores: {what}, or set MERISTEM_CACHE") from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One builder at a time: the others wait and find the store built. Without locks on its disk, all build."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.data.records import PAYLOAD, SCHEMA, ReadOptions, Refusal, Source, place_of
+from meristem.data.stretches import is_sliced, slices_of
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
 from meristem.domain import Domain
 from meristem.errors import DataError
@@ -146,6 +147,8 @@ class ChunkReader:
             for batch in self._domain.reader.read(Source(name), self._options):
                 self.per_input[number] += batch.num_rows
                 columns = {name: batch.column(name) for name in (*SCHEMA.names, PAYLOAD)}
+                if is_sliced(columns[PAYLOAD].type):
+                    columns[PAYLOAD] = self._domain.reader.fetch(slices_of(columns[PAYLOAD]))
                 columns["file"] = columns["file"].cast(pa.string())  # dictionaries of two files do not go together
                 yield pa.RecordBatch.from_pydict(columns)
 

@@ -18,7 +18,6 @@ from meristem.data.reading.tables import TableFormat, keep_rows, read_table, tab
 from meristem.data.records import INPUT_PREFIX, ReadOptions, Refusal, Source, batch_of
 from meristem.data.tokenizer import column_bytes
 from meristem.errors import DataError
-from meristem.types import Payload
 
 PAYLOAD_COLUMNS = (
     "sequence", "seq", "protein_sequence", "protein", "aa_seq", "aa_sequence", "amino_acid_sequence", "primary",
@@ -55,7 +54,7 @@ class ProteinReader(Reader):
     def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
         return read(source, options)
 
-    def canonical(self, payload: Payload) -> bytes:
+    def canonical(self, payload: str | bytes) -> bytes:
         return super().canonical(payload).upper()
 
 

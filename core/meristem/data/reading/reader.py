@@ -3,13 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from meristem.data.records import ReadOptions, Source
 from meristem.errors import DataError
-from meristem.types import Payload
+from meristem.types import Slice
 
 
 class Reader(ABC):
@@ -33,14 +32,14 @@ class Reader(ABC):
         """
         return []
 
-    def canonical(self, payload: Payload) -> bytes:
+    def canonical(self, payload: str | bytes) -> bytes:
         """The bytes that payloads have in common which are the same thing, such as a sequence in either case.
 
         Splits and the count of repeated records go by these bytes. By default a payload is the same as its copies only.
         """
         return payload.encode() if isinstance(payload, str) else payload
 
-    def fetch(self, slices: Sequence[Any]) -> pa.Array:
+    def fetch(self, slices: Sequence[Slice]) -> pa.Array:
         """The payloads that slices of files name, many at once.
 
         Raises:
