@@ -14,9 +14,10 @@ import pyarrow as pa
 
 from meristem.data.records import PAYLOAD, SCHEMA, ReadOptions, Refusal, Source, place_of
 from meristem.data.stretches import is_sliced, slices_of
-from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
+from meristem.data.tokenizer import Tokenizer, column_bytes
 from meristem.domain import Domain
 from meristem.errors import DataError
+from meristem.inference.encoding import Encoded, encode_tables
 from meristem.types import TokenColumn
 
 CHUNK_RECORDS = 1024
@@ -68,6 +69,7 @@ class ChunkReader:
         options: how to read; its `on_error` is replaced.
         is_skipping: refused records are counted and left out; else they are errors.
         max_symbols: payload symbols of a chunk at most.
+        num_workers: processes that encode payloads; 0 for this one.
 
     Attributes:
         num_records: read so far, refused ones left out.
@@ -86,7 +88,9 @@ class ChunkReader:
         options: ReadOptions,
         is_skipping: bool = False,
         max_symbols: int = CHUNK_SYMBOLS,
+        num_workers: int = 0,
     ):
+        self._num_workers = num_workers
         self._domain, self._tokenizer, self._max_symbols = domain, tokenizer, max_symbols
         self._inputs, self._is_skipping = tuple(inputs), is_skipping
         # every payload is encoded here, which finds what is wrong with it; a chunk anew for each that is left out
@@ -103,10 +107,11 @@ class ChunkReader:
         Raises:
             DataError: an input or a record that cannot be used, or no record at all.
         """
-        for index, table in enumerate(self._cut()):
+        tables = encode_tables(self._cut(), self._tokenizer, self._is_skipping, self._num_workers)
+        for index, (table, encoded) in enumerate(tables):
             self._digest.add(table)
-            digest = self._digest.value()
-            table, column = self._encode(table)
+            digest, column = self._digest.value(), encoded.column
+            table = self._kept(table, encoded)
             self.num_records += table.num_rows
             self.num_symbols += int(column.lengths.sum()) - len(column) * sum(self._tokenizer.num_special)
             self.replaced.update(column.replaced)
@@ -152,20 +157,15 @@ class ChunkReader:
                 columns["file"] = columns["file"].cast(pa.string())  # dictionaries of two files do not go together
                 yield pa.RecordBatch.from_pydict(columns)
 
-    def _encode(self, table: pa.RecordBatch) -> tuple[pa.RecordBatch, TokenColumn]:
-        while True:
-            try:
-                return table, self._tokenizer.encode_column(table[PAYLOAD])
-            except RefusedSymbol as error:
-                row = error.row
-                refusal = Refusal(
-                    table["file"][row].as_py(), table["line"][row].as_py(), table["id"][row].as_py(), str(error)
-                )
-                if not self._is_skipping:
-                    raise DataError(f"{refusal.where}: record {refusal.id!r}: {error}") from error
-                self._refuse(refusal)
-                keep = np.arange(table.num_rows) != row
-                table = table.filter(pa.array(keep))
+    def _kept(self, table: pa.RecordBatch, encoded: Encoded) -> pa.RecordBatch:
+        """The records of a table that the tokenizer takes; the others are refused."""
+        for row, reason in encoded.refused:
+            file, line, id = (table[name][row].as_py() for name in ("file", "line", "id"))
+            refusal = Refusal(file, line, id, reason)
+            if not self._is_skipping:
+                raise DataError(f"{refusal.where}: record {id!r}: {reason}")
+            self._refuse(refusal)
+        return table.filter(pa.array(encoded.is_kept)) if encoded.refused else table
 
     def _refuse(self, refusal: Refusal) -> None:
         self.num_refused += 1

@@ -191,7 +191,13 @@ class _Run:
     def _reader(self) -> ChunkReader:
         options = self.options
         return ChunkReader(
-            self.domain, self.card.tokenizer, self.inputs, options.read, options.is_skipping, self.chunk_symbols
+            self.domain,
+            self.card.tokenizer,
+            self.inputs,
+            options.read,
+            options.is_skipping,
+            self.chunk_symbols,
+            options.num_workers,
         )
 
     def _work(self, identity: dict[str, Any], workers: "Workers | InProcess") -> dict[str, Any]:
