@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     from meristem.cli.parity_report import print_parity
     from meristem.errors import CheckpointError
-    from meristem.model_directory import find_model, import_model, is_own, of_size, save_model
+    from meristem.model_directory import find_model, import_model, is_own, save_model, with_tokenizer_options
 
     out = Path(args.out)
     source = find_model(args.source)
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     card, model, imported = import_model(source, args.domain)
     own = card, model
     if args.image_px:
-        card, model = of_size(card, model, tuple(args.image_px))
+        card, model = with_tokenizer_options(card, model, {"image_px": args.image_px})
     save_model(out, card, model)
 
     config = card.architecture
