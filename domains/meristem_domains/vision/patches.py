@@ -6,8 +6,7 @@ like.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,21 +14,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
+from meristem.data.tokenizer import Tokenizer, column_bytes
 from meristem.errors import CheckpointError, ConfigError
 from meristem.types import TokenColumn, Tokens
 from meristem_domains.vision.picture_sizes import CROPS, native_px, resized_px, resized_size
-from meristem_domains.vision.pictures import NoPicture, load_pillow, picture_px, pixels_of, read_pixels
+from meristem_domains.vision.pictures import RefusedImage, load_pillow, of_row, picture_px, pixels_of, read_pixels
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-
-
-class RefusedImage(RefusedSymbol):
-    """A payload that is no image, or none that the tokenizer takes."""
-
-    def __init__(self, row: int, reason: str):
-        Exception.__init__(self, reason)
-        self.row, self.offset, self.symbol = row, 0, ""
 
 
 @dataclass(frozen=True)
@@ -251,7 +242,7 @@ class PatchTokenizer(Tokenizer):
             if self.num_channels > 4:  # pages, which the header does not tell of
                 found[row] = math.prod(self._grid_of_size(self._pixels(encoded, row).shape))
                 continue
-            with _of_row(row):
+            with of_row(row):
                 size = picture_px(encoded)
             self._check_size(size, row)
             found[row] = math.prod(self._grid_of_size(size))
@@ -306,7 +297,7 @@ class PatchTokenizer(Tokenizer):
         if isinstance(payload, np.ndarray):
             pixels = self._values_of(payload, row)
         else:
-            with _of_row(row):
+            with of_row(row):
                 if isinstance(payload, bytes):
                     pixels = read_pixels(payload, self.num_channels)
                 else:
@@ -318,7 +309,9 @@ class PatchTokenizer(Tokenizer):
         if array.ndim == 2 and self.num_channels == 1:
             array = array[..., None]
         if array.ndim != 3 or array.shape[2] != self.num_channels or not array.size:
-            raise RefusedImage(row, f"an image must be [height, width, {self.num_channels}]; got {list(array.shape)}")
+            raise RefusedImage(
+                row, f"an image must be [height, width, {self.num_channels}]; got {list(array.shape)} (several: a list)"
+            )
         if array.dtype == np.uint8:
             return array
         if array.dtype == np.uint16:
@@ -392,12 +385,3 @@ def _payload_of(value: Any, row: int) -> Any:
         return value
     kinds = "a path, encoded bytes, an image of Pillow or an array [height, width, channels]"
     raise RefusedImage(row, f"an image must be {kinds}; got {type(value).__name__}")
-
-
-@contextmanager
-def _of_row(row: int) -> Iterator[None]:
-    """Names the row of a column that is no picture."""
-    try:
-        yield
-    except NoPicture as error:
-        raise RefusedImage(row, str(error)) from error
