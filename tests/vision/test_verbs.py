@@ -64,7 +64,7 @@ def test_the_sample_is_the_digits_of_scikit_learn():
     records = read_all(domain.sample, label_columns=("label", "split"))
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(record.payload))) for record in records])
     np.testing.assert_array_equal(np.round(pixels / (255 / 16)), digits.images)
-    assert [record.labels["label"] for record in records] == digits.target.tolist()
+    assert [record.labels["label"] for record in records] == list(map(str, digits.target))
     parts = [record.labels["split"] for record in records]
     assert {part: parts.count(part) for part in set(parts)} == {"train": 1259, "validation": 179, "test": 359}
 
