@@ -14,7 +14,7 @@ from meristem.errors import ConfigError, DataError
 from meristem.model.config import Attention, Embedding, FeedForward, TransformerConfig
 from meristem.model.model import Model
 from meristem.model.transformer import Encoder
-from meristem.objectives import supervised
+from meristem.objectives import targets
 from meristem.objectives.supervised import Supervised, Target
 from meristem.types import IGNORE, Record
 
@@ -168,7 +168,7 @@ def test_labels_of_every_part_are_checked_before_the_first_step(part, target, la
 @pytest.mark.parametrize("skipped", ["_require_known", "_numbers"])
 def test_a_part_that_is_not_checked_would_be_seen(skipped, monkeypatch):
     """The mutants: only the training records are looked at."""
-    real = getattr(supervised, skipped)
+    real = getattr(targets, skipped)
     is_first = [True]
 
     def first_only(*arguments):
@@ -177,7 +177,7 @@ def test_a_part_that_is_not_checked_would_be_seen(skipped, monkeypatch):
             return real(*arguments)
         return np.zeros(1)
 
-    monkeypatch.setattr(supervised, skipped, first_only)
+    monkeypatch.setattr(targets, skipped, first_only)
     target = {} if skipped == "_require_known" else {"task": "regression"}
     _bind_parts(target, train=["1", "2"], validation=["1", "x"])
 

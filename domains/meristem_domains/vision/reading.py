@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.data.labels import text_column
-from meristem.data.pictures import SUFFIXES, NoPicture, check_picture, looks_like_picture
 from meristem.data.reading.open import BLOCK_BYTES, open_source
 from meristem.data.reading.reader import Reader
 from meristem.data.reading.tables import TableFormat, read_table, table_format
 from meristem.data.records import GROUP, INPUT_PREFIX, LABEL_PREFIX, SPLIT, ReadOptions, Refusal, Source, batch_of
 from meristem.errors import DataError
 from meristem_domains.vision.folders import LABEL, Found, find_pictures
+from meristem_domains.vision.pictures import SUFFIXES, NoPicture, check_picture, looks_like_picture
 from meristem_domains.vision.shards import is_tar, read_members
 
 PAYLOAD_COLUMNS = (
