@@ -97,7 +97,7 @@ def _differing(some: Any, others: Any) -> str:
     """The first field in which two sequences of tokens differ by more than rounding; empty for none."""
     import numpy as np
 
-    for name in ("ids", "positions", "features"):
+    for name in ("ids", "positions", "features", "is_special"):
         one, other = getattr(some, name), getattr(others, name)
         if (one is None) != (other is None) or np.shape(one) != np.shape(other):
             return name
@@ -158,6 +158,9 @@ class _Contract:
         for payload, tokens in zip(self.payloads, self.encoded):
             lengths = {len(tokens.ids), len(tokens.positions), *(() if tokens.spans is None else [len(tokens.spans)])}
             _require(len(lengths) == 1, "ids, positions and spans must have one row a token", sorted(lengths))
+            wanted = tokenizer.num_special
+            got = (0, 0) if tokens.is_special is None else tokens.frame
+            _require(got == wanted, f"is_special must mark {wanted} rows around a payload, as num_special says", got)
             if tokens.spans is not None:
                 covered = np.zeros(len(payload), bool)
                 for start, stop in tokens.spans:

@@ -101,9 +101,9 @@ class PackMaker:
                     assert self.views is not None
                     tokens = self.views.encode_view(record.payload, rng)
                 else:
-                    tokens = cuts.placed(self.tokenizer.tokens_at(column, i), i, self.tokenizer.num_special)
+                    tokens = cuts.placed(self.tokenizer.tokens_at(column, i), i)
                 if self.max_tokens_per_record is not None:
-                    tokens = crop_window(tokens, self.max_tokens_per_record, self.tokenizer.num_special, rng)
+                    tokens = crop_window(tokens, self.max_tokens_per_record, rng)
                 prepared = self.objective.prepare(record, (tokens,), rng)
                 sequences += prepared
                 indices += [row] * len(prepared)
@@ -153,11 +153,11 @@ class Cuts:
         order = np.argsort(np.concatenate([np.flatnonzero(~is_cut), np.flatnonzero(is_cut)]))
         return pa.concat_arrays([whole, cut.cast(whole.type)]).take(pa.array(order))
 
-    def placed(self, tokens: Tokens, i: int, num_special: tuple[int, int]) -> Tokens:
+    def placed(self, tokens: Tokens, i: int) -> Tokens:
         """The tokens of record `i`, with the places that they have in the whole record."""
         if self.stops[i] < 0 or tokens.spans is None:
             return tokens
-        before, behind = num_special
+        before, behind = tokens.frame
         spans = tokens.spans + self.starts[i]
         spans[:before] = 0
         spans[len(spans) - behind :] = self.sizes[i]
