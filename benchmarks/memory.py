@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from embedding import by_budget, in_order, proteins
 from harness import Finding, Options
 
-from embedding import by_budget, in_order, proteins
 from meristem.data.order import plan_in_order
 from meristem.data.pack import pack_column
 from meristem.domain import load_domain

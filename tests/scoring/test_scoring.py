@@ -19,6 +19,7 @@ from meristem.scoring.contacts import contact_maps
 from meristem.scoring.likelihood import token_log_likelihoods
 from meristem.types import Tokens
 from meristem_domains.protein.alphabet import tokenizer as protein_tokenizer
+from model_runs import outputs_of
 
 TOKENIZER = protein_tokenizer()
 
@@ -100,7 +101,7 @@ def test_a_likelihood_masks_one_token_at_a_time(tokens_per_batch: int, rng: np.r
     for place in range(1, 14):
         ids = tokens.ids.copy()
         ids[place] = 32
-        logits = model.symbol_logits(model.trunk(pack([Tokens(positions=tokens.positions, ids=ids)], [0])))
+        logits = outputs_of(model, pack([Tokens(positions=tokens.positions, ids=ids)], [0]))
         wanted.append(logits[place].double().log_softmax(-1)[tokens.ids[place]].item())
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 

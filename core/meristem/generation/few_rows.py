@@ -6,18 +6,19 @@ alike; 44 with weights that were reordered once, where reading them takes 33.
 """
 
 import torch
-from torch import nn
 
 from meristem.model.experts import ExpertsLayer
-from meristem.model.heads import SymbolHead
+from meristem.model.heads import Head
+from meristem.model.heads.symbols import SymbolHead
 from meristem.model.model import SYMBOLS, Model
+from meristem.model.outputs import HeadRequest
 from meristem.model.reordered import MIN_REORDERED_ROWS, ReorderedLinear, can_reorder, remembered, reordered
 from meristem.shapes import Float, Tensor
-from meristem.types import MIN_ROWS
+from meristem.types import MIN_ROWS, Hidden, PackedBatch
 
 
-class ReorderedSymbolHead(nn.Module):
-    """A symbol head whose map onto the vocabulary is reordered; called as the head is.
+class ReorderedSymbolHead(Head):
+    """A symbol head whose map onto the vocabulary is reordered; it gives logits alone.
 
     Args:
         head: what comes before the map.
@@ -28,8 +29,9 @@ class ReorderedSymbolHead(nn.Module):
         super().__init__()
         self.head, self.out = head, out
 
-    def forward(self, rows: Float[Tensor, "M D"], table: Float[Tensor, "V D"]) -> Float[Tensor, "M V"]:
-        logits: Tensor = self.out(self.head.features(rows))
+    def forward(self, hidden: Hidden, batch: PackedBatch, request: HeadRequest) -> Float[Tensor, "M V"]:
+        assert request.targets is None, "a head for generation gives no loss"
+        logits: Tensor = self.out(self.head.features(hidden, request))
         return logits
 
 
@@ -52,8 +54,7 @@ def _reorder(model: Model) -> Model | None:
     head = model.heads[SYMBOLS]
     assert isinstance(head, SymbolHead)
     fast = reordered(model, kept=[head.out])
-    table = model.trunk.embedding.symbols.weight if head.out is None else head.out.weight
-    out = ReorderedLinear(table, head.bias)
+    out = ReorderedLinear(head.weight, head.bias)
     if fast is None or not out.rounds_alike():
         return None
     before = fast.heads[SYMBOLS]

@@ -8,6 +8,7 @@ import torch
 from meristem.data.pack import pack_column
 from meristem.errors import ConfigError
 from meristem.model.model import SYMBOLS, Model
+from meristem.model.outputs import HeadRequest, Wanted
 from meristem.types import TokenColumn
 
 
@@ -37,7 +38,7 @@ def token_log_likelihoods(
     if SYMBOLS not in model.heads or mask_id is None:
         raise ConfigError("a model must predict masked symbols to score likelihoods; this one has no such head")
     before, behind = num_special
-    device = model.trunk.device
+    device = model.device
     length = len(ids)
     hidden_places = np.arange(before, length - behind)
     scores = np.empty(len(hidden_places))
@@ -52,8 +53,7 @@ def token_log_likelihoods(
         with torch.inference_mode():
             # copies are equally long, so that they stay in order in the pack
             batch = pack_column(column, np.arange(len(places)), range(len(places))).to(device)
-            final = model.trunk(batch).final
-            logits = model.heads[SYMBOLS](final[rows], model.trunk.embedding.symbols.weight)
+            logits = model(batch, Wanted(requests={SYMBOLS: HeadRequest(rows)})).heads[SYMBOLS]
             found = logits.double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
         scores[first : first + len(places)] = found.cpu().numpy()
         advance(len(places))
