@@ -27,7 +27,7 @@ test: $(STAMP)  ## run every test that this machine can run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 parity: $(STAMP)  ## compare every family with the library it comes from, and write docs/parity.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --write-parity tests/interop tests/generation tests/model/test_original_transformer.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --write-parity tests/interop tests/vision tests/dna tests/generation tests/model/test_original_transformer.py
 
 lint: $(STAMP)  ## check style, format and who imports whom
 	$(BIN)/ruff check .

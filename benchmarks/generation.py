@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from meristem.generation.few_rows import for_few_rows
 from meristem.generation.options import GenerateOptions
 from meristem.generation.sample import sample
-from meristem.interop.gpt2 import TABLE
+from meristem.interop.families.gpt2 import TABLE
 from meristem.model.config import TransformerConfig
 from meristem.model.model import Model
 

@@ -29,6 +29,7 @@ from transformers import EsmTokenizer
 
 from meristem.api import read_embeddings
 from meristem.data.loader import TrainLoader
+from meristem.data.parts import RunData
 from meristem.data.records import ReadOptions, Source
 from meristem.data.store import RecordStore
 from meristem.domain import load_domain
@@ -139,7 +140,7 @@ def loading(path: Path, folder: Path, options: Options) -> Finding:
     num_packs = 2 if options.is_quick else 4
     store = RecordStore.build(DOMAIN.read, [Source(str(path))], ReadOptions(), name=DOMAIN.name, cache_dir=folder)
     objective = Masked()
-    objective.bind(TOKENIZER, {}, store.where)
+    objective.bind(RunData(TOKENIZER))
     loader = TrainLoader(
         store, np.arange(len(store)), TOKENIZER, objective,
         seed=0, tokens_per_pack=4096, packs_per_step=1, max_tokens_per_record=1024,

@@ -32,7 +32,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from meristem.data.order import plan_epoch
 from meristem.data.records import ReadOptions, Source
 from meristem.domain import load_domain
-from meristem.interop.gpt2 import TABLE
+from meristem.interop.families.gpt2 import TABLE
 from meristem.model.config import Init, TransformerConfig
 from meristem.objectives.causal import Causal as CausalObjective
 from meristem.train.run import build_trainer

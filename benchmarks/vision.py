@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from meristem.data.pack import pack_column
+from meristem.data.parts import Part, RunData
 from meristem.data.patches import PatchTokenizer
 from meristem.inference.engine import PRECISIONS, TrunkRunner
 from meristem.inference.predict import Predictor, in_units
@@ -44,7 +45,7 @@ from meristem.model.outputs import Wanted
 from meristem.model_directory import load_any
 from meristem.objectives.supervised import Supervised, Target
 from meristem.train.task import Task
-from meristem.types import TokenColumn, Tokens
+from meristem.types import Record, TokenColumn, Tokens
 
 LABEL, PATCH_PX, NUM_REGISTERS = "label", 16, 4
 SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6, "num_classes": 1000}
@@ -255,7 +256,8 @@ def cast(pictures: Pictures, dtype: torch.dtype) -> Pictures:
 def our_step(architecture: TransformerConfig, tokenizer: PatchTokenizer, pool: str, options: Options) -> OurStep:
     """Our step of a classifier of pictures, with its first weights."""
     objective = Supervised([Target(name=LABEL, pool=pool)])  # type: ignore[arg-type]
-    objective.bind(tokenizer, {LABEL: class_names(options)}, str)
+    records = [Record("", b"", {LABEL: name}) for name in class_names(options)]
+    objective.bind(RunData(tokenizer, {"train": Part.of(records)}))
     objective.bind_model(architecture)
     return OurStep(Task(architecture, objective, OPTIMIZER), options)
 

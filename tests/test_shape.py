@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from meristem.data.pack import pack, pack_column
+from meristem.data.parts import Part, RunData
 from meristem.data.records import SCHEMA, ReadOptions, Source, record_at
 from meristem.data.tokenizer import Tokenizer
 from meristem.domain import Domain
@@ -116,8 +117,7 @@ def final_loss(batch_of_records: pa.RecordBatch, rng: np.random.Generator, is_bl
     tokenizer = domain.tokenizer()
     records = [record_at(batch_of_records, row) for row in range(128)]
     objective = Supervised([Target(name="digit", pool="cls")])
-    labels = {"digit": [record.labels["digit"] for record in records]}
-    objective.bind(tokenizer, labels, lambda row: records[row].source)
+    objective.bind(RunData(tokenizer, {"train": Part.of(records)}))
     payloads = [bytes(64) if is_blank else record.payload for record in records]
     prepared = [objective.prepare(r, (tokenizer.encode(p),), rng)[0] for r, p in zip(records, payloads)]
     batch = pack(prepared, range(len(prepared)))

@@ -177,7 +177,7 @@ def load_any(path: Path | str) -> tuple[ModelCard, Model]:
     """Read a run directory, a model directory or a Hugging Face directory, strictly.
 
     Raises:
-        CheckpointError: as `load_model`, or of no family that is at home.
+        CheckpointError: as `load_model`, or of no supported family.
     """
     place = find_model(path)
     return load_model(place) if is_own(place) else import_model(place)[:2]
@@ -215,7 +215,7 @@ def import_model(place: Path, domain: str = "") -> tuple[ModelCard, Model, Impor
         domain: that reads the inputs; the family's own where empty.
 
     Raises:
-        CheckpointError: of no family that is at home, or not exactly what its config says.
+        CheckpointError: of no supported family, or not exactly what its config says.
     """
     imported = read_directory(place)
     family = imported.family

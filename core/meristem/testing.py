@@ -216,18 +216,18 @@ class _Contract:
         import torch
 
         from meristem.data.pack import pack
+        from meristem.data.parts import Part, RunData
         from meristem.objectives.masked import Masked
         from meristem.objectives.objective import Objective
         from meristem.objectives.supervised import Supervised, Target
 
         chosen = range(min(NUM_TRAINED, len(self.rows)))
-        rows, labels = list(self.rows), {}
+        rows = list(self.rows)
         objective: Objective = Masked()
         if self.tokenizer().num_features:  # no symbol can be masked: tell every second record from the others
             objective = Supervised([Target(name=LABEL)])
-            labels = {LABEL: [i % 2 for i in chosen]}
-            rows = [replace(rows[i], labels={LABEL: i % 2}) for i in chosen]
-        objective.bind(self.tokenizer(), labels, lambda row: rows[row].source)
+            rows = [replace(rows[i], labels={LABEL: str(i % 2)}) for i in chosen]
+        objective.bind(RunData(self.tokenizer(), {"train": Part.of(rows)}))
         prepared = [objective.prepare(rows[i], (self.encoded[i],), np.random.default_rng(i)) for i in chosen]
         batch = pack([tokens for views in prepared for tokens in views], [i for i in chosen for _ in prepared[i]])
         counts = objective.counts(batch)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
+from meristem.data.labels import text_column
 from meristem.data.records import LABEL_PREFIX, SPLIT, ReadOptions, Refusal, Source
 from meristem.data.tables import batch_of
 from meristem.data.tokenizer import AlphabetTokenizer
@@ -20,7 +21,7 @@ TOKENIZER = AlphabetTokenizer(
 
 
 def read_lines(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
-    """Batches of three records; numbers become number labels; a record without a payload is refused."""
+    """Batches of three records; a label with `|` in it is a list; a record without a payload is refused."""
     rows = []
     with open(source.path) as file:
         for number, line in enumerate(file, start=1):
@@ -33,7 +34,7 @@ def read_lines(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]
     names += [SPLIT] if options.split_column else []
     for start in range(0, len(rows), 3):
         part = rows[start : start + 3]
-        extra = {name: _column([row[3][i] for row in part]) for i, name in enumerate(names)}
+        extra = {name: text_column([_label(row[3][i]) for row in part]) for i, name in enumerate(names)}
         yield batch_of(
             pa.array([row[0] for row in part], pa.string()),
             pa.array([row[1] for row in part], pa.large_string()),
@@ -43,14 +44,8 @@ def read_lines(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]
         )
 
 
-def _column(words: list[str]) -> pa.Array:
-    values = [word or None for word in words]
-    for kind in (int, float, str):
-        try:
-            return pa.array([None if value is None else kind(value) for value in values])
-        except ValueError:
-            continue
-    raise AssertionError(words)
+def _label(word: str) -> str | list[str] | None:
+    return word.split("|") if "|" in word else word or None
 
 
 def random_payloads(rng: np.random.Generator, count: int, low: int = 1, high: int = 60) -> list[str]:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from parity_checks import Case
-from references import PlainIds, redraw, save
 from torch import nn
 from torch.nn import functional as F
 
 from meristem.interop.family import Family
 from meristem.model.config import BandScaling, Both, Full, LinearScaling, NoScaling, Pattern, Rotary, Window
 from meristem.model.model import Model
+from parity_checks import Case
+from references import PlainIds, redraw, save
 
 CaseOf = Callable[[str], Case]
 Shapes = Mapping[str, tuple[Family, str, dict[str, Any]]]

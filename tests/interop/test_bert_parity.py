@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity_checks import Case
-from references import PlainIds, redraw, save
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
@@ -22,9 +20,11 @@ from transformers import (
     RobertaModel,
 )
 
-from meristem.interop.bert import BERT, NEXT_SENTENCE, ROBERTA
 from meristem.interop.directory import read_model
+from meristem.interop.families.bert import BERT, NEXT_SENTENCE, ROBERTA
 from meristem.model.model import Model
+from parity_checks import Case
+from references import PlainIds, redraw, save
 
 TOLERANCE = 1e-5
 """The same operations in fp32, over few layers."""
@@ -54,7 +54,7 @@ COMMON = {
 
 def bert(shape: str, folder: Path, rng: np.random.Generator, kind: type = BertForPreTraining) -> Case:
     config = BertConfig(**{**COMMON, **SHAPES[shape]})
-    tokenizer = PlainIds(config.vocab_size, prefix=(2,), suffix=(3,), special=(0, 1), mask_id=4)
+    tokenizer = PlainIds(config.vocab_size, prefix=(2,), suffix=(3,), reserved=(0, 1), mask_id=4)
     return Case.of(save(redraw(kind(config), rng, symbols=1.0), folder / "hf"), BERT, tokenizer)
 
 
@@ -62,7 +62,7 @@ def roberta(shape: str, folder: Path, rng: np.random.Generator, kind: type = Rob
     pad = 1 if shape == FIRST else 5
     settings = {"type_vocab_size": 1, **COMMON, **SHAPES[shape], "pad_token_id": pad}
     config = RobertaConfig(**{**settings, "type_vocab_size": 1, "bos_token_id": 0, "eos_token_id": 2})
-    tokenizer = PlainIds(config.vocab_size, prefix=(0,), suffix=(2,), special=(pad, 3), mask_id=4)
+    tokenizer = PlainIds(config.vocab_size, prefix=(0,), suffix=(2,), reserved=(pad, 3), mask_id=4)
     return Case.of(save(redraw(kind(config), rng, symbols=1.0), folder / "hf"), ROBERTA, tokenizer)
 
 

@@ -18,7 +18,7 @@ from meristem.cli.main import main
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import read_directory, write_directory
-from meristem.interop.esm import ESM
+from meristem.interop.families.esm import ESM
 from meristem.interop.parity import compare
 from meristem.interop.runners import load_transformers
 from meristem.model.config import FeedForward, Learned, RMSNorm

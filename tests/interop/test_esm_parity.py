@@ -8,18 +8,18 @@ import esm_reference
 import numpy as np
 import pytest
 import torch
-from parity_checks import Case
 from torch import nn
 from torch.nn import functional as F
 
 from meristem.data.pack import pack
 from meristem.interop.directory import Imported, read_directory, write_directory
-from meristem.interop.esm import ESM
+from meristem.interop.families.esm import ESM
 from meristem.interop.parity import Parity, compare
 from meristem.interop.runners import load_transformers, random_tokens
 from meristem.model.model import Model
 from meristem.model.position import RotaryLayer
 from model_runs import outputs_of
+from parity_checks import Case
 
 TOLERANCE = 1e-4
 """fp32 rounds at 1e-7; over 30 layers of sharp attention and a norm before the head this leaves about 4e-5."""

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity_checks import Case
-from references import redraw, save
 from torch import nn
 from transformers import EsmcConfig, EsmcForMaskedLM, EsmcModel, EsmcTokenizer
 
 from meristem.errors import ConfigError
 from meristem.interop.directory import read_directory, write_directory
-from meristem.interop.esmc import ESMC, SYMBOLS
+from meristem.interop.families.esmc import ESMC, SYMBOLS
 from meristem.interop.runners import load_transformers
 from meristem.model.model import Model
+from parity_checks import Case
+from references import redraw, save
 
 TOLERANCE = 2e-5
 """The same operations in fp32; pre-norm sums grow over the layers, and the last norm brings them back."""

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     apply_rotary_pos_emb_vision,
 )
 
-from meristem.interop.families import find_family
+from meristem.interop.family import find_family
 from meristem.model.config import Learned, Mean, Prefix, Rotary, TransformerConfig
 from meristem.model.position import RotaryLayer
 

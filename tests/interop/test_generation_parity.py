@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from references import PlainIds, redraw, save
 
 from meristem.generation.beams import search
 from meristem.generation.few_rows import for_few_rows
 from meristem.generation.options import GenerateOptions
 from meristem.generation.sample import sample
 from meristem.interop.directory import read_directory
-from meristem.interop.families import find_family
+from meristem.interop.family import find_family
 from meristem.model.model import Model
+from references import PlainIds, redraw, save
 
 VOCAB, PAD, STOP = 83, 0, 2
 

@@ -27,16 +27,16 @@ from decoder_cases import (
     take_standard_scale,
     take_tanh_gelu,
 )
-from references import redraw
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from meristem.data.pack import pack
 from meristem.interop.directory import read_directory, write_directory
-from meristem.interop.gpt2 import GPT2, GPT_BIGCODE
+from meristem.interop.families.gpt2 import GPT2, GPT_BIGCODE
 from meristem.model.model import Model
 from model_runs import outputs_of
+from references import redraw
 
 SHAPE = {"vocab_size": 64, "n_positions": 60, "n_embd": 32, "n_layer": 3, "n_head": 4}
 # a head of an odd width, an odd vocabulary, a table that ends where the longest input does

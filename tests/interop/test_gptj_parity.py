@@ -26,7 +26,7 @@ from decoder_cases import (
 )
 
 from meristem.interop.directory import read_directory
-from meristem.interop.gptj import CODEGEN, GPTJ, TABLE
+from meristem.interop.families.gptj import CODEGEN, GPTJ, TABLE
 from meristem.model.model import Model
 
 SHAPE = {"vocab_size": 64, "n_positions": 60, "n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4}

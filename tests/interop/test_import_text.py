@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from references import redraw, save
 from transformers import AutoTokenizer, BertConfig, BertForPreTraining, BertTokenizer
 
 from meristem.cli.main import main
-from meristem.interop.bert import NEXT_SENTENCE
+from meristem.interop.families.bert import NEXT_SENTENCE
 from meristem.model_directory import load_any, load_model
+from references import redraw, save
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cell", "wall", "grow", "##s", "##ing", "leaf", ".", ","]
 
@@ -64,5 +64,5 @@ def test_a_library_that_has_no_such_model_is_refused_in_one_line(
     assert main(["export", str(folder), str(tmp_path / "back"), "--to", "timm"]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert "must be of a family that is at home to be exported; vision transformers of timm" in error
+    assert "must be of a supported family to be exported; vision transformers of timm" in error
     assert not (tmp_path / "back").exists()

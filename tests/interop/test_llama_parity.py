@@ -38,7 +38,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from meristem.interop.directory import read_directory
-from meristem.interop.llama import LLAMA, QWEN2, QWEN3, STARCODER2
+from meristem.interop.families.llama import LLAMA, QWEN2, QWEN3, STARCODER2
 from meristem.model.config import LayerNorm, Rotary
 from meristem.model.model import Model
 from meristem.model.position import RotaryLayer, rotary_frequencies

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity_checks import Case
-from references import PlainIds, redraw, save
 from torch import nn
 from torch.nn import functional as F
 from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel
 
-from meristem.interop.modernbert import MODERNBERT
+from meristem.interop.families.modernbert import MODERNBERT
 from meristem.model.config import Full, NoNorm, Rotary, Window
 from meristem.model.model import Model
 from meristem.model.position import RotaryLayer
+from parity_checks import Case
+from references import PlainIds, redraw, save
 
 TOLERANCE = 1e-4
 """The same operations in fp32; pre-norm sums grow over the layers, to about 1e-5 in the last ones and the logits."""
@@ -61,7 +61,7 @@ COMMON = {
 
 def modernbert(shape: str, folder: Path, rng: np.random.Generator, kind: type = ModernBertForMaskedLM) -> Case:
     config = ModernBertConfig(**{**COMMON, **SHAPES[shape]})
-    tokenizer = PlainIds(config.vocab_size, prefix=(2,), suffix=(3,), special=(0, 1), mask_id=4)
+    tokenizer = PlainIds(config.vocab_size, prefix=(2,), suffix=(3,), reserved=(0, 1), mask_id=4)
     return Case.of(save(redraw(kind(config), rng, sharp=1.4, symbols=1.5), folder / "hf"), MODERNBERT, tokenizer)
 
 

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity_checks import Case
-from references import PlainIds, redraw, save
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -24,13 +22,15 @@ from meristem.data.pack import pack
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import read_model
+from meristem.interop.families.switch import SWITCH, SWITCH_DEFAULTS, SWITCH_ENCODER, read_config, write_config
+from meristem.interop.families.t5 import T5
 from meristem.interop.family import Family
 from meristem.interop.runners import PAIRS, SEQUENCES, Runner
-from meristem.interop.switch import SWITCH, SWITCH_DEFAULTS, SWITCH_ENCODER, read_config, write_config
-from meristem.interop.t5 import T5
 from meristem.model.experts import ExpertsLayer
 from meristem.model.model import Model
 from meristem.types import Hidden, Layout, Routing, Tokens
+from parity_checks import Case
+from references import PlainIds, redraw, save
 
 MARGIN = 3e-4
 """Least difference of the two best logits of a router: ten times what layers differ by."""
@@ -132,7 +132,7 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> CaseOf:
         _, family, values = SHAPES[shape]
         assert family.runner is not None
         family = replace(family, runner=off_the_edge(family.runner))
-        return Case.of(folder, family, PlainIds(values["vocab_size"], suffix=(1,), special=(0,)))
+        return Case.of(folder, family, PlainIds(values["vocab_size"], suffix=(1,), reserved=(0,)))
 
     return read
 
@@ -188,7 +188,7 @@ def test_an_untied_head_unties_the_copies_of_the_embedding_there(rng: np.random.
     assert len(copies) == 2
     save_file({**tensors, **copies}, folder / "model.safetensors", metadata={"format": "pt"})
     family = replace(SWITCH, runner=off_the_edge(PAIRS))
-    case = Case.of(folder, family, PlainIds(64, suffix=(1,), special=(0,)))
+    case = Case.of(folder, family, PlainIds(64, suffix=(1,), reserved=(0,)))
     assert case.imported.architecture.head is not None
     assert not case.imported.architecture.head.is_tied
     case.check_forward(rng)

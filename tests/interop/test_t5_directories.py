@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from references import PlainIds, redraw, save
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -18,9 +17,10 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel, T5ForCondition
 
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import read_directory, read_model, write_directory
-from meristem.interop.families import find_family
-from meristem.interop.t5 import DEFAULTS, T5, T5_ENCODER, read_config, write_config
+from meristem.interop.families.t5 import DEFAULTS, T5, T5_ENCODER, read_config, write_config
+from meristem.interop.family import find_family
 from meristem.model.config import TokenHead
+from references import PlainIds, redraw, save
 
 ODD = {
     "vocab_size": 53,

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity_checks import Case
-from references import PlainIds, redraw, save
 from torch import nn
 from torch.nn import functional as F
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model
 
+from meristem.interop.families.t5 import T5, T5_ENCODER
 from meristem.interop.family import Family
-from meristem.interop.t5 import T5, T5_ENCODER
 from meristem.model.model import Model
 from meristem.model.position import BetweenLayer
+from parity_checks import Case
+from references import PlainIds, redraw, save
 
 SMALL = {
     "vocab_size": 64,
@@ -91,7 +91,7 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> CaseOf:
     def read(shape: str) -> Case:
         folder = make(shape, tmp_path_factory.mktemp("t5") / "hf", np.random.default_rng(seed))
         _, family, values = SHAPES[shape]
-        return Case.of(folder, family, PlainIds(values["vocab_size"], suffix=(1,), special=(0,)))
+        return Case.of(folder, family, PlainIds(values["vocab_size"], suffix=(1,), reserved=(0,)))
 
     return read
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from meristem.interop.bert import BERT
+from meristem.interop.families.bert import BERT
 from meristem.model.config import Attention, Embedding, FeedForward, LayerNorm, Learned, Residual, TransformerConfig
 from meristem.model.model import Model
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from meristem.data.pack import pack
+from meristem.data.parts import Part, RunData
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.model.config import (
     Attention,
@@ -97,8 +98,7 @@ def bound(objective: Objective, config: TransformerConfig | None, records: list[
     """The objective, after all that comes before training."""
     if config is not None:
         objective.bind_model(config)
-    columns = {name: [record.labels[name] for record in records] for name in objective.label_columns}
-    objective.bind(tokenizer, columns, lambda row: records[row].source)
+    objective.bind(RunData(tokenizer, {"train": Part.of(records)}))
     return objective
 
 

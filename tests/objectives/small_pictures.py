@@ -9,6 +9,7 @@ from torch import nn
 
 from meristem.data.multi_crop import MultiCrop
 from meristem.data.pack import pack
+from meristem.data.parts import RunData
 from meristem.data.patches import PatchTokenizer
 from meristem.model.config import Attention, Embedding, FeedForward, Init, Prefix, SinCos2D, TransformerConfig
 from meristem.model.model import Model
@@ -40,7 +41,7 @@ def objective_of(**options) -> SelfDistillation:
     small = {"crops": CROPS, "num_prototypes": NUM_PROTOTYPES, "hidden_width": 32, "bottleneck_width": 16}
     objective = SelfDistillation(**{**small, **options})
     objective.bind_model(CONFIG)
-    objective.bind(TOKENIZER, {}, lambda row: str(row))
+    objective.bind(RunData(TOKENIZER))
     return objective
 
 

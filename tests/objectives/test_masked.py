@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from meristem.data.pack import pack
+from meristem.data.parts import RunData
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
 from meristem.model.config import Attention, Embedding, FeedForward, TokenHead, TransformerConfig
@@ -18,7 +19,7 @@ TOKENIZER = load_domain("protein").tokenizer()
 
 def test_only_payload_tokens_are_hidden_and_all_scored_ones_keep_their_symbol(rng):
     objective = Masked(rate=0.4)
-    objective.bind(TOKENIZER, {}, str)
+    objective.bind(RunData(TOKENIZER))
     for seed in range(50):
         sequence = "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(1, 40)))
         before = TOKENIZER.encode(sequence)
@@ -42,7 +43,7 @@ def test_loss_is_the_sum_over_scored_rows_of_all_rows_logits(rng):
         head=TokenHead(),
     )
     objective = Masked()
-    objective.bind(TOKENIZER, {}, str)
+    objective.bind(RunData(TOKENIZER))
     model = Model(config, objective.heads)
     sequences = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), n)) for n in (5, 30, 61)]
     tokens = [

@@ -11,6 +11,7 @@ from small_objectives import TOKENIZER as RESIDUES
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from meristem.data.pack import pack
+from meristem.data.parts import RunData
 from meristem.data.patches import PatchTokenizer
 from meristem.data.picture_grid import GAP_PX, picture_grid
 from meristem.errors import ConfigError
@@ -49,7 +50,7 @@ def made(config: TransformerConfig = CONFIG, tokenizer: PatchTokenizer = FIXED, 
     """The objective, and a model and a decoder with every parameter drawn anew."""
     objective = MaskedPatches(**{"decoder_width": 16, "decoder_layers": 1, "decoder_heads": 2, **options})
     objective.bind_model(config)
-    objective.bind(tokenizer, {}, str)
+    objective.bind(RunData(tokenizer))
     model, extra = Model(config), objective.build(config)
     with torch.no_grad():
         for parameter in [*model.parameters(), *extra.parameters()]:
@@ -247,7 +248,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ConfigError, match=next(iter(options))):
             MaskedPatches(**options)
     with pytest.raises(ConfigError, match="domain of pictures"):
-        MaskedPatches().bind(RESIDUES, {}, str)
+        MaskedPatches().bind(RunData(RESIDUES))
     with pytest.raises(ConfigError, match="patch_features"):
         MaskedPatches().bind_model(replace(CONFIG, embedding=Embedding(vocab_size=3)))
     with pytest.raises(ConfigError, match="one stack"):
@@ -346,7 +347,7 @@ def test_the_shipped_config_is_whole(tmp_path: Path):
     assert config is not None
     task, data = config.build()
     task.objective.bind_model(task.architecture)
-    task.objective.bind(data.tokenizer, {}, str)
+    task.objective.bind(RunData(data.tokenizer))
     assert task.architecture.embedding.patch_features == data.tokenizer.num_features == 48
     header = shipped_configs()["vision/mae_tiny"].read_text().split("\nmodel:")[0]
     assert all(word in header for word in ("command:", "hardware:", "minutes:", "expected:"))

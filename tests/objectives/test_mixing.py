@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from labelled import run_data
 from meristem.data.pack import pack
 from meristem.data.patches import PatchTokenizer
 from meristem.domain import load_domain
@@ -40,7 +41,7 @@ def _batch(rng: np.random.Generator, objective: Supervised, labels: list) -> Pac
 
 def _objective(mixing: Mixing, label_smoothing: float = 0.0) -> Supervised:
     objective = Supervised([Target(name="kind", label_smoothing=label_smoothing)], mixing)
-    objective.bind(TOKENIZER, {"kind": ["a", "b", "c"]}, str)
+    objective.bind(run_data(TOKENIZER, kind=["a", "b", "c"]))
     return objective
 
 
@@ -165,7 +166,7 @@ def test_what_cannot_be_mixed_is_refused():
             Supervised([target], Mixing(mixup=0.2))
     residues = load_domain("protein").tokenizer()
     with pytest.raises(ConfigError, match="pictures of one size"):
-        Supervised([Target(name="kind")], Mixing(cutmix=1.0)).bind(residues, {"kind": ["a", "b"]}, str)
+        Supervised([Target(name="kind")], Mixing(cutmix=1.0)).bind(run_data(residues, kind=["a", "b"]))
     for wrong in ({"mixup": -1}, {"rate": 1.5}, {"cutmix_frac": -0.1}):
         with pytest.raises(ConfigError, match="mixing"):
             Mixing(**wrong)
@@ -174,7 +175,7 @@ def test_what_cannot_be_mixed_is_refused():
 def test_top_five_and_confusions_count_as_by_hand(rng):
     objective = Supervised([Target(name="kind")])
     names = list("abcdefgh")
-    objective.bind(TOKENIZER, {"kind": names}, str)
+    objective.bind(run_data(TOKENIZER, kind=names))
     logits, wanted = torch.randn(200, 8), torch.from_numpy(rng.integers(0, 8, 200))
     top5, confusion = objective.metrics()["kind/top5"], objective.confusions()["kind"]
     top5.update(logits, wanted)

@@ -20,6 +20,7 @@ from small_pictures import (
 )
 from torch import nn
 
+from meristem.data.parts import RunData
 from meristem.data.pictures import read_pixels
 from meristem.errors import ConfigError
 from meristem.model.config import Learned
@@ -64,7 +65,7 @@ def test_views_have_their_sizes_whatever_the_size_of_pictures(rng):
         replace(TOKENIZER, image_px=None, crop="squash", max_patches=9),
     ):
         objective = objective_of()
-        objective.bind(tokenizer, {}, str)
+        objective.bind(RunData(tokenizer))
         views = objective.prepare(picture_records(rng, 1)[0], (), rng)
         assert [len(tokens) for tokens in views] == [17, 17, 5, 5]
 
@@ -220,9 +221,9 @@ def test_what_is_optimised_is_trunk_and_head_and_not_the_teacher():
 
 def test_what_cannot_be_trained_is_refused():
     with pytest.raises(ConfigError, match="needs pictures; got a tokenizer of alphabet"):
-        SelfDistillation(CROPS).bind(RESIDUES, {}, str)
+        SelfDistillation(CROPS).bind(RunData(RESIDUES))
     with pytest.raises(ConfigError, match="multiples of a patch, 3; got 16"):
-        SelfDistillation(CROPS).bind(replace(TOKENIZER, image_px=(6, 6), patch_px=3), {}, str)
+        SelfDistillation(CROPS).bind(RunData(replace(TOKENIZER, image_px=(6, 6), patch_px=3)))
     with pytest.raises(ConfigError, match=r"pool: \{kind: Prefix\}"):
         SelfDistillation(CROPS).bind_model(replace(CONFIG, pool=None))
     with pytest.raises(ConfigError, match=r"\{kind: SinCos2D\}.*got a learned table"):

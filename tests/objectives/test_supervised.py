@@ -1,19 +1,20 @@
 """Labels: what is learned from them, what is missing, and what is refused."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from labelled import records_of, run_data
 from meristem.data.corrupt import crop_window
 from meristem.data.pack import pack
+from meristem.data.parts import Part, RunData
 from meristem.domain import load_domain
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Attention, Embedding, FeedForward, TransformerConfig
 from meristem.model.model import Model
 from meristem.model.transformer import Encoder
+from meristem.objectives import supervised
 from meristem.objectives.supervised import Supervised, Target
 from meristem.types import IGNORE, Record
 from model_runs import outputs_of
@@ -28,9 +29,9 @@ CONFIG = TransformerConfig(
 )
 
 
-def _bound(targets: list[Target], **columns) -> Supervised:
+def _bound(targets: list[Target], payloads: list[str] | None = None, **columns) -> Supervised:
     objective = Supervised(targets)
-    objective.bind(TOKENIZER, columns, lambda row: f"file.csv:{row + 2}")
+    objective.bind(run_data(TOKENIZER, payloads, **columns))
     return objective
 
 
@@ -43,12 +44,13 @@ def test_missing_labels_count_for_nothing(rng):
     objective = _bound(
         [Target(name="place"), Target(name="score", task="regression"), Target(name="ss", level="token")],
         place=["b", "a", None, ""],
-        score=[1.0, 3.0, None, math.nan],
+        score=["1.0", "3", None, ""],
         ss=["HC", None],
+        payloads=["MK", "M", "M", "M"],
     )
     tokens = [
-        _prepare(objective, "MKV", place="a", score=2.0, ss="HHC"),
-        _prepare(objective, "MK", place="", score=math.nan, ss=""),
+        _prepare(objective, "MKV", place="a", score="2.0", ss="HHC"),
+        _prepare(objective, "MK", place="", score="", ss=""),
         _prepare(objective, "MKVA"),
     ]
     batch = pack(tokens, range(3))
@@ -81,11 +83,11 @@ def test_balanced_weights_give_each_class_the_same_share():
 
 def test_values_are_standardised_and_reported_in_their_own_unit(rng):
     values = list(rng.normal(50, 9, 40))
-    objective = _bound([Target(name="score", task="regression")], score=values)
+    objective = _bound([Target(name="score", task="regression")], score=[repr(float(value)) for value in values])
     readout = objective.readouts[0]
     assert readout.mean[0] == pytest.approx(np.mean(values))
     assert readout.std[0] == pytest.approx(np.std(values))
-    tokens = [_prepare(objective, "MKVA", score=value) for value in values[:5]]
+    tokens = [_prepare(objective, "MKVA", score=repr(float(value))) for value in values[:5]]
     batch = pack(tokens, range(5))
     np.testing.assert_allclose(batch.labels["score"], (np.array(values[:5]) - readout.mean) / readout.std, rtol=1e-5)
     out = objective.loss_of(Model(CONFIG, (), objective.readouts), objective.build(CONFIG), batch)
@@ -94,8 +96,8 @@ def test_values_are_standardised_and_reported_in_their_own_unit(rng):
 
 
 def test_token_labels_follow_the_window_that_a_record_is_cropped_to(rng):
-    objective = _bound([Target(name="ss", level="token")], ss=["ABCDEFGHIJKLMNOPQRST"])
     sequence = "LAGVSERTIDPKQNFYMHWC"
+    objective = _bound([Target(name="ss", level="token")], [sequence], ss=["ABCDEFGHIJKLMNOPQRST"])
     labels = "ABCDEFGHIJKLMNOPQRST"
     for seed in range(20):
         window = crop_window(TOKENIZER.encode(sequence), 9, TOKENIZER.num_special, np.random.default_rng(seed))
@@ -111,16 +113,96 @@ def test_token_labels_follow_the_window_that_a_record_is_cropped_to(rng):
     [
         ({"name": "y"}, {"y": ["a", "a"]}, None, r"file.csv:2: .*'y'.*two classes"),
         ({"name": "y", "task": "regression"}, {"y": ["1", "high"]}, None, r"file.csv:3: .*'y'.*number; got 'high'"),
-        ({"name": "y", "task": "regression"}, {"y": [2.0, 2.0]}, None, r"file.csv:2: .*'y'.*different"),
+        ({"name": "y", "task": "regression"}, {"y": ["2.0", "2"]}, None, r"file.csv:2: .*'y'.*different"),
         ({"name": "y"}, {"y": ["a", "b"]}, {"y": "z"}, r"file.csv:7: .*'y'.*\(a, b\); got 'z'"),
-        ({"name": "y", "level": "token"}, {"y": ["ab"]}, {"y": "abab"}, r"file.csv:7: .*'p1'.*3 symbols; got 4"),
-        ({"name": "y", "level": "token"}, {"y": ["ab"]}, {"y": 4}, r"file.csv:7: .*'p1'.*got 4"),
+        ({"name": "y"}, {"y": ["a", "b", ["a", "b"]]}, None, "all words or all lists"),
+        ({"name": "y"}, {"y": [["a"], ["b"]]}, None, r"file.csv:2: .*'y'.*one word a record; got a list of 1"),
+        ({"name": "y", "level": "token"}, {"y": ["a", "ab"]}, None, r"file.csv:3: .*'y'.*1 symbols; got 2"),
+        ({"name": "y", "level": "token"}, {"y": ["a", "b"]}, {"y": "abab"}, r"file.csv:7: .*'y'.*3 symbols; got 4"),
+        ({"name": "y", "level": "token"}, {"y": ["a", "b"]}, {"y": "4"}, r"file.csv:7: .*'y'.*got 1"),
     ],
 )
 def test_a_wrong_label_is_named_by_file_and_line(target, columns, labels, said):
     with pytest.raises(DataError, match=said):  # noqa: PT012 (binding or preparing)
         objective = _bound([Target(**target)], **columns)
         _prepare(objective, "MKV", **labels)
+
+
+def _bind_parts(target: dict, missing: tuple[str, ...] = (), payloads: list[str] | None = None, **parts) -> Supervised:
+    objective = Supervised([Target(name="y", **target)])
+    lines = dict(zip(parts, (2, 102, 202)))
+    data = {name: Part.of(records_of(payloads, start=lines[name], y=labels)) for name, labels in parts.items()}
+    objective.bind(RunData(TOKENIZER, data, missing_labels=missing))
+    return objective
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+@pytest.mark.parametrize(
+    ("target", "labels", "wrong", "said"),
+    [
+        (
+            {},
+            ["a", "b"],
+            ["a", "z", "z", "y"],
+            r"file.csv:\d03: label 'y' .*\(a, b\); the {} part has others: y 1, z 2 .*",
+        ),
+        ({}, ["1", "2"], ["1", "01"], r"file.csv:\d03: .*\(1, 2\); the {} part has others: 01 1 "),
+        (
+            {"task": "regression"},
+            ["1", "2"],
+            ["1", "NA"],
+            r"file.csv:\d03: .*number; got 'NA' .*missing_labels: \[NA\]",
+        ),
+        ({"task": "regression"}, ["1", "2"], ["1", "inf"], r"file.csv:\d03: .*finite number; got 'inf'"),
+        ({"level": "token"}, ["ab", "bb"], ["ab", "abc"], r"file.csv:\d03: .*2 symbols; got 3"),
+        ({"level": "token"}, ["ab", "bb"], ["ab", "ac"], r"file.csv:\d03: .*\(a, b\); the {} part has others: c 1 "),
+        ({"level": "token", "task": "regression"}, ["12", "34"], ["56", "7x"], r"file.csv:\d03: .*number; got 'x'"),
+    ],
+)
+def test_labels_of_every_part_are_checked_before_the_first_step(part, target, labels, wrong, said):
+    payloads = ["MK"] * 4
+    _bind_parts(target, payloads=payloads, train=labels, validation=labels[:1], test=labels[:1])
+    with pytest.raises(DataError, match=said.format(part)):
+        _bind_parts(target, payloads=payloads, **{"train": labels, "validation": labels[:1], part: wrong})
+
+
+@pytest.mark.parametrize("skipped", ["_require_known", "_numbers"])
+def test_a_part_that_is_not_checked_would_be_seen(skipped, monkeypatch):
+    """The mutants: only the training records are looked at."""
+    real = getattr(supervised, skipped)
+    is_first = [True]
+
+    def first_only(*arguments):
+        if is_first[0]:
+            is_first[0] = False
+            return real(*arguments)
+        return np.zeros(1)
+
+    monkeypatch.setattr(supervised, skipped, first_only)
+    target = {} if skipped == "_require_known" else {"task": "regression"}
+    _bind_parts(target, train=["1", "2"], validation=["1", "x"])
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_labels_are_counted_in_every_part_and_declared_words_are_missing(task):
+    parts = {"train": ["1", "2", "NA", None, "2"], "validation": ["1", "NA"], "test": ["2", "?", ""]}
+    objective = _bind_parts({"task": task}, missing=("NA", "?"), **parts)
+    [remark] = objective.remarks
+    shown = {"classification": ("1 1, 2 2", "1 1", "2 1"), "regression": ("1 to 2", "1 to 1", "2 to 2")}[task]
+    assert remark == (
+        f"label y: train 3 with a label, 2 without ({shown[0]}); validation 1 with a label, 1 without ({shown[1]}); "
+        f"test 1 with a label, 2 without ({shown[2]})"
+    )
+    (tokens,) = objective.prepare(Record("a", "M", {"y": "NA"}, ""), (TOKENIZER.encode("M"),), np.random.default_rng(0))
+    assert np.isnan(tokens.labels["y"]) if task == "regression" else tokens.labels["y"] == IGNORE
+
+
+def test_many_classes_are_counted_and_some_are_named():
+    objective = _bind_parts({}, train=list(map(str, range(300))))
+    assert objective.readouts[0].classes == tuple(map(str, range(300)))
+    assert "11 1, and 288 more" in objective.remarks[0]
+    with pytest.raises(DataError, match=r"\(0, 1, .*, 11, and 288 more\); the test part has others: x 1 "):
+        _bind_parts({}, train=list(map(str, range(300))), test=["x"])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from small_probes import protein_of, read_rows, write_table
 import meristem
 from meristem.cli.main import main
 from meristem.probing import vectors as vectors_module
-from meristem.probing.labels import is_missing
 from meristem_domains.protein import domain as protein_domain
 
 Probe = Callable[..., dict]
@@ -177,6 +176,31 @@ def test_labels_that_are_missing_are_left_out_and_counted(
     assert not left_out & {row["id"] for row in read_rows(tmp_path / "probe" / "predictions.csv")}
 
 
+def test_declared_words_are_missing_and_others_are_classes_or_errors(
+    tmp_path: Path, model: Path, table: Path, probe: Probe
+) -> None:
+    rows = read_rows(table)
+    for i, row in enumerate(rows):
+        row["kind"] = "NA" if i % 5 == 0 else row["kind"]
+    write_table(table, rows)
+    assert probe(model, table)["classes"] == ["NA", "k0", "k1", "k2"]
+    found = probe(model, table, "--missing-label", "NA", "--missing-label", "?")
+    assert found["classes"] == ["k0", "k1", "k2"]
+    assert found["records"]["without_label"] == 60
+    numbers = write_table(
+        tmp_path / "numbers.csv", [row | {"kind": i / 7 if i % 5 else "NA"} for i, row in enumerate(rows)]
+    )
+    assert "other words: NA 60; say --missing-label WORD" in probe(model, numbers, code=2)["said"]
+    assert "numbers.csv:" in probe(model, numbers, "--task", "regression", code=2)["said"]
+    assert probe(model, numbers, "--missing-label", "NA")["task"] == "regression"
+
+
+def test_classes_are_told_apart_by_their_text(tmp_path: Path, model: Path, table: Path, probe: Probe) -> None:
+    names = {"k0": "01", "k1": "1", "k2": "12345678901234567890"}
+    write_table(table, [row | {"kind": names[row["kind"]]} for row in read_rows(table)])
+    assert probe(model, table)["classes"] == ["01", "1", "12345678901234567890"]
+
+
 def test_a_split_column_deals_and_classes_that_training_lacks_are_named(
     tmp_path: Path, model: Path, table: Path, probe: Probe, rng: np.random.Generator
 ) -> None:
@@ -245,8 +269,8 @@ def test_labels_or_vectors_a_row_off_would_be_seen(
     from meristem.probing import run
 
     if kind == "labels":
-        labels = run._labels
-        monkeypatch.setattr(run, "_labels", lambda store, name: list(np.roll(labels(store, name), 1)))
+        labels = run.read_labels
+        monkeypatch.setattr(run, "read_labels", lambda *arguments: list(np.roll(labels(*arguments), 1)))
     else:
         stored = run.stored_vectors
 
@@ -323,7 +347,11 @@ def test_a_record_that_the_tokenizer_refuses_is_skipped_with_its_label(
     [
         (lambda row: row | {"kind": "only"}, [], "must have two classes or more among the training records; got only"),
         (lambda row: row | {"kind": ""}, [], "no record has a label 'kind'"),
-        (lambda row: row | {"kind": "x"}, ["--task", "regression"], "must be numbers for --task regression; got 'x'"),
+        (
+            lambda row: row | {"kind": "x"},
+            ["--task", "regression"],
+            "label 'kind' must be a finite number; got 'x' (if",
+        ),
         (lambda row: row | {"kind": 1.5}, [], "must have two values or more"),
         (lambda row: row, ["--label", "nope"], "no column 'nope'; columns: "),
         (lambda row: row, ["--k", "0"], "k must be 1 or more; got 0"),
@@ -371,7 +399,3 @@ def test_a_damaged_cache_is_not_believed(tmp_path: Path, model: Path, table: Pat
     assert "holds vectors of other records; remove it" in probe(model, table, output="c", code=2)["said"]
     shutil.rmtree(folder)
     assert probe(model, table, output="d")["linear"] == first["linear"]
-
-
-def test_a_missing_label_is_none_nan_or_empty() -> None:
-    assert [is_missing(label) for label in (None, float("nan"), "", 0, False, "0", 0.0)] == [True] * 3 + [False] * 4

@@ -8,6 +8,7 @@ import pytest
 import torch
 from random_proteins import random_proteins
 
+from labelled import run_data
 from meristem.data.pack import pack
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
@@ -45,7 +46,7 @@ def _teacher(path: Path, readout: Readout | None = None) -> Model:
 
 def _bound(path: Path, **options) -> Distilled:
     objective = Distilled([Target(name="place")], str(path), **options)
-    objective.bind(TOKENIZER, {"place": ["a", "b", "c"]}, str)
+    objective.bind(run_data(TOKENIZER, place=["a", "b", "c"]))
     return objective
 
 

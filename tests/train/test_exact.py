@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from labelled import run_data
 from meristem.data.pack import pack
+from meristem.data.parts import RunData
 from meristem.domain import load_domain
 from meristem.model.config import Attention, Embedding, FeedForward, TokenHead, TransformerConfig
 from meristem.model.model import Model
@@ -60,7 +62,7 @@ def _prepared(objective, rng, labels=None) -> list:
 
 
 def _some_labels(i: int, sequence: str) -> dict:
-    labels = {"place": "abc"[i % 3], "score": float(i), "states": "HEC"[i % 3] * (len(sequence) - 1) + "H"}
+    labels = {"place": "abc"[i % 3], "score": str(i), "states": "HEC"[i % 3] * (len(sequence) - 1) + "H"}
     for k, name in enumerate(list(labels)):
         if i % 4 == k:
             del labels[name]
@@ -75,14 +77,15 @@ def _supervised() -> Supervised:
             Target(name="states", level="token", class_weights="balanced"),
         ]
     )
-    columns = {"place": ["a", "b", "c", "a", None], "score": [0.0, 5.0, 1.0, None, 9.0], "states": ["HEC", None]}
-    objective.bind(TOKENIZER, columns, lambda row: f"x:{row}")
+    states = ["HEC", None, None, None, None]
+    columns = {"place": ["a", "b", "c", "a", None], "score": ["0", "5", "1", None, "9"], "states": states}
+    objective.bind(run_data(TOKENIZER, ["MKV"] * 5, **columns))
     return objective
 
 
 def _masked() -> Masked:
     objective = Masked(rate=0.3)
-    objective.bind(TOKENIZER, {}, str)
+    objective.bind(RunData(TOKENIZER))
     return objective
 
 

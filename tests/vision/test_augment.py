@@ -17,6 +17,7 @@ from PIL import Image
 from meristem.cli.configs import shipped_configs
 from meristem.cli.run_config import parse
 from meristem.data.loader import EvalLoader, TrainLoader
+from meristem.data.parts import Part, RunData
 from meristem.data.records import ReadOptions, Source
 from meristem.data.store import RecordStore
 from meristem.errors import ConfigError
@@ -121,8 +122,7 @@ def store(rng, tmp_path: Path) -> RecordStore:
 
 def _objective(store: RecordStore) -> Supervised:
     objective = Supervised([Target(name="label")])
-    labels = store.labels("label", np.arange(len(store))).to_pylist()
-    objective.bind(TOKENIZER, {"label": labels}, str)
+    objective.bind(RunData(TOKENIZER, {"train": Part(store, np.arange(len(store)))}))
     return objective
 
 

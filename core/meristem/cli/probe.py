@@ -28,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "classification", "regression"],
         help="auto: regression where labels are numbers and one has a fraction",
     )
+    parser.add_argument(
+        "--missing-label",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="a word that means that a record has no label, such as NA; an empty cell always does (may be repeated)",
+    )
     parser.add_argument("--k", type=int, help="neighbours that vote; 20 by default, or all where there are fewer")
     parser.add_argument("--temperature", type=float, default=0.07, help="of the votes")
     add_vector_arguments(parser, ["mean", "cls", "max", "own"])
@@ -59,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = ProbeOptions(
         label=args.label,
+        missing_labels=tuple(args.missing_label),
         method=args.method,
         task=args.task,
         k=args.k,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from meristem.data.labels import as_text
 from meristem.errors import DataError
 from meristem.types import Record
 
@@ -107,6 +108,19 @@ class ReadOptions:
         self.on_error(refusal)
 
 
+def labels_of(batch: pa.RecordBatch, column: str) -> pa.Array:
+    """A label column of a record batch as text, whatever type the reader gave it.
+
+    Raises:
+        DataError: names the file and the column that has no labels.
+    """
+    try:
+        return as_text(batch.column(column))
+    except DataError as error:
+        file = batch.column("file")[0].as_py()
+        raise DataError(f"{file}: column {column.removeprefix(LABEL_PREFIX)!r}: {error}") from error
+
+
 def place_of(file: str, line: int, id: str) -> str:
     """Where a record stands, as messages say it: `file:line`, or the name of its own file."""
     if line:
@@ -117,7 +131,7 @@ def place_of(file: str, line: int, id: str) -> str:
 def record_at(batch: pa.RecordBatch, row: int) -> Record:
     """Row `row` of a record batch as a `Record`; missing labels are left out."""
     labels = {
-        name.removeprefix(LABEL_PREFIX): batch.column(name)[row].as_py()
+        name.removeprefix(LABEL_PREFIX): labels_of(batch.slice(row, 1), name)[0].as_py()
         for name in batch.schema.names
         if name.startswith(LABEL_PREFIX)
     }

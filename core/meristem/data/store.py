@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from meristem.data.labels import text_column
 from meristem.data.records import LABEL_PREFIX, ReadOptions, Refusal, Source, place_of
 from meristem.data.store_writer import END, Progress, Read, write_store
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
@@ -28,7 +29,7 @@ from meristem.types import Record
 Files = Callable[[Source, ReadOptions], Iterable[Path]]
 """Gives the files that a source names beside itself."""
 
-VERSION = 1
+VERSION = 2
 """Changes with the format, so that a store of another one is not opened but built anew."""
 
 
@@ -119,6 +120,27 @@ class RecordStore:
             return cls(Path(path), [reader.get_batch(i) for i in range(count - 1)], end)
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(f"{path}: not a complete record store; delete it, and it is built again") from error
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> "RecordStore":
+        """A store in memory, without a file; it cannot travel to other processes.
+
+        Raises:
+            DataError: labels that are neither words, numbers nor lists of these.
+        """
+        is_bytes = bool(records) and isinstance(records[0].payload, bytes)
+        columns: dict[str, Any] = {
+            "id": pa.array([record.id for record in records], pa.string()),
+            "payload": pa.array(
+                [record.payload for record in records], pa.large_binary() if is_bytes else pa.large_string()
+            ),
+            "file": pa.array(np.arange(len(records)), pa.int32()),
+            "line": pa.array(np.zeros(len(records)), pa.int64()),
+        }
+        for name in sorted({name for record in records for name in record.labels}):
+            columns[LABEL_PREFIX + name] = text_column([record.labels.get(name) for record in records])
+        end = {"files": [record.source for record in records], "refused": []}
+        return cls(Path(), [pa.RecordBatch.from_pydict(columns)], end)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self._files)

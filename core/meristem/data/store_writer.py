@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from meristem.data.records import ReadOptions, Refusal, Source
+from meristem.data.records import LABEL_PREFIX, ReadOptions, Refusal, Source, labels_of
 from meristem.errors import DataError
 from meristem.files import replacing
 
@@ -118,13 +118,15 @@ def _with_progress(
 
 
 def _plain(batch: pa.RecordBatch, codes: dict[str, int]) -> pa.RecordBatch:
-    """The batch without dictionaries: file names as numbers, labels as themselves."""
+    """The batch without dictionaries: file names as numbers, labels as text."""
     columns, fields = [], []
     for field, column in zip(batch.schema, batch.columns):
         if field.name == "file":
             names = column.dictionary.to_pylist()
             table = pa.array([codes.setdefault(name, len(codes)) for name in names], pa.int32())
             column = table.take(column.indices)
+        elif field.name.startswith(LABEL_PREFIX):
+            column = labels_of(batch, field.name)
         elif pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         columns.append(column)

@@ -18,15 +18,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from meristem.data.csv_blocks import csv_blocks
-from meristem.data.open import BOM, open_source
+from meristem.data.labels import as_text
+from meristem.data.open import BOM
 from meristem.data.records import LABEL_PREFIX, SCHEMA, SPLIT, ReadOptions, Refusal, Source
 from meristem.errors import DataError
 
 PARQUET_MAGIC = b"PAR1"
 DELIMITERS = (",", "\t", ";")
-MISSING = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
-"""Words of a CSV label column that mean no label."""
-
 _COLUMN_NAME = re.compile(r"[\w.%()/+: -]+")
 BYTES = "bytes"
 """Field of a column of structures that holds a file."""
@@ -163,22 +161,22 @@ def _find_columns(columns: Sequence[str], where: str, options: ReadOptions, payl
 def _assemble(
     table: pa.RecordBatch,
     wanted: _Columns,
-    label_types: dict[str, pa.DataType] | None,
     numbers: np.ndarray,
     lines: np.ndarray,
     source: Source,
     options: ReadOptions,
     holds_files: bool,
+    is_csv: bool,
 ) -> pa.RecordBatch:
     """Rows of a user's table as a record batch, without the rows that have to be refused."""
     reasons: dict[int, str] = {}
-    is_binary = holds_files and label_types is None and not _is_text(table.column(wanted.payload).type)
+    is_binary = holds_files and not is_csv and not _is_text(table.column(wanted.payload).type)
     payloads = _bytes(table, wanted.payload) if is_binary else _text(table, wanted.payload, pa.large_string(), reasons)
     ids = pa.array(numbers).cast(pa.string())
     if wanted.id or (holds_files and not is_binary):
         named = _text(table, wanted.id or wanted.payload, pa.string(), reasons)
         ids = pc.if_else(_is_empty(named), ids, named)
-    extra = {LABEL_PREFIX + name: _label(table, name, (label_types or {}).get(name), reasons) for name in wanted.labels}
+    extra = {LABEL_PREFIX + name: _label(table, name, source, reasons) for name in wanted.labels}
     if wanted.split:
         extra[SPLIT] = _text(table, wanted.split, pa.string(), reasons)
     for row in np.flatnonzero(_is_empty(payloads).to_numpy(zero_copy_only=False)).tolist():
@@ -219,24 +217,14 @@ def _text(table: pa.RecordBatch, name: str, to: pa.DataType, reasons: dict[int, 
         return pa.array(values, to)
 
 
-def _label(table: pa.RecordBatch, name: str, to: pa.DataType | None, reasons: dict[int, str]) -> pa.Array:
-    """A label column in its type, words that mean no label as nulls."""
-    if to is None:  # of a Parquet file, which states its types
-        column = table.column(name)
-        return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    words = _text(table, name, pa.string(), reasons)
-    words = pc.if_else(pc.is_in(words, pa.array(MISSING)), pa.scalar(None, pa.string()), words)
+def _label(table: pa.RecordBatch, name: str, source: Source, reasons: dict[int, str]) -> pa.Array:
+    """A label column as text, whatever the table's types are."""
+    column = table.column(name)
+    is_bytes = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
     try:
-        return words.cast(to)
-    except pa.ArrowInvalid:
-        values = []
-        for row, word in enumerate(words):
-            try:
-                values.append(word.cast(to).as_py())
-            except pa.ArrowInvalid:
-                reasons.setdefault(row, f"{word.as_py()!r} in column {name!r} is no {to}, as the values before it are")
-                values.append(None)
-        return pa.array(values, to)
+        return as_text(_text(table, name, pa.string(), reasons) if is_bytes else column)
+    except DataError as error:
+        raise DataError(f"{source.name}: column {name!r}: {error}") from error
 
 
 # CSV and TSV
@@ -251,40 +239,10 @@ def _read_csv(
     holds_files: bool,
 ) -> Iterator[pa.RecordBatch]:
     wanted = _find_columns(form.columns, f"{source.name}:1", options, payload_names)
-    rank = {pa.null(): 0, pa.int64(): 1, pa.float64(): 2, pa.string(): 3}
-
-    def widen(types: dict[str, pa.DataType], table: pa.RecordBatch) -> None:
-        for name in wanted.labels:
-            types[name] = max(types.get(name, pa.null()), _narrowest(table, name), key=rank.__getitem__)
-
-    types: dict[str, pa.DataType] = {}
-    if wanted.labels and not source.is_stdin:
-        # a column of 0 and 1 may hold a .5 further on: look at all of it before the first batch leaves
-        with open_source(source) as again:
-            for table, _, _ in csv_blocks(again, source, options, form.delimiter, list(wanted.labels), lambda _: None):
-                widen(types, table)
     for table, lines, numbers in csv_blocks(stream, source, options, form.delimiter, wanted.all, options.refuse):
-        if wanted.labels and not types:
-            widen(types, table)
-        settled = {name: pa.float64() if kind == pa.null() else kind for name, kind in types.items()}
-        batch = _assemble(table, wanted, settled, numbers - 1, lines, source, options, holds_files)
+        batch = _assemble(table, wanted, numbers - 1, lines, source, options, holds_files, is_csv=True)
         if batch.num_rows:
             yield batch
-
-
-def _narrowest(table: pa.RecordBatch, name: str) -> pa.DataType:
-    """The narrowest of null, integer, float and string that holds every value of a CSV column."""
-    words = _text(table, name, pa.string(), {})
-    words = words.filter(pc.invert(pc.is_in(words, pa.array(MISSING))))
-    if not len(words):
-        return pa.null()
-    for kind in (pa.int64(), pa.float64()):
-        try:
-            words.cast(kind)
-        except pa.ArrowInvalid:
-            continue
-        return kind
-    return pa.string()
 
 
 # Parquet
@@ -311,7 +269,7 @@ def _read_parquet(
             first_row = 0
             for table in file.iter_batches(_rows_ahead(file), columns=wanted.all):
                 rows = np.arange(first_row + 1, first_row + 1 + table.num_rows)
-                batch = _assemble(table, wanted, None, rows, rows, source, options, holds_files)
+                batch = _assemble(table, wanted, rows, rows, source, options, holds_files, is_csv=False)
                 first_row += table.num_rows
                 if batch.num_rows:
                     yield batch

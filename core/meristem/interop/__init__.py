@@ -1,20 +1,23 @@
 """Foreign checkpoints, in and out.
 
-A family of models is at home when it is three things: a function that reads a foreign config into a
-`TransformerConfig` (and one that writes it back), a key table, and a parity test. They stand in one file a
-family or close kin, named in `families.py`; nothing else asks which family a model is of.
+A family of models is supported when there are three things: a function that reads a foreign config into a
+`TransformerConfig` (and one that writes it back), a key table, and a parity test. They stand in one file for a family
+or for close kin, and make a `Family` value, which a package lists among its entry points. Nothing else asks which
+family a model is of.
 
 * `weights.py`: tensors of a directory, in safetensors or `.bin`, whole or in shards, each read when it is asked for.
 * `table.py`: rows of a key table, read and written by one engine, strictly both ways.
 * `settings.py`: settings of a foreign config, read or refused.
-* `family.py`: what a family is.
-* `runners.py`: how the same random input goes through ours and through the reference.
+* `family.py`: what a family is, and how the family of a foreign config is found.
+* `families/`: families that several domains share; those of one domain lie in its package.
+* `runners.py`: how the same random input goes through our model and through the reference.
 * `directory.py`: a foreign directory to a model, and back.
 * `parity.py`: the largest difference of the two, by layer and output.
-* `image_rows.py`, `image_labels.py`, `image_processor.py`, `image_runners.py`: what families of images share.
 
 How to add a family
 -------------------
+A family can lie in any installed package, and no file of Meristem changes for it.
+
 1. `read_config(config, tensors) -> TransformerConfig` and `write_config(architecture, tokenizer) -> dict`. `tensors`
    maps foreign names (as the table has them) to tensors, read when asked for; `name in tensors` costs nothing. At
    export `read_config` gets what was just written, once without the tensors (only `derived` ones) and once with
@@ -25,7 +28,6 @@ How to add a family
        Transposed("trunk.blocks.{}.feedforward.up", "h.{}.mlp.c_fc")        `{}`: the layer
        FuseHeads("trunk.blocks.{}.attention.qkv", q, k, v)                  three foreign modules
        Row(own, (gate, value), joined(2))                                   gate rows, then value rows
-       Row(own, (fused,), SWAPPED)                                          the same halves in the other order
        Row("trunk.blocks.{}.experts.up", ("..{}.experts.expert_{expert}.wi.weight",), STACKED)
        Row(own, foreign, Transform(read, write))                            anything else
 
@@ -38,7 +40,12 @@ How to add a family
 3. A `Family` value: `read_heads` (`heads_by_prefix(tokens="lm_head.")`, or `symbols_by_class("GPT2LMHeadModel")` where
    a tied head has no tensor), `read_readouts` / `write_readouts` for label heads (rows `heads.<label>.out`),
    `spellings` for other names of the same tensors, `prefix` of a trunk within a whole model, `name_class` for
-   `architectures`, `library="timm"` for what is not `transformers`, and a `runner`: `SEQUENCES`, `PAIRS`
-   of `runners.py`, those of `image_runners.py`, or `replace(SEQUENCES, theirs=run_sequences(pooled="pooler_output"))`.
-4. A line in `families.py`, and a parity test in `tests/interop` with `references.py` and `parity_checks.py`.
+   `architectures`, `library` for what is not `transformers`, and a `runner`: `SEQUENCES`, `PAIRS` of `runners.py`, or
+   `replace(SEQUENCES, theirs=run_sequences(pooled="pooler_output"))`. A family whose config another one recognises
+   too, or that can say models of another one, names that one as `variant_of`.
+4. An entry point in the package's `pyproject.toml`, and a parity test (`tests/references.py` and
+   `tests/parity_checks.py` help):
+
+       [project.entry-points."meristem.families"]
+       lab-bert = "lab_models.bert:LAB_BERT"
 """

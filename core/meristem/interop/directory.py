@@ -10,9 +10,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.errors import CheckpointError, ConfigError
-from meristem.interop.families import FAMILIES, find_family
-from meristem.interop.family import Family
+from meristem.errors import CheckpointError, ConfigError, UserError
+from meristem.interop.family import Family, find_family, installed_families
 from meristem.interop.weights import Weights, open_weights
 from meristem.model.config import TransformerConfig
 from meristem.model.init import without_weights
@@ -50,8 +49,8 @@ def read_directory(folder: Path, family: Family | None = None) -> Imported:
         family: that it is of; found from its config by default.
 
     Raises:
-        CheckpointError: no family at home, a file that is missing or damaged, or tensors that are missing, extra or
-            of another shape.
+        CheckpointError: no installed family recognises it, a file is missing or damaged, or tensors are missing,
+            extra or of another shape.
     """
     config = read_config_file(folder)
     family = family or find_family(folder / "config.json", config)
@@ -99,18 +98,18 @@ def write_directory(
     Args:
         folder: must be new or empty.
         library: that is to read it: hf or timm.
-        family: to write it as; the first one that can say the architecture by default.
+        family: to write it as; by default the most general one that can say the architecture.
 
     Returns:
         Notes for the user: what the other library has no place for.
 
     Raises:
-        ConfigError: no family at home can say this architecture; names what differs.
+        ConfigError: no installed family can say this architecture; names what differs.
         CheckpointError: the place is taken.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} must be new or an empty folder; it holds something else")
-    candidates = [f for f in FAMILIES if f.library == library] if family is None else [family]
+    candidates = [f for f in installed_families() if f.library == library] if family is None else [family]
     written = _first_that_can(candidates, architecture, tokenizer, model)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -209,19 +208,29 @@ def _first_that_can(
         try:
             config = family.write_config(architecture, tokenizer)
             distance = REFUSED
-            # what names and shapes do not say is compared at once, before any tensor is moved
-            back = family.read_config(config, family.derived(architecture))
-            _refuse_differences(architecture, back, has_pool=False)
+            refuse_config(family, config, architecture)
             distance = 0
             return _write(family, config, architecture, tokenizer, model)
-        except (ConfigError, TypeError) as error:
+        except (UserError, TypeError) as error:  # also of reading back what it wrote
             distance = error.count if isinstance(error, _Differs) else distance
             reasons.append((distance, f"{family.name}: {error}"))
     nearest = [reason for _, reason in sorted(reasons, key=lambda reason: reason[0])]
     others = f"; and {len(nearest) - NUM_REASONS} families that differ more" if len(nearest) > NUM_REASONS else ""
     raise ConfigError(
-        f"a model must be of a family that is at home to be exported; {'; '.join(nearest[:NUM_REASONS])}{others}"
+        f"a model must be of a supported family to be exported; {'; '.join(nearest[:NUM_REASONS])}{others}"
     )
+
+
+def refuse_config(family: Family, config: dict[str, Any], architecture: TransformerConfig) -> None:
+    """Refuse a config that a family wrote, before any tensor is moved: read back, it must say the same.
+
+    Names and shapes of tensors can still tell a difference that this does not see.
+
+    Raises:
+        ConfigError: the family cannot say the architecture; names what differs.
+    """
+    back = family.read_config(config, family.derived(architecture))
+    _refuse_differences(architecture, back, has_pool=False)
 
 
 def _write(

@@ -1,4 +1,9 @@
-"""What a family of foreign models is: a value, made of functions and a key table."""
+"""What a family of foreign models is, and how the family of a foreign config is found.
+
+A family is a value, made of functions and a key table, that an installed package lists as an entry point of the group
+`meristem.families`. At import the family is asked for by a foreign config; at export families are asked in turn whether
+they can say our config. The order in which packages list families decides neither: see `Family.variant_of`.
+"""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -7,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
+from meristem.errors import CheckpointError
 from meristem.interop.runners import Runner
 from meristem.interop.table import KeyTable
 from meristem.model.config import TransformerConfig
 from meristem.model.model import SYMBOLS
 from meristem.model.readout import Readout
+from meristem.registry import find_all
 from meristem.shapes import Tensor
 
 ForeignConfig = Mapping[str, Any]
@@ -22,12 +29,15 @@ HeadReader = Callable[[ForeignConfig, Collection[str]], tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family that is at home.
+    """A family of foreign models that can be imported and exported.
 
     Attributes:
         name: as reports call it.
         domain: name of the domain that reads the inputs of its models.
         recognises: whether a foreign config is of this family.
+        variant_of: a more general family. Where both recognise a config, this one is taken; where both can say a model
+            that is exported, the general one is. Families that are not variants of each other must not recognise the
+            same config.
         read_config: our config, of the foreign one and the tensors beside it (names of the table; read when asked
             for). At export it is called with the tensors that are written.
         write_config: the foreign config, of ours and the tokenizer; what it cannot say is found by reading it
@@ -67,6 +77,12 @@ class Family:
     implied_heads: tuple[str, ...] = ()
     runner: Runner | None = None
     library: str = "hf"
+    variant_of: "Family | None" = None
+
+    @property
+    def general(self) -> tuple["Family", ...]:
+        """The families that this one is a variant of, the nearest first."""
+        return () if self.variant_of is None else (self.variant_of, *self.variant_of.general)
 
     def table_of(self, config: TransformerConfig, foreign: ForeignConfig, names: Collection[str] = ()) -> KeyTable:
         """The key table of models of our config.
@@ -118,3 +134,30 @@ def symbols_but_for(trunk: str) -> HeadReader:
 def classes_by_head(with_symbols: str, without: str) -> Callable[[Collection[str]], str]:
     """One class for models with a symbol head, one for trunks alone."""
     return lambda heads: with_symbols if SYMBOLS in heads else without
+
+
+def installed_families() -> list[Family]:
+    """Families of all installed packages, general ones before their variants."""
+    return sorted(find_all("meristem.families").values(), key=lambda family: len(family.general))
+
+
+def find_family(where: object, config: ForeignConfig) -> Family:
+    """The family of a foreign config.
+
+    Raises:
+        CheckpointError: no installed family recognises it, or several do that are not variants of each other.
+    """
+    families = installed_families()
+    found = [family for family in families if family.recognises(config)]
+    general = {other.name for family in found for other in family.general}
+    match [family for family in found if family.name not in general]:
+        case [family]:
+            return family
+        case []:
+            known = ", ".join(sorted(family.name for family in families))
+            kind = config.get("model_type") or config.get("architecture")
+            got = repr(kind) if kind else "none: is this a Hugging Face, timm or Meristem model directory?"
+            raise CheckpointError(f"{where}: model_type must be of a supported family ({known}); got {got}")
+        case several:
+            names = " and ".join(family.name for family in several)
+            raise CheckpointError(f"{where}: exactly one installed family must recognise it; {names} do")

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meristem.data.kmers import KmerTokenizer
 from meristem.data.subwords import ROLES, SubwordTokenizer
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError, ConfigError
@@ -19,7 +18,6 @@ from meristem.interop.vocabulary_files import (
     SETTINGS,
     frame,
     read_definition,
-    read_lines,
     read_object,
     usual_roles,
 )
@@ -77,61 +75,11 @@ def write_subwords(tokenizer: Tokenizer) -> dict[str, str]:
         raise ConfigError(f"a tokenizer must be one of subwords to be written as one; got one of {tokenizer.kind}")
     names = {f"{role}_token": symbol for role, symbol in tokenizer.special.items()}
     settings = {**names, "clean_up_tokenization_spaces": False, "tokenizer_class": CLASS}
-    return {DEFINITION: _text(json.loads(tokenizer.definition)), SETTINGS: _text(settings), SPECIAL: _text(names)}
-
-
-def read_kmers(folder: Path, config: Mapping[str, Any]) -> tuple[KmerTokenizer, list[str]]:
-    """The tokenizer of a foreign directory whose tokens are words of k bases, of its `vocab.txt`.
-
-    Args:
-        folder: the directory.
-        config: its `config.json`; `vocab_size` bounds the ids.
-
-    Returns:
-        The tokenizer, and notes for the user.
-
-    Raises:
-        CheckpointError: no vocabulary, or one that is damaged or larger than `vocab_size`.
-    """
-    file = folder / "vocab.txt"
-    vocab = read_lines(file)
-    stated = {**read_object(folder / SPECIAL), **read_object(folder / SETTINGS)}
-    named = {role: _symbol(folder, stated.get(f"{role}_token") or f"<{role}>")["content"] for role in ROLES}
-    special = {role: symbol for role, symbol in named.items() if symbol in vocab}
-    if "cls" not in special:
-        raise CheckpointError(f"{file} must hold {named['cls']}, which begins each sequence; it does not")
-    if len(vocab) > config.get("vocab_size", len(vocab)):
-        raise CheckpointError(f"{file}: vocab_size must be {len(vocab)} or more; got {config['vocab_size']}")
-    # of these models, none was trained with an end; a directory has one only where it says so
-    suffix = (special["eos"],) if stated.get("eos_token") and "eos" in special else ()
-    try:
-        tokenizer = KmerTokenizer(tuple(vocab), (special["cls"],), suffix, special)
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    return tokenizer, ["lower case is read as upper case, U as T, and each letter but A, C, G and T as one N"]
-
-
-def write_kmers(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files of a foreign tokenizer, by name.
-
-    Raises:
-        ConfigError: a tokenizer of another kind, or one that puts around a sequence what the files cannot say.
-    """
-    if not isinstance(tokenizer, KmerTokenizer):
-        raise ConfigError(f"a tokenizer must be one of k-mers to be written as one; got one of {tokenizer.kind}")
-    special = dict(tokenizer.special)
-    if tokenizer.prefix != (special.get("cls"),) or tokenizer.suffix not in ((), (special.get("eos"),)):
-        raise ConfigError(
-            "a tokenizer of k-mers must put cls before a sequence, and eos or nothing behind it, to be written; "
-            f"got {tokenizer.prefix} and {tokenizer.suffix}"
-        )
-    names: dict[str, str | None] = {f"{role}_token": symbol for role, symbol in special.items()}
-    if not tokenizer.suffix:
-        names["eos_token"] = None
-    # the foreign class splits at spaces and at symbols of its vocabulary, and takes the longest that fits
-    settings = {**names, "clean_up_tokenization_spaces": False, "tokenizer_class": "EsmTokenizer"}
-    stated = {name: symbol for name, symbol in names.items() if symbol}
-    return {"vocab.txt": "\n".join(tokenizer.vocab), SETTINGS: _text(settings), SPECIAL: _text(stated)}
+    return {
+        DEFINITION: json_text(json.loads(tokenizer.definition)),
+        SETTINGS: json_text(settings),
+        SPECIAL: json_text(names),
+    }
 
 
 def _vocab_of(definition: Definition) -> dict[str, int]:
@@ -153,17 +101,17 @@ def _read_roles(
 ) -> dict[str, dict[str, Any]]:
     """Special symbols by role: as the files name them, else by convention, else as the config numbers them."""
     stated = {**read_object(folder / SPECIAL), **settings}
-    roles = {role: _symbol(folder, stated[f"{role}_token"]) for role in ROLES if stated.get(f"{role}_token")}
+    roles = {role: symbol_of(folder, stated[f"{role}_token"]) for role in ROLES if stated.get(f"{role}_token")}
     usual = usual_roles(settings, vocab, has_roles=bool(roles))
     for role, symbol in usual.items():
         if f"{role}_token" not in stated and symbol in vocab:
-            roles[role] = _symbol(folder, symbol)
+            roles[role] = symbol_of(folder, symbol)
     called = {token["id"]: token["content"] for token in definition["added_tokens"] if token.get("special")}
     for role in ROLES:
         number = config.get(f"{role}_token_id")
         # one that is special already: the config must not change how a text is cut
         if role not in roles and f"{role}_token" not in stated and isinstance(number, int) and number in called:
-            roles[role] = _symbol(folder, called[number])
+            roles[role] = symbol_of(folder, called[number])
     return roles
 
 
@@ -171,7 +119,7 @@ def _read_added(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any
     """Symbols that files beside the vocabulary add to it, in the order of the ids that they are said to have."""
     found = {symbol: (number, {"content": symbol}) for symbol, number in read_object(folder / ADDED).items()}
     for number, token in (settings.get("added_tokens_decoder") or {}).items():
-        symbol = _symbol(folder, token)
+        symbol = symbol_of(folder, token)
         found[symbol["content"]] = (int(number), symbol)
     return [token for _, token in sorted(found.values(), key=lambda pair: pair[0])]
 
@@ -252,13 +200,18 @@ def _with_frame(tokenizer: SubwordTokenizer, definition: Definition, settings: M
     return SubwordTokenizer(json.dumps(framed, ensure_ascii=False), tokenizer.special)
 
 
-def _symbol(folder: Path, value: Any) -> dict[str, Any]:
-    """A symbol that a file gives by name or as an object."""
+def symbol_of(folder: Path, value: Any) -> dict[str, Any]:
+    """A special symbol that a file of the directory gives by name or as an object, as the object (`content`).
+
+    Raises:
+        CheckpointError: it is neither.
+    """
     token = {"content": value} if isinstance(value, str) else value
     if not isinstance(token, dict) or not isinstance(token.get("content"), str):
         raise CheckpointError(f"{folder / SETTINGS}: a special symbol must be a name or have content; got {value!r}")
     return token
 
 
-def _text(values: Mapping[str, Any]) -> str:
+def json_text(values: Mapping[str, Any]) -> str:
+    """The text of a JSON file."""
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

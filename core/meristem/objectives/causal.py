@@ -1,12 +1,10 @@
 """Next symbols: predict each token from those before it."""
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from meristem.data.tokenizer import Tokenizer
+from meristem.data.parts import RunData
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig, sees_the_future
 from meristem.model.model import SYMBOLS
@@ -30,7 +28,8 @@ class Causal(SymbolObjective):
         super().__init__(label_smoothing)
         self._num_special = (0, 0)
 
-    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
+    def bind(self, data: RunData) -> None:
+        tokenizer = data.tokenizer
         self._num_special = tokenizer.num_special
 
     def bind_model(self, config: TransformerConfig) -> None:

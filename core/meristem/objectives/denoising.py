@@ -1,12 +1,9 @@
 """Denoising: an encoder reads a damaged text, a decoder writes the whole one."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 import numpy as np
 
 from meristem.data.corrupt import delete_tokens, infill_tokens
-from meristem.data.tokenizer import Tokenizer
+from meristem.data.parts import RunData
 from meristem.errors import ConfigError
 from meristem.objectives.symbols import require_fractions
 from meristem.objectives.two_sided import TwoSided
@@ -47,8 +44,9 @@ class Denoising(TwoSided):
         self.rate, self.mean_span, self.delete_rate = rate, mean_span, delete_rate
         self._mask_id: int | None = None
 
-    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
-        super().bind(tokenizer, labels, where)
+    def bind(self, data: RunData) -> None:
+        super().bind(data)
+        tokenizer = data.tokenizer
         self._mask_id = tokenizer.mask_id
         if self.rate and self._mask_id is None:
             raise ConfigError(

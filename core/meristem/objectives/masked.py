@@ -1,15 +1,13 @@
 """Masked symbols: hide some tokens and predict them from the others (BERT, Devlin et al. 2019)."""
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from torch import nn
 from torchmetrics import Metric
 
 from meristem.data.corrupt import mask_tokens
-from meristem.data.tokenizer import Tokenizer
+from meristem.data.parts import RunData
 from meristem.errors import ConfigError
 from meristem.model.model import SYMBOLS
 from meristem.model.outputs import Outputs
@@ -54,7 +52,8 @@ class Masked(SymbolObjective):
         self._random_ids = np.zeros(0, np.int64)
         self._num_special = (0, 0)
 
-    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
+    def bind(self, data: RunData) -> None:
+        tokenizer = data.tokenizer
         if tokenizer.mask_id is None:
             raise ConfigError(
                 f"objective {type(self).__name__} needs a tokenizer with a mask symbol; this one has none"

@@ -1,13 +1,13 @@
 """Masked patches: the trunk reads some patches of a picture, and a light decoder paints those that it did not see."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from meristem.data.parts import RunData
 from meristem.data.picture_grid import picture_grid
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
@@ -76,7 +76,8 @@ class MaskedPatches(Objective):
         self.decoder_width, self.decoder_layers, self.decoder_heads = decoder_width, decoder_layers, decoder_heads
         self._tokenizer: Tokenizer | None = None
 
-    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
+    def bind(self, data: RunData) -> None:
+        tokenizer = data.tokenizer
         if not tokenizer.num_features or tokenizer.num_axes != 2:
             raise ConfigError(
                 "objective MaskedPatches needs a domain of pictures: patches that lie on two axes; got "

@@ -1,15 +1,12 @@
 """Next sentence: masked symbols of two sentences, and whether the second one follows the first (BERT)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from meristem.data.tokenizer import Tokenizer
+from meristem.data.parts import RunData
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import TransformerConfig
 from meristem.model.model import SYMBOLS
@@ -61,15 +58,16 @@ class NextSentence(Masked):
         self._seconds: tuple[str, ...] = ()
         self._place: dict[str, int] = {}
 
-    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
-        super().bind(tokenizer, labels, where)
-        self._column = TextColumn.learn(self.second_column, tokenizer, labels[self.second_column], where)
-        self._place = {second: i for i, second in enumerate(dict.fromkeys(labels[self.second_column]))}
+    def bind(self, data: RunData) -> None:
+        super().bind(data)
+        self._column = TextColumn.learn(self.second_column, data)
+        train = data.parts["train"]
+        self._place = {str(second): i for i, second in enumerate(dict.fromkeys(train.labels(self.second_column)))}
         self._seconds = tuple(self._place)
         if len(self._seconds) < 2:
             raise DataError(
-                f"{where(0)}: column {self.second_column!r} must hold two different texts or more among the training "
-                f"records; got {len(self._seconds)}"
+                f"{train.where(0)}: column {self.second_column!r} must hold two different texts or more among the "
+                f"training records; got {len(self._seconds)}"
             )
 
     def bind_model(self, config: TransformerConfig) -> None:

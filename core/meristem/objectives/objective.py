@@ -1,13 +1,13 @@
 """The contract of an objective: what is asked of a sequence, what it needs beside the trunk, and the loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
 
-from meristem.data.tokenizer import Tokenizer
+from meristem.data.parts import RunData
 from meristem.model.config import TransformerConfig
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted
@@ -31,16 +31,17 @@ class Objective(ABC):
     label_columns: tuple[str, ...] = ()
     """Label columns of the records that this objective reads."""
 
+    remarks: tuple[str, ...] = ()
+    """What `bind` found that a user should know, one line each."""
+
     config: TransformerConfig | None = None
     """The architecture, known after `bind_model`."""
 
-    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
-        """Learn from the training records what the objective must know.
+    def bind(self, data: RunData) -> None:
+        """Learn from the training records what the objective must know, and check what it reads of every part.
 
         Args:
-            tokenizer: gives mask and random symbols.
-            labels: the label columns of the training records by name, None where missing.
-            where: `file:line` of a training record by its row in the columns, for messages.
+            data: the tokenizer, and the records of each part of the split.
 
         Raises:
             ConfigError: the objective cannot be trained on these records.

@@ -1,8 +1,7 @@
 """Self-distillation: of parts of a picture a model learns to say what an average of its past says of it all (DINO)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +10,9 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from meristem.data.multi_crop import NUM_GLOBAL, MultiCrop
+from meristem.data.parts import RunData
 from meristem.data.patches import PatchTokenizer
 from meristem.data.pictures import read_pixels
-from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import Learned, TransformerConfig
 from meristem.model.model import Model
@@ -99,7 +98,8 @@ class SelfDistillation(Objective):
         self.momentum, self.center_momentum, self.spread_weight = momentum, center_momentum, spread_weight
         self._tokenizers: tuple[PatchTokenizer, PatchTokenizer] | None = None
 
-    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
+    def bind(self, data: RunData) -> None:
+        tokenizer = data.tokenizer
         if not isinstance(tokenizer, PatchTokenizer):
             raise ConfigError(f"objective SelfDistillation needs pictures; got a tokenizer of {tokenizer.kind}")
         for side in (self.crops.global_px, self.crops.local_px):

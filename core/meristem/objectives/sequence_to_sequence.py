@@ -1,11 +1,8 @@
 """Sequence to sequence: a decoder writes what a column of the records says."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 import numpy as np
 
-from meristem.data.tokenizer import Tokenizer
+from meristem.data.parts import RunData
 from meristem.errors import ConfigError
 from meristem.objectives.text_column import TextColumn
 from meristem.objectives.two_sided import TwoSided
@@ -39,9 +36,9 @@ class SequenceToSequence(TwoSided):
         self.label_columns = (target_column,)
         self._targets: TextColumn | None = None
 
-    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
-        super().bind(tokenizer, labels, where)
-        self._targets = TextColumn.learn(self.target_column, tokenizer, labels[self.target_column], where)
+    def bind(self, data: RunData) -> None:
+        super().bind(data)
+        self._targets = TextColumn.learn(self.target_column, data)
 
     def lengths(self, lengths: np.ndarray) -> np.ndarray:
         assert self._targets is not None, "bind comes first"

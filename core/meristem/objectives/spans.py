@@ -1,12 +1,9 @@
 """Span corruption: an encoder reads a text with gaps, a decoder writes what stood in them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 import numpy as np
 
 from meristem.data.corrupt import cut_spans, draw_spans
-from meristem.data.tokenizer import Tokenizer
+from meristem.data.parts import RunData
 from meristem.errors import ConfigError
 from meristem.objectives.symbols import require_fractions
 from meristem.objectives.two_sided import TwoSided
@@ -44,8 +41,9 @@ class SpanCorruption(TwoSided):
         self.rate, self.mean_span, self.sentinels = rate, mean_span, tuple(sentinels or ())
         self._sentinel_ids = np.zeros(0, np.int64)
 
-    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
-        super().bind(tokenizer, labels, where)
+    def bind(self, data: RunData) -> None:
+        super().bind(data)
+        tokenizer = data.tokenizer
         index = {symbol: i for i, symbol in enumerate(tokenizer.vocab)}
         unknown = [symbol for symbol in self.sentinels if symbol not in index]
         if unknown or len(set(self.sentinels)) < len(self.sentinels):

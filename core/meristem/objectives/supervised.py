@@ -1,8 +1,10 @@
 """Labels of records and of tokens: classes and values, several at once, some of them missing."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +20,8 @@ from torchmetrics.classification import (
 )
 from torchmetrics.regression import MeanAbsoluteError, R2Score, SpearmanCorrCoef
 
-from meristem.data.tokenizer import Tokenizer
+from meristem.data.labels import MAX_NAMED, Label, LabelColumn, first_with, named, sort_classes, summarize
+from meristem.data.parts import RunData
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Max, Mean, Pool, Prefix
 from meristem.model.model import SYMBOLS
@@ -45,7 +48,7 @@ class Target:
         level: one label a record, or one a token (a string with one character a token, or a list).
         task: classes, or values. Values are standardised by the training records' mean and deviation.
         class_weights: `balanced` weighs each class by the inverse of its frequency among the training
-            records; or one weight a class, in the order of the sorted names; null for equal weights.
+            records; or one weight a class, in the order of the classes; null for equal weights.
         weight: of this target's loss beside the others.
         pool: how the rows of a record become one vector, or `own` for the model's (`architecture.pool`); unused at
             token level.
@@ -86,10 +89,17 @@ class Target:
 
 @dataclass(frozen=True)
 class _Bound:
-    """A target with what was learned from the training records."""
+    """A target with what was learned from the training records.
+
+    Attributes:
+        column: how its labels are read.
+        codes: number of each class.
+        class_weights: of each class; empty for equal ones.
+    """
 
     target: Target
     readout: Readout
+    column: LabelColumn
     codes: Mapping[str, int] = field(default_factory=dict)
     class_weights: tuple[float, ...] = ()
 
@@ -99,7 +109,10 @@ class _Bound:
 
 
 class Supervised(Objective):
-    """Predict labels. A label that is missing (null, empty, nan) counts for nothing.
+    """Predict labels: the text of a class is its name, values are numbers.
+
+    A label that is missing counts for nothing: one that is null or empty, or a word of `data.missing_labels`. Classes
+    are those of the training records, by number where all names are whole numbers, else by the alphabet.
 
     Args:
         targets: what is predicted; at least one.
@@ -123,14 +136,36 @@ class Supervised(Objective):
                     f"{target.name!r} is not"
                 )
 
-    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
+    def bind(self, data: RunData) -> None:
+        tokenizer = data.tokenizer
         self._num_special, self._grid = tokenizer.num_special, tokenizer.grid
         if self.mixing.is_on and not self._grid:
             raise ConfigError(
                 "objective.mixing needs pictures of one size; set data.tokenizer.image_px, or mixing.rate: 0"
             )
-        learn = {"classification": _learn_classes, "regression": _learn_scale}
-        self._bound = {target.name: learn[target.task](target, labels[target.name], where) for target in self.targets}
+        self._bound = {target.name: self._learn(target, data) for target in self.targets}
+
+    def _learn(self, target: Target, data: RunData) -> _Bound:
+        """Learn a target from the training records, and check the labels of every part."""
+        column = LabelColumn(target.name, target.level == "token", data.missing_labels)
+        bound: _Bound | None = None
+        counts = []
+        for name in sorted(data.parts, key=lambda name: name != "train"):  # training first
+            part = data.parts[name]
+            labels = part.labels(target.name)
+            found = summarize(column, labels, part.where, part.payload_lengths() if column.is_per_token else None)
+            if target.task == "classification":
+                bound = bound or _learn_classes(target, column, found.words, part.where)
+                _require_known(bound, name, found.words, labels, part.where)
+                shown = named(found.words)
+            else:
+                numbers = _numbers(column, labels, part.where)
+                bound = bound or _learn_scale(target, column, numbers, part.where)
+                shown = f"{numbers.min():g} to {numbers.max():g}" if len(numbers) else ""
+            counts.append(f"{name} {found.says(shown)}")
+        assert bound is not None, "a run has a part for training"
+        self.remarks += (f"label {target.name}: {'; '.join(counts)}",)
+        return bound
 
     @property
     def readouts(self) -> tuple[Readout, ...]:
@@ -138,7 +173,7 @@ class Supervised(Objective):
 
     def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
         by_record = {
-            name: _encode([record.labels.get(name)], bound, record.source)[0]
+            name: _encode(record.labels.get(name), bound, record)
             for name, bound in self._bound.items()
             if bound.target.level == "record"
         }
@@ -157,19 +192,11 @@ class Supervised(Objective):
         before, behind = self._num_special
         inner = slice(before, len(tokens) - behind)
         rows = np.full(len(tokens), IGNORE, np.int64 if bound.is_classes else np.float32)
-        if _is_missing(value):
-            return rows
-        whole = len(record.payload)
-        if not isinstance(value, (str, list, tuple, np.ndarray)) or len(value) != whole:
-            got = len(value) if hasattr(value, "__len__") else repr(value)
-            raise DataError(
-                f"{record.source}: label {bound.target.name!r} of {record.id!r} must have one entry for each of its "
-                f"{whole} symbols; got {got}"
-            )
-        encoded = _encode(list(value), bound, record.source)
-        assert tokens.spans is not None, "targets of tokens need to know where each token lies"
-        encoded = encoded[tokens.spans[inner, 0]]
-        rows[inner] = encoded if bound.is_classes else np.where(np.isnan(encoded), IGNORE, encoded)
+        encoded = _encode(value, bound, record)
+        if encoded.ndim:
+            assert tokens.spans is not None, "targets of tokens need to know where each token lies"
+            encoded = encoded[tokens.spans[inner, 0]]
+            rows[inner] = encoded if bound.is_classes else np.where(np.isnan(encoded), IGNORE, encoded)
         return rows
 
     def counts(self, batch: PackedBatch) -> Mapping[str, float]:
@@ -282,30 +309,12 @@ def _class_term(nats: Float[Tensor, "M"], wanted: Int[Tensor, "M"], bound: _Boun
     return Term(nats.sum(), weights_C.index_select(0, wanted).sum(), bound.target.weight)
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and np.isnan(value))
-
-
-def _class_name(value: Any) -> str:
-    """Classes are words; a table reader may have made numbers of them (1.0 where a value is missing)."""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
-
-
-def _learn_classes(target: Target, values: Sequence[Any], where: Callable[[int], str]) -> _Bound:
-    counts: dict[str, int] = {}
-    for value in values:
-        if not _is_missing(value):
-            for entry in [value] if target.level == "record" else value:
-                name = "" if _is_missing(entry) else _class_name(entry)
-                counts[name] = counts.get(name, 0) + 1
-    counts.pop("", None)
-    classes = tuple(sorted(counts))
+def _learn_classes(target: Target, column: LabelColumn, counts: Counter[str], where: Callable[[int], str]) -> _Bound:
+    classes = sort_classes(counts)
     if len(classes) < 2:
         raise DataError(
             f"{where(0)}: label column {target.name!r} must have two classes or more among the training records; "
-            f"got {', '.join(classes) or 'no label'}"
+            f"got {named(counts) or 'no label'}"
         )
     weights: tuple[float, ...] = ()
     if target.class_weights == "balanced":
@@ -319,27 +328,48 @@ def _learn_classes(target: Target, values: Sequence[Any], where: Callable[[int],
                 f"got {len(weights)} for {len(classes)} classes: {', '.join(classes)}"
             )
     codes = {name: code for code, name in enumerate(classes)}
-    return _Bound(target, _readout(target, classes=classes), codes, weights)
+    return _Bound(target, _readout(target, classes=classes), column, codes, weights)
 
 
-def _learn_scale(target: Target, values: Sequence[Any], where: Callable[[int], str]) -> _Bound:
-    bound = _Bound(target, _readout(target))
-    known = []
-    for row, value in enumerate(values):
-        if not _is_missing(value):
-            entries = [value] if target.level == "record" else value
-            try:
-                encoded = np.array([float("nan") if _is_missing(entry) else float(entry) for entry in entries])
-            except (TypeError, ValueError):
-                encoded = _encode(entries, bound, where(row))
-            known.append(encoded[~np.isnan(encoded)])
-    numbers = np.concatenate(known) if known else np.zeros(0)
-    if len(numbers) < 2 or not np.isfinite(numbers).all() or numbers.std() == 0:
+def _require_known(
+    bound: _Bound, part: str, counts: Counter[str], labels: Sequence[Label], where: Callable[[int], str]
+) -> None:
+    """Refuse classes that no training record has."""
+    unknown = Counter({word: count for word, count in counts.items() if word not in bound.codes})
+    if unknown:
+        column = bound.column
+        first = where(first_with(column, labels, unknown))
+        declared = column.option.format(sort_classes(unknown)[0])
+        raise DataError(
+            f"{first}: label {column.name!r} must be a class of the training records ({_listed(bound)}); the {part} "
+            f"part has others: {named(unknown)} (if a word stands for a missing label: {declared})"
+        )
+
+
+def _listed(bound: _Bound) -> str:
+    classes = bound.readout.classes
+    return ", ".join(classes[:MAX_NAMED]) + (f", and {len(classes) - MAX_NAMED} more" * (len(classes) > MAX_NAMED))
+
+
+def _numbers(column: LabelColumn, labels: Sequence[Label], where: Callable[[int], str]) -> np.ndarray:
+    """The numbers of all labels that are not missing."""
+    numbers = [
+        column.number(word, partial(where, row))
+        for row, label in enumerate(labels)
+        for word in column.entries(label, partial(where, row))
+        if word is not None
+    ]
+    return np.array(numbers, np.float64)
+
+
+def _learn_scale(target: Target, column: LabelColumn, numbers: np.ndarray, where: Callable[[int], str]) -> _Bound:
+    if len(numbers) < 2 or numbers.std() == 0:
         raise DataError(
             f"{where(0)}: label column {target.name!r} must have two different finite values or more among the "
             f"training records; got {len(numbers)} value(s), {len(np.unique(numbers))} different"
         )
-    return replace(bound, readout=_readout(target, mean=(float(numbers.mean()),), std=(float(numbers.std()),)))
+    readout = _readout(target, mean=(float(numbers.mean()),), std=(float(numbers.std()),))
+    return _Bound(target, readout, column)
 
 
 def _readout(target: Target, **learned: Any) -> Readout:
@@ -356,30 +386,26 @@ def _readout(target: Target, **learned: Any) -> Readout:
     )
 
 
-def _encode(values: Sequence[Any], bound: _Bound, source: str) -> np.ndarray:
-    """Labels as the loss takes them: codes of classes (`IGNORE` where missing), or scaled values (nan)."""
-    name = bound.target.name
+def _encode(value: Label, bound: _Bound, record: Record) -> np.ndarray:
+    """The labels of a record as the loss takes them: codes of classes (`IGNORE` where missing), or scaled values (nan).
+
+    A number where the record has one label, or none; `[n]` where its tokens have labels.
+    """
+    column = bound.column
+    where = lambda: record.source  # noqa: E731
+    words = column.entries(value, where, len(record.payload))
+    if not words:
+        return np.array(IGNORE) if bound.is_classes else np.array(np.nan, np.float32)
+    encoded: np.ndarray
     if bound.is_classes:
-        names = [None if _is_missing(value) else _class_name(value) for value in values]
-        unknown = next((one for one in names if one is not None and one not in bound.codes), None)
+        unknown = next((word for word in words if word is not None and word not in bound.codes), None)
         if unknown is not None:
             raise DataError(
-                f"{source}: label {name!r} must be a class of the training records "
-                f"({', '.join(bound.codes)}); got {unknown!r}"
+                f"{record.source}: label {column.name!r} must be a class of the training records ({_listed(bound)}); "
+                f"got {unknown!r}"
             )
-        return np.array([IGNORE if one is None else bound.codes[one] for one in names], np.int64)
-    mean, std = bound.readout.mean[0], bound.readout.std[0]
-    try:
-        numbers = np.array([np.nan if _is_missing(value) else float(value) for value in values])
-    except (TypeError, ValueError) as error:
-        wrong = next(value for value in values if not _is_missing(value) and not _is_number(value))
-        raise DataError(f"{source}: label {name!r} must be a number; got {wrong!r}") from error
-    return ((numbers - mean) / std).astype(np.float32)
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
+        encoded = np.array([IGNORE if word is None else bound.codes[word] for word in words], np.int64)
+    else:
+        numbers = np.array([np.nan if word is None else column.number(word, where) for word in words])
+        encoded = ((numbers - bound.readout.mean[0]) / bound.readout.std[0]).astype(np.float32)
+    return encoded if column.is_per_token else encoded[0]

@@ -1,11 +1,11 @@
 """A column of texts beside the payload, read by the payload's tokenizer."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from meristem.data.parts import RunData
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import DataError
 from meristem.types import Record
@@ -29,18 +29,21 @@ class TextColumn:
     mean_tokens: float = 0.0
 
     @classmethod
-    def learn(cls, name: str, tokenizer: Tokenizer, texts: Sequence[Any], where: Callable[[int], str]) -> "TextColumn":
-        """See that every training record has a text, and measure some.
+    def learn(cls, name: str, data: RunData) -> "TextColumn":
+        """See that every record has a text, and measure some of the training records'.
 
         Raises:
             DataError: a record without one, or with one that the tokenizer refuses, by file and line.
         """
-        column = cls(name, tokenizer)
-        for row, text in enumerate(texts):
-            column.require(text, where(row))
-        step = max(1, len(texts) // NUM_MEASURED)
-        lengths = [len(column.encode(texts[row], where(row))) for row in range(0, len(texts), step)]
-        return cls(name, tokenizer, float(np.mean(lengths)))
+        column = cls(name, data.tokenizer)
+        for part in data.parts.values():
+            for row, text in enumerate(part.labels(name)):
+                if not text or not isinstance(text, str):
+                    column.require(text, part.where(row))
+        train = data.parts["train"]
+        texts, step = train.labels(name), max(1, len(train) // NUM_MEASURED)
+        lengths = [len(column.encode(texts[row], train.where(row))) for row in range(0, len(texts), step)]  # type: ignore[arg-type]
+        return cls(name, data.tokenizer, float(np.mean(lengths)))
 
     def text_of(self, record: Record) -> str:
         """The text of a record."""

@@ -1,12 +1,11 @@
 """What objectives of encoder-decoders share: a source that is read, and a target that is written."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from meristem.data.tokenizer import Tokenizer
+from meristem.data.parts import RunData
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig, sees_the_future
 from meristem.model.model import SYMBOLS
@@ -32,7 +31,8 @@ class TwoSided(SymbolObjective):
         self._start_id = 0
         self._num_special = (0, 0)
 
-    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
+    def bind(self, data: RunData) -> None:
+        tokenizer = data.tokenizer
         self._num_special = tokenizer.num_special
         self._start_id = (tokenizer.pad_id or 0) if self.start_id is None else self.start_id
         last = len(tokenizer.vocab) - 1

@@ -1,16 +1,20 @@
 """The label that is probed: classes or values, some of them missing."""
 
-import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 
+from meristem.data.labels import Label, LabelColumn, named, number_of, sort_classes
+from meristem.data.store import RecordStore
 from meristem.errors import ConfigError, DataError
 
 TASKS = ("auto", "classification", "regression")
+
+MISSING_OPTION = "--missing-label {}"
+"""What a user writes to declare a word missing."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,10 @@ class Classes:
     names: tuple[str, ...]
     num_known: int
 
-    def codes(self, labels: Sequence[Any]) -> np.ndarray:
+    def codes(self, labels: Sequence[str]) -> np.ndarray:
         """`[N]` the class of each label."""
         code = {name: number for number, name in enumerate(self.names)}
-        return np.array([code[class_name(label)] for label in labels], np.int64)
+        return np.array([code[label] for label in labels], np.int64)
 
     def unknown(self, codes: np.ndarray) -> dict[str, int]:
         """How many records have each class that training lacks."""
@@ -37,19 +41,22 @@ class Classes:
         }
 
 
-def is_missing(label: Any) -> bool:
-    """Whether a record has no label."""
-    return label is None or (isinstance(label, str) and not label) or (isinstance(label, float) and math.isnan(label))
+def read_labels(store: RecordStore, name: str, missing: Sequence[str]) -> list[str | None]:
+    """One word for each record of a store, None where its label is missing.
+
+    Args:
+        missing: words that mean "no label", beside the empty one.
+
+    Raises:
+        DataError: labels of tokens.
+    """
+    column = LabelColumn(name, missing=tuple(missing), option=MISSING_OPTION)
+    labels: list[Label] = store.column(name).to_pylist()
+    entries = (column.entries(label, partial(store.where, row)) for row, label in enumerate(labels))
+    return [words[0] if words else None for words in entries]
 
 
-def class_name(label: Any) -> str:
-    """Classes are words; a table may have made numbers of them, 1.0 where a value is missing."""
-    if isinstance(label, float) and label.is_integer():
-        return str(int(label))
-    return str(label)
-
-
-def task_of(labels: Sequence[Any], asked: str, name: str) -> str:
+def task_of(labels: Sequence[str], asked: str, name: str) -> str:
     """Classification, or regression where labels are numbers and one of them has a fraction.
 
     Args:
@@ -58,35 +65,44 @@ def task_of(labels: Sequence[Any], asked: str, name: str) -> str:
         name: of the label, for messages.
 
     Raises:
-        ConfigError: words where values are asked for, or labels of tokens.
+        ConfigError: nothing is asked for, and words stand among numbers with fractions.
     """
-    if any(isinstance(label, list | dict) for label in labels):
-        raise ConfigError(f"label {name!r} must be one word or number a record; got lists, the labels of tokens")
-    is_number = all(isinstance(label, int | float) and not isinstance(label, bool) for label in labels)
-    if asked == "regression" and not is_number:
-        word = next(label for label in labels if not isinstance(label, int | float) or isinstance(label, bool))
-        raise ConfigError(f"label {name!r} must be numbers for --task regression; got {word!r}")
-    if asked == "auto":
-        return "regression" if is_number and any(float(label) % 1 for label in labels) else "classification"
-    return asked
+    if asked != "auto":
+        return asked
+    numbers = {word: number_of(word) for word in set(labels)}
+    if not any(number is not None and number % 1 for number in numbers.values()):
+        return "classification"
+    words = Counter(label for label in labels if numbers[label] is None)
+    if words:
+        raise ConfigError(
+            f"label {name!r} has numbers with fractions, and other words: {named(words)}; say "
+            f"{MISSING_OPTION.format('WORD')} where a word stands for a missing label, or --task classification"
+        )
+    return "regression"
 
 
-def find_classes(train: Sequence[Any], test: Sequence[Any], name: str) -> Classes:
+def find_numbers(labels: Sequence[str], name: str, where: Callable[[int], str]) -> np.ndarray:
+    """`[N]` the numbers that labels spell.
+
+    Args:
+        where: `file:line` of a label by its place.
+
+    Raises:
+        DataError: a label that spells none.
+    """
+    column = LabelColumn(name, option=MISSING_OPTION)
+    return np.array([column.number(label, partial(where, row)) for row, label in enumerate(labels)])
+
+
+def find_classes(train: Sequence[str], test: Sequence[str], name: str) -> Classes:
     """The classes of training records, then those that only the test has.
 
     Raises:
         DataError: training records of one class only.
     """
-    known = _sorted({class_name(label) for label in train})
+    known = sort_classes(set(train))
     if len(known) < 2:
         got = f"only {known[0]!r}" if known else "no label"
         raise DataError(f"label {name!r} must have two classes or more among the training records; got {got}")
-    more = _sorted({class_name(label) for label in test} - set(known))
+    more = sort_classes(set(test) - set(known))
     return Classes((*known, *more), len(known))
-
-
-def _sorted(names: set[str]) -> list[str]:
-    """By number where all are numbers."""
-    if all(name.removeprefix("-").isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)

@@ -18,6 +18,7 @@ class ProbeOptions:
 
     Attributes:
         label: column that is to be predicted.
+        missing_labels: words that mean "no label"; an empty cell always does.
         method: linear, knn or both.
         task: classification, regression, or auto: regression where the labels are numbers and one has a fraction.
         k: neighbours that vote; None for 20, or all where there are fewer.
@@ -32,6 +33,7 @@ class ProbeOptions:
     """
 
     label: str
+    missing_labels: tuple[str, ...] = ()
     method: str = "both"
     task: str = "auto"
     k: int | None = None

@@ -16,7 +16,7 @@ from meristem.files import replacing, write_json
 from meristem.inference.engine import best_device
 from meristem.model_directory import find_model, hash_weights, is_own, load_any, load_card
 from meristem.probing.fit import Fit, Unwatched, Watch
-from meristem.probing.labels import Classes, find_classes, is_missing, task_of
+from meristem.probing.labels import Classes, find_classes, find_numbers, read_labels, task_of
 from meristem.probing.measures import class_figures, confusion_matrix, top_k_accuracy, value_figures
 from meristem.probing.options import METHODS, ProbeOptions
 from meristem.probing.parts import Parts, count_shared, deal
@@ -71,7 +71,7 @@ class _Set:
     """
 
     store: RecordStore
-    labels: list[Any]
+    labels: list[str | None]
     has_vector: np.ndarray
     place: np.ndarray
     vectors: np.ndarray
@@ -79,10 +79,10 @@ class _Set:
 
     @property
     def has_label(self) -> np.ndarray:
-        return np.array([not is_missing(label) for label in self.labels])
+        return np.array([label is not None for label in self.labels])
 
-    def labels_of(self, rows: np.ndarray) -> list[Any]:
-        return [self.labels[row] for row in rows]
+    def labels_of(self, rows: np.ndarray) -> list[str]:
+        return [str(self.labels[row]) for row in rows]
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         return self.vectors[self.place[rows]]
@@ -103,13 +103,13 @@ class _Probe:
         main_store, main_refused = self._read(self.inputs, options.split_column)
         test_store, test_refused = self._read(self.tests, "") if self.tests else (main_store, [])
         # labels and split are looked at before the hours of embedding
-        labels = _labels(main_store, options.label)
-        test_labels = _labels(test_store, options.label) if self.tests else labels
+        labels = read_labels(main_store, options.label, options.missing_labels)
+        test_labels = read_labels(test_store, options.label, options.missing_labels) if self.tests else labels
         parts = self._deal(main_store, labels)
         test_rows = _labelled(test_labels) if self.tests else parts.test
         if not len(test_rows):
             raise DataError(f"{', '.join(self.tests)}: no record has a label {options.label!r}")
-        self._task(labels, parts, test_labels, test_rows)
+        self._task(main_store, labels, parts, test_store, test_labels, test_rows)
         main = self._embed(main_store, labels, self.inputs, main_refused, "embed")
         test = self._embed(test_store, test_labels, self.tests, test_refused, "embed test") if self.tests else main
         keep = lambda part, rows: rows[part.has_vector[rows]]  # noqa: E731
@@ -120,7 +120,8 @@ class _Probe:
         fit_labels, true_labels = main.labels_of(rows), test.labels_of(test_rows)
         if not len(test_rows) or not len(train):
             raise DataError("no record is left, since the model's tokenizer refused the others")
-        task = self._task(labels, Parts(train, validation, parts.test), test_labels, test_rows)
+        kept = Parts(train, validation, parts.test)
+        task = self._task(main_store, labels, kept, test_store, test_labels, test_rows)
         sets = [main, test] if self.tests else [main]
         metrics: dict[str, Any] = {
             "label": options.label,
@@ -174,30 +175,41 @@ class _Probe:
             on_error=refused.append if options.embed.is_skipping and refused is not None else None,
         )
 
-    def _deal(self, store: RecordStore, labels: list[Any]) -> Parts:
+    def _deal(self, store: RecordStore, labels: list[str | None]) -> Parts:
         options = self.options
-        has_label = np.array([not is_missing(label) for label in labels])
+        has_label = np.array([label is not None for label in labels])
         if not has_label.any():
             raise DataError(f"{', '.join(self.inputs)}: no record has a label {options.label!r}")
         test_frac = 0.0 if self.tests else DEFAULT_TEST_FRAC if options.test_frac is None else options.test_frac
         frac, seed, by_column = options.validation_frac, options.seed, bool(options.split_column)
         return deal(store, has_label, options.split, by_column, test_frac, frac, seed)
 
-    def _task(self, labels: list[Any], parts: Parts, test_labels: list[Any], test_rows: np.ndarray) -> str:
+    def _task(
+        self,
+        store: RecordStore,
+        labels: list[str | None],
+        parts: Parts,
+        test_store: RecordStore,
+        test_labels: list[str | None],
+        test_rows: np.ndarray,
+    ) -> str:
         """Classification or regression; labels that cannot be probed are refused."""
-        fit = [labels[row] for row in (*parts.train, *parts.validation)]
-        true = [test_labels[row] for row in test_rows]
+        fit_rows = [*parts.train, *parts.validation]
+        fit, true = [str(labels[row]) for row in fit_rows], [str(test_labels[row]) for row in test_rows]
         task = task_of([*fit, *true], self.options.task, self.options.label)
         if task == "classification":
             find_classes(fit, true, self.options.label)
-        elif len({float(value) for value in fit}) < 2:
+        else:
+            numbers = find_numbers(fit, self.options.label, lambda place: store.where(int(fit_rows[place])))
+            find_numbers(true, self.options.label, lambda place: test_store.where(int(test_rows[place])))
+        if task == "regression" and len(set(numbers)) < 2:
             raise DataError(f"label {self.options.label!r} must have two values or more for training; got {fit[:1]}")
         if self.options.k is not None and self.options.k > len(fit):
             raise ConfigError(f"k must be at most the records for training, {len(fit)}; got {self.options.k}")
         return task
 
     def _embed(
-        self, store: RecordStore, labels: list[Any], sources: list[str], refused: list[Refusal], title: str
+        self, store: RecordStore, labels: list[str | None], sources: list[str], refused: list[Refusal], title: str
     ) -> _Set:
         # the same records as the store's: a label that cannot be read is refused here as well
         read = self._read_options("" if sources is self.tests else self.options.split_column)
@@ -270,15 +282,11 @@ class _Probe:
         (self.output / CONFUSION).unlink(missing_ok=True)
 
 
-def _labels(store: RecordStore, name: str) -> list[Any]:
-    return list(store.column(name).to_pylist())
+def _labelled(labels: list[str | None]) -> np.ndarray:
+    return np.flatnonzero([label is not None for label in labels])
 
 
-def _labelled(labels: list[Any]) -> np.ndarray:
-    return np.flatnonzero([not is_missing(label) for label in labels])
-
-
-def _numbers(labels: list[Any]) -> np.ndarray:
+def _numbers(labels: list[str]) -> np.ndarray:
     return np.array([float(label) for label in labels])
 
 

@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 
 from meristem.data.loader import EvalLoader, TrainLoader
+from meristem.data.parts import Part, RunData
 from meristem.data.records import ReadOptions, Refusal, Source
 from meristem.data.split import split_by_column, split_by_hash, split_by_similarity
 from meristem.data.store import RecordStore
@@ -18,8 +19,6 @@ from meristem.errors import ConfigError, DataError
 from meristem.model.grid import with_grid
 from meristem.objectives.objective import Objective
 from meristem.train.task import Task
-
-Part = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +78,7 @@ class DataModule(L.LightningDataModule):
         on_error: `refuse` stops at a record that cannot be used; `skip` leaves it out, and lists it in `refused.csv`.
         num_workers: processes that prepare packs; without effect on what comes.
         cache_dir: where record stores are kept; null for `$MERISTEM_CACHE`, else `~/.cache/meristem`.
+        missing_labels: words of label columns that mean "no label", such as `[NA, unknown]`; an empty cell always does.
         seed: of order and corruption.
     """
 
@@ -97,6 +97,7 @@ class DataModule(L.LightningDataModule):
         on_error: Literal["refuse", "skip"] = "refuse",
         num_workers: int = 0,
         cache_dir: str | None = None,
+        missing_labels: list[str] | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -113,9 +114,10 @@ class DataModule(L.LightningDataModule):
         self.split = split
         self.tokens_per_pack, self.max_tokens_per_record = tokens_per_pack, max_tokens_per_record
         self.on_error, self.num_workers, self.cache_dir, self.seed = on_error, num_workers, cache_dir, seed
+        self.missing_labels = tuple(missing_labels or ())
         self.remarks: list[str] = []
         self.refused: list[Refusal] = []
-        self.parts: dict[str, tuple[RecordStore, np.ndarray]] = {}
+        self.parts: dict[str, Part] = {}
         self.build_progress: Callable[[int, int], None] | None = None
         if not self.sources:
             raise ConfigError("data.sources must name one file or more; got none (--data.sources FILE)")
@@ -140,22 +142,20 @@ class DataModule(L.LightningDataModule):
             if self.augment is not None:
                 self.views = build_views(self.domain, self.tokenizer, self.augment)
         store = self._store(self.sources, objective.label_columns, self.split.column)
-        self.parts = {name: (store, rows) for name, rows in self._deal(store).items()}
+        parts = {name: Part(store, rows) for name, rows in self._deal(store).items()}
         if self.validation_sources:
             other = self._store(self.validation_sources, objective.label_columns, "")
-            self.parts["validation"] = (other, np.arange(len(other)))
-        self.parts = {
-            name: (its, kept) for name, (its, rows) in self.parts.items() if len(kept := self._usable(its, rows))
-        }
+            parts["validation"] = Part(other, np.arange(len(other)))
+        parts = {name: Part(part.store, self._usable(part.store, part.rows)) for name, part in parts.items()}
+        self.parts = {name: part for name, part in parts.items() if len(part)}
         if self.refused:
             listed = f"{len(self.refused):,} record(s) refused and left out, listed in refused.csv"
             self.remarks.append(f"{listed}, the first: {self.refused[0]}")
         if "train" not in self.parts:
             raise DataError(f"{', '.join(self.sources)}: no record is left for training; see data.split")
-        store, train = self.parts["train"]
-        labels = {name: store.labels(name, train).to_pylist() for name in objective.label_columns}
         objective.bind_model(task.architecture)
-        objective.bind(self.tokenizer, labels, lambda row: store.where(int(train[row])))
+        objective.bind(RunData(self.tokenizer, self.parts, self.missing_labels))
+        self.remarks += objective.remarks
         self._position_limit = task.architecture.max_length
         # a window of the rows of an image would be no image
         wanted = None if self.tokenizer.num_features else self.max_tokens_per_record
@@ -209,22 +209,21 @@ class DataModule(L.LightningDataModule):
 
     def _summary(self) -> str:
         parts = []
-        for name, (store, rows) in self.parts.items():
-            num_tokens = int(store.token_lengths(self.tokenizer, rows).sum())
-            parts.append(f"{name} {len(rows):,} records ({num_tokens:,} tokens)")
-        store, rows = self.parts["train"]
-        limit = self.max_tokens_per_record
-        num_cropped = int((store.token_lengths(self.tokenizer, rows) > limit).sum()) if limit else 0
+        for name, part in self.parts.items():
+            num_tokens = int(part.store.token_lengths(self.tokenizer, part.rows).sum())
+            parts.append(f"{name} {len(part):,} records ({num_tokens:,} tokens)")
+        train, limit = self.parts["train"], self.max_tokens_per_record
+        num_cropped = int((train.store.token_lengths(self.tokenizer, train.rows) > limit).sum()) if limit else 0
         crops = f"; {num_cropped:,} are longer than {limit} tokens and trained on in random windows"
         return f"data: {', '.join(parts)}{crops if num_cropped else ''}"
 
     def train_dataloader(self) -> TrainLoader:
         trainer = self.trainer
         assert trainer is not None
-        store, rows = self.parts["train"]
+        train = self.parts["train"]
         return TrainLoader(
-            store,
-            rows,
+            train.store,
+            train.rows,
             self.tokenizer,
             self.objective,
             seed=self.seed,
@@ -251,13 +250,12 @@ class DataModule(L.LightningDataModule):
             raise DataError("there is no test part; set data.split.test_frac, or a column that names one")
         return self._eval_loader("test")
 
-    def _eval_loader(self, part: Part) -> EvalLoader:
-        trainer = self.trainer
+    def _eval_loader(self, part: Literal["validation", "test"]) -> EvalLoader:
+        trainer, records = self.trainer, self.parts[part]
         assert trainer is not None
-        store, rows = self.parts[part]
         return EvalLoader(
-            store,
-            rows,
+            records.store,
+            records.rows,
             self.tokenizer,
             self.objective,
             seed=self.seed,

@@ -1,13 +1,13 @@
 """Learning labels from a teacher as well: a trained model whose answers are targets beside the labels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from meristem.data.tokenizer import Tokenizer
+from meristem.data.parts import RunData
 from meristem.errors import ConfigError
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs
@@ -58,8 +58,9 @@ class Distilled(Supervised):
         """Without the teacher: workers prepare records alone."""
         return {**vars(self), "_teacher": None}
 
-    def bind(self, tokenizer: Tokenizer, labels: Mapping[str, Sequence[Any]], where: Callable[[int], str]) -> None:
-        super().bind(tokenizer, labels, where)
+    def bind(self, data: RunData) -> None:
+        super().bind(data)
+        tokenizer = data.tokenizer
         card, model = load_any(Path(self.teacher))
         if card.tokenizer.fingerprint != tokenizer.fingerprint:
             raise ConfigError(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from meristem.data.labels import text_column
 from meristem.data.open import BLOCK_BYTES, open_source
 from meristem.data.pictures import SUFFIXES, NoPicture, check_picture, looks_like_picture
 from meristem.data.records import LABEL_PREFIX, SCHEMA, SPLIT, ReadOptions, Refusal, Source
@@ -165,9 +166,9 @@ def _batch(found: list[Found], file: str, options: ReadOptions) -> pa.RecordBatc
     }
     for name in options.label_columns:
         try:
-            columns[LABEL_PREFIX + name] = pa.array([one.labels.get(name) for one in found])
-        except pa.ArrowException as error:
-            raise DataError(f"{file}: values of the label {name!r} must be of one kind: {error}") from error
+            columns[LABEL_PREFIX + name] = text_column([one.labels.get(name) for one in found])
+        except DataError as error:
+            raise DataError(f"{file}: label {name!r}: {error}") from error
     if options.split_column:
         columns[SPLIT] = pa.array([one.labels.get(options.split_column) for one in found], pa.string())
     return pa.RecordBatch.from_arrays(list(columns.values()), schema=_schema(columns))

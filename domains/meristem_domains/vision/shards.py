@@ -136,7 +136,8 @@ class _Sample:
         if JSON not in self.beside:
             return {}
         try:
-            values = json.loads(self.beside[JSON])
+            # numbers stay as they are written: 1.10 and 1.1 may be two classes
+            values = json.loads(self.beside[JSON], parse_int=str, parse_float=str, parse_constant=str)
         except ValueError as error:
             raise ValueError(f"the labels beside it are no JSON: {error}") from error
         if not isinstance(values, dict):

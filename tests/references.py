@@ -75,14 +75,14 @@ class PlainIds(Tokenizer):
         size: of the vocabulary.
         prefix: ids before every payload.
         suffix: ids behind it.
-        special: further ids that a payload never holds, such as padding.
+        reserved: further ids that a payload never holds, such as padding.
         mask_id: that hides a token.
     """
 
     size: int
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
-    special: tuple[int, ...] = ()
+    reserved: tuple[int, ...] = ()
     mask_id: int | None = None  # type: ignore[misc]
     kind = "plain ids"
 
@@ -96,7 +96,7 @@ class PlainIds(Tokenizer):
 
     @property
     def random_ids(self) -> np.ndarray:
-        kept = {*self.prefix, *self.suffix, *self.special, self.mask_id}
+        kept = {*self.prefix, *self.suffix, *self.reserved, self.mask_id}
         return np.array([i for i in range(self.size) if i not in kept])
 
     def encode(self, payload: Any) -> Tokens:

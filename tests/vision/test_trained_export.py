@@ -15,7 +15,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from meristem.cli.main import main
-from meristem.interop.image_runners import load_timm
+from meristem_domains.vision.families.runners import load_timm
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 MODELS = {

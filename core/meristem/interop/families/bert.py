@@ -258,6 +258,7 @@ BERT = Family(
 
 ROBERTA = Family(
     name="RoBERTa",
+    variant_of=BERT,
     domain="text",
     recognises=lambda config: config.get("model_type") in ROBERTA_TYPES,
     read_config=read_roberta_config,

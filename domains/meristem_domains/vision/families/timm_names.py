@@ -108,7 +108,7 @@ BY_HEADS = {
         vit_giant_patch16_radio_v3
     """,
 }
-"""Architectures by their number of heads: plain pre-norm blocks with LayerNorm, all of those that are at home."""
+"""Architectures by their number of heads: plain pre-norm blocks with LayerNorm, all that are supported."""
 
 BY_ACTIVATION: Mapping[Activation, str] = {
     "gelu_tanh": """

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.interop.bert import DEFAULTS, SPELLINGS, read_post_norm, trunk_rows, write_post_norm
+from meristem.interop.families.bert import BERT, DEFAULTS, SPELLINGS, read_post_norm, trunk_rows, write_post_norm
 from meristem.interop.family import Family, ForeignConfig, classes_by_head, heads_by_prefix
 from meristem.interop.settings import Settings, special_ids
 from meristem.interop.table import Ignored, KeyTable, Rename, Tied
@@ -84,6 +84,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 
 DNABERT2 = Family(
     name="DNABERT-2",
+    variant_of=BERT,
     domain="dna",
     recognises=recognises,
     read_config=read_config,

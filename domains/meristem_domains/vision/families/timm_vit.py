@@ -23,21 +23,7 @@ from meristem.data.picture_sizes import resized_px
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig
-from meristem.interop.image_labels import LABEL, label_of, require_plain
-from meristem.interop.image_processor import IMAGENET
-from meristem.interop.image_rows import embedding_rows, shaped
-from meristem.interop.image_runners import TIMM_IMAGES
 from meristem.interop.table import KeyTable, Rename, Row, Transform
-from meristem.interop.timm_facts import (
-    Facts,
-    arguments_of,
-    facts_of,
-    has_mask,
-    image_px_of,
-    named_of,
-    preprocessing_of,
-)
-from meristem.interop.vit import patches_of
 from meristem.interop.weights import open_weights
 from meristem.model.config import (
     Activation,
@@ -58,6 +44,20 @@ from meristem.model.config import (
 )
 from meristem.model.readout import Readout
 from meristem.shapes import Tensor
+from meristem_domains.vision.families.labels import LABEL, label_of, require_plain
+from meristem_domains.vision.families.processor import IMAGENET
+from meristem_domains.vision.families.rows import embedding_rows, shaped
+from meristem_domains.vision.families.runners import TIMM_IMAGES
+from meristem_domains.vision.families.timm_facts import (
+    Facts,
+    arguments_of,
+    facts_of,
+    has_mask,
+    image_px_of,
+    named_of,
+    preprocessing_of,
+)
+from meristem_domains.vision.families.vit import patches_of
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",

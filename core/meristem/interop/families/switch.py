@@ -12,10 +12,7 @@ import torch
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError, ConfigError
-from meristem.interop.family import ForeignConfig, classes_by_head, symbols_by_class
-from meristem.interop.runners import SEQUENCES
-from meristem.interop.settings import Settings, foreign_activation
-from meristem.interop.t5 import (
+from meristem.interop.families.t5 import (
     ALIASES,
     COPIES,
     DEFAULTS,
@@ -28,6 +25,9 @@ from meristem.interop.t5 import (
     with_stacks,
     write_stacks,
 )
+from meristem.interop.family import ForeignConfig, classes_by_head, symbols_by_class
+from meristem.interop.runners import SEQUENCES
+from meristem.interop.settings import Settings, foreign_activation
 from meristem.interop.table import KeyTable, Rename, Row, Transform
 from meristem.model.config import Experts, LayerRule, TransformerConfig
 from meristem.shapes import Tensor

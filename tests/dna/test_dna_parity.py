@@ -11,19 +11,19 @@ import numpy as np
 import plain_dna
 import pytest
 import torch
-from parity_checks import Case
-from references import PlainIds
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from meristem.errors import CheckpointError
 from meristem.interop.directory import read_directory, read_model
-from meristem.interop.dnabert2 import DNABERT2
-from meristem.interop.families import find_family
-from meristem.interop.nucleotide import NUCLEOTIDE_V1, NUCLEOTIDE_V2
+from meristem.interop.family import find_family
 from meristem.interop.runners import Runner, draw_sequences
 from meristem.model.model import Model
 from meristem.model.position import LinearBiasLayer, ScoreBias, linear_slopes
+from meristem_domains.dna.dnabert2 import DNABERT2
+from meristem_domains.dna.nucleotide import NUCLEOTIDE_V1, NUCLEOTIDE_V2
+from parity_checks import Case
+from references import PlainIds
 
 TOLERANCE = 1e-4
 """Sums in another order, in fp32: the oracle adds up a norm and each head by itself."""
@@ -118,7 +118,7 @@ def dnabert2(shape: str, folder: Path, rng: np.random.Generator) -> Case:
     config = {**DNABERT, **DNABERT_SHAPES[shape]}
     plain_dna.write(folder / "hf", config, plain_dna.dnabert2_shapes(config), rng)
     runner = Runner("torch", plain_dna.load, draw_sequences, plain_dna.theirs(plain_dna.run_dnabert2))
-    tokenizer = PlainIds(config["vocab_size"], prefix=(1,), suffix=(2,), special=(0, 3), mask_id=4)
+    tokenizer = PlainIds(config["vocab_size"], prefix=(1,), suffix=(2,), reserved=(0, 3), mask_id=4)
     return Case.of(folder / "hf", replace(DNABERT2, runner=runner), tokenizer)
 
 

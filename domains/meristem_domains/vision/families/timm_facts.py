@@ -8,10 +8,10 @@ from typing import Any
 from meristem.errors import ConfigError
 from meristem.interop.family import ForeignConfig
 from meristem.interop.settings import Settings
-from meristem.interop.timm_names import ARCHITECTURES, Named
-from meristem.interop.vit import pair
 from meristem.interop.weights import Weights
 from meristem.shapes import Tensor
+from meristem_domains.vision.families.timm_names import ARCHITECTURES, Named
+from meristem_domains.vision.families.vit import pair
 
 READ = """
     img_size patch_size in_chans num_classes global_pool embed_dim depth num_heads mlp_ratio qkv_bias proj_bias
@@ -158,12 +158,12 @@ def named_of(config: ForeignConfig) -> Named:
     """What the name of an architecture stands for.
 
     Raises:
-        ConfigError: it is none of those at home.
+        ConfigError: it is not a supported one.
     """
     name = config["architecture"]
     if name not in ARCHITECTURES:
         raise ConfigError(
-            f"architecture must be a vision transformer of timm that is at home, one of {len(ARCHITECTURES)} such as "
+            f"architecture must be a supported vision transformer of timm, one of {len(ARCHITECTURES)} such as "
             f"vit_base_patch16_224 and deit_tiny_distilled_patch16_224; got {name!r}"
         )
     return ARCHITECTURES[name]

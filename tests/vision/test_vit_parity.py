@@ -13,9 +13,7 @@ import images
 import numpy as np
 import pytest
 import torch
-from parity_checks import Case
 from PIL import Image
-from references import save
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -34,14 +32,15 @@ from transformers import (
 from meristem.data.pack import pack
 from meristem.data.patches import PatchTokenizer
 from meristem.errors import CheckpointError, ConfigError
-from meristem.interop.dino import DINO, DINO_REGISTERS
 from meristem.interop.directory import read_directory, read_model, write_directory
-from meristem.interop.families import find_family
-from meristem.interop.family import Family
-from meristem.interop.vit import VIT
+from meristem.interop.family import Family, find_family
 from meristem.model.config import FeedForward, Prefix, Residual, RMSNorm
 from meristem.model.model import Model
 from meristem.types import Tokens
+from meristem_domains.vision.families.dino import DINO, DINO_REGISTERS
+from meristem_domains.vision.families.vit import VIT
+from parity_checks import Case
+from references import save
 
 SMALL = {
     "hidden_size": 32,

@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from references import redraw
 from torch import nn
 from torch.nn import functional as F
 
 from meristem.model.model import Model
+from references import redraw
 
 
 def redraw_image_model(model: nn.Module, rng: np.random.Generator) -> Any:

@@ -12,8 +12,8 @@ import torch
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
+from meristem.interop.families.gpt2 import ALIASES, BUFFERS, TIED
 from meristem.interop.family import Family, ForeignConfig, classes_by_head, symbols_but_for
-from meristem.interop.gpt2 import ALIASES, BUFFERS, TIED
 from meristem.interop.runners import SEQUENCES
 from meristem.interop.settings import Settings, foreign_activation, special_ids
 from meristem.interop.table import FuseHeads, KeyTable, Rename, Row, Transform
@@ -192,6 +192,7 @@ GPTJ = Family(
 
 CODEGEN = Family(
     name="CodeGen",
+    variant_of=GPTJ,
     domain="code",
     recognises=lambda config: config.get("model_type") == "codegen",
     read_config=read_codegen_config,

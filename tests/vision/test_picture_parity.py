@@ -19,7 +19,6 @@ import timm
 import timm.data
 import torch
 from PIL import Image
-from references import redraw
 from timm.models import save_for_hf
 from torch import nn
 from torch.nn import functional as F
@@ -31,7 +30,8 @@ from meristem.data.patches import PatchTokenizer
 from meristem.data.picture_sizes import resized_size
 from meristem.data.pictures import read_pixels
 from meristem.inference.engine import TrunkRunner
-from meristem.interop.image_runners import load_timm
+from meristem_domains.vision.families.runners import load_timm
+from references import redraw
 
 TOLERANCE = 1e-4
 """Of features of unit size behind a norm: fp32 rounds at 1e-7, and 12 layers multiply it by some hundreds."""

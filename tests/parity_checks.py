@@ -9,6 +9,7 @@ case.check_mutant(rng, drop_bias)
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import pytest
 import torch
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.interop.directory import Imported, read_directory, write_directory
-from meristem.interop.family import Family
+from meristem.errors import UserError
+from meristem.interop.directory import Imported, read_config_file, read_directory, refuse_config, write_directory
+from meristem.interop.family import Family, find_family, installed_families
 from meristem.interop.parity import Parity, compare
 from meristem.interop.runners import run_ours
 from meristem.model.model import Model
@@ -61,6 +63,7 @@ class Case:
                 family, read_tokenizer=lambda folder, config: (stand_in, []), write_tokenizer=lambda tokenizer: {}
             )
         assert family.runner is not None
+        assert find_family(folder, read_config_file(folder)).name == family.name
         return cls(folder, family, read_directory(folder, family), family.runner.load(folder))
 
     def compare(self, model: Model, reference: Any, rng: np.random.Generator) -> Parity:
@@ -82,6 +85,7 @@ class Case:
         """The exported directory loads in the other library, holds the same tensors, and gives the same."""
         imported = self.imported
         back = tmp_path / "back"
+        check_one_most_general(self.family, imported)
         assert self.family.runner is not None
         write_directory(
             back, imported.architecture, imported.tokenizer, imported.model, self.family.library, self.family
@@ -154,6 +158,20 @@ class Case:
             assert distance <= tolerance, f"gradient of {name} differs by {distance:.1e}"
             worst = max(worst, distance)
         return worst
+
+
+def check_one_most_general(family: Family, imported: Imported) -> None:
+    """Of all families that can say a model, one is the most general: the family itself, or one it is a variant of."""
+    able = {}
+    for other in installed_families():
+        if other.library == family.library:
+            with suppress(UserError, TypeError):
+                config = other.write_config(imported.architecture, imported.tokenizer)
+                refuse_config(other, config, imported.architecture)
+                able[other.name] = other
+    most_general = [name for name, other in able.items() if not {more.name for more in other.general} & set(able)]
+    assert len(most_general) == 1, most_general
+    assert most_general[0] in {family.name, *(more.name for more in family.general)}
 
 
 def refuse_distance(parity: Parity, tolerance: float = TOLERANCE) -> None:

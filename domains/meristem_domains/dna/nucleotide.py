@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.interop import esm
-from meristem.interop.esm import ESM
+from meristem.interop.families import esm
+from meristem.interop.families.esm import ESM
 from meristem.interop.family import ForeignConfig
-from meristem.interop.vocabulary import read_kmers, write_kmers
 from meristem.model.config import FeedForward, TransformerConfig
 from meristem.shapes import Tensor
+from meristem_domains.dna.vocabulary import read_kmers, write_kmers
 
 NUM_WORDS = 4**6
 """Words of six bases: an ESM with as many symbols is no model of proteins."""
@@ -58,6 +58,11 @@ def derived(architecture: TransformerConfig) -> dict[str, Tensor]:
     }
 
 
+def recognises_v2(config: ForeignConfig) -> bool:
+    """Whether a config is a v2's: some published ones say that they are an ESM, and some nothing."""
+    return "add_bias_fnn" in config
+
+
 def _has_words(vocab_size: object) -> bool:
     return isinstance(vocab_size, int) and vocab_size > NUM_WORDS
 
@@ -65,8 +70,11 @@ def _has_words(vocab_size: object) -> bool:
 NUCLEOTIDE_V1 = replace(
     ESM,
     name="Nucleotide Transformer v1",
+    variant_of=ESM,
     domain="dna",
-    recognises=lambda config: ESM.recognises(config) and _has_words(config.get("vocab_size")),
+    recognises=lambda config: (
+        ESM.recognises(config) and _has_words(config.get("vocab_size")) and not recognises_v2(config)
+    ),
     read_tokenizer=read_kmers,
     write_tokenizer=write_kmers,
 )
@@ -74,8 +82,9 @@ NUCLEOTIDE_V1 = replace(
 NUCLEOTIDE_V2 = replace(
     ESM,
     name="Nucleotide Transformer v2",
+    variant_of=ESM,
     domain="dna",
-    recognises=lambda config: "add_bias_fnn" in config,
+    recognises=recognises_v2,
     read_config=read_config,
     write_config=write_config,
     read_tokenizer=read_kmers,

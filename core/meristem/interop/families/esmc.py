@@ -12,7 +12,7 @@ from typing import Any
 
 from meristem.data.tokenizer import AlphabetTokenizer, Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.esm import RESIDUES, SPECIAL, ids_of_special, read_residues
+from meristem.interop.families.esm import RESIDUES, SPECIAL, ids_of_special, read_residues
 from meristem.interop.family import Family, ForeignConfig, classes_by_head, heads_by_prefix
 from meristem.interop.rotary import read_rotary, write_rotary
 from meristem.interop.runners import SEQUENCES

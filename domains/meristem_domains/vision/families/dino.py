@@ -15,11 +15,14 @@ from typing import Any
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig
-from meristem.interop.image_labels import LABEL, classes_of, label_of, write_classes
-from meristem.interop.image_runners import HF_IMAGES
 from meristem.interop.settings import Settings, foreign_activation
 from meristem.interop.table import KeyTable, Rename, Row, joined
-from meristem.interop.vit import (
+from meristem.model.config import FeedForward, Prefix, Residual, TransformerConfig
+from meristem.model.readout import Readout
+from meristem.shapes import Tensor
+from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
+from meristem_domains.vision.families.runners import HF_IMAGES
+from meristem_domains.vision.families.vit import (
     ATTENTION_SPELLINGS,
     DEFAULTS,
     LEFT_OUT,
@@ -31,9 +34,6 @@ from meristem.interop.vit import (
     write_tokenizer,
     write_trunk,
 )
-from meristem.model.config import FeedForward, Prefix, Residual, TransformerConfig
-from meristem.model.readout import Readout
-from meristem.shapes import Tensor
 
 DINO_DEFAULTS = {
     **DEFAULTS,
@@ -181,6 +181,7 @@ DINO = Family(
 DINO_REGISTERS = replace(
     DINO,
     name="DINOv2 with registers",
+    variant_of=DINO,
     recognises=lambda config: config.get("model_type") == "dinov2_with_registers",
     write_config=write_register_config,
     prefix="dinov2_with_registers.",

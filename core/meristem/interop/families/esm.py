@@ -84,7 +84,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
     """Our config of an `EsmConfig`.
 
     Raises:
-        ConfigError: a setting that this family does not have at home.
+        ConfigError: a setting that no part of ours can say.
         CheckpointError: rotary frequencies that are not those of the config.
     """
     for name, plain in (("is_folding_model", False), ("is_decoder", False), ("add_cross_attention", False)):

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from meristem.data import kmers
-from meristem.data.kmers import AMBIGUOUS, KmerTokenizer
 from meristem.data.tokenizer import RefusedSymbol
 from meristem.errors import CheckpointError, ConfigError
 from meristem.registry import find
+from meristem_domains.dna import kmers
+from meristem_domains.dna.kmers import AMBIGUOUS, KmerTokenizer
 
 SPECIAL = {"unk": "<unk>", "pad": "<pad>", "mask": "<mask>", "cls": "<cls>", "eos": "<eos>", "bos": "<bos>"}
 

@@ -14,10 +14,6 @@ from meristem.data.patches import PatchTokenizer
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig
-from meristem.interop.image_labels import LABEL, classes_of, label_of, write_classes
-from meristem.interop.image_processor import read_processor, write_processor
-from meristem.interop.image_rows import embedding_rows
-from meristem.interop.image_runners import HF_IMAGES
 from meristem.interop.settings import Settings, foreign_activation
 from meristem.interop.table import FuseHeads, Ignored, KeyTable, Rename, Row
 from meristem.model.config import (
@@ -33,6 +29,10 @@ from meristem.model.config import (
 )
 from meristem.model.readout import Readout
 from meristem.shapes import Tensor
+from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
+from meristem_domains.vision.families.processor import read_processor, write_processor
+from meristem_domains.vision.families.rows import embedding_rows
+from meristem_domains.vision.families.runners import HF_IMAGES
 
 DEFAULTS = {
     "hidden_size": 768,

@@ -16,7 +16,6 @@ import pytest
 import timm
 import timm.data
 import torch
-from parity_checks import Case
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -24,11 +23,12 @@ from torch import nn
 
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import read_directory, write_directory
-from meristem.interop.families import find_family
-from meristem.interop.timm_names import ARCHITECTURES
-from meristem.interop.timm_vit import TIMM_VIT
+from meristem.interop.family import find_family
 from meristem.model.config import LayerNorm, Mean, Prefix, Rotary
 from meristem.model.model import Model
+from meristem_domains.vision.families.timm_names import ARCHITECTURES
+from meristem_domains.vision.families.timm_vit import TIMM_VIT
+from parity_checks import Case
 
 SMALL = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
 ODD = {"img_size": (20, 12), "patch_size": 4, "embed_dim": 30, "depth": 3, "num_heads": 3, "num_classes": 4}

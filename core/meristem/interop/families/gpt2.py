@@ -225,6 +225,7 @@ GPT2 = Family(
 
 GPT_BIGCODE = Family(
     name="GPTBigCode",
+    variant_of=GPT2,
     domain="code",
     recognises=lambda config: config.get("model_type") == "gpt_bigcode",
     read_config=read_bigcode_config,

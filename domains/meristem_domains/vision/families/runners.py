@@ -12,11 +12,11 @@ import torch
 
 from meristem.data.patches import PatchTokenizer
 from meristem.data.tokenizer import Tokenizer
-from meristem.interop.image_labels import LABEL
 from meristem.interop.runners import Results, Runner, load_transformers
 from meristem.model.model import Model
 from meristem.shapes import Tensor
 from meristem.types import Tokens
+from meristem_domains.vision.families.labels import LABEL
 
 NUM_IMAGES = 3
 

@@ -1,0 +1,1 @@
+"""Families that several domains share: a file for each, or for close kin."""
