@@ -16,7 +16,7 @@ There is no batch axis in the trunk: sequences lie end to end along T. In bodies
 layout where it changes (`q_THE`, `scores_HTU`).
 """
 
-from jaxtyping import Bool, Float, Float32, Int, Int64, Integer, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int64, Integer, UInt8
 from torch import Tensor
 
-__all__ = ["Bool", "Float", "Float32", "Int", "Int64", "Integer", "Tensor", "UInt8"]
+__all__ = ["Bool", "Float", "Float32", "Float64", "Int", "Int64", "Integer", "Tensor", "UInt8"]

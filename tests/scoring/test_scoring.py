@@ -7,19 +7,25 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch import nn
+from small_scored import by_brute_force
 
 from meristem.cli.main import main
 from meristem.data.pack import pack
-from meristem.errors import ConfigError
-from meristem.model.config import Attention, Embedding, FeedForward, Learned, TokenHead, TransformerConfig
+from meristem.model.config import (
+    Attention,
+    Causal,
+    Embedding,
+    FeedForward,
+    Full,
+    Learned,
+    Pattern,
+    TokenHead,
+    TransformerConfig,
+)
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard, save_model
 from meristem.scoring.contacts import contact_maps
-from meristem.scoring.likelihood import token_log_likelihoods
-from meristem.types import Tokens
 from meristem_domains.protein.alphabet import tokenizer as protein_tokenizer
-from model_runs import outputs_of
 
 TOKENIZER = protein_tokenizer()
 
@@ -91,26 +97,6 @@ def test_without_weights_contacts_are_the_mean_of_corrected_maps(proteins: list[
         np.testing.assert_allclose(got, maps_by_hand(model, sequence).mean((0, 1)), atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 50, 100_000])
-def test_a_likelihood_masks_one_token_at_a_time(tokens_per_batch: int, rng: np.random.Generator) -> None:
-    model = build(("tokens",))
-    sequence = random_protein(rng, 13)
-    tokens = TOKENIZER.encode(sequence)
-    got = token_log_likelihoods(model, tokens.ids, (1, 1), 32, tokens_per_batch)
-    wanted = []
-    for place in range(1, 14):
-        ids = tokens.ids.copy()
-        ids[place] = 32
-        logits = outputs_of(model, pack([Tokens(positions=tokens.positions, ids=ids)], [0]))
-        wanted.append(logits[place].double().log_softmax(-1)[tokens.ids[place]].item())
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
-
-
-def test_a_model_that_predicts_no_symbols_has_no_likelihood() -> None:
-    with pytest.raises(ConfigError, match="must predict masked symbols"):
-        token_log_likelihoods(build((), head=None), np.array([0, 5, 2]), (1, 1), 32)
-
-
 @pytest.fixture
 def fasta(proteins: list[str], tmp_path: Path) -> Path:
     path = tmp_path / "in.fasta"
@@ -145,22 +131,53 @@ def test_score_contacts_writes_a_map_a_record_and_says_what_they_are(
         assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
 
 
-def test_score_writes_a_likelihood_a_record(proteins: list[str], fasta: Path, tmp_path: Path) -> None:
-    model = build(("tokens",))
+@pytest.mark.parametrize(
+    ("pattern", "arguments", "one_pass", "closing"),
+    [
+        (Full(), [], False, False),
+        (Full(), ["--one-pass"], True, False),
+        (Causal(), [], False, False),
+        (Causal(), ["--closing"], False, True),
+    ],
+)
+def test_score_writes_a_likelihood_a_record(
+    pattern: Pattern,
+    arguments: list[str],
+    one_pass: bool,
+    closing: bool,
+    proteins: list[str],
+    fasta: Path,
+    tmp_path: Path,
+) -> None:
+    """Of a causal model too, though its alphabet has a mask."""
+    model = build(("tokens",), attention=Attention(num_heads=4, pattern=pattern))
     own = save(model, tmp_path / "own")
-    assert main(["score", str(own), str(fasta), "--output", str(tmp_path / "s.csv")]) == 0
-    assert main(["score", str(own), str(fasta), "--output", str(tmp_path / "s.parquet")]) == 0
+    for name in ("s.csv", "s.parquet"):
+        assert main(["score", str(own), str(fasta), "--output", str(tmp_path / name), *arguments]) == 0
     with (tmp_path / "s.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["id"] for row in rows] == ["a", "b/1", "a", "file"]
+    kind = "masked" if isinstance(pattern, Full) else "causal"
+    perplexity = "pseudo_perplexity" if kind == "masked" else "perplexity"
+    assert list(rows[0]) == ["id", "length", "num_scored", "log_likelihood", perplexity]
     for row, sequence in zip(rows, proteins):
-        scores = token_log_likelihoods(model, TOKENIZER.encode(sequence).ids, (1, 1), 32)
+        ids = TOKENIZER.encode(sequence).ids.tolist()
+        wanted = by_brute_force(kind, model, TOKENIZER, ids, one_pass=one_pass, closing=closing)
         assert int(row["length"]) == len(sequence)
-        assert abs(float(row["log_likelihood"]) - scores.sum()) < 1e-9
-        assert abs(float(row["pseudo_perplexity"]) - np.exp(-scores.mean())) < 1e-6 * np.exp(-scores.mean())
-    assert pq.read_table(tmp_path / "s.parquet").to_pydict()["log_likelihood"] == [
-        float(row["log_likelihood"]) for row in rows
-    ]
+        assert int(row["num_scored"]) == len(sequence) + closing
+        assert float(row["log_likelihood"]) == pytest.approx(sum(wanted), rel=1e-5)  # fp32
+        assert float(row[perplexity]) == pytest.approx(np.exp(-np.mean(wanted)), rel=1e-5)
+    table = pq.read_table(tmp_path / "s.parquet").to_pydict()
+    assert table["log_likelihood"] == [float(row["log_likelihood"]) for row in rows]
+
+
+def test_a_damaged_model_scores_nothing(fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build(("tokens",))
+    model.heads["tokens"].bias.data[7] = float("nan")
+    own = save(model, tmp_path / "own")
+    assert main(["score", str(own), str(fasta), "--output", str(tmp_path / "s.csv")]) == 2
+    assert "record 'a': its likelihood is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "s.csv").exists()
 
 
 @pytest.mark.parametrize(
@@ -198,12 +215,3 @@ def test_what_cannot_be_scored_is_one_line_and_leaves_nothing(
     assert len(said) == 1
     assert re.search(message, said[0]), said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.fasta", "own"]
-
-
-def test_an_untrained_head_gives_a_perplexity_near_the_vocabulary(rng: np.random.Generator) -> None:
-    """Logits of 0 are 33 equal chances: the scale of nats is right."""
-    model = build(("tokens",))
-    for parameter in model.heads["tokens"].parameters():
-        nn.init.zeros_(parameter)
-    scores = token_log_likelihoods(model, TOKENIZER.encode(random_protein(rng, 9)).ids, (1, 1), 32)
-    np.testing.assert_allclose(np.exp(-scores), 33.0)

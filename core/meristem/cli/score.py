@@ -35,6 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["class", "mean"],
         help="with --attention: who looks, the class row or the mean of the patches; class where there is one",
     )
+    parser.add_argument(
+        "--one-pass",
+        action="store_true",
+        help="for bidirectional models: one run a record without masks, an approximation (wild-type marginal)",
+    )
+    parser.add_argument(
+        "--closing", action="store_true", help="for causal models: score the special tokens behind a record too"
+    )
+    parser.add_argument(
+        "--prefix-tokens", type=int, help="for prefix language models: tokens of the prefix, which are not scored"
+    )
     parser.add_argument("--plots", metavar="FOLDER", help="with arrays: one PNG a record, in this folder")
     parser.add_argument("--domain", default="", help="domain that reads the input; the model's own by default")
     parser.add_argument("--tokens-per-batch", type=int, default=8192, help="tokens that a pack holds at most")
@@ -149,39 +160,35 @@ def _write_arrays(
 def _write_likelihoods(
     args: argparse.Namespace, card: "ModelCard", model: "Model", records: Iterator["Scored"], part: Path
 ) -> None:
+    import math
+
     import pyarrow as pa
     import pyarrow.csv
     import pyarrow.parquet
+    import torch
 
+    from meristem.errors import DataError
+    from meristem.inference.trunks import runnable_trunk
     from meristem.progress import Progress
-    from meristem.scoring.likelihood import token_log_likelihoods
+    from meristem.scoring.likelihood import LikelihoodOptions, score_column
+    from meristem.scoring.running import RunningModel
 
-    columns: dict[str, list[Any]] = {"id": [], "length": [], "log_likelihood": [], "pseudo_perplexity": []}
+    options = LikelihoodOptions(one_pass=args.one_pass, closing=args.closing, prefix_tokens=args.prefix_tokens)
+    trunk = runnable_trunk(model, torch.float32)
+    rows = []
     with Progress(None, "tokens", title="score") as bar:
+        running = RunningModel(model.over(trunk), card.tokenizer, args.tokens_per_batch, bar.advance)
         for name, column in records:
-            scores = token_log_likelihoods(
-                model,
-                column.ids,
-                card.tokenizer.num_special,
-                card.tokenizer.mask_id,
-                args.tokens_per_batch,
-                bar.advance,
-            )
-            row = (name, len(scores), float(scores.sum()), _perplexity(scores))
-            for values, value in zip(columns.values(), row):
-                values.append(value)
-    table = pa.table(columns)
+            [row] = score_column(running, column, options)
+            if not math.isfinite(row["log_likelihood"]):
+                raise DataError(f"record {name!r}: its likelihood is not finite; the model is damaged")
+            rows.append({"id": name, **row})
+    table = pa.Table.from_pylist(rows)
     if part.suffixes[-2] == ".csv":
         pa.csv.write_csv(table, part)
     else:
         pa.parquet.write_table(table, part)
-    print(f"{len(table)} records; log_likelihood in nats, each token given all others")
-
-
-def _perplexity(scores: Any) -> float | None:
-    import numpy as np
-
-    return float(np.exp(-scores.mean())) if len(scores) else None
+    print(f"{len(table)} records; log_likelihood in nats")
 
 
 def _records(

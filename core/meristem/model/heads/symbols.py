@@ -78,6 +78,7 @@ class SymbolHead(Head):
         much as several blocks.
         """
         rows = hidden.final if request.rows is None else hidden.final.index_select(0, request.rows)
+        rows = rows.to(self.weight.dtype)  # of a trunk in another precision
         if self.config.activation is not None:
             rows = self.norm(self.activation(self.dense(rows)))
         return rows if self.config.scale == 1.0 else rows * self.config.scale

@@ -1,0 +1,60 @@
+"""A model as scorers run it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from meristem.data.tokenizer import Tokenizer
+from meristem.model.model import SYMBOLS, Model
+from meristem.model.outputs import HeadRequest, Wanted
+from meristem.shapes import Float, Float64, Int, Tensor
+from meristem.types import Hidden, PackedBatch
+
+ROWS_PER_CALL = 128
+"""Rows that the symbol head gets in one call, no more and no fewer. Log-probabilities of all rows of a pack at once
+would take `12 * T * V` bytes; and on a CPU a matrix product may round a row differently when the number of rows is
+another, so a likelihood would depend on the token budget."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunningModel:
+    """A model in evaluation mode on its device, and how it is run.
+
+    Attributes:
+        model: as it runs fastest, such as with a trunk of pre-packed weights.
+        tokenizer: of the model.
+        tokens_per_batch: tokens that a pack holds at most, unless a single sequence is longer.
+        advance: called with the number of tokens that were run since the last call.
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    tokens_per_batch: int = 4096
+    advance: Callable[[int], None] = lambda count: None
+
+    @torch.inference_mode()
+    def symbol_log_probabilities(
+        self, batch: PackedBatch, rows: Int[Tensor, "M"], symbols: Int[Tensor, "M"]
+    ) -> Float64[Tensor, "M"]:
+        """Log-probability (nats) that the symbol head gives one symbol at each of some rows.
+
+        Args:
+            batch: on any device.
+            rows: of the batch; of the decoder's side where there are two.
+            symbols: the id asked for at each row.
+        """
+        device = self.model.device
+        batch, found = batch.to(device), []
+        hidden = self.model(batch, Wanted()).hidden
+        for part, asked in zip(rows.to(device).split(ROWS_PER_CALL), symbols.to(device).split(ROWS_PER_CALL)):
+            logits = self.symbol_logits(batch, hidden, F.pad(part, (0, ROWS_PER_CALL - len(part))))[: len(part)]
+            found.append(logits.double().log_softmax(-1).gather(1, asked[:, None]).squeeze(1))
+        return torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.float64)
+
+    def symbol_logits(self, batch: PackedBatch, hidden: Hidden, rows: Int[Tensor, "M"]) -> Float[Tensor, "M V"]:
+        """Logits of every symbol for some rows of a pack that the trunk has run."""
+        wanted = Wanted(requests={SYMBOLS: HeadRequest(rows)}).behind(hidden)
+        logits: Tensor = self.model(batch, wanted).heads[SYMBOLS]
+        return logits
