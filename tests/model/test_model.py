@@ -83,7 +83,7 @@ def test_a_head_that_kept_the_parameter_itself_would_be_seen(rng: np.random.Gene
     right, stale, batch = _model(), _model(), random_pack(rng, [5, 9])
     head = stale.heads[SYMBOLS]
     assert isinstance(head, SymbolHead)
-    head._tied = (SimpleNamespace(weight=head.weight),)
+    head.shared = (SimpleNamespace(weight=head.weight),)
     for model in (right, stale):
         model.load_state_dict(_model().state_dict(), assign=True)
     stale.load_state_dict(right.state_dict(), assign=True)
@@ -100,7 +100,9 @@ def test_the_state_of_a_model_has_each_weight_once() -> None:
 def test_reordered_copies_say_the_same(rng: np.random.Generator) -> None:
     model, batch = _model(), random_pack(rng, [3, 20, 7])
     with torch.inference_mode():
-        fast = with_runnable_heads(model).over(runnable_trunk(model, torch.float32))
+        heads = with_runnable_heads(model)
+        assert heads.heads["own"].shared == (heads.pool,)
+        fast = heads.over(runnable_trunk(model, torch.float32))
         whole = reordered(model, must_round_alike=False) or model
         for other in (fast, whole):
             for own, said in zip(_said(other, batch), _said(model, batch), strict=True):

@@ -16,9 +16,14 @@ class Head(nn.Module):
 
     Attributes:
         needs_attentions: it reads the attention maps of all layers.
+        shared: modules of the model that this head uses and does not own.
     """
 
     needs_attentions = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared: tuple[nn.Module, ...] = ()
 
     @property
     def num_first(self) -> int | None:
@@ -26,11 +31,11 @@ class Head(nn.Module):
         return None
 
     def tie(self, embedding: EmbeddingLayer, pool: PoolLayer | None) -> None:
-        """Take what this head shares with the rest of the model; called once, when the model is built.
+        """Put into `shared` what this head shares with the rest of the model; called once, when the model is built.
 
-        Keep a shared module in a tuple. An attribute of its own would register it, and its weights would be in the
-        state of the model twice; a bare parameter would be out of date once weights are loaded. A copy of the whole
-        model copies the tuple too, and with the right module.
+        An attribute of its own would register a shared module, and its weights would be in the state of the model
+        twice; a bare parameter would be out of date once weights are loaded. Copies of the whole model copy the tuple
+        too, and with the right modules.
 
         Args:
             embedding: of the model.

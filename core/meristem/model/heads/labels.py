@@ -44,7 +44,6 @@ class LabelHead(Head):
         self.hidden = nn.Linear(width, readout.hidden_width) if readout.hidden_width else None
         self.dropout = nn.Dropout(readout.dropout)
         self.out = nn.Linear(readout.hidden_width or width, readout.num_outputs)
-        self._own_pool: tuple[PoolLayer, ...] = ()
         init_weights(self, config.init, config.num_layers)
 
     def tie(self, embedding: EmbeddingLayer, pool: PoolLayer | None) -> None:
@@ -53,7 +52,7 @@ class LabelHead(Head):
                 raise ConfigError(
                     f"label {self.readout.name!r} takes the model's own pool (pool: null), and it has none"
                 )
-            self._own_pool = (pool,)
+            self.shared = (pool,)
 
     @property
     def num_first(self) -> int | None:
@@ -63,7 +62,9 @@ class LabelHead(Head):
     @property
     def _pool(self) -> PoolLayer | None:
         """What makes one vector of a record's rows; None at token level."""
-        return self._own_pool[0] if self._own_pool else self.pool
+        pool = self.shared[0] if self.shared else self.pool
+        assert pool is None or isinstance(pool, PoolLayer)
+        return pool
 
     def forward(self, hidden: Hidden, batch: PackedBatch, request: HeadRequest) -> Float[Tensor, "R C"]:
         assert request.targets is None, "a head of labels gives no loss"

@@ -54,11 +54,10 @@ class SymbolHead(Head):
             self.norm = build_norm(config.norm, config.width)
         self.out = None if config.head.is_tied else nn.Linear(config.width, vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if config.head.bias else None
-        self._tied: tuple[nn.Embedding, ...] = ()
         init_weights(self, config.init, config.num_layers)
 
     def tie(self, embedding: EmbeddingLayer, pool: PoolLayer | None) -> None:
-        self._tied = (embedding.symbols,) if self.out is None else ()
+        self.shared = (embedding.symbols,) if self.out is None else ()
 
     def forward(self, hidden: Hidden, batch: PackedBatch, request: HeadRequest) -> Float[Tensor, "M V"] | SymbolLoss:
         features_MD, weight_VD, targets_M = self.features(hidden, request), self.weight, request.targets
@@ -71,7 +70,9 @@ class SymbolHead(Head):
     @property
     def weight(self) -> Float[Tensor, "V D"]:
         """Weight of the map onto the vocabulary: its own, or the embedding table."""
-        return self._tied[0].weight if self.out is None else self.out.weight
+        weight = self.shared[0].weight if self.out is None else self.out.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def features(self, hidden: Hidden, request: HeadRequest) -> Float[Tensor, "M D"]:
         """What is mapped onto the vocabulary, of the rows asked for alone: with a large vocabulary the map costs as
