@@ -175,7 +175,7 @@ class _naming:
 
 
 def load(path: Path | str, device: str | None = None, image_px: tuple[int, int] | None = None) -> LoadedModel:
-    """Read a run directory, a model directory or a Hugging Face directory.
+    """Read a run directory, a model directory or one of another library.
 
     Args:
         device: cpu or cuda; None for a GPU where there is one.

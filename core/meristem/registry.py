@@ -22,6 +22,7 @@ GROUPS: Mapping[str, str] = {
     "meristem.tokenizers": "kind of tokenizer",
     "meristem.heads": "kind of head",
     "meristem.families": "family of foreign models",
+    "meristem.libraries": "library of foreign models",
     "meristem.objectives": "objective",
 }
 """Groups of entry points, and what a piece of each is called in messages."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and help needs none of it
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to embed, with what, how, and where to."""
-    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or a Hugging Face directory")
+    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or one of another library")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="files of records; - for standard input")
     parser.add_argument(
         "--output", required=True, help="directory; a run that was stopped there goes on where it was stopped"

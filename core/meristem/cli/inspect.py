@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL|CONFIG",
-        help="a run directory, a model directory, a Hugging Face directory, or a config of `meristem fit`",
+        help="a run directory, a model directory, one of another library, or a config of `meristem fit`",
     )
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence, for FLOPs a token (512)")
     parser.add_argument(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to score, with what, and where to."""
-    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or a Hugging Face directory")
+    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or one of another library")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="files of records; - for standard input")
     parser.add_argument(
         "--output",
