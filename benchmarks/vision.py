@@ -161,7 +161,7 @@ def our_forward(
     if options.device == "cpu":
         return lambda: predictor.predict(column)[LABEL].values
     (readout,) = predictor.readouts
-    wanted = Wanted((LABEL,), num_special=runner.num_special, num_first=0)
+    wanted = Wanted((LABEL,), num_special=runner.num_special, rounds_alike=True, num_first=0)
     batch = pack_column(column, np.arange(len(column)), range(len(column))).to(options.device)
 
     @torch.inference_mode()

@@ -78,7 +78,8 @@ class Predictor:
         }
         before, behind = self.trunk.num_special
         names = [readout.name for readout in self.readouts]
-        wanted = Wanted(names, num_special=self.trunk.num_special, num_first=0, is_source_only=True)
+        num_special = self.trunk.num_special
+        wanted = Wanted(names, num_special=num_special, rounds_alike=True, num_first=0, is_source_only=True)
         for rows in self.trunk.run(column, wanted):
             for readout in self.readouts:
                 into = found[readout.name]

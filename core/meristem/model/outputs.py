@@ -19,6 +19,7 @@ class HeadRequest:
             holds all logits at once.
         label_smoothing: share of each target's probability that is spread evenly over all classes; with `targets`.
         num_special: special rows before and behind each payload.
+        rounds_alike: no bit of an output may depend on how many others are computed with it, on a CPU.
     """
 
     def __init__(
@@ -27,9 +28,10 @@ class HeadRequest:
         targets: Int[Tensor, "M"] | None = None,
         label_smoothing: float = 0.0,
         num_special: tuple[int, int] = (0, 0),
+        rounds_alike: bool = False,
     ):
         self.rows, self.targets, self.label_smoothing = rows, targets, label_smoothing
-        self.num_special = num_special
+        self.num_special, self.rounds_alike = num_special, rounds_alike
 
 
 class Wanted:
@@ -41,6 +43,7 @@ class Wanted:
         heads: names of the heads to run on all rows.
         requests: heads to run otherwise, by name.
         num_special: special rows before and behind each payload; pools and heads of labels leave them out.
+        rounds_alike: as in `HeadRequest`, of the heads named in `heads`.
         layers: hidden states to keep: 0 is the input of the first block, k the output of the k-th, -1 the last one.
         source_layers: the same of an encoder-decoder's source side; None for those of `layers`.
         attentions: blocks (from 0) whose attention maps to keep; these run on the slow reference kernel.
@@ -59,6 +62,7 @@ class Wanted:
         *,
         requests: Mapping[str, HeadRequest] | None = None,
         num_special: tuple[int, int] = (0, 0),
+        rounds_alike: bool = False,
         layers: Collection[int] = (),
         source_layers: Collection[int] | None = None,
         attentions: Collection[int] = (),
@@ -68,7 +72,8 @@ class Wanted:
         cache: Cache | None = None,
         hidden: Hidden | None = None,
     ):
-        self.heads = {name: HeadRequest(num_special=num_special) for name in heads} | dict(requests or {})
+        plain = HeadRequest(num_special=num_special, rounds_alike=rounds_alike)
+        self.heads = dict.fromkeys(heads, plain) | dict(requests or {})
         self.num_special = num_special
         self.layers, self.source_layers, self.attentions = layers, source_layers, attentions
         self.is_pooled, self.num_first, self.is_source_only = is_pooled, num_first, is_source_only

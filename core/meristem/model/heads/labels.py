@@ -16,15 +16,15 @@ from meristem.shapes import Float, Tensor
 from meristem.types import Hidden, PackedBatch
 
 ROWS_MULTIPLE = 16
-"""Rows are filled up to a multiple of this in evaluation. On a CPU a map onto one output (a value) rounds the last few
-rows otherwise when their number is no multiple of 4, so a prediction would depend on how many are made at once."""
+"""Rows are filled up to a multiple of this where outputs must round alike. On a CPU a map onto one output (a value)
+rounds the last few rows otherwise when their number is no multiple of 4, so a prediction would depend on how many are
+made at once."""
 
 
 class LabelHead(Head):
     """Predicts what a `Readout` says, from one vector a record or from each row.
 
-    Its outputs are logits or scaled values: `[S, C]` of records, `[T, C]` of tokens. In evaluation an output does not
-    depend on how many others are computed with it.
+    Its outputs are logits or scaled values: `[S, C]` of records, `[T, C]` of tokens.
 
     Attributes:
         pool: how rows become vectors; None at token level, and where the model's own pool does it.
@@ -73,7 +73,7 @@ class LabelHead(Head):
         rows = hidden.final if pool is None else pool(hidden.final, hidden.layout, request.num_special)
         num_rows = len(rows)
         rows = rows.to(next((one.dtype for one in self.parameters()), rows.dtype))
-        if not self.training:
+        if request.rounds_alike:
             rows = F.pad(rows, (0, 0, 0, -num_rows % ROWS_MULTIPLE))
         if self.standardise is not None:
             rows = self.standardise(rows)
