@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from labelled import run_data
 from meristem.data.pack import pack
-from meristem.data.patches import PatchTokenizer
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
 from meristem.model.config import Attention, Embedding, FeedForward, NoPosition, TransformerConfig
@@ -16,6 +15,7 @@ from meristem.objectives import supervised
 from meristem.objectives.mixing import Mixed, Mixing, mix
 from meristem.objectives.supervised import Supervised, Target
 from meristem.types import IGNORE, PackedBatch, Record
+from meristem_domains.vision.patches import PatchTokenizer
 from model_runs import outputs_of
 
 GRID = (3, 5)
