@@ -205,8 +205,8 @@ MUTANTS = {
     "options that the tokenizer does not take": ("sample", lambda d: {"sample_options": {"tokenizer": {"k": 3}}}),
     "an objective that is none": ("sample", lambda d: {"sample_objective": lambda: "Masked"}),
     "an objective that cannot be made": ("sample", lambda d: {"sample_objective": lambda: Masked(rate=3)}),
-    "an objective that needs labels": (
-        "records",
+    "an objective without its labels": (
+        "train",
         lambda d: {"sample_objective": lambda: Supervised([Target(name="x")])},
     ),
     "an objective that the presets are not for": ("train", lambda d: {"sample_objective": Causal}),

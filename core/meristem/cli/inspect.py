@@ -121,7 +121,6 @@ def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
     from meristem.model.init import without_weights
     from meristem.model.model import SYMBOLS, Model
     from meristem.train.architecture import resolve_architecture
-    from meristem.train.datamodule import build_tokenizer
 
     file = find_config(args.model)
     values = read_configs([file]).values
@@ -131,7 +130,7 @@ def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
     if not data.get("domain"):
         raise ConfigError(f"{file}: data.domain must be set, as it gives presets and vocabulary")
     domain = load_domain(data["domain"])
-    tokenizer = build_tokenizer(domain, data.get("tokenizer") or {})
+    tokenizer = domain.build_tokenizer(**(data.get("tokenizer") or {}))
     architecture = resolve_architecture(model.get("architecture") or {}, domain, tokenizer)
     with without_weights():
         built = Model(architecture, (SYMBOLS,) if architecture.head else ())

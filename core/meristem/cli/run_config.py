@@ -23,7 +23,7 @@ from meristem.errors import ConfigError
 from meristem.model.plain import merge, to_json
 from meristem.registry import find_all
 from meristem.train.architecture import resolve_architecture
-from meristem.train.datamodule import DataModule, build_tokenizer
+from meristem.train.datamodule import DataModule
 from meristem.train.task import Task
 from meristem.train.watch import Watch
 
@@ -181,7 +181,7 @@ def parse(argv: list[str], verb: str) -> RunConfig | None:
         try:
             data = resolved["data"]
             domain = load_domain(data["domain"])
-            tokenizer = build_tokenizer(domain, data["tokenizer"] or {})
+            tokenizer = domain.build_tokenizer(**(data["tokenizer"] or {}))
             resolved["model"]["architecture"] = to_json(resolve_architecture(wanted, domain, tokenizer))
         except ConfigError as error:
             raise placed(error, read) from error
