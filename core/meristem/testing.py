@@ -287,7 +287,7 @@ class _Contract:
             losses = []
             for _ in range(NUM_STEPS):
                 torch.manual_seed(0)  # the same dropout in each step
-                terms = objective.loss(self.model, extra, batch).terms
+                terms = objective.loss_of(self.model, extra, batch).terms
                 got = {name: float(term.count) for name, term in terms.items()}
                 _require(got == counts, f"the counts of the loss must be those announced, {counts}", got)
                 known = [term.weight * term.sum / term.count for term in terms.values() if term.count]

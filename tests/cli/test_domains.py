@@ -153,8 +153,8 @@ def _with_symbols(config, num_symbols=9, **parts):
 
 
 class _Unlearned(Masked):
-    def loss(self, model, extra, batch):
-        out = super().loss(model, extra, batch)
+    def loss_of(self, model, extra, batch):
+        out = super().loss_of(model, extra, batch)
         terms = {name: dataclasses.replace(term, sum=-term.sum) for name, term in out.terms.items()}
         return dataclasses.replace(out, terms={n: dataclasses.replace(t, sum=t.sum * 0 + 1) for n, t in terms.items()})
 
