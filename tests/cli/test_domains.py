@@ -212,7 +212,7 @@ MUTANTS = {
     "an objective that is none": ("sample", lambda d: {"sample_objective": lambda: "Masked"}),
     "an objective that cannot be made": ("sample", lambda d: {"sample_objective": lambda: Masked(rate=3)}),
     "an objective without its labels": (
-        "train",
+        "records",
         lambda d: {"sample_objective": lambda: Supervised([Target(name="x")])},
     ),
     "an objective that the presets are not for": ("train", lambda d: {"sample_objective": Causal}),
