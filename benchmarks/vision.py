@@ -27,9 +27,8 @@ from torch.nn import functional as F
 
 from meristem.data.pack import pack_column
 from meristem.data.parts import Part, RunData
-from meristem.data.patches import PatchTokenizer
 from meristem.inference.engine import PRECISIONS, TrunkRunner
-from meristem.inference.predict import Predictor
+from meristem.inference.predictor import Predictor
 from meristem.interop.table import KeyTable, Rename, Row, Transform
 from meristem.model.config import (
     Attention,
@@ -45,6 +44,7 @@ from meristem.model_directory import load_any
 from meristem.objectives.supervised import Supervised, Target
 from meristem.train.task import Task
 from meristem.types import Record, TokenColumn, Tokens
+from meristem_domains.vision.patches import PatchTokenizer
 
 LABEL, PATCH_PX, NUM_REGISTERS = "label", 16, 4
 SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6, "num_classes": 1000}

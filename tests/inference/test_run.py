@@ -15,9 +15,9 @@ from small_models import RESIDUES, records_with_repeats, snapshot, write_fasta
 
 from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.inference.chunks import ChunkReader
+from meristem.inference.embed import EmbedOptions, embed_files
 from meristem.inference.engine import Embedder, TrunkRunner
 from meristem.inference.formats import read_embeddings
-from meristem.inference.run import EmbedOptions, embed_files
 from meristem.model.config import Learned
 from meristem.model_directory import load_model
 

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from labelled import run_data
 from meristem.data.pack import pack
-from meristem.data.patches import PatchTokenizer
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
 from meristem.model.config import Attention, Embedding, FeedForward, NoPosition, TransformerConfig
@@ -16,6 +15,7 @@ from meristem.objectives import supervised
 from meristem.objectives.mixing import Mixed, Mixing, mix
 from meristem.objectives.supervised import Supervised, Target
 from meristem.types import IGNORE, PackedBatch, Record
+from meristem_domains.vision.patches import PatchTokenizer
 
 GRID = (3, 5)
 TOKENIZER = PatchTokenizer(image_px=(12, 20), patch_px=4, num_channels=1, mean=(0.5,), std=(0.5,))

@@ -9,12 +9,12 @@ import torch
 
 from meristem.cli.main import main
 from meristem.data.pack import pack
-from meristem.data.patches import PatchTokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import Attention, Embedding, FeedForward, Learned, TransformerConfig
 from meristem.model.model import Model
 from meristem.scoring.attention_maps import attention_maps, draw_attention, maps_of
 from meristem.types import TokenColumn, Tokens
+from meristem_domains.vision.patches import PatchTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "probing"))  # a domain of pictures that fits in a file
 import small_probes

@@ -9,7 +9,6 @@ import pytest
 import torch
 from small_scored import KINDS, by_brute_force, draw_column, draw_model, draw_tokenizer, ids_of, redrawn
 
-from meristem.data.patches import PatchTokenizer
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import (
@@ -27,6 +26,7 @@ from meristem.scoring import likelihood
 from meristem.scoring.likelihood import LikelihoodOptions, Reading, kind_of, score_column, token_log_likelihoods
 from meristem.scoring.running import ROWS_PER_CALL, RunningModel
 from meristem.types import IGNORE, TokenColumn
+from meristem_domains.vision.patches import PatchTokenizer
 
 
 class Case:

@@ -9,18 +9,18 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from meristem.data.multi_crop import NUM_GLOBAL, MultiCrop
 from meristem.data.parts import RunData
-from meristem.data.patches import PatchTokenizer
-from meristem.data.pictures import read_pixels
 from meristem.errors import ConfigError
 from meristem.model.config import Learned, TransformerConfig
 from meristem.model.model import Model
 from meristem.objectives.objective import Objective
 from meristem.objectives.teacher import PrototypeHead, Teacher
-from meristem.objectives.teacher_metrics import TeacherEntropy, UsedEntropy, ViewGap
 from meristem.shapes import Float, Tensor
 from meristem.types import Layout, LossOut, PackedBatch, Record, Term, Tokens
+from meristem_domains.vision.multi_crop import NUM_GLOBAL, MultiCrop
+from meristem_domains.vision.objectives.teacher_metrics import TeacherEntropy, UsedEntropy, ViewGap
+from meristem_domains.vision.patches import PatchTokenizer
+from meristem_domains.vision.pictures import read_pixels
 
 VIEW = "view"
 """Label that says which view of its record a sequence is."""

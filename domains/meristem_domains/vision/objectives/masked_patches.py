@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from meristem.data.parts import RunData
-from meristem.data.picture_grid import picture_grid
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import Attention, Embedding, FeedForward, Init, SinCos2D, TransformerConfig
@@ -20,6 +19,7 @@ from meristem.objectives.objective import Objective
 from meristem.objectives.symbols import require_fractions
 from meristem.shapes import Bool, Float, Tensor
 from meristem.types import IGNORE, Hidden, LossOut, PackedBatch, Record, Term, Tokens
+from meristem_domains.vision.picture_grid import picture_grid
 
 PIXELS = "pixels"
 """Name of the target (0 where a patch is hidden), and of the term."""

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_objectives import TOKENIZER as RESIDUES
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from meristem.data.pack import pack
 from meristem.data.parts import RunData
-from meristem.data.patches import PatchTokenizer
-from meristem.data.picture_grid import GAP_PX, picture_grid
+from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import (
     Attention,
@@ -27,8 +25,10 @@ from meristem.model.config import (
     TransformerConfig,
 )
 from meristem.model.model import Model
-from meristem.objectives.masked_patches import DECODER, PIXELS, MaskedPatches
 from meristem.types import IGNORE, PackedBatch, Record
+from meristem_domains.vision.objectives.masked_patches import DECODER, PIXELS, MaskedPatches
+from meristem_domains.vision.patches import PatchTokenizer
+from meristem_domains.vision.picture_grid import GAP_PX, picture_grid
 
 SIDE = 16
 PATCH = 4
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ConfigError, match=next(iter(options))):
             MaskedPatches(**options)
     with pytest.raises(ConfigError, match="domain of pictures"):
-        MaskedPatches().bind(RunData(RESIDUES))
+        MaskedPatches().bind(RunData(AlphabetTokenizer(("A", "B"))))
     with pytest.raises(ConfigError, match="patch_features"):
         MaskedPatches().bind_model(replace(CONFIG, embedding=Embedding(vocab_size=3)))
     with pytest.raises(ConfigError, match="one stack"):

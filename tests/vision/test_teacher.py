@@ -24,7 +24,7 @@ from torch import nn
 
 from meristem.cli.main import main
 from meristem.model.config import Init
-from meristem.objectives.self_distillation import (
+from meristem_domains.vision.objectives.self_distillation import (
     DISTILLATION,
     SelfDistillation,
     by_record,

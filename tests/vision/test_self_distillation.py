@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_objectives import TOKENIZER as RESIDUES
 from small_pictures import (
     CONFIG,
     CROPS,
@@ -21,11 +20,13 @@ from small_pictures import (
 from torch import nn
 
 from meristem.data.parts import RunData
-from meristem.data.pictures import read_pixels
+from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import Learned
-from meristem.objectives import self_distillation
-from meristem.objectives.self_distillation import (
+from meristem.objectives.teacher import Teacher
+from meristem.train.optim import parameter_groups
+from meristem_domains.vision.objectives import self_distillation
+from meristem_domains.vision.objectives.self_distillation import (
     DISTILLATION,
     KOLEO_EPS,
     SPREAD,
@@ -36,8 +37,7 @@ from meristem.objectives.self_distillation import (
     pair_losses,
     spread_term,
 )
-from meristem.objectives.teacher import Teacher
-from meristem.train.optim import parameter_groups
+from meristem_domains.vision.pictures import read_pixels
 
 
 def test_views_lie_in_one_pack_without_padding(rng):
@@ -221,7 +221,7 @@ def test_what_is_optimised_is_trunk_and_head_and_not_the_teacher():
 
 def test_what_cannot_be_trained_is_refused():
     with pytest.raises(ConfigError, match="needs pictures; got a tokenizer of alphabet"):
-        SelfDistillation(CROPS).bind(RunData(RESIDUES))
+        SelfDistillation(CROPS).bind(RunData(AlphabetTokenizer(("A", "B"))))
     with pytest.raises(ConfigError, match="multiples of a patch, 3; got 16"):
         SelfDistillation(CROPS).bind(RunData(replace(TOKENIZER, image_px=(6, 6), patch_px=3)))
     with pytest.raises(ConfigError, match=r"pool: \{kind: Prefix\}"):

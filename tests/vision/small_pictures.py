@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from meristem.data.multi_crop import MultiCrop
 from meristem.data.pack import pack
 from meristem.data.parts import RunData
-from meristem.data.patches import PatchTokenizer
 from meristem.model.config import Attention, Embedding, FeedForward, Init, Prefix, SinCos2D, TransformerConfig
 from meristem.model.model import Model
-from meristem.objectives.self_distillation import SelfDistillation
 from meristem.types import PackedBatch, Record
+from meristem_domains.vision.multi_crop import MultiCrop
+from meristem_domains.vision.objectives.self_distillation import SelfDistillation
+from meristem_domains.vision.patches import PatchTokenizer
 
 TOKENIZER = PatchTokenizer((16, 16), 4)
 
