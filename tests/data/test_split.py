@@ -68,12 +68,12 @@ def test_a_split_column_that_names_no_part_is_refused_by_file_and_line(make_stor
 
 
 def family_store(rng, make_store, families: int = 150):
-    """Families of a founder, copies with up to 8 % mutations, copies with ends cut off, and an equal one."""
+    """Families of a founder, copies with up to 5 % mutations, copies with ends cut off, and an equal one."""
     payloads, family = [], []
     for i in range(families):
         founder = random_payloads(rng, 1, 150, 300)[0]
         members = [founder, founder.lower()]
-        members += [mutated(founder, rate, rng) for rate in rng.uniform(0, 0.08, rng.integers(0, 6))]
+        members += [mutated(founder, rate, rng) for rate in rng.uniform(0, 0.05, rng.integers(0, 6))]
         members.append(founder[rng.integers(0, 20) : len(founder) - int(rng.integers(0, 20))])
         payloads += members
         family += [i] * len(members)

@@ -11,7 +11,7 @@ import numpy as np
 from meristem.data.records import ReadOptions, Refusal, Source
 from meristem.data.split import require_whole_groups
 from meristem.data.store import RecordStore, default_cache_dir
-from meristem.domain import load_domain
+from meristem.domain import domain_of_model
 from meristem.errors import ConfigError, DataError
 from meristem.files import replacing, write_json
 from meristem.inference.engine import best_device
@@ -100,7 +100,7 @@ class _Probe:
 
     def go(self) -> dict[str, Any]:
         options = self.options
-        self.domain = load_domain(options.embed.domain or self._domain_of_model())
+        self.domain = domain_of_model(options.embed.domain, self._domain_of_model())
         main_store, main_refused = self._read(self.inputs, options.split_column)
         test_store, test_refused = self._read(self.tests, "") if self.tests else (main_store, [])
         if self.tests:
