@@ -10,6 +10,7 @@ from lines import RESIDUES, TOKENIZER, random_payloads
 
 import meristem.data.loader as loader_module
 import meristem.data.stretches as stretches
+from labelled import ready
 from meristem.data.corrupt import crop_window
 from meristem.data.loader import PackMaker
 from meristem.data.order import record_rng
@@ -20,7 +21,7 @@ from meristem.data.store import RecordStore
 from meristem.data.stretches import slice_column
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError, DataError
-from meristem.types import PackedBatch, Slice
+from meristem.types import INPUT, PackedBatch, Slice
 
 COMPLEMENT = str.maketrans("ACDE", "EDCA")
 
@@ -31,9 +32,12 @@ class Kept:
     def __init__(self) -> None:
         self.seen: list[tuple] = []
 
-    def prepare(self, record, tokens, rng):
-        self.seen += [(record.id, one.ids.tolist(), one.spans.tolist(), rng.random()) for one in tokens]
-        return tokens
+    inputs, payload_inputs = (INPUT,), ()
+
+    def prepare(self, record, encode, rng):
+        one = encode(INPUT)
+        self.seen.append((record.id, one.ids.tolist(), one.spans.tolist(), rng.random()))
+        return (one,)
 
     def counts(self, batch):
         return {}
@@ -74,7 +78,7 @@ def slowly(store: RecordStore, tokenizer: AlphabetTokenizer, most: int, epoch: i
         if isinstance(payload, Slice):
             payload = store.reader.fetch([payload])[0].as_py()
         tokens = crop_window(tokenizer.encode(payload), most, rng)
-        objective.prepare(record, (tokens,), rng)
+        objective.prepare(record, ready(tokens), rng)
     return objective.seen
 
 
