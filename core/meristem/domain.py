@@ -41,8 +41,8 @@ class Domain:
         sample_objective: makes an objective that a model can be trained for on the sample.
         files: gives the files that a source names beside itself, such as those in a folder; None where a source is one
             file. A change in one of them is a change of the source.
-        augment: makes the views that training takes of a record, of the tokenizer and the options of `data.augment`;
-            None for a domain that has none.
+        views: makes the views that are used in the place of a record, given the tokenizer and the options of
+            `data.views`; None for a domain that has none.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Domain:
     sample_options: Mapping[str, Any] = field(default_factory=dict)
     sample_objective: Callable[[], Objective] = Masked
     files: Files | None = None
-    augment: Callable[..., Views] | None = None
+    views: Callable[..., Views] | None = None
 
     def build_tokenizer(self, **options: Any) -> Tokenizer:
         """The domain's tokenizer with these options.
@@ -67,6 +67,25 @@ class Domain:
             raise ConfigError(
                 f"data.tokenizer: the tokenizer of {self.name} does not take that: {error}; "
                 f"its options: {', '.join(signature(self.tokenizer).parameters) or 'none'}"
+            ) from error
+
+    def build_views(self, tokenizer: Tokenizer, **options: Any) -> Views:
+        """The domain's views of records with these options.
+
+        Args:
+            tokenizer: reads the views.
+
+        Raises:
+            ConfigError: an option that they do not take, or the domain has no views.
+        """
+        if self.views is None:
+            raise ConfigError(f"data.views must not be set: the domain {self.name} has no views of records")
+        try:
+            return self.views(tokenizer, **options)
+        except TypeError as error:
+            raise ConfigError(
+                f"data.views: the views of {self.name} do not take that: {error}; "
+                f"their options: {', '.join([*signature(self.views).parameters][1:]) or 'none'}"
             ) from error
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from meristem.domain import Domain
 from meristem.objectives.objective import Objective
-from meristem_domains.vision.augment import augment
 from meristem_domains.vision.presets import PRESETS
 from meristem_domains.vision.reading import files, read
 from meristem_domains.vision.tokenizer import tokenizer
+from meristem_domains.vision.views import picture_views
 
 
 def classify_digits() -> Objective:
@@ -26,7 +26,7 @@ domain = Domain(
     sample_options={"tokenizer": {"image_px": 8, "patch_px": 2, "num_channels": 1}},
     sample_objective=classify_digits,
     files=files,
-    augment=augment,
+    views=picture_views,
 )
 
 __all__ = ["domain"]
