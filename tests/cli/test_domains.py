@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pyarrow as pa
 import pytest
 
 from meristem.cli.main import main
+from meristem.data.reading.reader import Reader
+from meristem.data.views import Views
 from meristem.domain import Domain, domain_of_model, load_domain
 from meristem.errors import ConfigError
 from meristem.objectives.causal import Causal
@@ -18,7 +21,7 @@ from meristem.objectives.supervised import Supervised, Target
 from meristem.scaffold import write_domain
 from meristem.testing import BrokenContract, run_contract
 
-STAGES = ["sample", "records", "tokens", "decode", "presets", "pack", "train", "embed"]
+STAGES = ["sample", "records", "tokens", "decode", "views", "presets", "pack", "train", "embed"]
 
 
 @pytest.fixture
@@ -58,16 +61,16 @@ def test_a_new_domain_comes_with_a_package_and_an_entry_point(tmp_path):
 
 
 def test_a_new_domain_refuses_a_foreign_base_by_file_and_line(lab_rna, tmp_path):
-    from meristem.data.records import ReadOptions, Source
+    from meristem.data.records import PAYLOAD, ReadOptions, Source
     from meristem.errors import DataError
 
     path = tmp_path / "reads.fa"
     path.write_text(">a\nACGU\nAC\n>b\nAC7U\n>c\nGGG\n")
     with pytest.raises(DataError, match=r"reads\.fa:4: '7'"):
-        list(lab_rna.read(Source(str(path)), ReadOptions()))
+        list(lab_rna.reader.read(Source(str(path)), ReadOptions()))
     refused = []
-    batches = list(lab_rna.read(Source(str(path)), ReadOptions(on_error=refused.append)))
-    assert pa.Table.from_batches(batches).column("payload").to_pylist() == ["ACGUAC", "GGG"]
+    batches = list(lab_rna.reader.read(Source(str(path)), ReadOptions(on_error=refused.append)))
+    assert pa.Table.from_batches(batches).column(PAYLOAD).to_pylist() == ["ACGUAC", "GGG"]
     assert [refusal.id for refusal in refused] == ["b"]
 
 
@@ -113,16 +116,21 @@ def test_the_fixture_of_the_plugin_raises_what_is_broken(check_domain, lab_rna, 
         check_domain(broken(lab_rna, monkeypatch, sample=tmp_path / "absent.fa"))
 
 
-def _lost_record(read, good_reads):
+def _reader(read):
+    """A reader whose `read` is this."""
+    return type("Mutant", (Reader,), {"read": lambda self, source, options: read(source, options)})()
+
+
+def _lost_record(reader, good_reads):
     """A reader that gives a record less after so many calls: state leaks from one to the next."""
     calls = []
 
     def mutant(source, options):
         calls.append(1)
-        for batch in read(source, options):
+        for batch in reader.read(source, options):
             yield batch.slice(len(calls) > good_reads)
 
-    return mutant
+    return _reader(mutant)
 
 
 def _with(tokenizer, **methods):
@@ -146,6 +154,49 @@ def _shifted(by):
 def _turned(self, tokens):
     """A `decode` that gives the symbols in reverse."""
     return super(type(self), self).decode(tokens)[::-1]
+
+
+def _reading(domain, **methods):
+    """A reader whose methods are replaced."""
+    return type("Mutant", (type(domain.reader),), methods)()
+
+
+def _counted(self, payload, calls=itertools.count()):  # noqa: B008
+    return f"{next(calls)}".encode()
+
+
+class Turning(Views):
+    """Turns a sequence round, every second time."""
+
+    def __init__(self, tokenizer=None, num_views=1, is_training_only=False, turns_always=False):
+        self.is_training_only, self.num_views, self.turns_always = is_training_only, num_views, turns_always
+
+    def views(self, record, rng):
+        if self.turns_always or (rng is not None and rng.random() < 0.5):
+            return (record.with_payload(record.payload[::-1]),)
+        return (record,)
+
+
+class Unseeded(Turning):
+    def views(self, record, rng):
+        return super().views(record, np.random.default_rng())
+
+
+class Doubled(Turning):
+    num_views = 1
+
+    def views(self, record, rng):
+        return super().views(record, rng) * (2 if rng is None else 1)
+
+
+class Forgetful(Turning):
+    def __getstate__(self):
+        return {"num_views": 1, "turns_always": True}
+
+
+class Foreign(Turning):
+    def views(self, record, rng):
+        return (record.with_payload("*"),)
 
 
 def _with_symbols(config, num_symbols=9, **parts):
@@ -173,9 +224,18 @@ def _truncated_column(self, payloads):
 
 
 MUTANTS = {
-    "a reader that forgets": ("records", lambda d: {"read": _lost_record(d.read, 1)}),
-    "a reader that forgets later": ("embed", lambda d: {"read": _lost_record(d.read, 2)}),
-    "a reader that raises": ("records", lambda d: {"read": lambda source, options: iter([1 / 0])}),
+    "a reader that forgets": ("records", lambda d: {"reader": _lost_record(d.reader, 1)}),
+    "a reader that forgets later": ("embed", lambda d: {"reader": _lost_record(d.reader, 2)}),
+    "a reader that raises": ("records", lambda d: {"reader": _reader(lambda source, options: iter([1 / 0]))}),
+    "a reader whose equals differ": ("records", lambda d: {"reader": _reading(d, canonical=_counted)}),
+    "a reader to which all is equal": (
+        "records",
+        lambda d: {"reader": _reading(d, canonical=lambda self, payload: b"")},
+    ),
+    "a reader that names files of nowhere": (
+        "records",
+        lambda d: {"reader": _reading(d, files=lambda self, source, options: [Path("nowhere")])},
+    ),
     "a column that differs": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode_column=_truncated_column)}),
     "spans beyond the payload": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode=_shifted(2))}),
     "a tokenizer of no installed kind": (
@@ -188,6 +248,16 @@ MUTANTS = {
     ),
     "a decoder that drifts": ("decode", lambda d: {"tokenizer": _with(d.tokenizer, decode=_turned)}),
     "symbols in no span": ("decode", lambda d: {"tokenizer": _with(d.tokenizer, encode=_shifted(-1))}),
+    "views drawn from elsewhere": ("views", lambda d: {"views": Unseeded}),
+    "more views than promised": ("views", lambda d: {"views": lambda tokenizer: Turning(num_views=2)}),
+    "two views in evaluation": ("views", lambda d: {"views": Doubled}),
+    "views that change evaluation and deny it": (
+        "views",
+        lambda d: {"views": lambda tokenizer: Turning(is_training_only=True, turns_always=True)},
+    ),
+    "views that forget who they are": ("views", lambda d: {"views": Forgetful}),
+    "views that need options": ("views", lambda d: {"views": lambda tokenizer, rate: Turning()}),
+    "views that the tokenizer refuses": ("views", lambda d: {"views": Foreign}),
     "no preset": ("presets", lambda d: {"presets": {}}),
     "a preset of another vocabulary": (
         "presets",
@@ -206,7 +276,7 @@ MUTANTS = {
     "an objective that is none": ("sample", lambda d: {"sample_objective": lambda: "Masked"}),
     "an objective that cannot be made": ("sample", lambda d: {"sample_objective": lambda: Masked(rate=3)}),
     "an objective without its labels": (
-        "train",
+        "records",
         lambda d: {"sample_objective": lambda: Supervised([Target(name="x")])},
     ),
     "an objective that the presets are not for": ("train", lambda d: {"sample_objective": Causal}),
@@ -236,6 +306,12 @@ def test_a_model_directory_finds_only_installed_domains(name, lab_rna):
         domain_of_model("", name)
     assert domain_of_model("lab_rna:domain", name) is lab_rna
     assert domain_of_model("", "protein") is load_domain("protein")
+
+
+def test_views_are_seen_by_the_contract_and_by_its_training(lab_rna, monkeypatch):
+    stages = {stage.name: stage.detail for stage in run_contract(broken(lab_rna, monkeypatch, views=Turning))}
+    changed = int(stages["views"].split(", ")[1].split()[0])
+    assert 0 < changed < 16
 
 
 @pytest.mark.parametrize("name", ["protein"])

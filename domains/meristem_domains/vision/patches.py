@@ -355,7 +355,8 @@ class PatchTokenizer(Tokenizer):
         Args:
             pixels: `[H, W, C]` bytes, or floats between 0 and 1.
         """
-        size = tuple(side * self.patch_px for side in self._grid_of_size(pixels.shape))
+        rows, columns = self._grid_of_size(pixels.shape)
+        size = (rows * self.patch_px, columns * self.patch_px)
         pixels = self._cut(self._resized(pixels, size), size)
         values = pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
         return StandardImage((values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32))
@@ -367,7 +368,7 @@ class PatchTokenizer(Tokenizer):
         patches = values.reshape(rows, side, columns, side, self.num_channels).transpose(0, 2, 4, 1, 3)
         return patches.reshape(rows, columns, -1)
 
-    def _resized(self, pixels: np.ndarray, image_px: tuple[int, ...]) -> np.ndarray:
+    def _resized(self, pixels: np.ndarray, image_px: tuple[int, int]) -> np.ndarray:
         before = self.resize_px or resized_px(image_px, self.crop_frac)
         size = resized_size(pixels.shape[:2], before, self.crop)
         if size == pixels.shape[:2]:
@@ -380,7 +381,7 @@ class PatchTokenizer(Tokenizer):
         channels = [np.ascontiguousarray(pixels[..., channel]) for channel in range(self.num_channels)]
         return np.stack([np.asarray(pillow.fromarray(one).resize(size[::-1], filter_)) for one in channels], axis=-1)
 
-    def _cut(self, pixels: np.ndarray, image_px: tuple[int, ...]) -> np.ndarray:
+    def _cut(self, pixels: np.ndarray, image_px: tuple[int, int]) -> np.ndarray:
         """`image_px` of the centre; where the image is smaller, it is filled up."""
         lacking = [max(wanted - got, 0) for wanted, got in zip(image_px, pixels.shape)]
         if any(lacking):

@@ -78,8 +78,9 @@ class PictureViews(Views):
     def views(self, record: Record, rng: np.random.Generator | None) -> tuple[Record, ...]:
         if rng is None:
             return (record,)
+        assert isinstance(record.payload, bytes)
         image = _to_image(read_pixels(record.payload, self.tokenizer.num_channels))
-        return tuple(replace(record, payload=self._view(image, rng)) for _ in range(self.repeats))
+        return tuple(record.with_payload(self._view(image, rng)) for _ in range(self.repeats))
 
     def _view(self, image: "Image", rng: np.random.Generator) -> StandardImage:
         change, erase, tokenizer = self._made
