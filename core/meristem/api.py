@@ -17,7 +17,7 @@ from meristem.inference.formats import Embeddings, read_embeddings
 from meristem.inference.predictor import Prediction, Predictor
 from meristem.inference.run import Report
 from meristem.model.model import Model
-from meristem.model_directory import ModelCard, load_any, with_tokenizer_options
+from meristem.model_directory import ModelCard, load_any
 from meristem.types import TokenColumn
 
 IMAGES_AHEAD = 256
@@ -191,8 +191,7 @@ def load(path: Path | str, device: str | None = None, tokenizer: Mapping[str, An
         >>> model = meristem.load("runs/sample")
         >>> model = meristem.load("runs/vit", tokenizer={"image_px": (384, 384)})
     """
-    card, model = with_tokenizer_options(*load_any(path), tokenizer or {})
-    return LoadedModel(card, model, device or best_device())
+    return LoadedModel(*load_any(path, tokenizer), device or best_device())
 
 
 def generate(model: Path | str, prompts: Iterable[str], **options: Any) -> "list[str] | list[list[str]]":

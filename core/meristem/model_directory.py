@@ -169,14 +169,19 @@ def find_model(path: Path | str) -> Path:
     raise CheckpointError(f"{path} must be the directory of a run, a model or another library ({known}); got {got}")
 
 
-def load_any(path: Path | str) -> tuple[ModelCard, Model]:
+def load_any(path: Path | str, tokenizer: Mapping[str, Any] | None = None) -> tuple[ModelCard, Model]:
     """Read a run directory, a model directory or one of another library, strictly.
+
+    Args:
+        tokenizer: options of the domain's tokenizer that are to differ from the model's.
 
     Raises:
         CheckpointError: as `load_model`, or of no supported family.
+        ConfigError: as `with_tokenizer_options`.
     """
     place = find_model(path)
-    return load_model(place) if is_own(place) else import_model(place)[:2]
+    card, model = load_model(place) if is_own(place) else import_model(place)[:2]
+    return with_tokenizer_options(card, model, tokenizer or {})
 
 
 def with_tokenizer_options(card: ModelCard, model: Model, options: Mapping[str, Any]) -> tuple[ModelCard, Model]:
