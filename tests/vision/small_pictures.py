@@ -83,7 +83,7 @@ def take_step(
     optimizer: torch.optim.Optimizer,
 ) -> float:
     """One step as the task takes it: sums divided by counts."""
-    out = objective.loss(model, extra, batch)
+    out = objective.loss_of(model, extra, batch)
     counts = objective.counts(batch)
     loss = sum(term.weight * term.sum / counts[name] for name, term in out.terms.items() if counts[name])
     optimizer.zero_grad()

@@ -177,7 +177,7 @@ def _write_likelihoods(
     trunk = runnable_trunk(model, torch.float32)
     rows = []
     with Progress(None, "tokens", title="score") as bar:
-        running = RunningModel(model, trunk, card.tokenizer, args.tokens_per_batch, bar.advance)
+        running = RunningModel(model.over(trunk), card.tokenizer, args.tokens_per_batch, bar.advance)
         for name, column in records:
             [row] = score_column(running, column, options)
             if not math.isfinite(row["log_likelihood"]):

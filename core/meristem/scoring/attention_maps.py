@@ -9,6 +9,7 @@ import torch
 from meristem.data.pack import pack_column
 from meristem.errors import ConfigError
 from meristem.model.model import Model
+from meristem.model.outputs import Wanted
 from meristem.shapes import Int, Tensor
 from meristem.types import Hidden, TokenColumn
 
@@ -45,8 +46,8 @@ def attention_maps(
     layer %= num_layers
     for row in range(len(column)):
         with torch.inference_mode():
-            batch = pack_column(column, np.array([row]), [row]).to(model.trunk.device)
-            hidden = model.trunk(batch, attentions=(layer,))
+            batch = pack_column(column, np.array([row]), [row]).to(model.device)
+            hidden = model(batch, Wanted(attentions=(layer,))).hidden
             [maps] = maps_of(hidden, batch.positions, layer, query)
         yield maps
 

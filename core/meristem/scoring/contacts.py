@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from meristem.data.pack import pack_column
-from meristem.model.heads import correct_average_product
-from meristem.model.model import CONTACTS, Model, payload_maps
+from meristem.model.heads.contacts import correct_average_product, payload_maps
+from meristem.model.model import CONTACTS, Model
+from meristem.model.outputs import Wanted
 from meristem.types import TokenColumn
 
 
@@ -23,17 +24,17 @@ def contact_maps(model: Model, column: TokenColumn, num_special: tuple[int, int]
         model: in evaluation mode.
         num_special: special rows before and behind each payload, left out.
     """
-    device = model.trunk.device
+    device = model.device
     for row in range(len(column)):
         # each sequence on its own, so that no gradient graph outlives it and one at a time is in memory
         with torch.inference_mode():
             batch = pack_column(column, np.array([row]), [row]).to(device)
-            hidden = model.trunk(batch, attentions=range(model.config.num_layers))
             if has_contact_weights(model):
-                [logits] = model.contact_logits(hidden, num_special)
+                [logits] = model(batch, Wanted((CONTACTS,), num_special=num_special)).heads[CONTACTS]
                 values = logits.sigmoid()
             else:
-                [maps] = payload_maps(hidden, num_special)
+                wanted = Wanted(attentions=range(model.config.num_layers))
+                [maps] = payload_maps(model(batch, wanted).hidden, num_special)
                 values = torch.stack([correct_average_product(m + m.transpose(1, 2)).mean(0) for m in maps]).mean(0)
         yield values.float().cpu().numpy()
 
