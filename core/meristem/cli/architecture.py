@@ -47,7 +47,7 @@ def check_fit(config: TransformerConfig, tokenizer: Tokenizer, domain: str) -> N
     if (wanted := tokenizer.num_features) != config.embedding.patch_features:
         raise ConfigError(
             f"architecture.embedding.patch_features must be {wanted}, as data.tokenizer makes patches of so many "
-            f"values (channels x pixels); got {config.embedding.patch_features}"
+            f"values; got {config.embedding.patch_features}"
         )
     positions = {config.position, *(config.layer(index).position for index in range(config.total_layers))}
     for position in positions:

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from meristem import __version__
+from meristem.cli.configs import shipped_configs
 from meristem.cli.tokenizer_options import take_tokenizer_options
 from meristem.errors import ConfigError, PackageWarning, UserError
 
@@ -80,11 +81,14 @@ class ConfiguredVerb(Verb):
         return int(importlib.import_module(self.module).run_argv(argv, name))
 
 
+SAMPLE = next((name for name in shipped_configs() if name.endswith("/sample")), "config.yaml")
+"""A config that trains on the sample of its domain."""
+
 VERBS: dict[str, Verb] = {
     "fit": ConfiguredVerb(
         "meristem.cli.fit",
         "train a model from a config, or go on where the run stopped",
-        "meristem fit --config protein/sample --trainer.max_steps 200",
+        f"meristem fit --config {SAMPLE} --trainer.max_steps 200",
     ),
     "validate": ConfiguredVerb(
         "meristem.cli.fit",
@@ -94,24 +98,24 @@ VERBS: dict[str, Verb] = {
     "test": ConfiguredVerb(
         "meristem.cli.fit",
         "measure a trained model on the test part of its data",
-        "meristem test --config runs/localization/config.yaml",
+        "meristem test --config runs/tuned/config.yaml",
     ),
     "embed": Verb(
         "meristem.cli.embed",
         "write one vector a record, or one a token, in input order",
-        "meristem embed runs/sample/model proteins.fasta --output vectors",
+        "meristem embed runs/sample/model records.csv --output vectors",
         reads_model=True,
     ),
     "predict": Verb(
         "meristem.cli.predict",
         "write labels, probabilities or values from a fine-tuned model",
-        "meristem predict runs/localization/model proteins.fasta --output labels.csv",
+        "meristem predict runs/tuned/model records.csv --output labels.csv",
         reads_model=True,
     ),
     "probe": Verb(
         "meristem.cli.probe",
         "measure what the vectors of a model tell about a label: linear map and nearest neighbours",
-        "meristem probe runs/sample/model proteins.csv --label location --output probe",
+        "meristem probe runs/sample/model records.csv --label kind --output probe",
         reads_model=True,
     ),
     "generate": Verb(
@@ -122,8 +126,8 @@ VERBS: dict[str, Verb] = {
     ),
     "score": Verb(
         "meristem.cli.score",
-        "score records with a model: likelihoods, contact maps of proteins, attention over patches",
-        "meristem score runs/sample/model proteins.fasta --contacts --output contacts.npz",
+        "score records with a model: likelihoods, and what its domain makes of attention maps",
+        "meristem score runs/sample/model records.csv --output scores.csv",
         reads_model=True,
     ),
     "import": Verb(

@@ -53,7 +53,7 @@ class Target:
         pool: how the rows of a record become one vector, or `own` for the model's (`architecture.pool`); unused at
             token level.
         is_standardised: the head sees each feature of the pooled vector less its mean, over its deviation; for
-            records that differ little, such as the mutants of one protein. Record level only.
+            records that differ little, such as the variants of one text. Record level only.
         hidden_width: width of a hidden layer in the head; 0 for a linear head.
         dropout: in the head, in training.
         label_smoothing: share of each target's probability that is spread evenly over all classes, in training.
@@ -116,7 +116,7 @@ class Supervised(Objective):
 
     Args:
         targets: what is predicted; at least one.
-        mixing: of pictures in pairs, in training; for classes of whole records, without weights.
+        mixing: of records of patches in pairs, in training; for classes of whole records, without weights.
     """
 
     def __init__(self, targets: list[Target], mixing: Mixing = Mixing()):  # noqa: B008 (frozen)
@@ -141,7 +141,8 @@ class Supervised(Objective):
         self._num_special, self._grid = tokenizer.num_special, tokenizer.grid
         if self.mixing.is_on and not self._grid:
             raise ConfigError(
-                "objective.mixing needs pictures of one size; set data.tokenizer.image_px, or mixing.rate: 0"
+                "objective.mixing needs records that are patches on one grid, as data.tokenizer makes them; "
+                "otherwise set mixing.rate: 0"
             )
         self._bound = {target.name: self._learn(target, data) for target in self.targets}
 
