@@ -10,7 +10,11 @@ import pyarrow as pa
 import pytest
 
 from meristem.cli.main import main
-from meristem.domain import Domain, load_domain
+from meristem.domain import Domain, domain_of_model, load_domain
+from meristem.errors import ConfigError
+from meristem.objectives.causal import Causal
+from meristem.objectives.masked import Masked
+from meristem.objectives.supervised import Supervised, Target
 from meristem.scaffold import write_domain
 from meristem.testing import BrokenContract, run_contract
 
@@ -128,6 +132,38 @@ def _with(tokenizer, **methods):
     return lambda: mutant.from_json(base.to_json())
 
 
+def _shifted(by):
+    """An `encode` whose spans of payload symbols lie beside them."""
+
+    def encode(self, payload):
+        tokens = super(type(self), self).encode(payload)
+        spans = tokens.spans + (by if by > 0 else np.array([0, by]))
+        return dataclasses.replace(tokens, spans=np.sort(np.maximum(spans, 0)))
+
+    return encode
+
+
+def _turned(self, tokens):
+    """A `decode` that gives the symbols in reverse."""
+    return super(type(self), self).decode(tokens)[::-1]
+
+
+def _with_symbols(config, num_symbols=9, **parts):
+    return dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, vocab_size=num_symbols, **parts))
+
+
+class _Unlearned(Masked):
+    def loss_of(self, model, extra, batch):
+        out = super().loss_of(model, extra, batch)
+        terms = {name: dataclasses.replace(term, sum=-term.sum) for name, term in out.terms.items()}
+        return dataclasses.replace(out, terms={n: dataclasses.replace(t, sum=t.sum * 0 + 1) for n, t in terms.items()})
+
+
+class _Miscounting(Masked):
+    def counts(self, batch):
+        return {name: count + 1 for name, count in super().counts(batch).items()}
+
+
 def _truncated_column(self, payloads):
     column = super(type(self), self).encode_column(payloads)
     if len(payloads) > 1:  # `encode` goes through a column of one
@@ -141,15 +177,41 @@ MUTANTS = {
     "a reader that forgets later": ("embed", lambda d: {"read": _lost_record(d.read, 2)}),
     "a reader that raises": ("records", lambda d: {"read": lambda source, options: iter([1 / 0])}),
     "a column that differs": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode_column=_truncated_column)}),
+    "spans beyond the payload": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode=_shifted(2))}),
+    "a tokenizer of no installed kind": (
+        "tokens",
+        lambda d: {"tokenizer": _with(d.tokenizer, kind="mutant")},
+    ),
     "a decoder that loses the end": (
         "decode",
         lambda d: {"tokenizer": _with(d.tokenizer, decode=lambda self, tokens: "ACGU")},
     ),
+    "a decoder that drifts": ("decode", lambda d: {"tokenizer": _with(d.tokenizer, decode=_turned)}),
+    "symbols in no span": ("decode", lambda d: {"tokenizer": _with(d.tokenizer, encode=_shifted(-1))}),
     "no preset": ("presets", lambda d: {"presets": {}}),
+    "a preset of another vocabulary": (
+        "presets",
+        lambda d: {"presets": {"small": _with_symbols(d.presets["small"], 5)}},
+    ),
+    "a preset that reads patches": (
+        "presets",
+        lambda d: {"presets": {"small": _with_symbols(d.presets["small"], patch_features=4)}},
+    ),
     "no mask": (
         "train",
         lambda d: {"tokenizer": lambda: dataclasses.replace(d.tokenizer(), mask="")},
     ),
+    "options that a run does not take": ("sample", lambda d: {"sample_options": {"colour": "red"}}),
+    "options that the tokenizer does not take": ("sample", lambda d: {"sample_options": {"tokenizer": {"k": 3}}}),
+    "an objective that is none": ("sample", lambda d: {"sample_objective": lambda: "Masked"}),
+    "an objective that cannot be made": ("sample", lambda d: {"sample_objective": lambda: Masked(rate=3)}),
+    "an objective without its labels": (
+        "train",
+        lambda d: {"sample_objective": lambda: Supervised([Target(name="x")])},
+    ),
+    "an objective that the presets are not for": ("train", lambda d: {"sample_objective": Causal}),
+    "an objective that learns nothing": ("train", lambda d: {"sample_objective": _Unlearned}),
+    "an objective that miscounts": ("train", lambda d: {"sample_objective": _Miscounting}),
     "symbols that the loss never sees right": (
         "train",
         lambda d: {"tokenizer": _with(d.tokenizer, random_ids=property(lambda self: np.array([99])))},
@@ -165,6 +227,15 @@ def test_the_contract_catches(what, lab_rna, monkeypatch):
     with pytest.raises(BrokenContract, match=f"domain lab_rna:mutant: {stage}: "):
         passed.extend(kept.name for kept in stages)  # keeps those before the one that raises
     assert passed == STAGES[: STAGES.index(stage)]
+
+
+@pytest.mark.parametrize("name", ["lab_rna:domain", "lab_rna", "os:system", "json", ""])
+def test_a_model_directory_finds_only_installed_domains(name, lab_rna):
+    """Here `lab_rna` can be imported and is not installed; a user may ask for it by a dotted path."""
+    with pytest.raises(ConfigError, match=r"no installed package offers|names no domain"):
+        domain_of_model("", name)
+    assert domain_of_model("lab_rna:domain", name) is lab_rna
+    assert domain_of_model("", "protein") is load_domain("protein")
 
 
 @pytest.mark.parametrize("name", ["protein"])

@@ -299,7 +299,7 @@ def test_pictures_are_probed_by_the_same_code(tmp_path: Path, probe: Probe, rng:
 def test_a_folder_of_class_folders_is_probed(tmp_path: Path, probe: Probe, rng: np.random.Generator) -> None:
     from PIL import Image
 
-    model, _ = small_probes.save_image_model(tmp_path / "images", "meristem_domains.vision")
+    model, _ = small_probes.save_image_model(tmp_path / "images")
     for part, count in (("train", 40), ("test", 15)):
         for kind, low in (("dark", 0), ("light", 150)):
             (tmp_path / part / kind).mkdir(parents=True)

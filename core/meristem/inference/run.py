@@ -17,7 +17,7 @@ import torch
 
 from meristem import __version__
 from meristem.data.records import Source
-from meristem.domain import load_domain
+from meristem.domain import domain_of_model
 from meristem.errors import ConfigError, DataError
 from meristem.files import read_json, write_json
 from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS, Chunk, ChunkReader
@@ -117,7 +117,7 @@ class _Run:
         if self.summary is not None and not self.summary.exists():
             self._refuse_existing()
         self.card, model = load_any(self.model_path, self.options.tokenizer)
-        self.domain = load_domain(self.options.domain or self.card.domain)
+        self.domain = domain_of_model(self.options.domain, self.card.domain)
         self.engine = self.options.engine
         self.running = self.job.start(self.card, model, self.engine)
         self.config = model.config

@@ -10,7 +10,7 @@ import numpy as np
 
 from meristem.data.records import ReadOptions, Refusal, Source
 from meristem.data.store import RecordStore, default_cache_dir
-from meristem.domain import load_domain
+from meristem.domain import domain_of_model
 from meristem.errors import ConfigError, DataError
 from meristem.figures.predictions import draw_confusion, draw_values
 from meristem.files import replacing, write_json
@@ -99,7 +99,7 @@ class _Probe:
 
     def go(self) -> dict[str, Any]:
         options = self.options
-        self.domain = load_domain(options.embed.domain or self._domain_of_model())
+        self.domain = domain_of_model(options.embed.domain, self._domain_of_model())
         main_store, main_refused = self._read(self.inputs, options.split_column)
         test_store, test_refused = self._read(self.tests, "") if self.tests else (main_store, [])
         # labels and split are looked at before the hours of embedding

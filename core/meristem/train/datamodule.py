@@ -141,10 +141,10 @@ class DataModule(L.LightningDataModule):
             task.architecture = with_grid(task.architecture, self.tokenizer.grid)
             if self.augment is not None:
                 self.views = build_views(self.domain, self.tokenizer, self.augment)
-        store = self._store(self.sources, objective.label_columns, self.split.column)
+        store = self._store(self.sources, self.read_options(objective, self.split.column))
         parts = {name: Part(store, rows) for name, rows in self._deal(store).items()}
         if self.validation_sources:
-            other = self._store(self.validation_sources, objective.label_columns, "")
+            other = self._store(self.validation_sources, self.read_options(objective))
             parts["validation"] = Part(other, np.arange(len(other)))
         parts = {name: Part(part.store, self._usable(part.store, part.rows)) for name, part in parts.items()}
         self.parts = {name: part for name, part in parts.items() if len(part)}
@@ -163,14 +163,21 @@ class DataModule(L.LightningDataModule):
         self.max_tokens_per_record = min(limits, default=None)
         self.remarks.append(self._summary())
 
-    def _store(self, sources: list[str], labels: tuple[str, ...], split_column: str) -> RecordStore:
-        options = ReadOptions(
+    def read_options(self, objective: Objective, split_column: str = "") -> ReadOptions:
+        """How the sources are read for an objective.
+
+        Args:
+            split_column: column that names the part of each record; empty for none.
+        """
+        return ReadOptions(
             payload_column=self.payload_column,
             id_column=self.id_column,
-            label_columns=labels,
+            label_columns=objective.label_columns,
             split_column=split_column,
             on_error=self.refused.append if self.on_error == "skip" else None,
         )
+
+    def _store(self, sources: list[str], options: ReadOptions) -> RecordStore:
         return RecordStore.build(
             self.domain.read,
             [Source(path) for path in sources],

@@ -3,10 +3,19 @@
 from pathlib import Path
 
 from meristem.domain import Domain
+from meristem.objectives.objective import Objective
 from meristem_domains.vision.augment import augment
 from meristem_domains.vision.presets import PRESETS
 from meristem_domains.vision.reading import files, read
 from meristem_domains.vision.tokenizer import tokenizer
+
+
+def classify_digits() -> Objective:
+    """The objective of the sample."""
+    from meristem.objectives.supervised import Supervised, Target  # imports torchmetrics, which takes seconds
+
+    return Supervised([Target(name="label")])
+
 
 domain = Domain(
     name="vision",
@@ -14,7 +23,8 @@ domain = Domain(
     tokenizer=tokenizer,
     presets=PRESETS,
     sample=Path(__file__).parent / "digits.parquet",
-    sample_tokenizer={"image_px": 8, "patch_px": 2, "num_channels": 1},
+    sample_options={"tokenizer": {"image_px": 8, "patch_px": 2, "num_channels": 1}},
+    sample_objective=classify_digits,
     files=files,
     augment=augment,
 )
