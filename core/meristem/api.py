@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from meristem.data.records import ReadOptions
+from meristem.data.records import ReadOptions, columns_of
 from meristem.data.tokenizer import RefusedSymbol
 from meristem.errors import ConfigError, DataError
 from meristem.generation.text import Generator, check_options
@@ -209,7 +209,7 @@ def embed(
     output: Path | str,
     *,
     on_error: str = "refuse",
-    sequence_column: str = "",
+    column: "str | Mapping[str, str]" = "",
     id_column: str = "",
     report: Report | None = None,
     **options: Any,
@@ -220,7 +220,7 @@ def embed(
         inputs: one file or several; `-` is standard input.
         output: a directory; a run that was stopped there goes on.
         on_error: refuse, or skip records that cannot be used.
-        sequence_column: column of a table that holds the sequences.
+        column: column of a table that holds the payloads, or a mapping of inputs to columns.
         id_column: column of a table that holds the ids.
         options: fields of `meristem.inference.embed.EmbedOptions`: pool, layer, format, precision ...
 
@@ -236,7 +236,7 @@ def embed(
     try:
         chosen = EmbedOptions(
             is_skipping=on_error == "skip",
-            read=ReadOptions(payload_column=sequence_column, id_column=id_column),
+            read=ReadOptions(columns_of(column), id_column=id_column),
             **options,
         )
     except TypeError as error:

@@ -5,16 +5,13 @@ A domain is one folder and one value: a `Domain`. It is found through the entry-
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from meristem.data.records import ReadOptions, Source
-from meristem.data.store import Files
+from meristem.data.reading.reader import Reader
 from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
 from meristem.errors import ConfigError
@@ -32,27 +29,23 @@ class Domain:
 
     Attributes:
         name: as `--domain` and configs say it.
-        read: from a source to Arrow record batches (`meristem.data.records.SCHEMA` and label columns).
-            It checks what it reads and refuses what is no record, by file and line.
+        reader: turns files into record batches.
         tokenizer: makes the tokenizer; its keyword arguments are the domain's tokenizer options.
         presets: architectures by name.
         sample: a small file of real records that ships with the domain.
         sample_options: the part `data` of a config that suits the sample, but for `domain` and `sources`.
         sample_objective: makes an objective that a model can be trained for on the sample.
-        files: gives the files that a source names beside itself, such as those in a folder; None where a source is one
-            file. A change in one of them is a change of the source.
         augment: makes the views that training takes of a record, of the tokenizer and the options of `data.augment`;
             None for a domain that has none.
     """
 
     name: str
-    read: Callable[[Source, ReadOptions], Iterator[pa.RecordBatch]]
+    reader: Reader
     tokenizer: Callable[..., Tokenizer]
     presets: Mapping[str, TransformerConfig]
     sample: Path
     sample_options: Mapping[str, Any] = field(default_factory=dict)
     sample_objective: Callable[[], Objective] = Masked
-    files: Files | None = None
     augment: Callable[..., Views] | None = None
 
     def build_tokenizer(self, **options: Any) -> Tokenizer:

@@ -152,14 +152,15 @@ class _Contract:
 
     def records(self) -> str:
         """Reading gives columns of the schema, the same ones each time."""
-        from meristem.data.records import SCHEMA, Source, record_at
+        from meristem.data.records import INPUT_PREFIX, SCHEMA, Source, record_at
 
         source, options = Source(str(self.domain.sample)), self.data.read_options(self.objective)
-        batches = [list(self.domain.read(source, options)) for _ in range(2)]
+        batches = [list(self.domain.reader.read(source, options)) for _ in range(2)]
         for batch in batches[0]:
-            names = batch.schema.names[: len(SCHEMA)]
-            _require(names == SCHEMA.names, f"a batch must begin with the columns {SCHEMA.names}", names)
-            for column in SCHEMA.names:
+            names = batch.schema.names
+            wanted = [*SCHEMA.names, *(INPUT_PREFIX + name for name in self.objective.inputs)]
+            _require(not set(wanted) - set(names), f"a batch must have the columns {wanted}", names)
+            for column in wanted:
                 _require(not batch.column(column).null_count, f"column {column} must have no missing value", "some")
         self.rows = [record_at(batch, row) for batch in batches[0] for row in range(batch.num_rows)]
         again = [record_at(batch, row) for batch in batches[1] for row in range(batch.num_rows)]

@@ -6,10 +6,9 @@ Domains differ in `Tokens` alone. From `PackedBatch` on there is no padding and
 no batch axis: sequences lie end to end along `T`, and a `Layout` says where each begins.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,20 +24,74 @@ below 14 rows at a width of 320 and below 16 from 640 on; with spare rows a lone
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """A part of a file that is read when it is needed, such as a stretch of a long sequence.
+
+    Attributes:
+        file: path of the file.
+        start: first symbol; what a symbol is (a byte, a letter of a sequence in the file) the domain's reader knows.
+        stop: the symbol behind the last.
+        strand: 1 to read as the file has it, -1 to read from the end, as the reader of the domain does that.
+    """
+
+    file: str
+    start: int
+    stop: int
+    strand: int = 1
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def part(self, start: int, stop: int) -> "Slice":
+        """A part of the slice, counted from where reading begins."""
+        assert 0 <= start <= stop <= len(self)
+        if self.strand < 0:
+            return replace(self, start=self.stop - stop, stop=self.stop - start)
+        return replace(self, start=self.start + start, stop=self.start + stop)
+
+
+Payload = str | bytes | Slice
+"""What a tokenizer reads: a text, or the bytes of a file; or a part of a file that is to be fetched first."""
+
+INPUT = "input"
+"""Name of the input of records that have one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One record of a domain, as its file states it.
 
     Attributes:
         id: the name the file gives it; need not be unique.
-        payload: a text (`str`) or an encoded file (`bytes`).
-        labels: what is to be predicted, by name; a missing label is absent.
+        inputs: payloads by name: most domains have one, `INPUT`; a pair of sentences has two.
+        labels: what is to be predicted, by name: a word, or a list of words, one a token. A missing label is absent.
         source: where it came from, `file:line`, for error messages.
+        group: what must stay in one part of a split, such as a patient; empty for none.
     """
 
     id: str
-    payload: str | bytes
-    labels: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Payload]
+    labels: Mapping[str, str | Sequence[str | None]] = field(default_factory=dict)
     source: str = ""
+    group: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        id: str,
+        payload: Payload,
+        labels: Mapping[str, str | Sequence[str | None]] | None = None,
+        source: str = "",
+        group: str = "",
+    ) -> "Record":
+        """A record of one input."""
+        return cls(id, {INPUT: payload}, labels or {}, source, group)
+
+    @property
+    def payload(self) -> Payload:
+        """The payload of a record that has one input."""
+        (payload,) = self.inputs.values()
+        return payload
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from meristem.cli.main import main
+from meristem.data.reading.reader import Reader
 from meristem.domain import Domain, domain_of_model, load_domain
 from meristem.errors import ConfigError
 from meristem.objectives.causal import Causal
@@ -58,16 +59,16 @@ def test_a_new_domain_comes_with_a_package_and_an_entry_point(tmp_path):
 
 
 def test_a_new_domain_refuses_a_foreign_base_by_file_and_line(lab_rna, tmp_path):
-    from meristem.data.records import ReadOptions, Source
+    from meristem.data.records import PAYLOAD, ReadOptions, Source
     from meristem.errors import DataError
 
     path = tmp_path / "reads.fa"
     path.write_text(">a\nACGU\nAC\n>b\nAC7U\n>c\nGGG\n")
     with pytest.raises(DataError, match=r"reads\.fa:4: '7'"):
-        list(lab_rna.read(Source(str(path)), ReadOptions()))
+        list(lab_rna.reader.read(Source(str(path)), ReadOptions()))
     refused = []
-    batches = list(lab_rna.read(Source(str(path)), ReadOptions(on_error=refused.append)))
-    assert pa.Table.from_batches(batches).column("payload").to_pylist() == ["ACGUAC", "GGG"]
+    batches = list(lab_rna.reader.read(Source(str(path)), ReadOptions(on_error=refused.append)))
+    assert pa.Table.from_batches(batches).column(PAYLOAD).to_pylist() == ["ACGUAC", "GGG"]
     assert [refusal.id for refusal in refused] == ["b"]
 
 
@@ -113,16 +114,21 @@ def test_the_fixture_of_the_plugin_raises_what_is_broken(check_domain, lab_rna, 
         check_domain(broken(lab_rna, monkeypatch, sample=tmp_path / "absent.fa"))
 
 
-def _lost_record(read, good_reads):
+def _reader(read):
+    """A reader whose `read` is this."""
+    return type("Mutant", (Reader,), {"read": lambda self, source, options: read(source, options)})()
+
+
+def _lost_record(reader, good_reads):
     """A reader that gives a record less after so many calls: state leaks from one to the next."""
     calls = []
 
     def mutant(source, options):
         calls.append(1)
-        for batch in read(source, options):
+        for batch in reader.read(source, options):
             yield batch.slice(len(calls) > good_reads)
 
-    return mutant
+    return _reader(mutant)
 
 
 def _with(tokenizer, **methods):
@@ -173,9 +179,9 @@ def _truncated_column(self, payloads):
 
 
 MUTANTS = {
-    "a reader that forgets": ("records", lambda d: {"read": _lost_record(d.read, 1)}),
-    "a reader that forgets later": ("embed", lambda d: {"read": _lost_record(d.read, 2)}),
-    "a reader that raises": ("records", lambda d: {"read": lambda source, options: iter([1 / 0])}),
+    "a reader that forgets": ("records", lambda d: {"reader": _lost_record(d.reader, 1)}),
+    "a reader that forgets later": ("embed", lambda d: {"reader": _lost_record(d.reader, 2)}),
+    "a reader that raises": ("records", lambda d: {"reader": _reader(lambda source, options: iter([1 / 0]))}),
     "a column that differs": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode_column=_truncated_column)}),
     "spans beyond the payload": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode=_shifted(2))}),
     "a tokenizer of no installed kind": (
@@ -206,7 +212,7 @@ MUTANTS = {
     "an objective that is none": ("sample", lambda d: {"sample_objective": lambda: "Masked"}),
     "an objective that cannot be made": ("sample", lambda d: {"sample_objective": lambda: Masked(rate=3)}),
     "an objective without its labels": (
-        "train",
+        "records",
         lambda d: {"sample_objective": lambda: Supervised([Target(name="x")])},
     ),
     "an objective that the presets are not for": ("train", lambda d: {"sample_objective": Causal}),

@@ -34,7 +34,7 @@ def _batch(rng: np.random.Generator, objective: Supervised, labels: list) -> Pac
     tokens = []
     for i, label in enumerate(labels):
         image = rng.random((12, 20, 1)).astype(np.float32)
-        record = Record(str(i), b"", {} if label is None else {"kind": label}, f"x:{i}")
+        record = Record.of(str(i), b"", {} if label is None else {"kind": label}, f"x:{i}")
         tokens += objective.prepare(record, (TOKENIZER.encode(image),), rng)
     return pack(tokens, range(len(labels)))
 

@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["hash", "similarity"],
         help="how records are dealt: by hash, equal payloads together; or by similarity, similar ones together",
     )
+    parser.add_argument(
+        "--group-column", default="", metavar="COLUMN", help="column of what must stay on one side of the split"
+    )
     parser.add_argument("--split-column", default="", metavar="COLUMN", help="column of train, validation or test")
     parser.add_argument("--test-frac", type=float, help="of the records, for the test; 0.2 by default")
     parser.add_argument(
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         split=args.split,
         split_column=args.split_column,
+        group_column=args.group_column,
         test_frac=args.test_frac,
         validation_frac=args.validation_frac,
         seed=args.seed,

@@ -1,6 +1,6 @@
 """Writing the file of a record store.
 
-It is an Arrow IPC file: chunks of `records.SCHEMA` and label columns, then an empty chunk that marks the end
+It is an Arrow IPC file: chunks of record batches (`records`), then an empty chunk that marks the end
 and carries, as JSON, what is known only there (names of files, refused records). File names are numbers in
 it, since an Arrow file takes no dictionary that grows.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from meristem.data.reading.reader import Reader
 from meristem.data.records import LABEL_PREFIX, ReadOptions, Refusal, Source, labels_of
 from meristem.errors import DataError
 from meristem.files import replacing
@@ -23,7 +24,6 @@ CHUNK_BYTES = 32 << 20
 END = b"meristem.end"
 """Key of what the last chunk carries."""
 
-Read = Callable[[Source, ReadOptions], Iterator[pa.RecordBatch]]
 Progress = Callable[[int, int], None]
 
 
@@ -36,7 +36,7 @@ class _Wider(Exception):
 
 def write_store(
     path: Path,
-    read: Read,
+    reader: Reader,
     sources: Sequence[Source],
     options: ReadOptions,
     progress: Progress | None,
@@ -51,7 +51,7 @@ def write_store(
     while True:
         try:
             with replacing(path) as temporary:
-                return _write_chunks(temporary, schema, read, sources, options, progress, sizes)
+                return _write_chunks(temporary, schema, reader, sources, options, progress, sizes)
         except _Wider as wider:  # rare: begin again; types only widen, so this ends
             schema = wider.schema
 
@@ -59,7 +59,7 @@ def write_store(
 def _write_chunks(
     path: Path,
     schema: pa.Schema | None,
-    read: Read,
+    reader: Reader,
     sources: Sequence[Source],
     options: ReadOptions,
     progress: Progress | None,
@@ -73,7 +73,7 @@ def _write_chunks(
     held_bytes = 0
     writer: pa.ipc.RecordBatchFileWriter | None = None
     with pa.OSFile(os.fspath(path), "wb") as sink:
-        for batch in _with_progress(read, sources, options, progress, sizes):
+        for batch in _with_progress(reader, sources, options, progress, sizes):
             plain = _plain(batch, codes)
             schema = schema or plain.schema
             if plain.schema != schema:
@@ -101,12 +101,12 @@ def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
 
 
 def _with_progress(
-    read: Read, sources: Sequence[Source], options: ReadOptions, progress: Progress | None, sizes: Sequence[int]
+    reader: Reader, sources: Sequence[Source], options: ReadOptions, progress: Progress | None, sizes: Sequence[int]
 ) -> Iterator[pa.RecordBatch]:
     before = 0
     for source, size in zip(sources, sizes):
         done = 0
-        for batch in read(source, options):
+        for batch in reader.read(source, options):
             if batch.num_rows:
                 yield batch
             done += batch.nbytes

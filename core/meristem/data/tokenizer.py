@@ -21,6 +21,9 @@ from meristem.types import TokenColumn, Tokens
 _REFUSED = 255
 """In the table of an alphabet: a byte that is no symbol."""
 
+PIECE_BYTES = 1 << 22
+"""Bytes that are looked through at once."""
+
 PAYLOAD_COLUMN_ERROR = "payloads must be an Arrow column of strings or bytes; got {}"
 
 
@@ -81,6 +84,30 @@ class Tokenizer(ABC):
     def estimate_lengths(self, payloads: pa.Array) -> np.ndarray:
         """`[N]` tokens of each payload without the special ones, about, without a look at what is in it."""
         return np.diff(column_bytes(payloads)[1])
+
+    @property
+    def symbols_per_token(self) -> int | None:
+        """Bytes of a payload that a token stands for at most, where any part of a payload can be encoded alone.
+
+        A record that is too long is then cut before it is encoded, and what lies beside the window is not read. None
+        where the place of a token in the payload cannot be told without encoding what lies before it.
+        """
+        return None
+
+    def length_of(self, sizes: np.ndarray) -> np.ndarray:
+        """`[N]` tokens of payloads of so many symbols, special ones included, which are not looked at.
+
+        Args:
+            sizes: `[N]` symbols of each payload.
+
+        Raises:
+            ConfigError: the tokenizer cannot tell.
+        """
+        if self.symbols_per_token is None:
+            raise ConfigError(
+                f"slices of files need a tokenizer that can encode any part of a payload alone; {self.kind} cannot"
+            )
+        return -(-sizes // self.symbols_per_token) + sum(self.num_special)
 
     @property
     def num_features(self) -> int:
@@ -269,6 +296,18 @@ class AlphabetTokenizer(Tokenizer):
     @property
     def eos_id(self) -> int | None:
         return self._index[self.suffix[0]] if self.suffix else None
+
+    @property
+    def symbols_per_token(self) -> int:
+        return 1
+
+    def lengths(self, payloads: pa.Array) -> np.ndarray:
+        text, bounds = column_bytes(payloads)
+        for first in range(0, len(text), PIECE_BYTES):  # in pieces, since each is copied
+            refused = bytearray(text[first : first + PIECE_BYTES]).translate(self._table).find(_REFUSED)
+            if refused >= 0:
+                self._raise_refused(text, bounds, first + refused)
+        return self.length_of(np.diff(bounds))
 
     def encode(self, payload: str) -> Tokens:
         return self.tokens_at(self.encode_column(pa.array([payload], pa.large_string())), 0)

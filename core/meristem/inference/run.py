@@ -192,7 +192,13 @@ class _Run:
     def _reader(self) -> ChunkReader:
         options = self.options
         return ChunkReader(
-            self.domain, self.card.tokenizer, self.inputs, options.read, options.is_skipping, self.chunk_symbols
+            self.domain,
+            self.card.tokenizer,
+            self.inputs,
+            options.read,
+            options.is_skipping,
+            self.chunk_symbols,
+            options.num_workers,
         )
 
     def _work(self, identity: dict[str, Any], workers: "Workers | InProcess") -> dict[str, Any]:
@@ -303,7 +309,7 @@ class _Run:
                 "threads": torch.get_num_threads(),
                 "tokens_per_batch": self.running.tokens_per_batch,
                 "on_error": "skip" if options.is_skipping else "refuse",
-                "sequence_column": options.read.payload_column,
+                "columns": dict(options.read.columns),
                 "id_column": options.read.id_column,
             },
             **self.running.facts,

@@ -9,8 +9,8 @@ import numpy as np
 
 from meristem.data.loader import EvalLoader, TrainLoader
 from meristem.data.parts import Part, RunData
-from meristem.data.records import ReadOptions, Refusal, Source
-from meristem.data.split import split_by_column, split_by_hash, split_by_similarity
+from meristem.data.records import ReadOptions, Refusal, Source, columns_of
+from meristem.data.split import require_whole_groups, split_by_column, split_by_hash, split_by_similarity
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
@@ -67,8 +67,10 @@ class DataModule(L.LightningDataModule):
         domain: name of an installed domain, or a dotted path to one.
         sources: file or files to train on; `@sample` is the sample that ships with the domain.
         validation_sources: file or files to validate on; then nothing of `sources` is kept for that.
-        payload_column: column of a table that holds the payload; empty for the domain's usual name.
+        column: column of a table that holds the payload, or a mapping of the objective's inputs to columns; empty for a
+            column of the input's name, or for the first input the domain's usual name.
         id_column: column of a table that holds the ids; empty for `id` where there is one.
+        group_column: column of a table that names what must stay in one part of the split, such as a patient.
         tokenizer: options of the domain's tokenizer.
         augment: options of the domain's views of a record, in training only; none where nothing is said.
         split: how records are dealt to training, validation and test.
@@ -87,8 +89,9 @@ class DataModule(L.LightningDataModule):
         domain: str,
         sources: list[str] | str,
         validation_sources: list[str] | str | None = None,
-        payload_column: str = "",
+        column: str | dict[str, str] = "",
         id_column: str = "",
+        group_column: str = "",
         tokenizer: dict[str, Any] | None = None,
         augment: dict[str, Any] | None = None,
         split: Split = DEFAULT_SPLIT,
@@ -106,7 +109,7 @@ class DataModule(L.LightningDataModule):
         self.sources = [str(self.domain.sample) if path == SAMPLE else path for path in self.sources]
         more = validation_sources or []
         self.validation_sources = [more] if isinstance(more, str) else list(more)
-        self.payload_column, self.id_column = payload_column, id_column
+        self.column, self.id_column, self.group_column = column, id_column, group_column
         self._tokenizer_options = dict(tokenizer or {})
         self.tokenizer: Tokenizer = self.domain.build_tokenizer(**self._tokenizer_options)
         self.augment = augment
@@ -146,6 +149,7 @@ class DataModule(L.LightningDataModule):
         if self.validation_sources:
             other = self._store(self.validation_sources, self.read_options(objective))
             parts["validation"] = Part(other, np.arange(len(other)))
+            require_whole_groups([(name, part.store, part.rows) for name, part in parts.items()])
         parts = {name: Part(part.store, self._usable(part.store, part.rows)) for name, part in parts.items()}
         self.parts = {name: part for name, part in parts.items() if len(part)}
         if self.refused:
@@ -170,20 +174,20 @@ class DataModule(L.LightningDataModule):
             split_column: column that names the part of each record; empty for none.
         """
         return ReadOptions(
-            payload_column=self.payload_column,
+            columns=columns_of(self.column, objective.inputs),
             id_column=self.id_column,
             label_columns=objective.label_columns,
             split_column=split_column,
+            group_column=self.group_column,
             on_error=self.refused.append if self.on_error == "skip" else None,
         )
 
     def _store(self, sources: list[str], options: ReadOptions) -> RecordStore:
         return RecordStore.build(
-            self.domain.read,
+            self.domain.reader,
             [Source(path) for path in sources],
             options,
             name=self.domain.name,
-            files=self.domain.files,
             cache_dir=self.cache_dir,
             progress=self.build_progress,
         )

@@ -6,7 +6,7 @@ from meristem.domain import Domain
 from meristem.objectives.objective import Objective
 from meristem_domains.vision.augment import augment
 from meristem_domains.vision.presets import PRESETS
-from meristem_domains.vision.reading import files, read
+from meristem_domains.vision.reading import PictureReader
 from meristem_domains.vision.tokenizer import tokenizer
 
 
@@ -19,13 +19,12 @@ def classify_digits() -> Objective:
 
 domain = Domain(
     name="vision",
-    read=read,
+    reader=PictureReader(),
     tokenizer=tokenizer,
     presets=PRESETS,
     sample=Path(__file__).parent / "digits.parquet",
     sample_options={"tokenizer": {"image_px": 8, "patch_px": 2, "num_channels": 1}},
     sample_objective=classify_digits,
-    files=files,
     augment=augment,
 )
 
