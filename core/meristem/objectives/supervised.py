@@ -94,8 +94,7 @@ class Supervised(Objective):
 
     def _token_targets(self, value: Label, bound: BoundTarget, tokens: Tokens, record: Record) -> np.ndarray:
         """Targets of the rows of a sequence, which may be a window of its record (its spans say which)."""
-        before, behind = self._num_special
-        inner = slice(before, len(tokens) - behind)
+        inner = tokens.payload_rows
         rows = np.full(len(tokens), IGNORE, np.int64 if bound.is_classes else np.float32)
         encoded = encode(value, bound, record)
         if encoded.ndim:
