@@ -1,7 +1,7 @@
 """From payloads to symbols and back.
 
 `Tokenizer` is what every domain gives; `AlphabetTokenizer` serves each alphabet in which one byte is one
-token (residues, bases): encoding a column is one table look-up over bytes, whatever the number of records.
+token: encoding a column is one table look-up over bytes, whatever the number of records.
 """
 
 import hashlib

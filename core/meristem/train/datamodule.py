@@ -171,7 +171,7 @@ class DataModule(L.LightningDataModule):
         objective.bind(RunData(self.tokenizer, self.parts, self.missing_labels))
         self.remarks += objective.remarks
         self._position_limit = task.architecture.max_length
-        # a window of the rows of an image would be no image
+        # a window of the rows of patches would not be a grid
         wanted = None if self.tokenizer.num_features else self.max_tokens_per_record
         limits = [limit for limit in (wanted, self._position_limit) if limit]
         self.max_tokens_per_record = min(limits, default=None)
