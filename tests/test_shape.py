@@ -57,11 +57,17 @@ class DigitTokenizer(Tokenizer):
             offsets=np.arange(count + 1) * length,
             features=features.reshape(count * length, -1),
             positions=np.tile(places, (count, 1)),
+            is_special=np.tile(np.arange(length) == 0, count),
         )
 
     def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
         rows = slice(column.offsets[row], column.offsets[row + 1])
-        return Tokens(positions=column.positions[rows], ids=column.ids[rows], features=column.features[rows])
+        return Tokens(
+            positions=column.positions[rows],
+            ids=column.ids[rows],
+            features=column.features[rows],
+            is_special=column.is_special[rows],
+        )
 
     def decode(self, tokens: Tokens) -> bytes:
         patches = (tokens.features[1:] * 16).astype(np.uint8).reshape(GRID, GRID, PATCH, PATCH)

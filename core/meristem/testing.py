@@ -111,7 +111,7 @@ def _differing(some: "Tokens", others: "Tokens") -> str:
     """The first field in which two sequences of tokens differ by more than rounding; empty for none."""
     import numpy as np
 
-    for name in ("ids", "positions", "features"):
+    for name in ("ids", "positions", "features", "is_special"):
         one, other = getattr(some, name), getattr(others, name)
         if (one is None) != (other is None) or np.shape(one) != np.shape(other):
             return name
@@ -210,6 +210,9 @@ class _Contract:
         for (_, payload), tokens in zip(self.payloads, self.encoded):
             lengths = {len(tokens.ids), len(tokens.positions), *(() if tokens.spans is None else [len(tokens.spans)])}
             _require(len(lengths) == 1, "ids, positions and spans must have one row a token", sorted(lengths))
+            wanted = tokenizer.num_special
+            got = (0, 0) if tokens.is_special is None else tokens.frame
+            _require(got == wanted, f"is_special must mark {wanted} rows around a payload, as num_special says", got)
             if tokens.spans is not None:
                 spans = np.asarray(tokens.spans)
                 is_within = (spans >= 0).all() and (spans <= len(payload)).all() and (spans[:, 0] <= spans[:, 1]).all()

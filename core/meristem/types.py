@@ -2,7 +2,7 @@
 
     file -> Record -> Tokens -> (objective.prepare) Tokens -> PackedBatch -> Hidden -> LossOut, or rows of a file
 
-A protein, a text and an image differ in `Tokens` alone. From `PackedBatch` on there is no padding and
+Domains differ in `Tokens` alone. From `PackedBatch` on there is no padding and
 no batch axis: sequences lie end to end along `T`, and a `Layout` says where each begins.
 """
 
@@ -105,7 +105,7 @@ class Tokens:
 
     Attributes:
         positions: `[n, A]` integer coordinates of each token on each position axis (A is 1 for a
-            sequence, 2 for an image); -1 for a row that has no place, such as a register.
+            sequence, 2 for a grid); -1 for a row that has no place, such as a register.
         ids: `[n]` symbol of each row, -1 where the row is a patch.
         features: `[n, P]` float32 features of each patch, rows of symbols are zero; None without patches.
         spans: `[n, 2]` start and end of each token in the payload (empty spans for special rows).
@@ -114,6 +114,8 @@ class Tokens:
         token_types: `[n]` kind of each token (0 for the first sentence, 1 for the second); None: all 0.
         prefix_length: first tokens that every token may see, under a pattern that has a prefix.
         is_source: the sequence is read by an encoder and attended to by a decoder.
+        is_special: `[n]` whether a row stands for no part of the payload, such as a class token or a separator. Means
+            and maxima leave these rows out. None: no row does.
     """
 
     positions: np.ndarray
@@ -125,9 +127,21 @@ class Tokens:
     token_types: np.ndarray | None = None
     prefix_length: int = 0
     is_source: bool = False
+    is_special: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def payload_rows(self) -> np.ndarray:
+        """Rows that stand for a part of the payload, in order."""
+        return np.arange(len(self)) if self.is_special is None else np.flatnonzero(~self.is_special)
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Special rows before the first row of the payload, and behind its last; all are before where there is none."""
+        rows = self.payload_rows
+        return (int(rows[0]), len(self) - 1 - int(rows[-1])) if len(rows) else (len(self), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +154,7 @@ class TokenColumn:
         replaced: how many symbols of the payloads were replaced, by `"old>new"`.
         features: `[sum of n, P]` float32 features of patches; None without patches.
         positions: `[sum of n, A]` as in `Tokens`; None where they count from 0 in each sequence.
+        is_special: `[sum of n]` as in `Tokens`; None where no row is special.
     """
 
     ids: np.ndarray
@@ -147,6 +162,7 @@ class TokenColumn:
     replaced: Mapping[str, int] = field(default_factory=dict)
     features: np.ndarray | None = None
     positions: np.ndarray | None = None
+    is_special: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -156,6 +172,13 @@ class TokenColumn:
         """`[N]` tokens of each sequence."""
         return np.diff(self.offsets)
 
+    @property
+    def payload_lengths(self) -> np.ndarray:
+        """`[N]` rows of each sequence that are not special."""
+        if self.is_special is None:
+            return self.lengths
+        return np.diff(np.concatenate([[0], np.cumsum(~self.is_special)])[self.offsets])
+
     def take(self, rows: np.ndarray) -> "TokenColumn":
         """The sequences at `rows`, in that order; what was replaced is not counted anew."""
         index, offsets = self.index_of(np.asarray(rows))
@@ -164,6 +187,7 @@ class TokenColumn:
             offsets=offsets,
             features=None if self.features is None else self.features[index],
             positions=None if self.positions is None else self.positions[index],
+            is_special=None if self.is_special is None else self.is_special[index],
         )
 
     def index_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,18 +209,30 @@ class Layout:
         num_spare: rows at the end that belong to no sequence; they are computed and never read.
         device: where `cu_seqlens` lives.
         prefix_lengths: tokens of each sequence's prefix; empty where there is none.
+        special_rows: rows of the pack that stand for no part of a payload, ascending.
     """
 
     lengths: tuple[int, ...]
     num_spare: int = 0
     device: torch.device = torch.device("cpu")
     prefix_lengths: tuple[int, ...] = ()
+    special_rows: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, lengths: "list[int] | tuple[int, ...] | np.ndarray", min_rows: int = MIN_ROWS) -> "Layout":
-        """Lay out sequences of these lengths, with spare rows up to `min_rows`."""
+    def of(
+        cls,
+        lengths: "list[int] | tuple[int, ...] | np.ndarray",
+        min_rows: int = MIN_ROWS,
+        is_special: np.ndarray | None = None,
+    ) -> "Layout":
+        """Lay out sequences of these lengths, with spare rows up to `min_rows`.
+
+        Args:
+            is_special: `[num_tokens]` whether a row is one of `special_rows`.
+        """
         host = tuple(int(n) for n in lengths)
-        return cls(lengths=host, num_spare=max(0, min_rows - sum(host)))
+        special = () if is_special is None else tuple(np.flatnonzero(is_special).tolist())
+        return cls(lengths=host, num_spare=max(0, min_rows - sum(host)), special_rows=special)
 
     def to(self, device: torch.device) -> "Layout":
         return self if device == self.device else replace(self, device=device)
@@ -229,6 +265,28 @@ class Layout:
     def starts(self) -> tuple[int, ...]:
         """First row of each segment."""
         return tuple(np.concatenate([[0], np.cumsum(self.segments)[:-1]]).astype(int).tolist())
+
+    @cached_property
+    def payload_parts(self) -> "tuple[slice | np.ndarray, ...]":
+        """Rows of each sequence that are not special, counted from its first row: a slice, or an index with gaps.
+
+        Of a sequence that has special rows only, all.
+        """
+        is_payload = np.ones(self.num_tokens, bool)
+        is_payload[list(self.special_rows)] = False
+        rows = np.flatnonzero(is_payload)
+        bounds = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+        stops = np.searchsorted(rows, bounds).tolist()
+        parts: list[slice | np.ndarray] = []
+        for first, last, start, length in zip(stops, stops[1:], bounds.tolist(), self.lengths):
+            own = rows[first:last] - start
+            if not len(own):
+                parts.append(slice(0, length))
+            elif own[-1] - own[0] < len(own):
+                parts.append(slice(int(own[0]), int(own[-1]) + 1))
+            else:
+                parts.append(own)
+        return tuple(parts)
 
     @cached_property
     def is_even(self) -> bool:

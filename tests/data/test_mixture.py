@@ -1,12 +1,19 @@
 """A mixture of sources: each has its share of the tokens, and loses no record in its own epoch."""
 
 import itertools
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
+from lines import TOKENIZER, LinesReader, random_payloads
 
+from meristem.data.loader import TrainLoader
 from meristem.data.order import MixedStream, PackStream
+from meristem.data.records import ReadOptions, Source
+from meristem.data.store import RecordStore
 from meristem.errors import ConfigError
+from meristem.types import PackedBatch
 
 
 def random_mixture(rng: np.random.Generator) -> dict:
@@ -102,3 +109,64 @@ def test_weights_that_do_not_fit_are_refused(weights):
     lengths, source_of = np.full(6, 10), np.array([0, 0, 0, 1, 1, 1])
     with pytest.raises(ConfigError, match="one number above 0 for each source"):
         MixedStream(lengths, source_of, weights, tokens_per_pack=50, packs_per_step=1, seed=0)
+
+
+class Bare:
+    """Tokens as they are."""
+
+    def prepare(self, record, tokens, rng):
+        return tokens
+
+    def counts(self, batch):
+        return {}
+
+    def lengths(self, lengths):
+        return lengths
+
+
+def mixed_store(rng: np.random.Generator, folder: Path, sizes: list[int]) -> tuple[RecordStore, list[int]]:
+    """A store of as many files as there are sizes, with records that are refused, and the source of each record."""
+    sources, expected = [], []
+    for i, size in enumerate(sizes):
+        path = folder / f"{i}.txt"
+        rows = [f"{i}-{j}\t{payload}" for j, payload in enumerate(random_payloads(rng, size))]
+        rows.insert(int(rng.integers(len(rows) + 1)), "no\t")
+        path.write_text("\n".join(rows) + "\n")
+        sources.append(Source(str(path)))
+        expected += [i] * size
+    options = ReadOptions(on_error=lambda refusal: None)
+    store = RecordStore.build(LinesReader(), sources, options, name="lines", cache_dir=folder / "cache")
+    return store, expected
+
+
+@pytest.mark.parametrize("trial", range(3))
+def test_a_store_knows_the_source_of_each_record(rng, tmp_path, trial):
+    store, expected = mixed_store(rng, tmp_path, rng.integers(1, 12, 4).tolist())
+    assert store.source_of(np.arange(len(store))).tolist() == expected
+    assert all(store[row].id.startswith(f"{source}-") for row, source in enumerate(expected))
+    rows = rng.permutation(len(store))
+    assert pickle.loads(pickle.dumps(store)).source_of(rows).tolist() == [expected[row] for row in rows]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_goes_on_in_the_middle_and_gives_each_source_its_share(rng, tmp_path, num_workers):
+    store, source_of = mixed_store(rng, tmp_path, [40, 12, 25])
+    rows = np.sort(rng.permutation(len(store))[:60])
+
+    def batches(start: int, count: int) -> list[PackedBatch]:
+        loader = TrainLoader(
+            store, rows, TOKENIZER, Bare(), seed=5, tokens_per_pack=150, packs_per_step=3, weights=[2, 5, 3],
+            num_workers=num_workers, start_step=lambda: start,
+        )  # fmt: skip
+        return list(itertools.islice(loader, count))
+
+    whole = batches(0, 3 * 40)
+    middle = batches(23, 3 * 5)
+    assert [b.ids.tolist() for b in middle] == [b.ids.tolist() for b in whole[3 * 23 : 3 * 28]]
+    tokens = np.zeros(3)
+    for batch in whole:
+        (source,) = {source_of[record] for record in batch.records}
+        tokens[source] += batch.layout.num_tokens
+    # never further from a share than two packs
+    assert np.abs(tokens - tokens.sum() * np.array([0.2, 0.5, 0.3])).max() <= 300
+    assert {record for batch in whole for record in batch.records} == set(rows.tolist())

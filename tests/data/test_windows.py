@@ -73,7 +73,7 @@ def slowly(store: RecordStore, tokenizer: AlphabetTokenizer, most: int, epoch: i
         payload = record.payload
         if isinstance(payload, Slice):
             payload = store.reader.fetch([payload])[0].as_py()
-        tokens = crop_window(tokenizer.encode(payload), most, tokenizer.num_special, rng)
+        tokens = crop_window(tokenizer.encode(payload), most, rng)
         objective.prepare(record, (tokens,), rng)
     return objective.seen
 
@@ -135,7 +135,7 @@ def test_a_window_that_is_cut_elsewhere_would_be_noticed(rng, make_store, monkey
 
 def test_spans_left_as_those_of_the_window_would_be_noticed(rng, make_store, monkeypatch):
     store = make_store(["".join(rng.choice(list(RESIDUES), 200)) for _ in range(6)])
-    monkeypatch.setattr(loader_module.Cuts, "placed", lambda self, tokens, i, num_special: tokens)
+    monkeypatch.setattr(loader_module.Cuts, "placed", lambda self, tokens, i: tokens)
     made, objective = maker(store, 40)
     made.make(1, np.arange(6))
     assert objective.seen != slowly(store, TOKENIZER, 40, 1, np.arange(6))

@@ -100,7 +100,7 @@ def test_token_labels_follow_the_window_that_a_record_is_cropped_to(rng):
     objective = _bound([Target(name="ss", level="token")], [sequence], ss=["ABCDEFGHIJKLMNOPQRST"])
     labels = "ABCDEFGHIJKLMNOPQRST"
     for seed in range(20):
-        window = crop_window(TOKENIZER.encode(sequence), 9, TOKENIZER.num_special, np.random.default_rng(seed))
+        window = crop_window(TOKENIZER.encode(sequence), 9, np.random.default_rng(seed))
         record = Record.of("p", sequence, {"ss": labels}, "file.csv:1")
         (tokens,) = objective.prepare(record, (window,), rng)
         residues = TOKENIZER.decode(tokens)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from meristem.data.corrupt import crop_window
-from meristem.data.order import PackStream, Plan, plan_in_order, record_rng
+from meristem.data.order import MixedStream, PackStream, Plan, Stream, plan_in_order, record_rng
 from meristem.data.pack import pack
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import Tokenizer
@@ -113,9 +113,9 @@ class PackMaker:
             for view in views:
                 tokens = self.tokenizer.tokens_at(column, place)
                 if not self._has_views:
-                    tokens = cuts.placed(tokens, i, self.tokenizer.num_special)
+                    tokens = cuts.placed(tokens, i)
                 if self.max_tokens_per_record is not None:
-                    tokens = crop_window(tokens, self.max_tokens_per_record, self.tokenizer.num_special, rng)
+                    tokens = crop_window(tokens, self.max_tokens_per_record, rng)
                 prepared = self.objective.prepare(view, (tokens,), rng)
                 sequences += prepared
                 indices += [row] * len(prepared)
@@ -166,11 +166,11 @@ class Cuts:
         order = np.argsort(np.concatenate([np.flatnonzero(~is_cut), np.flatnonzero(is_cut)]))
         return pa.concat_arrays([whole, cut.cast(whole.type)]).take(pa.array(order))
 
-    def placed(self, tokens: Tokens, i: int, num_special: tuple[int, int]) -> Tokens:
+    def placed(self, tokens: Tokens, i: int) -> Tokens:
         """The tokens of record `i`, with the places that they have in the whole record."""
         if self.stops[i] < 0 or tokens.spans is None:
             return tokens
-        before, behind = num_special
+        before, behind = tokens.frame
         spans = tokens.spans + self.starts[i]
         spans[:before] = 0
         spans[len(spans) - behind :] = self.sizes[i]
@@ -195,6 +195,8 @@ class TrainLoader:
         num_workers: processes that prepare steps ahead; 0 prepares in this one. Without effect on what comes.
         max_tokens_per_record: longer records are cropped to a random window each epoch (`num_cropped`).
         views: of the records; None for the records as they are.
+        weights: share of the tokens of each source of the store (`MixedStream`); None: records come in random order,
+            whatever their source, each once an epoch.
         start_step: asked when iteration begins: the optimiser step to begin with.
 
     Raises:
@@ -217,6 +219,7 @@ class TrainLoader:
         num_workers: int = 0,
         max_tokens_per_record: int | None = None,
         views: Views | None = None,
+        weights: Sequence[float] | None = None,
         start_step: Callable[[], int] = lambda: 0,
     ):
         _check_shares(rank, world_size, num_workers)
@@ -227,9 +230,15 @@ class TrainLoader:
                 f"got {packs_per_step}; nearest: {nearest}"
             )
         self.maker = PackMaker(store, np.asarray(rows), tokenizer, objective, seed, max_tokens_per_record, views)
-        self.stream = PackStream(
-            self.maker.lengths(), tokens_per_pack=tokens_per_pack, packs_per_step=packs_per_step, seed=seed
-        )
+        lengths = self.maker.lengths()
+        self.stream: Stream
+        if weights is None:
+            self.stream = PackStream(lengths, tokens_per_pack=tokens_per_pack, packs_per_step=packs_per_step, seed=seed)
+        else:
+            sources = store.source_of(self.maker.rows)
+            self.stream = MixedStream(
+                lengths, sources, weights, tokens_per_pack=tokens_per_pack, packs_per_step=packs_per_step, seed=seed
+            )
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         self.start_step = start_step
 
@@ -304,7 +313,7 @@ class _Steps(IterableDataset):
     Worker w of W has each W-th step from the w-th on; the loader takes from the workers in turn.
     """
 
-    def __init__(self, maker: PackMaker, stream: PackStream, rank: int, world_size: int, start: int):
+    def __init__(self, maker: PackMaker, stream: Stream, rank: int, world_size: int, start: int):
         self.maker, self.stream, self.start = maker, stream, start
         self.rank, self.world_size = rank, world_size
 

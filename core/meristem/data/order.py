@@ -7,6 +7,7 @@ records never share a stream, and making one costs microseconds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -85,6 +86,14 @@ def plan_in_order(lengths: np.ndarray, tokens_per_pack: int) -> Plan:
     """
     order = np.argsort(lengths, kind="stable")
     return Plan(order, *_fill(lengths[order], tokens_per_pack))
+
+
+class Stream(Protocol):
+    """An endless sequence of packs, cut into optimiser steps."""
+
+    def step(self, n: int) -> list[tuple[int, np.ndarray]]:
+        """The packs of optimiser step `n`, each as its epoch and its records."""
+        ...
 
 
 class PackStream:

@@ -52,6 +52,7 @@ class RecordStore:
         self.path, self.reader = path, reader
         self.refused = [Refusal(**values) for values in end["refused"]]
         self._files: list[str] = end["files"]
+        self._source_ends = np.cumsum(end["counts"])
         self._chunks = chunks
         self._schema: pa.Schema = chunks[0].schema
         self._bounds = np.cumsum([0, *(chunk.num_rows for chunk in chunks)])
@@ -134,7 +135,7 @@ class RecordStore:
         ids = pa.array([record.id for record in records], pa.string())
         batch = batch_of(ids, inputs, "", np.zeros(len(records), np.int64), extra)
         batch = batch.set_column(1, "file", pa.array(np.arange(len(records)), pa.int32()))
-        end = {"files": [record.source for record in records], "refused": []}
+        end = {"files": [record.source for record in records], "counts": [len(records)], "refused": []}
         return cls(Path(), [batch], end, reader or _Memory())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -198,6 +199,10 @@ class RecordStore:
         columns = [(self._chunks[i].column(INPUT_PREFIX + name), row) for i, row in places]
         cut = [bytes_at(column, row, start, stop) for (column, row), (start, stop) in zip(columns, parts)]
         return pa.array(cut, pa.large_binary()).view(kind)
+
+    def source_of(self, rows: np.ndarray) -> np.ndarray:
+        """`[N]` number of the source that each of `rows` was read from, in the order in which sources were given."""
+        return np.searchsorted(self._source_ends, rows, side="right")
 
     def labels(self, name: str, rows: np.ndarray) -> pa.Array:
         """A label of `rows`, in their order; null where it is missing."""

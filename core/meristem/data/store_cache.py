@@ -13,7 +13,7 @@ from pathlib import Path
 from meristem.data.records import ReadOptions, Source
 from meristem.errors import DataError
 
-VERSION = 3
+VERSION = 4
 """Changes with the format, so that a store of another one is not opened but built anew."""
 
 

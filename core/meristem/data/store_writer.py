@@ -1,8 +1,8 @@
 """Writing the file of a record store.
 
 It is an Arrow IPC file: chunks of record batches (`records`), then an empty chunk that marks the end
-and carries, as JSON, what is known only there (names of files, refused records). File names are numbers in
-it, since an Arrow file takes no dictionary that grows.
+and carries, as JSON, what is known only there (names of files, records of each source, refused records). File names
+are numbers in it, since an Arrow file takes no dictionary that grows.
 """
 
 import json
@@ -69,11 +69,12 @@ def _write_chunks(
     if options.on_error is not None:
         options = replace(options, on_error=refused.append)
     codes = {source.name: i for i, source in enumerate(sources)}
+    counts = [0] * len(sources)
     held: list[pa.RecordBatch] = []
     held_bytes = 0
     writer: pa.ipc.RecordBatchFileWriter | None = None
     with pa.OSFile(os.fspath(path), "wb") as sink:
-        for batch in _with_progress(reader, sources, options, progress, sizes):
+        for batch in _with_progress(reader, sources, options, progress, sizes, counts):
             plain = _plain(batch, codes)
             schema = schema or plain.schema
             if plain.schema != schema:
@@ -90,7 +91,7 @@ def _write_chunks(
         writer = writer or pa.ipc.new_file(sink, schema)
         if held:
             writer.write_batch(_joined(held))
-        end = {"files": list(codes), "refused": [asdict(one) for one in refused]}
+        end = {"files": list(codes), "counts": counts, "refused": [asdict(one) for one in refused]}
         nothing = pa.RecordBatch.from_pylist([], schema=schema)
         writer.write_batch(nothing, custom_metadata={END: json.dumps(end).encode()})
         writer.close()
@@ -101,12 +102,19 @@ def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
 
 
 def _with_progress(
-    reader: Reader, sources: Sequence[Source], options: ReadOptions, progress: Progress | None, sizes: Sequence[int]
+    reader: Reader,
+    sources: Sequence[Source],
+    options: ReadOptions,
+    progress: Progress | None,
+    sizes: Sequence[int],
+    counts: list[int],
 ) -> Iterator[pa.RecordBatch]:
+    """The batches of all sources; `counts` is filled with the records of each."""
     before = 0
-    for source, size in zip(sources, sizes):
+    for number, (source, size) in enumerate(zip(sources, sizes)):
         done = 0
         for batch in reader.read(source, options):
+            counts[number] += batch.num_rows
             if batch.num_rows:
                 yield batch
             done += batch.nbytes

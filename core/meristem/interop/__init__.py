@@ -9,7 +9,7 @@ family a model is of.
 * `table.py`, `rows.py`: rows of a key table, read and written by one engine, strictly both ways.
 * `settings.py`: settings of a foreign config, read or refused.
 * `family.py`: what a family is, and how the family of a foreign config is found.
-* `library.py`: libraries that directories are of, and the models that one builds by name (`import timm:NAME`).
+* `library.py`: libraries that directories are of, and the models that one builds by name.
 * `families/`: families that several domains share; those of one domain lie in its package.
 * `runners.py`: how the same random input goes through our model and through the reference.
 * `directory.py`: a foreign directory to a model, and back.

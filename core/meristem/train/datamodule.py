@@ -66,6 +66,8 @@ class DataModule(L.LightningDataModule):
     Args:
         domain: name of an installed domain, or a dotted path to one.
         sources: file or files to train on; `@sample` is the sample that ships with the domain.
+        weights: share of the training tokens of each of `sources`, one number above 0 for each; they need not add up
+            to 1. A small source with a large share comes again sooner. Null: each record once an epoch.
         validation_sources: file or files to validate on; then nothing of `sources` is kept for that.
         column: column of a table that holds the payload, or a mapping of the objective's inputs to columns; empty for a
             column of the input's name, or for the first input the domain's usual name.
@@ -88,6 +90,7 @@ class DataModule(L.LightningDataModule):
         self,
         domain: str,
         sources: list[str] | str,
+        weights: list[float] | None = None,
         validation_sources: list[str] | str | None = None,
         column: str | dict[str, str] = "",
         id_column: str = "",
@@ -124,6 +127,12 @@ class DataModule(L.LightningDataModule):
         self.build_progress: Callable[[int, int], None] | None = None
         if not self.sources:
             raise ConfigError("data.sources must name one file or more; got none (--data.sources FILE)")
+        if weights is not None and (len(weights) != len(self.sources) or not all(0 < one < np.inf for one in weights)):
+            raise ConfigError(
+                f"data.weights must be one finite number above 0 for each of data.sources ({len(self.sources)}); "
+                f"got {weights}"
+            )
+        self.weights = weights
 
     @property
     def objective(self) -> Objective:
@@ -157,11 +166,12 @@ class DataModule(L.LightningDataModule):
             self.remarks.append(f"{listed}, the first: {self.refused[0]}")
         if "train" not in self.parts:
             raise DataError(f"{', '.join(self.sources)}: no record is left for training; see data.split")
+        self._require_sources(store)
         objective.bind_model(task.architecture)
         objective.bind(RunData(self.tokenizer, self.parts, self.missing_labels))
         self.remarks += objective.remarks
         self._position_limit = task.architecture.max_length
-        # a window of the rows of an image would be no image
+        # a window of the rows of patches would not be a grid
         wanted = None if self.tokenizer.num_features else self.max_tokens_per_record
         limits = [limit for limit in (wanted, self._position_limit) if limit]
         self.max_tokens_per_record = min(limits, default=None)
@@ -218,6 +228,15 @@ class DataModule(L.LightningDataModule):
                 )
         return {name: rows for name, rows in parts.items() if len(rows)}
 
+    def _require_sources(self, store: RecordStore) -> None:
+        """See that each source that has a weight has a record to train on."""
+        counts = np.bincount(store.source_of(self.parts["train"].rows), minlength=len(self.sources))
+        if self.weights is not None and not counts.all():
+            name = self.sources[int(np.argmin(counts))]
+            raise DataError(
+                f"{name}: no record of this source is left for training, and it has a weight; see data.split"
+            )
+
     def _summary(self) -> str:
         parts = []
         for name, part in self.parts.items():
@@ -226,7 +245,11 @@ class DataModule(L.LightningDataModule):
         train, limit = self.parts["train"], self.max_tokens_per_record
         num_cropped = int((train.store.token_lengths(self.tokenizer, train.rows) > limit).sum()) if limit else 0
         crops = f"; {num_cropped:,} are longer than {limit} tokens and trained on in random windows"
-        return f"data: {', '.join(parts)}{crops if num_cropped else ''}"
+        mixed = ""
+        if self.weights is not None:
+            shares = zip(self.sources, self.weights)
+            mixed = f"; tokens of {', '.join(f'{name} {one / sum(self.weights):.1%}' for name, one in shares)}"
+        return f"data: {', '.join(parts)}{crops if num_cropped else ''}{mixed}"
 
     def train_dataloader(self) -> TrainLoader:
         trainer = self.trainer
@@ -245,6 +268,7 @@ class DataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             max_tokens_per_record=self.max_tokens_per_record,
             views=self.views,
+            weights=self.weights,
             start_step=self.first_step,
         )
 

@@ -84,11 +84,11 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 DNABERT2 = BERT.variant(
     name="DNABERT-2",
     domain="dna",
-    name_class=classes_by_head("BertForMaskedLM", "BertModel"),
+    read_readouts=lambda config, names: (),
     recognises=recognises,
     read_config=read_config,
     write_config=write_config,
     table=TABLE,
-    read_readouts=lambda config, names: (),
+    name_class=classes_by_head("BertForMaskedLM", "BertModel"),
     runner=None,
 )

@@ -5,7 +5,6 @@ heads at once, each branch is divided by sqrt(layers / 36), and the head is not 
 queries and keys have no bias, the others have one: ours has one after the last block, which is zero.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,8 @@ from meristem.interop.rotary import read_rotary, write_rotary
 from meristem.interop.rows import lm_head_rows
 from meristem.interop.settings import Settings, foreign_activation
 from meristem.interop.table import KeyTable, Lacking, Rename
+from meristem.interop.vocabulary import json_text
+from meristem.interop.vocabulary_files import SETTINGS, WORDS
 from meristem.model.config import (
     Attention,
     Embedding,
@@ -138,7 +139,7 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
     names = {f"{role}_token": symbol for role, symbol in SPECIAL.items()}
     settings = {**names, "tokenizer_class": "EsmcTokenizer", "clean_up_tokenization_spaces": False}
     # the foreign class reads no vocabulary; ours does
-    return {"vocab.txt": "\n".join(SYMBOLS), "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}
+    return {WORDS: "\n".join(SYMBOLS), SETTINGS: json_text(settings)}
 
 
 HEADS = heads_by_prefix(tokens="lm_head.")
