@@ -58,11 +58,7 @@ def recognises(config: ForeignConfig) -> bool:
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a MosaicBERT's.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a MosaicBERT's."""
     found = Settings("a DNABERT-2", config, DEFAULTS)
     # whatever the config says, the feed-forward layer is gated by the exact GELU
     feedforward = FeedForward(width=found["intermediate_size"], is_gated=True, in_bias=False)

@@ -66,11 +66,7 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of an `EsmcConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of an `EsmcConfig`."""
     found = Settings("an ESM-C", config, DEFAULTS)
     width, heads, num_layers = found["hidden_size"], found["num_attention_heads"], found["num_hidden_layers"]
     found.require(num_key_value_heads=heads, head_dim=width // heads, tie_word_embeddings=False)
