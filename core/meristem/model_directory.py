@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from meristem.data.tokenizer import Tokenizer
+from meristem.domain import domain_of_model
 from meristem.errors import CheckpointError, ConfigError
 from meristem.files import replacing_folder
 from meristem.interop.directory import Imported, read_config_file, read_directory
@@ -155,14 +156,19 @@ def find_model(path: Path | str) -> Path:
     raise CheckpointError(f"{path} must be the directory of a run, a model or another library ({known}); got {got}")
 
 
-def load_any(path: Path | str) -> tuple[ModelCard, Model]:
+def load_any(path: Path | str, tokenizer: Mapping[str, Any] | None = None) -> tuple[ModelCard, Model]:
     """Read a run directory, a model directory or one of another library, strictly.
+
+    Args:
+        tokenizer: options of the domain's tokenizer that are to differ from the model's.
 
     Raises:
         CheckpointError: as `load_model`, or of no supported family.
+        ConfigError: as `with_tokenizer_options`.
     """
     place = find_model(path)
-    return load_model(place) if is_own(place) else import_model(place)[:2]
+    card, model = load_model(place) if is_own(place) else import_model(place)[:2]
+    return with_tokenizer_options(card, model, tokenizer or {})
 
 
 def with_tokenizer_options(card: ModelCard, model: Model, options: Mapping[str, Any]) -> tuple[ModelCard, Model]:
@@ -178,7 +184,7 @@ def with_tokenizer_options(card: ModelCard, model: Model, options: Mapping[str, 
     """
     if not options:
         return card, model
-    tokenizer = card.tokenizer.adapted(find("meristem.domains", card.domain).build_tokenizer, options)
+    tokenizer = card.tokenizer.adapted(domain_of_model("", card.domain).build_tokenizer, options)
     changed = replace(card, tokenizer=tokenizer, architecture=with_grid(card.architecture, tokenizer.grid))
     with without_weights():
         other = changed.build()

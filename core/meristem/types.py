@@ -2,13 +2,14 @@
 
     file -> Record -> Tokens -> (objective.prepare) Tokens -> PackedBatch -> Hidden -> LossOut, or rows of a file
 
-A protein, a text and an image differ in `Tokens` alone. From `PackedBatch` on there is no padding and
+Domains differ in `Tokens` alone. From `PackedBatch` on there is no padding and
 no batch axis: sequences lie end to end along `T`, and a `Layout` says where each begins.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +94,10 @@ class Record:
         (payload,) = self.inputs.values()
         return payload
 
+    def with_payload(self, payload: Any) -> "Record":
+        """The same record of one input with another payload: also what only its tokenizer takes, such as pixels."""
+        return replace(self, inputs=dict.fromkeys(self.inputs, payload))
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -100,7 +105,7 @@ class Tokens:
 
     Attributes:
         positions: `[n, A]` integer coordinates of each token on each position axis (A is 1 for a
-            sequence, 2 for an image); -1 for a row that has no place, such as a register.
+            sequence, 2 for a grid); -1 for a row that has no place, such as a register.
         ids: `[n]` symbol of each row, -1 where the row is a patch.
         features: `[n, P]` float32 features of each patch, rows of symbols are zero; None without patches.
         spans: `[n, 2]` start and end of each token in the payload (empty spans for special rows).

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lines import RESIDUES, TOKENIZER, random_payloads
 
-import meristem.data.loader as loader_module
+import meristem.data.pack_maker as maker_module
 from meristem.data.corrupt import mask_tokens
 from meristem.data.loader import EvalLoader, TrainLoader
 from meristem.errors import ConfigError, DataError
@@ -140,7 +140,7 @@ def test_starting_at_step_k_equals_going_through(store, num_workers):
 
 def test_the_test_of_resuming_catches_a_generator_that_is_only_continued(store, monkeypatch):
     shared = np.random.default_rng(0)
-    monkeypatch.setattr(loader_module, "record_rng", lambda seed, epoch, record: shared)
+    monkeypatch.setattr(maker_module, "record_rng", lambda seed, epoch, record: shared)
     through = [bits(batch) for batch in take(train(store), 4 * 6)]
     assert [bits(batch) for batch in take(train(store, start_step=lambda: 5), 4)] != through[4 * 5 :]
 

@@ -165,7 +165,7 @@ def test_what_cannot_be_mixed_is_refused():
         with pytest.raises(ConfigError, match="mixing needs targets that are classes of whole records"):
             Supervised([target], Mixing(mixup=0.2))
     residues = load_domain("protein").tokenizer()
-    with pytest.raises(ConfigError, match="pictures of one size"):
+    with pytest.raises(ConfigError, match="patches on one grid"):
         Supervised([Target(name="kind")], Mixing(cutmix=1.0)).bind(run_data(residues, kind=["a", "b"]))
     for wrong in ({"mixup": -1}, {"rate": 1.5}, {"cutmix_frac": -0.1}):
         with pytest.raises(ConfigError, match="mixing"):

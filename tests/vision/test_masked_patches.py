@@ -263,7 +263,7 @@ def test_the_reconstruction_shows_the_picture_what_is_seen_and_what_is_painted(i
     batch = packed(objective, NATIVE, images)
     wanted = objective._values(batch)
     monkeypatch.setattr(extra[DECODER], "forward", lambda *_: wanted)  # a decoder that knows it all
-    sheet = objective.pictures(model, extra, batch)["reconstruction"]
+    sheet = objective.figures(model, extra, batch)["reconstruction"]
     assert sheet.dtype == np.uint8
     first = images[batch.records[0]]
     height, width = first.shape[:2]

@@ -64,6 +64,7 @@ def job_options(args: argparse.Namespace) -> dict[str, Any]:
         "num_workers": args.workers,
         "is_compiled": args.compile,
         "domain": args.domain,
+        "tokenizer": args.tokenizer,
         "is_skipping": args.on_error == "skip",
         "is_overwriting": getattr(args, "overwrite", False),
         "read": ReadOptions(columns_of(args.column), id_column=args.id_column),

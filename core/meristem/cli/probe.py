@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", metavar="DATA", nargs="+", help="files of records with labels")
     parser.add_argument("--test", metavar="DATA", nargs="+", default=[], help="files of the test; DATA is for training")
     parser.add_argument("--label", required=True, metavar="COLUMN", help="column of the label: classes or numbers")
-    parser.add_argument("--output", required=True, help="folder of metrics.json, predictions.csv and a picture")
+    parser.add_argument("--output", required=True, help="folder of metrics.json, predictions.csv and a figure")
     parser.add_argument(
         "--method",
         default="both",
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     )
     metrics = probe_files(args.model, args.inputs, args.output, options, args.test, _Shown())
     _print_summary(metrics)
-    print(f"metrics.json, predictions.csv and a picture in {args.output}")
+    print(f"metrics.json, predictions.csv and a figure in {args.output}")
     return 0
 
 

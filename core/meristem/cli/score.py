@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--layer and --query have no effect without --attention; leave them out")
     if args.tokens_per_batch < 1:
         raise ConfigError(f"--tokens-per-batch must be 1 or more; got {args.tokens_per_batch}")
-    card, model = load_any(args.model)
+    card, model = load_any(args.model, args.tokenizer)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     part = output.with_name(output.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)

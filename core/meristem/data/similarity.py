@@ -37,7 +37,7 @@ def similarity_clusters(store: RecordStore, k: int, threshold: float, progress: 
 
     Args:
         store: of records whose canonical payloads (`Reader.canonical`) are compared.
-        k: length of a k-mer in bytes: 5 for proteins, 15 or more for DNA.
+        k: length of a k-mer in bytes (`Similarity.k`).
         threshold: share of the sketch that joins two records, in (0, 1].
         progress: called with records done and records in all, now and then.
 

@@ -116,7 +116,7 @@ class _Run:
         self.parts.check_foreign()
         if self.summary is not None and not self.summary.exists():
             self._refuse_existing()
-        self.card, model = load_any(self.model_path)
+        self.card, model = load_any(self.model_path, self.options.tokenizer)
         self.domain = domain_of_model(self.options.domain, self.card.domain)
         self.engine = self.options.engine
         self.running = self.job.start(self.card, model, self.engine)
@@ -130,6 +130,7 @@ class _Run:
         identity = {
             "model": hash_weights(self.model_path),
             "input": counted.digest if counted else "<stdin>",
+            **({"tokenizer": self.card.tokenizer.fingerprint} if self.options.tokenizer else {}),
             "job": self.job.verb,
             **self.running.identity,
             "precision": self.engine.precision,
@@ -179,7 +180,7 @@ class _Run:
     def _workers(self) -> "Workers | InProcess":
         if self.options.devices == 1:
             return InProcess(self.running)
-        return Workers(self.model_path, self.job, self.engine, self.options.devices)
+        return Workers(self.model_path, self.job, self.engine, self.options)
 
     def _chunk_symbols(self, num_parameters: int) -> int:
         """Tokens of a chunk: fewer where they cost much, or where each has a row that must fit in memory."""

@@ -76,7 +76,7 @@ def _tokens_per_second(embedder: Embedder, length: int, rounds: int) -> float:
 
 
 def _column(embedder: Embedder, length: int, count: int) -> TokenColumn:
-    """Sequences of any symbols, or of grey patches that all stand at the first place of their grid."""
+    """Sequences of any symbols, or of patches of zeros that all stand at the first place of their grid."""
     config = embedder.trunk.model.config
     ids = np.resize(np.arange(config.embedding.vocab_size), count * length)
     offsets = np.arange(count + 1) * length

@@ -175,8 +175,8 @@ class Objective(ABC):
         """
         return {}
 
-    def pictures(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> Mapping[str, np.ndarray]:
-        """What there is to see of a pack: `[H, W, 3]` bytes by name, kept in the run directory at each validation."""
+    def figures(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> Mapping[str, np.ndarray]:
+        """Figures of a pack by name, `[H, W, 3]` bytes of red, green and blue; written at each validation."""
         return {}
 
     def after_step(self, model: Model, extra: nn.ModuleDict) -> None:

@@ -40,7 +40,7 @@ class Supervised(Objective):
 
     Args:
         targets: what is predicted; at least one.
-        mixing: of pictures in pairs, in training; for classes of whole records, without weights.
+        mixing: of records of patches in pairs, in training; for classes of whole records, without weights.
     """
 
     def __init__(self, targets: list[Target], mixing: Mixing = Mixing()):  # noqa: B008 (frozen)
@@ -65,7 +65,8 @@ class Supervised(Objective):
         self._num_special, self._grid = tokenizer.num_special, tokenizer.grid
         if self.mixing.is_on and not self._grid:
             raise ConfigError(
-                "objective.mixing needs pictures of one size; set data.tokenizer.image_px, or mixing.rate: 0"
+                "objective.mixing needs records that are patches on one grid, as data.tokenizer makes them; "
+                "otherwise set mixing.rate: 0"
             )
         self._bound = {target.name: learn(target, data) for target in self.targets}
         self.remarks = tuple(bound.remark for bound in self._bound.values())

@@ -33,7 +33,7 @@ class Target:
         pool: how the rows of a record become one vector, or `own` for the model's (`architecture.pool`); unused at
             token level.
         is_standardised: the head sees each feature of the pooled vector less its mean, over its deviation; for
-            records that differ little, such as the mutants of one protein. Record level only.
+            records that differ little, such as the variants of one text. Record level only.
         hidden_width: width of a hidden layer in the head; 0 for a linear head.
         dropout: in the head, in training.
         label_smoothing: share of each target's probability that is spread evenly over all classes, in training.
@@ -203,7 +203,7 @@ def encode_labels(value: Label, bound: BoundTarget, record: Record) -> np.ndarra
     """
     column = bound.column
     where = lambda: record.source  # noqa: E731
-    words = column.entries(value, where, len(record.payload))
+    words = column.entries(value, where, len(record.payload) if column.is_per_token else 0)
     if not words:
         return np.array(IGNORE) if bound.is_classes else np.array(np.nan, np.float32)
     encoded: np.ndarray

@@ -80,7 +80,7 @@ def _check_fit(config: TransformerConfig, tokenizer: Tokenizer, domain: str) -> 
     if (wanted := tokenizer.num_features) != config.embedding.patch_features:
         raise ConfigError(
             f"architecture.embedding.patch_features must be {wanted}, as data.tokenizer makes patches of so many "
-            f"values (channels x pixels); got {config.embedding.patch_features}"
+            f"values; got {config.embedding.patch_features}"
         )
     positions = {config.position, *(config.layer(index).position for index in range(config.total_layers))}
     for position in positions:

@@ -1,6 +1,6 @@
 """The data of a run: from the user's files to the packs of each step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,7 +101,7 @@ class DataModule(L.LightningDataModule):
         group_column: column of a table that names what must stay in one part of the split, such as a patient.
         tokenizer: options of the domain's tokenizer.
         inputs: domain and tokenizer of inputs that the domain's own tokenizer does not read, by name of the input.
-        augment: options of the domain's views of a record, in training only; none where nothing is said.
+        views: options of the domain's views of a record; null for the records as they are.
         split: how records are dealt to training, validation and test.
         tokens_per_pack: tokens that a device computes at once: the memory it takes goes with it.
         max_tokens_per_record: a longer record is cropped to another random window each time it is trained on;
@@ -124,7 +124,7 @@ class DataModule(L.LightningDataModule):
         group_column: str = "",
         tokenizer: dict[str, Any] | None = None,
         inputs: dict[str, Input] | None = None,
-        augment: dict[str, Any] | None = None,
+        views: dict[str, Any] | None = None,
         split: Split = DEFAULT_SPLIT,
         tokens_per_pack: int = 8192,
         max_tokens_per_record: int | None = 1024,
@@ -147,8 +147,8 @@ class DataModule(L.LightningDataModule):
         self.others: dict[str, Tokenizer] = {
             name: one.build_tokenizer(self.domain) for name, one in self.inputs.items()
         }
-        self.augment = augment
-        self.views: Views | None = None if augment is None else build_views(self.domain, self.tokenizer, augment)
+        self.view_options = views
+        self.views: Views | None = None if views is None else self.domain.build_views(self.tokenizer, **views)
         self.split = split
         self.tokens_per_pack, self.max_tokens_per_record = tokens_per_pack, max_tokens_per_record
         self.on_error, self.num_workers, self.cache_dir, self.seed = on_error, num_workers, cache_dir, seed
@@ -191,8 +191,8 @@ class DataModule(L.LightningDataModule):
         if given is not None:
             self.tokenizer = given.tokenizer.adapted(self.domain.build_tokenizer, self._tokenizer_options)
             task.architecture = with_grid(task.architecture, self.tokenizer.grid)
-            if self.augment is not None:
-                self.views = build_views(self.domain, self.tokenizer, self.augment)
+            if self.view_options is not None:
+                self.views = self.domain.build_views(self.tokenizer, **self.view_options)
         store = self._store(self.sources, self.read_options(objective, self.split.column))
         parts = {name: Part(store, rows) for name, rows in self._deal(store).items()}
         if self.validation_sources:
@@ -211,7 +211,7 @@ class DataModule(L.LightningDataModule):
         objective.bind(RunData(self.tokenizer, self.parts, self.missing_labels, self.others))
         self.remarks += objective.remarks
         self._position_limit = task.architecture.max_length
-        # a window of the rows of an image would be no image
+        # a window of the rows of patches would not be a grid
         wanted = None if self.tokenizer.num_features else self.max_tokens_per_record
         limits = [limit for limit in (wanted, self._position_limit) if limit]
         self.max_tokens_per_record = min(limits, default=None)
@@ -358,19 +358,6 @@ class DataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             # an evaluation takes whole records wherever the model can
             max_tokens_per_record=self._position_limit,
+            views=self.views,
             others=self.others,
         )
-
-
-def build_views(domain: Domain, tokenizer: Tokenizer, options: Mapping[str, Any]) -> Views:
-    """The domain's views of records with these options.
-
-    Raises:
-        ConfigError: an option that they do not take, or the domain has none.
-    """
-    if domain.augment is None:
-        raise ConfigError(f"data.augment must not be set: the domain {domain.name} has no augmentation")
-    try:
-        return domain.augment(tokenizer, **options)
-    except TypeError as error:
-        raise ConfigError(f"data.augment: the augmentation of {domain.name} does not take that: {error}") from error

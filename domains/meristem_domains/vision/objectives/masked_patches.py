@@ -165,7 +165,7 @@ class MaskedPatches(Objective):
         return (batch.features - mean) / deviation
 
     @torch.no_grad()
-    def pictures(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> Mapping[str, np.ndarray]:
+    def figures(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> Mapping[str, np.ndarray]:
         """`reconstruction`: some pictures, what the trunk sees of each, and what the decoder makes of it.
 
         Hidden patches show the mean colour where nothing is painted. A normalised prediction is shown with the mean
