@@ -7,7 +7,7 @@ pytest loads this module at every start, so nothing heavy is imported at the top
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,7 @@ class _Contract:
         counts = objective.counts(batch)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.model = self._tiny_card(objective.heads, objective.readouts).build()
+            self.model = self._tiny_card(objective.heads).build()
             extra = objective.build(self.model.config)
         parameters = [*self.model.parameters(), *extra.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=1e-3)
@@ -253,9 +253,10 @@ class _Contract:
         _require(bool(falls), "the loss must be finite and fall", shown)
         return f"loss {shown}"
 
-    def _tiny_card(self, heads: tuple[str, ...], readouts: tuple[Any, ...]) -> Any:
+    def _tiny_card(self, heads: Mapping[str, Any]) -> Any:
         """A model of a domain's own symbols and patches that costs nothing."""
         from meristem.model.config import Attention, Embedding, FeedForward, Rotary, TokenHead, TransformerConfig
+        from meristem.model.model import SYMBOLS
         from meristem.model_directory import ModelCard
 
         tokenizer = self.tokenizer()
@@ -266,9 +267,9 @@ class _Contract:
             position=Rotary(num_axes=tokenizer.num_axes),
             attention=Attention(num_heads=4),
             feedforward=FeedForward(width=64),
-            head=TokenHead() if heads else None,
+            head=TokenHead() if SYMBOLS in heads else None,
         )
-        return ModelCard(config, tokenizer, heads=heads, readouts=readouts, domain=self.domain.name)
+        return ModelCard(config, tokenizer, heads=heads, domain=self.domain.name)
 
     def embed(self) -> str:
         """A vector for each record of the sample, through files and back, whatever it is packed with."""
@@ -280,9 +281,7 @@ class _Contract:
 
         with tempfile.TemporaryDirectory() as folder:
             model = Path(folder) / "model"
-            readouts = self.model.readouts
-            heads = tuple(name for name in self.model.heads if name not in {readout.name for readout in readouts})
-            save_model(model, self._tiny_card(heads, readouts), self.model)
+            save_model(model, self._tiny_card(self.model.specs), self.model)
             found = []
             for name, budget in (("packed", None), ("alone", 1)):
                 options = EmbedOptions(domain=self.name, precision="fp32", pool="mean", tokens_per_batch=budget)

@@ -17,8 +17,8 @@ from meristem.interop.library import HUGGING_FACE, Library
 from meristem.interop.runners import Runner
 from meristem.interop.table import KeyTable
 from meristem.model.config import TransformerConfig
+from meristem.model.heads import Readout
 from meristem.model.model import SYMBOLS
-from meristem.model.readout import Readout
 from meristem.registry import find_all
 from meristem.shapes import Tensor
 
@@ -47,7 +47,8 @@ class Family:
         write_tokenizer: texts of the foreign tokenizer's files by file name.
         table: every tensor; or a function of our config, the foreign one and the names of the tensors that are there
             (none at export), where the names of the table depend on them.
-        read_heads: heads that are no label's, of the foreign config and the names of its tensors.
+        read_heads: names of heads that are no label's, of the foreign config and the names of its tensors: `tokens` for
+            that of symbols, or the name under which a head is registered, which has no settings.
         read_readouts: labels that a foreign model predicts, of the same.
         write_readouts: settings of the foreign config about the labels that come along; the others stay behind.
         spellings: other spellings of foreign names, a regular expression and what to write in its place, in order.

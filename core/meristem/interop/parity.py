@@ -39,11 +39,6 @@ class Parity:
         return self.differences.get("logits")
 
     @property
-    def contacts(self) -> float | None:
-        """Of the probabilities of contact."""
-        return self.differences.get("contacts")
-
-    @property
     def largest(self) -> float:
         return max(self.differences.values())
 

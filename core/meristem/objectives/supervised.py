@@ -24,9 +24,9 @@ from meristem.data.labels import MAX_NAMED, Label, LabelColumn, first_with, name
 from meristem.data.parts import RunData
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Max, Mean, Pool, Prefix
+from meristem.model.heads import HeadSpec, Readout
 from meristem.model.model import SYMBOLS
 from meristem.model.outputs import Outputs, Wanted
-from meristem.model.readout import Readout
 from meristem.objectives.mixing import Mixing, mix
 from meristem.objectives.objective import Objective
 from meristem.shapes import Float, Int, Tensor
@@ -168,8 +168,8 @@ class Supervised(Objective):
         return bound
 
     @property
-    def readouts(self) -> tuple[Readout, ...]:
-        return tuple(bound.readout for bound in self._bound.values())
+    def heads(self) -> Mapping[str, HeadSpec]:
+        return {name: bound.readout for name, bound in self._bound.items()}
 
     def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
         by_record = {

@@ -18,7 +18,7 @@ from meristem.interop.family import Family, ForeignConfig
 from meristem.interop.settings import Settings, foreign_activation
 from meristem.interop.table import KeyTable, Rename, Row, joined
 from meristem.model.config import FeedForward, Prefix, Residual, TransformerConfig
-from meristem.model.readout import Readout
+from meristem.model.heads import Readout
 from meristem.shapes import Tensor
 from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
 from meristem_domains.vision.families.runners import HF_IMAGES
