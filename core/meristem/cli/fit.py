@@ -97,8 +97,8 @@ def _fit(config: "RunConfig") -> int:
 
 
 def _evaluate(config: "RunConfig", verb: str) -> int:
+    from meristem.figures.predictions import draw_confusion
     from meristem.model.heads import readouts_of
-    from meristem.train.confusion import draw_confusion
     from meristem.train.run import evaluate, is_evaluated_by_checkpoint
     from meristem.train.run_directory import RunDirectory
 
@@ -120,7 +120,7 @@ def _evaluate(config: "RunConfig", verb: str) -> int:
         print(f"  {name:<{width}}  {value:.5g}")
     classes = {readout.name: readout.classes for readout in readouts_of(task.objective.heads)}
     for name, counts in task.confusion_values().items():
-        drawn = run.picture(f"confusion_{name}_{part}")
-        draw_confusion(counts, classes[name], drawn)
+        drawn = run.figure(f"confusion_{name}_{part}")
+        draw_confusion(drawn, {f"{name}, {part}": counts.numpy()}, classes[name])
         _say(f"confusion matrix: {drawn}")
     return 0

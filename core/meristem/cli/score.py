@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--layer and --query have no effect without --attention; leave them out")
     if args.tokens_per_batch < 1:
         raise ConfigError(f"--tokens-per-batch must be 1 or more; got {args.tokens_per_batch}")
-    card, model = load_any(args.model)
+    card, model = load_any(args.model, args.tokenizer)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     part = output.with_name(output.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def _records(
     args: argparse.Namespace, card: "ModelCard", model: "Model", replaced: "Counter[str]"
 ) -> Iterator["Scored"]:
     """Each record of the inputs, and in `replaced` a count of what was."""
-    from meristem.data.records import ReadOptions, Source, place_of
+    from meristem.data.records import PAYLOAD, ReadOptions, Source, place_of
     from meristem.data.tokenizer import RefusedSymbol
     from meristem.domain import load_domain
     from meristem.errors import ConfigError, DataError
@@ -206,11 +206,11 @@ def _records(
     domain = load_domain(name)
     limit = model.config.max_length
     for source in args.inputs:
-        for batch in domain.read(Source(source), ReadOptions()):
+        for batch in domain.reader.read(Source(source), ReadOptions()):
             for row in range(len(batch)):
                 where = place_of(*(batch.column(name)[row].as_py() for name in ("file", "line", "id")))
                 try:
-                    column = card.tokenizer.encode_column(batch.column("payload").slice(row, 1))
+                    column = card.tokenizer.encode_column(batch.column(PAYLOAD).slice(row, 1))
                 except RefusedSymbol as error:
                     raise DataError(f"{where}: {error}") from error
                 if limit is not None and len(column.ids) > limit:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.records import SCHEMA, ReadOptions, Refusal, Source, place_of
-from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
+from meristem.data.records import PAYLOAD, SCHEMA, ReadOptions, Refusal, Source, place_of
+from meristem.data.stretches import is_sliced, slices_of
+from meristem.data.tokenizer import Tokenizer, column_bytes
 from meristem.domain import Domain
 from meristem.errors import DataError
+from meristem.inference.encoding import Encoded, encode_tables
 from meristem.types import TokenColumn
 
 CHUNK_RECORDS = 1024
@@ -67,6 +69,7 @@ class ChunkReader:
         options: how to read; its `on_error` is replaced.
         is_skipping: refused records are counted and left out; else they are errors.
         max_symbols: payload symbols of a chunk at most.
+        num_workers: processes that encode payloads; 0 for this one.
 
     Attributes:
         num_records: read so far, refused ones left out.
@@ -85,7 +88,9 @@ class ChunkReader:
         options: ReadOptions,
         is_skipping: bool = False,
         max_symbols: int = CHUNK_SYMBOLS,
+        num_workers: int = 0,
     ):
+        self._num_workers = num_workers
         self._domain, self._tokenizer, self._max_symbols = domain, tokenizer, max_symbols
         self._inputs, self._is_skipping = tuple(inputs), is_skipping
         # every payload is encoded here, which finds what is wrong with it; a chunk anew for each that is left out
@@ -102,10 +107,11 @@ class ChunkReader:
         Raises:
             DataError: an input or a record that cannot be used, or no record at all.
         """
-        for index, table in enumerate(self._cut()):
+        tables = encode_tables(self._cut(), self._tokenizer, self._is_skipping, self._num_workers)
+        for index, (table, encoded) in enumerate(tables):
             self._digest.add(table)
-            digest = self._digest.value()
-            table, column = self._encode(table)
+            digest, column = self._digest.value(), encoded.column
+            table = self._kept(table, encoded)
             self.num_records += table.num_rows
             self.num_symbols += int(column.lengths.sum()) - len(column) * sum(self._tokenizer.num_special)
             self.replaced.update(column.replaced)
@@ -123,7 +129,7 @@ class ChunkReader:
         held: list[pa.RecordBatch] = []
         num_records = num_symbols = 0
         for batch in self._batches():
-            ends = np.cumsum(self._tokenizer.estimate_lengths(batch.column("payload")))
+            ends = np.cumsum(self._tokenizer.estimate_lengths(batch.column(PAYLOAD)))
             at = 0
             while at < batch.num_rows:
                 used = int(ends[at - 1]) if at else 0
@@ -143,26 +149,23 @@ class ChunkReader:
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         for number, name in enumerate(self._inputs):
-            for batch in self._domain.read(Source(name), self._options):
+            for batch in self._domain.reader.read(Source(name), self._options):
                 self.per_input[number] += batch.num_rows
-                columns = [batch.column(field.name) for field in SCHEMA]
-                columns[2] = columns[2].cast(pa.string())  # dictionaries of two files do not go together
-                yield pa.RecordBatch.from_arrays(columns, names=SCHEMA.names)
+                columns = {name: batch.column(name) for name in (*SCHEMA.names, PAYLOAD)}
+                if is_sliced(columns[PAYLOAD].type):
+                    columns[PAYLOAD] = self._domain.reader.fetch(slices_of(columns[PAYLOAD]))
+                columns["file"] = columns["file"].cast(pa.string())  # dictionaries of two files do not go together
+                yield pa.RecordBatch.from_pydict(columns)
 
-    def _encode(self, table: pa.RecordBatch) -> tuple[pa.RecordBatch, TokenColumn]:
-        while True:
-            try:
-                return table, self._tokenizer.encode_column(table["payload"])
-            except RefusedSymbol as error:
-                row = error.row
-                refusal = Refusal(
-                    table["file"][row].as_py(), table["line"][row].as_py(), table["id"][row].as_py(), str(error)
-                )
-                if not self._is_skipping:
-                    raise DataError(f"{refusal.where}: record {refusal.id!r}: {error}") from error
-                self._refuse(refusal)
-                keep = np.arange(table.num_rows) != row
-                table = table.filter(pa.array(keep))
+    def _kept(self, table: pa.RecordBatch, encoded: Encoded) -> pa.RecordBatch:
+        """The records of a table that the tokenizer takes; the others are refused."""
+        for row, reason in encoded.refused:
+            file, line, id = (table[name][row].as_py() for name in ("file", "line", "id"))
+            refusal = Refusal(file, line, id, reason)
+            if not self._is_skipping:
+                raise DataError(f"{refusal.where}: record {id!r}: {reason}")
+            self._refuse(refusal)
+        return table.filter(pa.array(encoded.is_kept)) if encoded.refused else table
 
     def _refuse(self, refusal: Refusal) -> None:
         self.num_refused += 1
@@ -177,7 +180,7 @@ class _Digest:
         self._parts = [hashlib.blake2b(digest_size=16) for _ in range(3)]
 
     def add(self, table: pa.RecordBatch) -> None:
-        texts = [column_bytes(table[name]) for name in ("id", "payload")]
+        texts = [column_bytes(table[name]) for name in ("id", PAYLOAD)]
         for digest, (text, _) in zip(self._parts, texts):
             digest.update(text.data)
         self._parts[2].update(np.stack([np.diff(bounds) for _, bounds in texts], axis=1).tobytes())

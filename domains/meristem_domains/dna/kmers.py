@@ -153,13 +153,14 @@ class KmerTokenizer(Tokenizer):
             ids[places] = self._index[symbol]
             is_payload[places] = False
         ids[is_payload] = body
-        return TokenColumn(ids=ids, offsets=offsets, replaced=self._count_replaced(text))
+        return TokenColumn(ids=ids, offsets=offsets, replaced=self._count_replaced(text), is_special=~is_payload)
 
     def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
         ids = column.ids[column.offsets[row] : column.offsets[row + 1]].astype(np.int64)
         stops = np.cumsum(self._widths[ids])
         spans = np.stack([stops - self._widths[ids], stops], axis=1)
-        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans)
+        is_special = self._widths[ids] == 0
+        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans, is_special=is_special)
 
     def decode(self, tokens: Tokens) -> str:
         return "".join(self.vocab[i] for i in tokens.ids if self._widths[i])

@@ -15,9 +15,10 @@ import torch
 
 from meristem.data.tokenizer import AlphabetTokenizer, Tokenizer
 from meristem.errors import CheckpointError, ConfigError
-from meristem.interop.family import Family, ForeignConfig, classes_by_head, heads_by_prefix
+from meristem.interop.family import TENSORFLOW_SPELLINGS, ForeignConfig, heads_by_prefix, sequence_family
+from meristem.interop.rows import block_rows, lm_head_rows
 from meristem.interop.runners import SEQUENCES, Results, padded
-from meristem.interop.table import FuseHeads, Ignored, KeyTable, Rename, Tied
+from meristem.interop.table import Ignored, KeyTable, Rename, Tied
 from meristem.model.config import (
     Attention,
     Embedding,
@@ -51,22 +52,15 @@ TABLE = KeyTable(
         Rename("trunk.embedding.symbols", "esm.embeddings.word_embeddings"),
         Rename("trunk.embedding.position.table", "esm.embeddings.position_embeddings"),
         Rename("trunk.embedding.norm", "esm.embeddings.layer_norm"),
-        Rename("trunk.blocks.{}.attention_norm", f"{LAYER}.attention.LayerNorm"),
-        FuseHeads(
-            "trunk.blocks.{}.attention.qkv",
-            f"{LAYER}.attention.self.query",
-            f"{LAYER}.attention.self.key",
-            f"{LAYER}.attention.self.value",
+        *block_rows(
+            LAYER,
+            attention_norm="attention.LayerNorm",
+            qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+            out="attention.output.dense",
         ),
-        Rename("trunk.blocks.{}.attention.out", f"{LAYER}.attention.output.dense"),
-        Rename("trunk.blocks.{}.feedforward_norm", f"{LAYER}.LayerNorm"),
-        Rename("trunk.blocks.{}.feedforward.up", f"{LAYER}.intermediate.dense"),
-        Rename("trunk.blocks.{}.feedforward.down", f"{LAYER}.output.dense"),
+        *block_rows(LAYER, feedforward_norm="LayerNorm", up="intermediate.dense", down="output.dense"),
         Rename("trunk.final_norm", "esm.encoder.emb_layer_norm_after"),
-        Rename("heads.tokens.dense", "lm_head.dense"),
-        Rename("heads.tokens.norm", "lm_head.layer_norm"),
-        Rename("heads.tokens.out", "lm_head.decoder"),
-        Rename("heads.tokens.bias", "lm_head.bias"),
+        *lm_head_rows(bias="lm_head.bias"),
         Rename("heads.contacts.regression", "esm.contact_head.regression"),
     ),
     tied=(Tied("lm_head.decoder.weight", "esm.embeddings.word_embeddings.weight"),),
@@ -304,21 +298,16 @@ def _run_reference(reference: Any, sequences: Sequence[Tokens]) -> Results:
     return found
 
 
-ESM = Family(
-    name="ESM-1b and ESM-2",
-    domain="protein",
-    recognises=lambda config: config.get("model_type") == "esm",
-    read_config=read_config,
-    write_config=write_config,
+HEADS = heads_by_prefix(tokens="lm_head.", contacts="esm.contact_head.")
+ESM = replace(
+    sequence_family(
+        "ESM-1b and ESM-2", "protein", "esm", "Esm", TABLE, read_config, write_config, "esm.", "ForMaskedLM", HEADS
+    ),
     read_tokenizer=read_tokenizer,
     write_tokenizer=write_tokenizer,
-    table=TABLE,
-    read_heads=heads_by_prefix(tokens="lm_head.", contacts="esm.contact_head."),
     # transformers 5 writes the names of long ago, and the star of a pattern, when it saves; it reads both
-    spellings=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
-    prefix="esm.",
+    spellings=TENSORFLOW_SPELLINGS,
     derived=derived,
-    name_class=classes_by_head("EsmForMaskedLM", "EsmModel"),
     implied_heads=("contacts",),
     runner=replace(SEQUENCES, theirs=_run_reference),
 )

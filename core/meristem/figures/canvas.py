@@ -1,0 +1,42 @@
+"""Empty figures, and how they are written."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from meristem.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 120
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, without a window system and without global state.
+
+    Args:
+        width: in inches.
+        height: in inches.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure as a PNG, which replaces a file that is there as a whole."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
+
+
+def save_array(colours: np.ndarray, path: Path) -> None:
+    """Write `[H, W, 3]` bytes of red, green and blue as a PNG, which replaces a file that is there as a whole."""
+    from matplotlib.image import imsave  # it takes a second, and most runs have nothing to show
+
+    with replacing(path) as temporary:
+        imsave(temporary, colours, format="png")
