@@ -153,6 +153,8 @@ class _Contract:
     def records(self) -> str:
         """Reading gives columns of the schema, the same ones each time."""
         from meristem.data.records import INPUT_PREFIX, SCHEMA, Source, record_at
+        from meristem.data.similarity import similarity_clusters
+        from meristem.data.store import RecordStore
 
         source, options = Source(str(self.domain.sample)), self.data.read_options(self.objective)
         batches = [list(self.domain.reader.read(source, options)) for _ in range(2)]
@@ -169,6 +171,10 @@ class _Contract:
         _require(
             all(row.id and row.payload for row in self.rows), "every record needs an id and a payload", "an empty one"
         )
+        if self.domain.similarity is not None:
+            store = RecordStore.of(self.rows, self.domain.reader)
+            num_clusters = len(set(similarity_clusters(store, self.domain.similarity).tolist()))
+            _require(num_clusters > 1, "similarity must tell records of the sample apart", "one cluster of all")
         return f"{len(self.rows):,} records"
 
     def tokens(self) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from meristem.cli.main import main
 from meristem.data.reading.reader import Reader
+from meristem.data.similarity import Similarity
 from meristem.domain import Domain, domain_of_model, load_domain
 from meristem.errors import ConfigError
 from meristem.objectives.causal import Causal
@@ -182,6 +183,7 @@ MUTANTS = {
     "a reader that forgets": ("records", lambda d: {"reader": _lost_record(d.reader, 1)}),
     "a reader that forgets later": ("embed", lambda d: {"reader": _lost_record(d.reader, 2)}),
     "a reader that raises": ("records", lambda d: {"reader": _reader(lambda source, options: iter([1 / 0]))}),
+    "all records similar": ("records", lambda d: {"similarity": Similarity(k=1, threshold=0.01)}),
     "a column that differs": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode_column=_truncated_column)}),
     "spans beyond the payload": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode=_shifted(2))}),
     "a tokenizer of no installed kind": (
