@@ -22,7 +22,6 @@ EXEMPT = ("core/meristem/interop/families/", "core/meristem/scaffold/")
 
 OWED = {
     "core/meristem/cli/score.py",
-    "core/meristem/interop/__init__.py",
     "core/meristem/interop/parity.py",
     "core/meristem/interop/runners.py",
     "core/meristem/model/heads/contacts.py",

@@ -102,22 +102,6 @@ class SubwordTokenizer(Tokenizer):
             raise CheckpointError("a definition of subwords must have a symbol for one of a, A, 0 and .; it has none")
         return 0, 0
 
-    @property
-    def mask_id(self) -> int | None:
-        return self.id_of("mask")
-
-    @property
-    def pad_id(self) -> int | None:
-        return self.id_of("pad")
-
-    @property
-    def bos_id(self) -> int | None:
-        return self.id_of("bos")
-
-    @property
-    def eos_id(self) -> int | None:
-        return self.id_of("eos")
-
     def id_of(self, role: str) -> int | None:
         """The special symbol of a role (`ROLES`); None where there is none."""
         symbol = self.special.get(role)

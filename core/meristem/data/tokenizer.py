@@ -171,10 +171,14 @@ class Tokenizer(ABC):
     def num_special(self) -> tuple[int, int]:
         """Special rows before and behind the payload's own tokens."""
 
+    def id_of(self, role: str) -> int | None:
+        """The special symbol of a role, such as `mask`, `pad`, `bos`, `eos`; None where there is none."""
+        return None
+
     @property
-    @abstractmethod
     def mask_id(self) -> int | None:
         """The symbol that hides a token in masked modelling; None where there is none."""
+        return self.id_of("mask")
 
     @property
     @abstractmethod
@@ -189,17 +193,34 @@ class Tokenizer(ABC):
     @property
     def pad_id(self) -> int | None:
         """The symbol of padding, which is in no pack, but from which encoder-decoders start; None for none."""
-        return None
+        return self.id_of("pad")
 
     @property
     def bos_id(self) -> int | None:
         """The symbol that a generated text starts from; None where there is none."""
-        return None
+        return self.id_of("bos")
 
     @property
     def eos_id(self) -> int | None:
         """The symbol that ends a generated text; None where there is none."""
-        return None
+        return self.id_of("eos")
+
+
+def frozen_symbols(tokenizer: Any) -> dict[str, int]:
+    """Make tuples of a tokenizer's `vocab`, `prefix` and `suffix`, which JSON gives as lists, and number the symbols.
+
+    Returns:
+        Ids by symbol.
+
+    Raises:
+        ConfigError: a symbol that stands twice in the vocabulary.
+    """
+    for name in ("vocab", "prefix", "suffix"):
+        object.__setattr__(tokenizer, name, tuple(getattr(tokenizer, name)))
+    index = {symbol: i for i, symbol in enumerate(tokenizer.vocab)}
+    if len(index) != len(tokenizer.vocab):
+        raise ConfigError("vocab must hold each symbol once")
+    return index
 
 
 class RefusedSymbol(DataError):
@@ -243,21 +264,9 @@ class AlphabetTokenizer(Tokenizer):
     random: str = ""
 
     def __post_init__(self) -> None:
-        # JSON gives lists; the tokenizer compares and hashes by value
-        for name in ("vocab", "prefix", "suffix"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        index = {symbol: i for i, symbol in enumerate(self.vocab)}
-        if len(index) != len(self.vocab):
-            raise ConfigError("vocab must hold each symbol once")
-        named = [
-            *self.prefix,
-            *self.suffix,
-            *self.random,
-            *self.replace.values(),
-            *([self.mask] * bool(self.mask)),
-        ]
-        unknown = [symbol for symbol in named if symbol not in index]
-        if unknown:
+        index = frozen_symbols(self)
+        named = (*self.prefix, *self.suffix, *self.random, *self.replace.values(), *([self.mask] * bool(self.mask)))
+        if unknown := [symbol for symbol in named if symbol not in index]:
             raise ConfigError(f"every symbol that is named must be in the vocab; got {unknown[0]!r}")
         if len(index) > _REFUSED:
             raise ConfigError(f"vocab must hold {_REFUSED} symbols at most, as an id is a byte; got {len(index)}")
@@ -285,21 +294,13 @@ class AlphabetTokenizer(Tokenizer):
     def num_special(self) -> tuple[int, int]:
         return len(self.prefix), len(self.suffix)
 
-    @property
-    def mask_id(self) -> int | None:
-        return self._index[self.mask] if self.mask else None
+    def id_of(self, role: str) -> int | None:
+        symbols = {"mask": self.mask, "bos": "".join(self.prefix[-1:]), "eos": "".join(self.suffix[:1])}
+        return self._index[symbols[role]] if symbols.get(role) else None
 
     @property
     def random_ids(self) -> np.ndarray:
         return np.array([self._index[symbol] for symbol in self.random], dtype=np.int64)
-
-    @property
-    def bos_id(self) -> int | None:
-        return self._index[self.prefix[-1]] if self.prefix else None
-
-    @property
-    def eos_id(self) -> int | None:
-        return self._index[self.suffix[0]] if self.suffix else None
 
     @property
     def symbols_per_token(self) -> int:

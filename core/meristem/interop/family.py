@@ -44,7 +44,8 @@ class Family:
             that is exported, the general one is. Families that are not variants of each other must not recognise the
             same config.
         read_config: our config, of the foreign one and the tensors beside it (names of the table; read when asked
-            for). At export it is called with the tensors that are written.
+            for). At export it is called with the tensors that are written. It raises a `ConfigError` at a setting that
+            changes numbers and that no part of ours can say.
         write_config: the foreign config, of ours and the tokenizer; what it cannot say is found by reading it
             back, so it need not check.
         table: every tensor; or a function of our config, the foreign one and the names of the tensors that are there

@@ -203,7 +203,7 @@ def encode(value: Label, bound: BoundTarget, record: Record) -> np.ndarray:
     """
     column = bound.column
     where = lambda: record.source  # noqa: E731
-    words = column.entries(value, where, len(record.payload))
+    words = column.entries(value, where, len(record.payload) if column.is_per_token else 0)
     if not words:
         return np.array(IGNORE) if bound.is_classes else np.array(np.nan, np.float32)
     encoded: np.ndarray

@@ -58,11 +58,7 @@ def recognises(config: ForeignConfig) -> bool:
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a MosaicBERT's.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a MosaicBERT's."""
     found = Settings("a DNABERT-2", config, DEFAULTS)
     # whatever the config says, the feed-forward layer is gated by the exact GELU
     feedforward = FeedForward(width=found["intermediate_size"], is_gated=True, in_bias=False)
@@ -84,11 +80,11 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 DNABERT2 = BERT.variant(
     name="DNABERT-2",
     domain="dna",
-    name_class=classes_by_head("BertForMaskedLM", "BertModel"),
+    read_readouts=lambda config, names: (),
     recognises=recognises,
     read_config=read_config,
     write_config=write_config,
     table=TABLE,
-    read_readouts=lambda config, names: (),
+    name_class=classes_by_head("BertForMaskedLM", "BertModel"),
     runner=None,
 )

@@ -128,11 +128,7 @@ ROBERTA_TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `BertConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `BertConfig`."""
     found = Settings("a BERT", config, DEFAULTS)
     # the head has the activation of the trunk
     position = Learned(max_positions=found["max_position_embeddings"])
@@ -140,11 +136,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def read_roberta_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `RobertaConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `RobertaConfig`."""
     found = Settings("a RoBERTa", config, {**DEFAULTS, "pad_token_id": 1})
     if not isinstance(found["pad_token_id"], int):
         raise ConfigError(f"pad_token_id must be set in a RoBERTa config; got {found['pad_token_id']!r}")

@@ -5,7 +5,6 @@ heads at once, each branch is divided by sqrt(layers / 36), and the head is not 
 queries and keys have no bias, the others have one: ours has one after the last block, which is zero.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,8 @@ from meristem.interop.rotary import read_rotary, write_rotary
 from meristem.interop.rows import lm_head_rows
 from meristem.interop.settings import Settings, foreign_activation
 from meristem.interop.table import KeyTable, Lacking, Rename
+from meristem.interop.vocabulary import json_text
+from meristem.interop.vocabulary_files import SETTINGS, WORDS
 from meristem.model.config import (
     Attention,
     Embedding,
@@ -65,11 +66,7 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of an `EsmcConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of an `EsmcConfig`."""
     found = Settings("an ESM-C", config, DEFAULTS)
     width, heads, num_layers = found["hidden_size"], found["num_attention_heads"], found["num_hidden_layers"]
     found.require(num_key_value_heads=heads, head_dim=width // heads, tie_word_embeddings=False)
@@ -138,7 +135,7 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
     names = {f"{role}_token": symbol for role, symbol in SPECIAL.items()}
     settings = {**names, "tokenizer_class": "EsmcTokenizer", "clean_up_tokenization_spaces": False}
     # the foreign class reads no vocabulary; ours does
-    return {"vocab.txt": "\n".join(SYMBOLS), "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}
+    return {WORDS: "\n".join(SYMBOLS), SETTINGS: json_text(settings)}
 
 
 HEADS = heads_by_prefix(tokens="lm_head.")

@@ -123,12 +123,8 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
     return replace(architecture, layers=tuple(rules))
 
 
-def read_bigcode_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `GPTBigCodeConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+def read_bigcode(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of a `GPTBigCodeConfig`."""
     defaults = {**DEFAULTS, "activation_function": "gelu_pytorch_tanh", "multi_query": True}
     found = Settings("a GPTBigCode", config, defaults, ALIASES)
     found.require(scale_attn_by_inverse_layer_idx=False)
@@ -183,7 +179,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
     }
 
 
-def write_bigcode_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def write_bigcode(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """The `GPTBigCodeConfig` of ours, as far as one can say it."""
     is_multi_query = architecture.num_kv_heads == 1 and architecture.attention.num_heads > 1
     return {"model_type": "gpt_bigcode", **_write(architecture, tokenizer), "multi_query": is_multi_query}
@@ -220,12 +216,5 @@ def write_gpt(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str
 
 GPT2 = sequence_family("GPT-2", "text", "gpt2", "GPT2", TABLE, read_config, write_config, suffix="LMHeadModel")
 GPT_BIGCODE = sequence_family(
-    name="GPTBigCode",
-    domain="code",
-    model_type="gpt_bigcode",
-    stem="GPTBigCode",
-    table=BIGCODE_TABLE,
-    read_config=read_bigcode_config,
-    write_config=write_bigcode_config,
-    variant_of=GPT2,
+    "GPTBigCode", "code", "gpt_bigcode", "GPTBigCode", BIGCODE_TABLE, read_bigcode, write_bigcode, variant_of=GPT2
 )

@@ -65,20 +65,12 @@ DEFAULTS = {
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `GPTJConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `GPTJConfig`."""
     return _read(Settings("a GPT-J", config, DEFAULTS, ALIASES))
 
 
 def read_codegen_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `CodeGenConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `CodeGenConfig`."""
     found = Settings("a CodeGen", config, DEFAULTS, ALIASES)
     if found["n_head"] % SHARES:
         raise ConfigError(f"n_head must be a multiple of {SHARES} in a CodeGen config; got {found['n_head']}")

@@ -130,11 +130,7 @@ class Kind:
         )
 
     def read_config(self, config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-        """Our config of a foreign one.
-
-        Raises:
-            ConfigError: a setting that no part of ours can say.
-        """
+        """Our config of a foreign one."""
         found = Settings(f"a {self.model_type}", config, {**DEFAULTS, **self.defaults})
         width, heads, head_width = found["hidden_size"], found["num_attention_heads"], found["head_dim"]
         found.require(per_layer_config={})

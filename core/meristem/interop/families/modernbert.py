@@ -73,11 +73,7 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `ModernBertConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `ModernBertConfig`."""
     found = Settings("a ModernBERT", config, DEFAULTS)
     reach = found["local_attention"] // 2
     kinds = {

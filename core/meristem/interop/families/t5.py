@@ -81,11 +81,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def read_stacks(found: Settings, is_gated: bool, head: TokenHead | None) -> TransformerConfig:
-    """What all families of this kind have in common.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """What all families of this kind have in common."""
     found.require(is_decoder=False)
     num_layers, num_decoder_layers = found["num_layers"], 0
     if not is_encoder_alone(found):

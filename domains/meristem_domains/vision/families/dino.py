@@ -55,11 +55,7 @@ SPELLINGS = (*ATTENTION_SPELLINGS, (r"\.mlp\.down_proj\.", ".mlp.weights_out."))
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `Dinov2Config` or a `Dinov2WithRegistersConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `Dinov2Config` or a `Dinov2WithRegistersConfig`."""
     found = _settings(config)
     height, width = pair(found["image_size"])
     if height != width:

@@ -56,11 +56,7 @@ LEFT_OUT = (
 
 
 def read_vit_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `ViTConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `ViTConfig`."""
     found = Settings("a ViT", config, VIT_DEFAULTS)
     has_pooler = "vit.pooler.dense.weight" in tensors and "classifier.weight" not in tensors
     if has_pooler:
