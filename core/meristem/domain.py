@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from meristem.data.reading.reader import Reader
+from meristem.data.similarity import Similarity
 from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
 from meristem.errors import ConfigError
@@ -37,6 +38,8 @@ class Domain:
         sample_objective: makes an objective that a model can be trained for on the sample.
         views: makes the views that are used in the place of a record, given the tokenizer and the options of
             `data.views`; None for a domain that has none.
+        similarity: when two payloads are similar, for splits that keep similar ones together; None for a domain whose
+            payloads cannot be compared by the bytes they share.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Domain:
     sample_options: Mapping[str, Any] = field(default_factory=dict)
     sample_objective: Callable[[], Objective] = Masked
     views: Callable[..., Views] | None = None
+    similarity: Similarity | None = None
 
     def build_tokenizer(self, **options: Any) -> Tokenizer:
         """The domain's tokenizer with these options.
@@ -80,6 +84,24 @@ class Domain:
                 f"data.views: the views of {self.name} do not take that: {error}; "
                 f"their options: {', '.join([*signature(self.views).parameters][1:]) or 'none'}"
             ) from error
+
+    def similarity_with(self, k: int | None = None, threshold: float | None = None) -> Similarity:
+        """When two payloads are similar.
+
+        Args:
+            k: length of a k-mer that a user asks for; None for the domain's.
+            threshold: share of the sketch that a user asks for; None for the domain's.
+
+        Raises:
+            ConfigError: payloads of the domain cannot be compared, or a number is out of range.
+        """
+        if self.similarity is None:
+            raise ConfigError(
+                f"a split by similarity needs a domain whose payloads can be compared; {self.name} has none "
+                "(Domain.similarity): use hash or a column"
+            )
+        own = self.similarity
+        return Similarity(k=own.k if k is None else k, threshold=own.threshold if threshold is None else threshold)
 
 
 def load_domain(name: str) -> Domain:

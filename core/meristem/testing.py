@@ -154,6 +154,9 @@ class _Contract:
 
     def records(self) -> str:
         """Reading gives the inputs and labels that the objective reads, the same ones each time."""
+        from meristem.data.similarity import similarity_clusters
+        from meristem.data.store import RecordStore
+
         rows, again = self._read(), self._read()
         _require(len(rows) >= 8, "the sample must hold 8 records or more", len(rows))
         _require(rows == again, "reading twice must give the same records", "others")
@@ -168,6 +171,9 @@ class _Contract:
                 _require(is_same, "canonical must give equal bytes for equal payloads", f"others for {row.source}")
                 known.add(canonical[0])
         _require(len(known) > 1, "canonical must tell payloads apart", "one value for all of the sample")
+        if self.domain.similarity is not None:
+            num_clusters = len(set(similarity_clusters(RecordStore.of(rows, reader), self.domain.similarity).tolist()))
+            _require(num_clusters > 1, "similarity must tell records of the sample apart", "one cluster of all")
         self.rows = rows
         self.payloads = [(f"{row.source}, {name}", payload) for row in rows for name, payload in row.inputs.items()]
         return f"{len(rows):,} records of {', '.join(self.objective.inputs)}"
@@ -338,9 +344,7 @@ class _Contract:
             architecture = self.architecture
             if "tokens" in objective.heads and architecture.head is None:
                 architecture = replace(architecture, head=TokenHead())
-            self.card = ModelCard(
-                architecture, self.tokenizer, objective.heads, objective.readouts, domain=self.domain.name
-            )
+            self.card = ModelCard(architecture, self.tokenizer, objective.heads, domain=self.domain.name)
             self.model = self.card.build()
             extra = objective.build(architecture)
             objective.start(self.model, extra, NUM_STEPS)

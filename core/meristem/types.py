@@ -95,7 +95,7 @@ class Record:
         return payload
 
     def with_payload(self, payload: Any) -> "Record":
-        """The same record of one input with another payload: also what only its tokenizer takes, such as pixels."""
+        """The same record of one input with another payload, or what its tokenizer takes for one, such as an array."""
         return replace(self, inputs=dict.fromkeys(self.inputs, payload))
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from meristem.cli.main import main
 from meristem.data.reading.reader import Reader
+from meristem.data.similarity import Similarity
 from meristem.data.views import Views
 from meristem.domain import Domain, domain_of_model, load_domain
 from meristem.errors import ConfigError
@@ -227,6 +228,7 @@ MUTANTS = {
     "a reader that forgets": ("records", lambda d: {"reader": _lost_record(d.reader, 1)}),
     "a reader that forgets later": ("embed", lambda d: {"reader": _lost_record(d.reader, 2)}),
     "a reader that raises": ("records", lambda d: {"reader": _reader(lambda source, options: iter([1 / 0]))}),
+    "all records similar": ("records", lambda d: {"similarity": Similarity(k=1, threshold=0.01)}),
     "a reader whose equals differ": ("records", lambda d: {"reader": _reading(d, canonical=_counted)}),
     "a reader to which all is equal": (
         "records",

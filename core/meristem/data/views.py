@@ -25,7 +25,7 @@ class Views(ABC):
         """The views of a record: a pure function of its arguments.
 
         A view may have other payloads and other labels. Its payload may be anything that the tokenizer's
-        `encode_values` takes, such as an array of pixels, so that nothing is decoded twice; it should give about as
+        `encode_values` takes, such as a decoded array, so that nothing is decoded twice; it should give about as
         many tokens as the record's own.
 
         Args:

@@ -32,8 +32,8 @@ class Split:
         validation_frac: of the records, for validation.
         test_frac: of the records, for the test.
         seed: another one deals anew.
-        k: length of the k-mers that similarity is measured by.
-        threshold: share of the k-mers of the shorter of two payloads that makes them similar.
+        k: length of the k-mers that similarity is measured by; null for the domain's.
+        threshold: share of the k-mers of the shorter of two payloads that makes them similar; null for the domain's.
     """
 
     method: Literal["hash", "column", "similarity"] = "hash"
@@ -41,8 +41,8 @@ class Split:
     validation_frac: float = 0.05
     test_frac: float = 0.0
     seed: int = 0
-    k: int = 5
-    threshold: float = 0.25
+    k: int | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         if (self.method == "column") != bool(self.column):
@@ -118,6 +118,8 @@ class DataModule(L.LightningDataModule):
         self.view_options = views
         self.views: Views | None = None if views is None else self.domain.build_views(self.tokenizer, **views)
         self.split = split
+        is_compared = split.method == "similarity"
+        self.similarity = self.domain.similarity_with(split.k, split.threshold) if is_compared else None
         self.tokens_per_pack, self.max_tokens_per_record = tokens_per_pack, max_tokens_per_record
         self.on_error, self.num_workers, self.cache_dir, self.seed = on_error, num_workers, cache_dir, seed
         self.missing_labels = tuple(missing_labels or ())
@@ -223,9 +225,8 @@ class DataModule(L.LightningDataModule):
             if split.method == "hash":
                 parts = split_by_hash(store, fractions, split.seed)
             else:
-                parts = split_by_similarity(
-                    store, fractions, split.seed, k=split.k, threshold=split.threshold, progress=self.build_progress
-                )
+                assert self.similarity is not None
+                parts = split_by_similarity(store, fractions, split.seed, self.similarity, self.build_progress)
         return {name: rows for name, rows in parts.items() if len(rows)}
 
     def _require_sources(self, store: RecordStore) -> None:
