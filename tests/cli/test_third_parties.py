@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from installing import install
-
 from meristem.inference.formats import read_embeddings
 
 PACKAGES = Path(__file__).parents[1] / "packages"

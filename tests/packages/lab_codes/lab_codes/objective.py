@@ -1,5 +1,6 @@
 """Sequels: does the second half of a code go on where the first one ends?"""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lab_codes.head import EndsReadout
 from meristem.data.parts import RunData
 from meristem.errors import ConfigError
+from meristem.model.heads import HeadSpec
 from meristem.model.outputs import Outputs, Wanted
-from meristem.model.readout import Readout
 from meristem.objectives.objective import Objective
 from meristem.types import LossOut, PackedBatch, Record, Term, Tokens
 
@@ -33,8 +35,8 @@ class TellSequels(Objective):
         self.num_special = data.tokenizer.num_special
 
     @property
-    def readouts(self) -> tuple[Readout, ...]:
-        return (Readout(name=SEQUEL, classes=("goes on", "is turned")),)
+    def heads(self) -> Mapping[str, HeadSpec]:
+        return {SEQUEL: EndsReadout(name=SEQUEL, classes=("goes on", "is turned"))}
 
     def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
         (one,) = tokens
