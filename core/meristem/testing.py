@@ -344,9 +344,7 @@ class _Contract:
             architecture = self.architecture
             if "tokens" in objective.heads and architecture.head is None:
                 architecture = replace(architecture, head=TokenHead())
-            self.card = ModelCard(
-                architecture, self.tokenizer, objective.heads, objective.readouts, domain=self.domain.name
-            )
+            self.card = ModelCard(architecture, self.tokenizer, objective.heads, domain=self.domain.name)
             self.model = self.card.build()
             extra = objective.build(architecture)
             objective.start(self.model, extra, NUM_STEPS)

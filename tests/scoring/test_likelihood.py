@@ -27,6 +27,7 @@ from meristem.scoring.likelihood import LikelihoodOptions, Reading, kind_of, sco
 from meristem.scoring.running import ROWS_PER_CALL, RunningModel
 from meristem.types import IGNORE, Hidden, PackedBatch, TokenColumn
 from meristem_domains.vision.patches import PatchTokenizer
+from model_runs import specs
 
 
 class Case:
@@ -340,7 +341,7 @@ def test_a_model_without_a_likelihood_is_refused(
 ) -> None:
     tokenizer = replace(draw_tokenizer(rng), **changes)
     with pytest.raises(ConfigError, match=message):
-        kind_of(Model(config, heads), tokenizer)
+        kind_of(Model(config, specs(heads)), tokenizer)
 
 
 def test_pictures_have_no_likelihood() -> None:
@@ -392,7 +393,7 @@ def test_logits_of_zero_give_a_perplexity_of_the_vocabulary(rng: np.random.Gener
         attention=Attention(num_heads=2, pattern=Causal()),
         head=TokenHead(is_tied=False, activation=None),
     )
-    model = redrawn(Model(config, ("tokens",)))
+    model = redrawn(Model(config, specs(("tokens",))))
     for parameter in model.heads["tokens"].parameters():
         torch.nn.init.zeros_(parameter)
     running = RunningModel(model, tokenizer)

@@ -26,6 +26,7 @@ from meristem.model.model import Model
 from meristem.model_directory import ModelCard, save_model
 from meristem.scoring.contacts import contact_maps
 from meristem_domains.protein.alphabet import tokenizer as protein_tokenizer
+from model_runs import specs
 
 TOKENIZER = protein_tokenizer()
 
@@ -39,7 +40,7 @@ def build(heads: tuple[str, ...], **changes: object) -> Model:
         "feedforward": FeedForward(width=64),
         "head": TokenHead(),
     }
-    model = Model(TransformerConfig(**{**values, **changes}), heads)
+    model = Model(TransformerConfig(**{**values, **changes}), specs(heads))
     for parameter in model.parameters():
         draw = torch.randn_like(parameter)
         parameter.data = draw / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 1 + 0.3 * draw
@@ -105,7 +106,7 @@ def fasta(proteins: list[str], tmp_path: Path) -> Path:
 
 
 def save(model: Model, folder: Path) -> Path:
-    save_model(folder, ModelCard(model.config, TOKENIZER, tuple(model.heads), domain="protein"), model)
+    save_model(folder, ModelCard(model.config, TOKENIZER, specs(tuple(model.heads)), domain="protein"), model)
     return folder
 
 

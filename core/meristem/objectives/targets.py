@@ -12,8 +12,8 @@ from meristem.data.labels import MAX_NAMED, Label, LabelColumn, first_with, name
 from meristem.data.parts import RunData
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Max, Mean, Pool, Prefix
+from meristem.model.heads import Readout
 from meristem.model.model import SYMBOLS
-from meristem.model.readout import Readout
 from meristem.types import IGNORE, Record
 
 POOLS: dict[str, Pool | None] = {"mean": Mean(), "max": Max(), "cls": Prefix(), "own": None}

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from meristem.data.pack import pack_column
-from meristem.model.heads.contacts import correct_average_product, payload_maps
-from meristem.model.model import CONTACTS, Model
+from meristem.model.heads.contacts import CONTACTS, correct_average_product, payload_maps
+from meristem.model.model import Model
 from meristem.model.outputs import Wanted
 from meristem.types import TokenColumn
 
