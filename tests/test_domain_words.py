@@ -22,11 +22,7 @@ EXEMPT = ("core/meristem/interop/families/", "core/meristem/scaffold/")
 
 OWED = {
     "core/meristem/cli/score.py",
-    "core/meristem/interop/parity.py",
-    "core/meristem/interop/runners.py",
     "core/meristem/model/heads/contacts.py",
-    "core/meristem/model/model.py",
-    "core/meristem/model_directory.py",
     "core/meristem/scoring/__init__.py",
     "core/meristem/scoring/attention_maps.py",
     "core/meristem/scoring/contacts.py",

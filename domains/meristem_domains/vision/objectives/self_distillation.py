@@ -62,6 +62,7 @@ class SelfDistillation(Objective):
     """
 
     payload_inputs = (INPUT,)
+    reads_pool = True
 
     def __init__(
         self,
