@@ -97,7 +97,7 @@ def _fit(config: "RunConfig") -> int:
 
 
 def _evaluate(config: "RunConfig", verb: str) -> int:
-    from meristem.train.confusion import draw_confusion
+    from meristem.figures.predictions import draw_confusion
     from meristem.train.run import evaluate, is_evaluated_by_checkpoint
     from meristem.train.run_directory import RunDirectory
 
@@ -120,6 +120,6 @@ def _evaluate(config: "RunConfig", verb: str) -> int:
     classes = {readout.name: readout.classes for readout in task.objective.readouts}
     for name, counts in task.confusion_values().items():
         drawn = run.picture(f"confusion_{name}_{part}")
-        draw_confusion(counts, classes[name], drawn)
+        draw_confusion(drawn, {name: counts.numpy()}, classes[name])
         _say(f"confusion matrix: {drawn}")
     return 0

@@ -12,6 +12,7 @@ from meristem.data.records import ReadOptions, Refusal, Source
 from meristem.data.store import RecordStore, default_cache_dir
 from meristem.domain import load_domain
 from meristem.errors import ConfigError, DataError
+from meristem.figures.predictions import draw_confusion, draw_values
 from meristem.files import replacing, write_json
 from meristem.inference.engine import best_device
 from meristem.model_directory import find_model, hash_weights, is_own, load_any, load_card
@@ -20,7 +21,6 @@ from meristem.probing.labels import Classes, find_classes, find_numbers, read_la
 from meristem.probing.measures import class_figures, confusion_matrix, top_k_accuracy, value_figures
 from meristem.probing.options import METHODS, ProbeOptions
 from meristem.probing.parts import Parts, count_shared, deal
-from meristem.probing.pictures import draw_confusion, draw_values
 from meristem.probing.vectors import stored_vectors
 
 METRICS, PREDICTIONS, CONFUSION, VALUES = "metrics.json", "predictions.csv", "confusion.png", "values.png"
@@ -258,8 +258,7 @@ class _Probe:
             confusions[f"{method}: {figures['accuracy']:.1%} right"] = counts
             columns[method] = [classes.names[code] for code in predicted]
             columns[f"{method}_probability"] = scores.max(1).tolist()
-        with replacing(self.output / CONFUSION) as temporary:
-            draw_confusion(temporary, confusions, classes.names)
+        draw_confusion(self.output / CONFUSION, confusions, classes.names)
         (self.output / VALUES).unlink(missing_ok=True)
 
     def _values(
@@ -277,8 +276,7 @@ class _Probe:
             metrics[method] = value_figures(true, predicted) | facts
             columns[method] = predicted.tolist()
             predictions[method] = predicted
-        with replacing(self.output / VALUES) as temporary:
-            draw_values(temporary, true, predictions, self.options.label)
+        draw_values(self.output / VALUES, true, predictions, self.options.label)
         (self.output / CONFUSION).unlink(missing_ok=True)
 
 

@@ -4,7 +4,7 @@ import csv
 import math
 from pathlib import Path
 
-from meristem.files import replacing
+from meristem.figures.canvas import new_figure, save_figure
 
 
 def draw_curves(metrics: Path, out: Path) -> None:
@@ -18,16 +18,11 @@ def draw_curves(metrics: Path, out: Path) -> None:
         rows = list(csv.DictReader(file))
     if not rows:
         return
-    # the object-oriented interface: no window system, no global state
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     validated = [name for name in rows[0] if name.startswith("val/") and name != "val/loss"]
     validated = [name for name in validated if _curve(rows, name)[0]][:5]
     num_columns = min(3, 1 + len(validated))
     num_rows = math.ceil((1 + len(validated)) / num_columns)
-    figure = Figure(figsize=(5 * num_columns, 3.6 * num_rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5 * num_columns, 3.6 * num_rows)
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     steps, losses = _curve(rows, "loss")
     axes[0].plot(steps, losses, linewidth=1, label="training", alpha=0.7)
@@ -44,8 +39,7 @@ def draw_curves(metrics: Path, out: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[1 + len(validated) :]:
         axis.remove()
-    with replacing(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    save_figure(figure, out)
 
 
 def _curve(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[float]]:

@@ -1,10 +1,11 @@
-"""Pictures of predictions: confusion of classes, values against values."""
+"""Figures of predictions: confusion of classes, predicted values against true ones."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from meristem.figures.canvas import new_figure, save_figure
 
 MAX_NUMBERED = 20
 """Classes up to which each cell has its number."""
@@ -16,10 +17,10 @@ MAX_LETTERS = 24
 
 
 def draw_confusion(path: Path, confusions: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
-    """A panel a method: rows are classes, columns what they were taken for, colour the share of the row.
+    """Draw confusion matrices side by side: rows are true classes, columns predicted ones, colour the share of the row.
 
     Args:
-        path: a PNG.
+        path: a PNG; replaced as a whole.
         confusions: `[C, C]` counts by title.
         names: of the classes.
     """
@@ -28,7 +29,7 @@ def draw_confusion(path: Path, confusions: Mapping[str, np.ndarray], names: Sequ
     count = len(names)
     gamma = 1.0 if count <= MAX_NUMBERED else 0.5  # of many classes each error is a small share: let it be seen
     side = float(np.clip(0.3 * count, 4.2, 11))
-    figure = _figure((side + 1.2) * len(confusions), side + 0.8)
+    figure = new_figure((side + 1.2) * len(confusions), side + 0.8)
     panels = figure.subplots(1, len(confusions), squeeze=False)[0]
     step = -(-count // MAX_TICKS)
     ticks = range(0, count, step)
@@ -47,12 +48,19 @@ def draw_confusion(path: Path, confusions: Mapping[str, np.ndarray], names: Sequ
                 text = str(counts[row, column])
                 axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
     figure.colorbar(image, ax=list(panels), label="share of the class", shrink=0.8)
-    figure.savefig(path, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 def draw_values(path: Path, true: np.ndarray, predicted: Mapping[str, np.ndarray], name: str) -> None:
-    """A panel a method: predicted against true values, with the line on which they are equal."""
-    figure = _figure(4.6 * len(predicted), 4.4)
+    """Draw predicted against true values, one panel a method, with the line on which they are equal.
+
+    Args:
+        path: a PNG; replaced as a whole.
+        true: `[N]` true values.
+        predicted: `[N]` predicted values by title.
+        name: of the label.
+    """
+    figure = new_figure(4.6 * len(predicted), 4.4)
     panels = figure.subplots(1, len(predicted), squeeze=False)[0]
     for axes, (title, values) in zip(panels, predicted.items()):
         low, high = min(true.min(), values.min()), max(true.max(), values.max())
@@ -60,14 +68,4 @@ def draw_values(path: Path, true: np.ndarray, predicted: Mapping[str, np.ndarray
         axes.plot(true, values, linestyle="", marker=".", markersize=4, alpha=0.6)
         axes.set(title=title, xlabel=f"{name}, true", ylabel=f"{name}, predicted")
         axes.grid(alpha=0.3)
-    figure.savefig(path, format="png", dpi=120)
-
-
-def _figure(width: float, height: float) -> Any:
-    # the object-oriented interface: no window system, no global state
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    save_figure(figure, path)
