@@ -20,6 +20,7 @@ from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
 from meristem.objectives.objective import Objective
 from meristem.registry import find, installed
+from meristem.scoring.scorer import Scorer
 
 GROUP = "meristem.domains"
 
@@ -42,6 +43,7 @@ class Domain:
             file. A change in one of them is a change of the source.
         augment: makes the views that training takes of a record, of the tokenizer and the options of `data.augment`;
             None for a domain that has none.
+        scorers: ways of scoring records that core has not, by the names that `meristem score --scorer` takes.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Domain:
     sample_tokenizer: Mapping[str, Any] = field(default_factory=dict)
     files: Files | None = None
     augment: Callable[..., Views] | None = None
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
 
 
 def load_domain(name: str) -> Domain:

@@ -55,9 +55,8 @@ class Case:
         return RunningModel(self.model, self.model.trunk, self.tokenizer, tokens_per_batch)
 
     def rows(self, tokens_per_batch: int = 100) -> list[dict[str, Any]]:
-        return score_column(
-            self.running(tokens_per_batch), self.column, LikelihoodOptions(**self.options), self.sources
-        )
+        options = LikelihoodOptions(**self.options)
+        return list(score_column(self.running(tokens_per_batch), self.column, options, self.sources))
 
     def check(self) -> None:
         name = "pseudo_perplexity" if self.kind == "masked" else "perplexity"
@@ -132,7 +131,7 @@ def test_likelihoods_do_not_depend_on_the_token_budget(kind: str, rng: np.random
     order = rng.permutation(len(case.column))
     sources = None if case.sources is None else case.sources.take(order)
     options = LikelihoodOptions(**case.options)
-    mixed = score_column(case.running(), case.column.take(order), options, sources)
+    mixed = list(score_column(case.running(), case.column.take(order), options, sources))
     assert mixed == [wanted[row] for row in order]
 
 
@@ -152,7 +151,7 @@ def test_progress_counts_every_token_that_is_run(kind: str, rng: np.random.Gener
     case = Case(kind, rng)
     seen: list[int] = []
     running = replace(case.running(30), advance=seen.append)
-    score_column(running, case.column, LikelihoodOptions(**case.options), case.sources)
+    list(score_column(running, case.column, LikelihoodOptions(**case.options), case.sources))
     reading = _reading(case)
     assert sum(seen) == reading.work.sum()
     if kind == "masked":

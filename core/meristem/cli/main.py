@@ -47,15 +47,18 @@ class Verb:
 
     def call(self, name: str, argv: list[str]) -> int:
         """Parse what stands behind the verb and run it."""
-        module = importlib.import_module(self.module)
-        parser = Parser(
+        module, parser = importlib.import_module(self.module), self.parser(name)
+        module.add_arguments(parser)
+        return int(module.run(parser.parse_args(argv)))
+
+    def parser(self, name: str) -> Parser:
+        """A parser that has no arguments yet."""
+        return Parser(
             prog=f"meristem {name}",
             description=self.help,
             epilog=f"example:\n  {self.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(parser)
-        return int(module.run(parser.parse_args(argv)))
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,14 @@ class ConfiguredVerb(Verb):
 
     def call(self, name: str, argv: list[str]) -> int:
         return int(importlib.import_module(self.module).run_argv(argv, name))
+
+
+@dataclass(frozen=True)
+class OpenVerb(Verb):
+    """A verb whose arguments depend on those given: its module adds them to a parser and parses them."""
+
+    def call(self, name: str, argv: list[str]) -> int:
+        return int(importlib.import_module(self.module).run_argv(argv, self.parser(name)))
 
 
 VERBS: dict[str, Verb] = {
@@ -102,10 +113,10 @@ VERBS: dict[str, Verb] = {
         "go on from prompts: greedy, drawn, or by beam search",
         "meristem generate runs/decoder/model --prompt MKT --temperature 0.8 --top-p 0.95",
     ),
-    "score": Verb(
+    "score": OpenVerb(
         "meristem.cli.score",
-        "score records with a model: likelihoods, contact maps of proteins, attention over patches",
-        "meristem score runs/sample/model proteins.fasta --contacts --output contacts.npz",
+        "write how likely records are, or what a scorer of a domain says of them",
+        "meristem score runs/sample/model proteins.fasta --output likelihoods.csv",
     ),
     "import": Verb(
         "meristem.cli.import_model",

@@ -67,6 +67,7 @@ class ChunkReader:
         options: how to read; its `on_error` is replaced.
         is_skipping: refused records are counted and left out; else they are errors.
         max_symbols: payload symbols of a chunk at most.
+        max_tokens: of a record, special ones included; longer ones are refused. None for no bound.
 
     Attributes:
         num_records: read so far, refused ones left out.
@@ -85,8 +86,10 @@ class ChunkReader:
         options: ReadOptions,
         is_skipping: bool = False,
         max_symbols: int = CHUNK_SYMBOLS,
+        max_tokens: int | None = None,
     ):
         self._domain, self._tokenizer, self._max_symbols = domain, tokenizer, max_symbols
+        self._max_tokens = max_tokens
         self._inputs, self._is_skipping = tuple(inputs), is_skipping
         # every payload is encoded here, which finds what is wrong with it; a chunk anew for each that is left out
         self._options = replace(options, on_error=self._refuse if is_skipping else None, is_checking=is_skipping)
@@ -152,17 +155,28 @@ class ChunkReader:
     def _encode(self, table: pa.RecordBatch) -> tuple[pa.RecordBatch, TokenColumn]:
         while True:
             try:
-                return table, self._tokenizer.encode_column(table["payload"])
+                column = self._tokenizer.encode_column(table["payload"])
             except RefusedSymbol as error:
-                row = error.row
-                refusal = Refusal(
-                    table["file"][row].as_py(), table["line"][row].as_py(), table["id"][row].as_py(), str(error)
-                )
-                if not self._is_skipping:
-                    raise DataError(f"{refusal.where}: record {refusal.id!r}: {error}") from error
-                self._refuse(refusal)
-                keep = np.arange(table.num_rows) != row
-                table = table.filter(pa.array(keep))
+                table = self._without(table, error.row, str(error))
+                continue
+            limit = self._max_tokens
+            if limit is None or not (column.lengths > limit).any():
+                return table, column
+            special, row = sum(self._tokenizer.num_special), int(np.argmax(column.lengths > limit))
+            table = self._without(
+                table,
+                row,
+                f"must be {limit - special} tokens or fewer, as the model's positions allow; "
+                f"got {column.lengths[row] - special}",
+            )
+
+    def _without(self, table: pa.RecordBatch, row: int, reason: str) -> pa.RecordBatch:
+        """The records but one, which is refused."""
+        refusal = Refusal(table["file"][row].as_py(), table["line"][row].as_py(), table["id"][row].as_py(), reason)
+        if not self._is_skipping:
+            raise DataError(f"{refusal.where}: record {refusal.id!r}: {reason}")
+        self._refuse(refusal)
+        return table.filter(pa.array(np.arange(table.num_rows) != row))
 
     def _refuse(self, refusal: Refusal) -> None:
         self.num_refused += 1

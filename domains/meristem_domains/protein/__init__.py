@@ -4,6 +4,7 @@ from pathlib import Path
 
 from meristem.domain import Domain
 from meristem_domains.protein.alphabet import tokenizer
+from meristem_domains.protein.contacts import CONTACTS_SCORER
 from meristem_domains.protein.fasta import read
 from meristem_domains.protein.presets import PRESETS
 
@@ -13,6 +14,7 @@ domain = Domain(
     tokenizer=tokenizer,
     presets=PRESETS,
     sample=Path(__file__).parent / "sample.fasta",
+    scorers={"contacts": CONTACTS_SCORER},
 )
 
 __all__ = ["domain"]

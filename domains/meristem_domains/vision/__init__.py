@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from meristem.domain import Domain
+from meristem_domains.vision.attention import ATTENTION
 from meristem_domains.vision.augment import augment
 from meristem_domains.vision.presets import PRESETS
 from meristem_domains.vision.reading import files, read
@@ -17,6 +18,7 @@ domain = Domain(
     sample_tokenizer={"image_px": 8, "patch_px": 2, "num_channels": 1},
     files=files,
     augment=augment,
+    scorers={"attention": ATTENTION},
 )
 
 __all__ = ["domain"]
