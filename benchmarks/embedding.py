@@ -27,8 +27,8 @@ from meristem.data.order import plan_in_order
 from meristem.data.records import ReadOptions, Source
 from meristem.domain import load_domain
 from meristem.inference.engine import PRECISIONS, Embedder
+from meristem.inference.job import Engine
 from meristem.inference.memory import MOST_TOKENS
-from meristem.inference.workers import EngineOptions
 from meristem.model.flops import flops_per_token
 from meristem.model.model import Model
 from meristem.model_directory import load_any
@@ -74,8 +74,8 @@ class Case:
 
     def engine(self, precision: str, is_compiled: bool = False) -> Embedder:
         """The one of `meristem embed`."""
-        made = EngineOptions("mean", -1, precision, self.options.device, is_compiled=is_compiled)
-        return made.build(self.model, self.num_special)
+        made = Engine(precision, self.options.device, is_compiled=is_compiled)
+        return Embedder(made.trunk(self.model, self.num_special), "mean")
 
     def batches(self) -> dict[str, list[np.ndarray]]:
         """Rows of each batch, by how people and experts choose them."""

@@ -34,7 +34,8 @@ from meristem.data.records import ReadOptions, Source
 from meristem.data.store import RecordStore
 from meristem.domain import load_domain
 from meristem.inference.chunks import ChunkReader
-from meristem.inference.workers import EngineOptions
+from meristem.inference.engine import Embedder
+from meristem.inference.job import Engine
 from meristem.objectives.masked import Masked
 from meristem.train.task import Task
 from meristem_domains.protein.presets import PRESETS
@@ -160,7 +161,7 @@ def loading(path: Path, folder: Path, options: Options) -> Finding:
 
     def embed() -> None:
         model.eval()
-        EngineOptions("mean", -1, "fp32", options.device).build(model, TOKENIZER.num_special).embed(column)
+        Embedder(Engine("fp32", options.device).trunk(model, TOKENIZER.num_special), "mean").embed(column)
 
     programs = {
         "meristem loader": lambda: list(islice(iter(loader), num_packs)),

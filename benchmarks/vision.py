@@ -29,7 +29,7 @@ from meristem.data.pack import pack_column
 from meristem.data.parts import Part, RunData
 from meristem.data.patches import PatchTokenizer
 from meristem.inference.engine import PRECISIONS, TrunkRunner
-from meristem.inference.predict import Predictor
+from meristem.inference.predictor import Predictor
 from meristem.interop.table import KeyTable, Rename, Row, Transform
 from meristem.model.config import (
     Attention,

@@ -87,9 +87,7 @@ class Case:
         back = tmp_path / "back"
         check_one_most_general(self.family, imported)
         assert self.family.runner is not None
-        write_directory(
-            back, imported.architecture, imported.tokenizer, imported.model, self.family.library, self.family
-        )
+        write_directory(back, imported.architecture, imported.tokenizer, imported.model, family=self.family)
         exported = self.family.runner.load(back)
         refuse_distance(self.compare(imported.model, exported, rng), tolerance)
         original = self.reference.state_dict()

@@ -11,10 +11,11 @@ from meristem.data.tokenizer import RefusedSymbol
 from meristem.errors import ConfigError, DataError
 from meristem.generation.text import Generator, check_options
 from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS
+from meristem.inference.embed import EmbedOptions, default_pool, embed_files
 from meristem.inference.engine import PRECISIONS, Embedder, NotFinite, TrunkRunner, best_device, best_precision
 from meristem.inference.formats import Embeddings, read_embeddings
-from meristem.inference.predict import Prediction, Predictor
-from meristem.inference.run import EmbedOptions, Report, default_pool, embed_files
+from meristem.inference.predictor import Prediction, Predictor
+from meristem.inference.run import Report
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard, load_any, of_size
 from meristem.types import TokenColumn
@@ -175,7 +176,7 @@ class _naming:
 
 
 def load(path: Path | str, device: str | None = None, image_px: tuple[int, int] | None = None) -> LoadedModel:
-    """Read a run directory, a model directory or a Hugging Face directory.
+    """Read a run directory, a model directory or one of another library.
 
     Args:
         device: cpu or cuda; None for a GPU where there is one.
@@ -226,7 +227,7 @@ def embed(
         on_error: refuse, or skip records that cannot be used.
         sequence_column: column of a table that holds the sequences.
         id_column: column of a table that holds the ids.
-        options: fields of `meristem.inference.run.EmbedOptions`: pool, layer, format, precision ...
+        options: fields of `meristem.inference.embed.EmbedOptions`: pool, layer, format, precision ...
 
     Raises:
         UserError: as the command would.

@@ -19,3 +19,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A model directory or checkpoint is incomplete, foreign or damaged."""
+
+
+class PackageWarning(UserWarning):
+    """An installed package cannot be used; what does not need it goes on."""

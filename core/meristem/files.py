@@ -15,13 +15,16 @@ TEMPORARY = ".tmp"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """Yield a new temporary file that takes the place of `path` when the block ends without an error.
 
-    The temporary file lies beside `path` under a name of its own, so two writers never share one. Its content is on the
-    disk before it is renamed. After an error it is removed, and `path` stays as it was.
+    The temporary file has a name of its own, so two writers never share one. Its content is on the disk before it is
+    renamed. After an error it is removed, and `path` stays as it was.
+
+    Args:
+        folder: where the temporary file lies, on the same disk; None for beside `path`.
     """
-    handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=TEMPORARY, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=TEMPORARY, dir=folder or path.parent)
     temporary = Path(name)
     try:
         os.fchmod(handle, 0o666 & ~_umask())  # mkstemp lets nobody else read the file
@@ -35,16 +38,20 @@ def replacing(path: Path) -> Iterator[Path]:
     _sync(path.parent)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file, and its folder where there is none: afterwards it is the old file or the new one."""
+def write_file(path: Path, content: bytes, folder: Path | None = None) -> None:
+    """Write a small file, and its folder where there is none: afterwards it is the old file or the new one.
+
+    Args:
+        folder: as in `replacing`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(path, folder) as temporary:
         temporary.write_bytes(content)
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any, folder: Path | None = None) -> None:
     """Write plain values as indented JSON, by `write_file`."""
-    write_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+    write_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"), folder)
 
 
 def read_json(path: Path, error: type[UserError] = DataError) -> dict[str, Any]:

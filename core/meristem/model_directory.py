@@ -28,14 +28,10 @@ from meristem.model.init import without_weights
 from meristem.model.model import CONTACTS, SYMBOLS, Model
 from meristem.model.plain import from_json, to_json
 from meristem.model.readout import Readout
-from meristem.registry import find
+from meristem.registry import find, installed
 
 FORMAT_VERSION = 2
 CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
-
-
-LIBRARIES = {"hf": "Hugging Face", "timm": "timm"}
-"""Libraries by their names in `export --to`."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +166,12 @@ def find_model(path: Path | str) -> Path:
         if (place / CONFIG).is_file():
             return place
     got = "no such folder" if not path.exists() else "a file" if path.is_file() else "a folder without config.json"
-    raise CheckpointError(f"{path} must be a run directory, a model directory or a Hugging Face directory; got {got}")
+    known = ", ".join(installed("meristem.libraries"))
+    raise CheckpointError(f"{path} must be the directory of a run, a model or another library ({known}); got {got}")
 
 
 def load_any(path: Path | str) -> tuple[ModelCard, Model]:
-    """Read a run directory, a model directory or a Hugging Face directory, strictly.
+    """Read a run directory, a model directory or one of another library, strictly.
 
     Raises:
         CheckpointError: as `load_model`, or of no supported family.
@@ -225,7 +222,7 @@ def import_model(place: Path, domain: str = "") -> tuple[ModelCard, Model, Impor
         heads=tuple(head for head in imported.model.heads if head in (SYMBOLS, CONTACTS)),
         readouts=imported.model.readouts,
         domain=domain or family.domain,
-        facts={"imported_from": f"a {LIBRARIES[family.library]} directory of {family.name}: {place.name}"},
+        facts={"imported_from": f"a {family.library.name} directory of {family.name}: {place.name}"},
     )
     return card, imported.model, imported
 

@@ -10,31 +10,38 @@ a piece is imported when it is asked for. A model directory names pieces by grou
 opening one can only run code that somebody installed.
 """
 
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, PackageWarning
 
 GROUPS: Mapping[str, str] = {
     "meristem.domains": "domain",
     "meristem.tokenizers": "kind of tokenizer",
     "meristem.heads": "kind of head",
     "meristem.families": "family of foreign models",
+    "meristem.libraries": "library of foreign models",
     "meristem.objectives": "objective",
 }
 """Groups of entry points, and what a piece of each is called in messages."""
 
 
-def installed(group: str) -> dict[str, EntryPoint]:
+def installed(group: str) -> dict[str, tuple[EntryPoint, ...]]:
     """Entry points of a group by name, in the order of the names; none is imported.
+
+    There is one entry point for a name, unless packages collide.
 
     Args:
         group: one of `GROUPS`.
     """
     assert group in GROUPS, f"{group} is no group of entry points"
-    return {point.name: point for point in sorted(entry_points(group=group), key=lambda point: point.name)}
+    found: dict[str, tuple[EntryPoint, ...]] = {}
+    for point in sorted(entry_points(group=group), key=lambda point: (point.name, package_of(point))):
+        found[point.name] = (*found.get(point.name, ()), point)
+    return found
 
 
 def find(group: str, name: str) -> Any:
@@ -44,7 +51,7 @@ def find(group: str, name: str) -> Any:
         group: one of `GROUPS`.
 
     Raises:
-        ConfigError: no installed package offers it, or the package that does cannot be imported.
+        ConfigError: no installed package offers it, several do, or the package that does cannot be imported.
     """
     points = installed(group)
     if name not in points:
@@ -56,24 +63,36 @@ def find(group: str, name: str) -> Any:
 
 
 def find_all(group: str) -> dict[str, Any]:
-    """Every piece of a group by name.
+    """Every piece of a group by name. What cannot be imported is left out with a `PackageWarning`.
 
     Args:
         group: one of `GROUPS`.
-
-    Raises:
-        ConfigError: a package that offers one cannot be imported.
     """
-    return {name: _load(point) for name, point in installed(group).items()}
+    found = {}
+    for name, points in installed(group).items():
+        try:
+            found[name] = _load(points)
+        except ConfigError as error:
+            warnings.warn(str(error), PackageWarning, stacklevel=2)
+    return found
+
+
+def package_of(point: EntryPoint) -> str:
+    """Name and version of the package that an entry point comes from."""
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
 
 
 @cache
-def _load(point: EntryPoint) -> Any:
+def _load(points: tuple[EntryPoint, ...]) -> Any:
+    what = f"{GROUPS[points[0].group]} {points[0].name!r}"
+    if len(points) > 1:
+        packages = " and ".join(map(package_of, points))
+        raise ConfigError(f"the {what} must come from one installed package; got {packages}; uninstall all but one")
     try:
-        return point.load()
-    except (ImportError, AttributeError) as error:
-        package = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+        return points[0].load()
+    except Exception as error:  # a package may raise anything while it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
-            f"{GROUPS[point.group]} {point.name!r} of the installed package {package} cannot be imported: {error}; "
+            f"the {what} of the installed package {package_of(points[0])} cannot be imported: {reason}; "
             "mend or uninstall that package"
         ) from error

@@ -274,8 +274,8 @@ class _Contract:
         """A vector for each record of the sample, through files and back, whatever it is packed with."""
         import numpy as np
 
+        from meristem.inference.embed import EmbedOptions, embed_files
         from meristem.inference.formats import read_embeddings
-        from meristem.inference.run import EmbedOptions, embed_files
         from meristem.model_directory import save_model
 
         with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ class Options:
     name: str = "x"
     count: int | None = None
     query: Literal["class", "mean"] | None = None
-    other: Optional[float] = None  # noqa: UP007, UP045 (another spelling of the same)
+    other: Optional[float] = None  # noqa: UP045 (another spelling of the same)
     is_on: bool = False
     is_off: bool = True
 

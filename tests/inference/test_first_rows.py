@@ -5,7 +5,7 @@ import torch
 from small_models import column_of, random_ids, redraw, tiny_config
 
 from meristem.inference.engine import Embedder, TrunkRunner
-from meristem.inference.predict import Predictor
+from meristem.inference.predictor import Predictor
 from meristem.model.config import Learned, Prefix
 from meristem.model.model import Model
 from meristem.model.readout import Readout

@@ -16,10 +16,10 @@ import pytest
 from small_models import records_with_repeats, snapshot, write_fasta
 
 from meristem.errors import ConfigError, DataError
-from meristem.inference import writer
+from meristem.inference import output as writer
+from meristem.inference.embed import EmbedOptions, embed_files
 from meristem.inference.engine import Embedder
 from meristem.inference.formats import iter_embeddings, read_embeddings
-from meristem.inference.run import EmbedOptions, embed_files
 
 MakeModel = Callable[..., Path]
 

@@ -13,8 +13,7 @@ from small_models import READOUTS, column_of, random_ids, random_protein, write_
 from meristem.data.pack import pack
 from meristem.errors import ConfigError, DataError
 from meristem.inference.engine import TrunkRunner
-from meristem.inference.predict import Predictor
-from meristem.inference.predict_run import predict_files
+from meristem.inference.predict import PredictOptions, Predictor, predict_files
 from meristem.model.config import Learned
 from meristem.model.model import Model
 from meristem.model.readout import Readout
@@ -53,7 +52,7 @@ def test_each_record_has_its_labels_in_input_order(
     output = tmp_path / f"labels{suffix}"
     done = predict_files(model, [str(write_fasta(tmp_path / "in.fa", records))], output)
     rows = read_rows(output)
-    assert done.num_rows == len(rows) == len(records)
+    assert done["rows"] == len(rows) == len(records)
     assert [row["id"] for row in rows] == [name for name, _ in records]
     card, loaded = load_model(model)
     classes = ("cytosol", "membrane", "nucleus")
@@ -75,7 +74,7 @@ def test_one_row_a_token_names_residue_and_position(
 ) -> None:
     model, records = make_model_directory(readouts=READOUTS), random_records(rng, 20)
     source = str(write_fasta(tmp_path / "in.fa", records))
-    predict_files(model, [source], tmp_path / "t.csv", is_per_token=True, labels=["ss"])
+    predict_files(model, [source], tmp_path / "t.csv", PredictOptions(is_per_token=True, labels=("ss",)))
     rows = read_rows(tmp_path / "t.csv")
     wanted = [(name, str(at + 1), residue) for name, text in records for at, residue in enumerate(text)]
     assert [(row["id"], row["position"], row["token"]) for row in rows] == wanted
@@ -133,11 +132,11 @@ def test_what_cannot_work_leaves_no_file(
     with pytest.raises(ConfigError, match=r"\.csv, \.tsv, \.parquet"):
         predict_files(model, [source], tmp_path / "o.txt")
     with pytest.raises(ConfigError, match="one of ss, disorder, place, fitness"):
-        predict_files(model, [source], tmp_path / "o.csv", labels=["colour"])
+        predict_files(model, [source], tmp_path / "o.csv", PredictOptions(labels=("colour",)))
     with pytest.raises(ConfigError, match="labels of records only"):
-        predict_files(model, [source], tmp_path / "o.csv", labels=["place"], is_per_token=True)
+        predict_files(model, [source], tmp_path / "o.csv", PredictOptions(labels=("place",), is_per_token=True))
     with pytest.raises(DataError, match=r"bad\.fa:82"):
         predict_files(model, [bad], tmp_path / "o.csv")
     assert not list(tmp_path.glob("o.*"))
-    done = predict_files(model, [bad], tmp_path / "o.csv", is_skipping=True)
-    assert (done.num_records, done.num_refused) == (40, 1)
+    done = predict_files(model, [bad], tmp_path / "o.csv", PredictOptions(is_skipping=True))
+    assert (done["records"], done["refused"]["count"]) == (40, 1)

@@ -222,7 +222,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: (as_shards(f), (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.bin"}}')),
         r"must name files beside it; got '\.\./a\.bin'",
     ),
-    "no config": (lambda f: (f / "config.json").unlink(), r"run directory, a model directory or a Hugging Face dir"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        r"of a run, a model or another library \(hf, timm\)",
+    ),
     "config no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json must be JSON"),
     "another family": (lambda f: rewrite_config(f, model_type="xlnet"), r"model_type must be .*; got 'xlnet'"),
     "a decoder": (lambda f: rewrite_config(f, is_decoder=True), r"is_decoder must be False in an ESM config; got True"),

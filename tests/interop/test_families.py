@@ -125,7 +125,7 @@ def test_families_have_names_and_domains_of_their_own() -> None:
     families = installed_families()
     assert len({family.name for family in families}) == len(families) == 24
     assert {family.domain for family in families} <= {"text", "protein", "dna", "vision", "code"}
-    assert {family.library for family in families} == {"hf", "timm"}
+    assert {family.library.name for family in families} == {"Hugging Face", "timm"}
 
 
 def test_a_variant_is_imported_before_and_exported_behind_the_family_it_is_a_variant_of() -> None:

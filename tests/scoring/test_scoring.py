@@ -17,7 +17,7 @@ from meristem.cli.main import main
 from meristem.data.pack import pack
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
-from meristem.inference.score_run import find_scorers
+from meristem.inference.score import find_scorers
 from meristem.model.config import (
     Attention,
     Causal,
@@ -198,10 +198,10 @@ def test_a_damaged_model_scores_nothing(fasta: Path, tmp_path: Path, capsys: pyt
             ["--scorer", "contacts", "--output", "o.npz"],
             "in.fasta:3: record 'b': must be 30",
         ),
-        (">a\nMK\n", ["--output", "o.npz"], "--output must end in .csv or .parquet for this scorer; got o.npz"),
-        (">a\nMK\n", ["--scorer", "contacts", "--output", "o.csv"], "--output must end in .npz for this scorer"),
-        (">a\nMK\n", ["--output", "o.csv", "--plots", "p"], "--plots has no effect on this scorer"),
-        (">a\nMK\n", ["--output", "o.csv", "--tokens-per-batch", "0"], "--tokens-per-batch must be 1 or more; got 0"),
+        (">a\nMK\n", ["--output", "o.npz"], "--output must end in .csv, .tsv, .parquet; got o.npz"),
+        (">a\nMK\n", ["--scorer", "contacts", "--output", "o.csv"], "--output must end in .npz; got o.csv"),
+        (">a\nMK\n", ["--output", "o.csv", "--plots", "p"], "--plots has no effect on the scorer"),
+        (">a\nMK\n", ["--output", "o.csv", "--tokens-per-batch", "0"], "tokens_per_batch must be 1 or more; got 0"),
         (
             ">a\nMK\n",
             ["--output", "o.csv", "--domain", "nope"],
@@ -249,7 +249,7 @@ def test_no_two_arrays_have_one_name(tmp_path: Path, rng: np.random.Generator) -
     for ids in (["a", "a#2", "a"], ["a", "a", "a#2", "a"], [*rng.choice(["a", "a#2", "a#2#2", "a#3"], 12)]):
         proteins = [random_protein(rng, 3 + number) for number in range(len(ids))]
         (tmp_path / "in.fasta").write_text("".join(f">{name}\n{s}\n" for name, s in zip(ids, proteins)))
-        output = tmp_path / "c.npz"
+        output = tmp_path / f"{len(ids)}.npz"
         assert (
             main(["score", str(own), str(tmp_path / "in.fasta"), "--scorer", "contacts", "--output", str(output)]) == 0
         )
@@ -287,9 +287,10 @@ def test_files_do_not_depend_on_the_token_budget(tmp_path: Path, rng: np.random.
         own = save(build(heads, attention=Attention(num_heads=4, pattern=pattern)), tmp_path / type(pattern).__name__)
         written = set()
         for budget in ("1", "64", "4096"):
-            arguments = ["--output", str(tmp_path / "o.csv"), "--tokens-per-batch", budget]
+            output = own / f"{budget}.csv"
+            arguments = ["--output", str(output), "--tokens-per-batch", budget]
             assert main(["score", str(own), str(tmp_path / "in.fasta"), *arguments]) == 0
-            written.add((tmp_path / "o.csv").read_bytes())
+            written.add(output.read_bytes())
         assert len(written) == 1
 
 
@@ -354,7 +355,7 @@ def test_a_domain_brings_a_scorer_with_options_of_its_own(
     assert "count of C" in capsys.readouterr().out
     found = pa.csv.read_csv(tmp_path / "o.csv").to_pydict()
     assert found["count"] == [s.count("C") / 2 for s in proteins]
-    assert main([*arguments, *output]) == 0
+    assert main([*arguments, *output, "--overwrite"]) == 0
     assert pa.csv.read_csv(tmp_path / "o.csv")["count"].to_pylist() == [-float(s.count("A")) for s in proteins]
     assert main([*arguments, *output, "--symbol", "D"]) == 2
     assert "invalid choice: 'D'" in capsys.readouterr().err
@@ -363,13 +364,13 @@ def test_a_domain_brings_a_scorer_with_options_of_its_own(
     assert "--weight-frac FLOAT" in said
     assert "how often a symbol occurs" in said
     assert main([*arguments, *output, "--plots", str(tmp_path / "p")]) == 2
-    assert "--plots has no effect on this scorer" in capsys.readouterr().err
+    assert "--plots has no effect on the scorer counts" in capsys.readouterr().err
 
 
 def test_one_name_for_two_scorers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     protein = load_domain("protein")
     other = replace(protein, scorers={"contacts": replace(protein.scorers["contacts"], help="others")})
-    monkeypatch.setattr("meristem.inference.score_run.find_all", lambda group: {"protein": protein, "other": other})
+    monkeypatch.setattr("meristem.inference.score.find_all", lambda group: {"protein": protein, "other": other})
     with pytest.raises(ConfigError, match="scorer 'contacts' is offered by protein and by other; say which"):
         find_scorers()
     assert find_scorers("protein")["contacts"] is protein.scorers["contacts"]

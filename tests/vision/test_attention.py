@@ -13,6 +13,7 @@ from meristem.data.pack import pack
 from meristem.data.patches import PatchTokenizer
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
+from meristem.figures.canvas import save_figure
 from meristem.model.config import Attention, Embedding, FeedForward, Learned, TransformerConfig
 from meristem.model.model import Model
 from meristem.scoring.running import RunningModel
@@ -121,7 +122,7 @@ def test_a_layer_that_is_not_there_is_refused(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("num_channels", [None, 1, 3, 5])
 def test_a_picture_is_drawn_of_any_channels(num_channels: int | None, tmp_path: Path, rng: np.random.Generator) -> None:
     image = None if num_channels is None else rng.random((12, 20, num_channels), np.float32) * 2 - 0.5
-    draw_attention(tmp_path / "a.png", "a", rng.random((16, 3, 5)), image)
+    save_figure(draw_attention(rng.random((16, 3, 5)), image), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from meristem.cli.config_reader import ReadConfig
 from meristem.cli.run_keys import ARCHITECTURE, TOP_KEYS, TRAINER_KEYS, build_task
 from meristem.errors import ConfigError
-from meristem.objectives.objective import Objective
+from meristem.registry import installed
 from meristem.train.datamodule import DataModule, Split
 from meristem.train.optim import OptimizerConfig
 from meristem.train.watch import Watch
@@ -50,7 +50,7 @@ def explain(text: str, read: ReadConfig) -> str:
         return f"--{option} is no key; {takes}"
     place = read.place(_nested(key, "", read))
     if "Expected a dot import path string" in text:
-        named = ", ".join(sorted(_subclasses(Objective)))
+        named = ", ".join(installed("meristem.objectives"))
         return f"{place}{key} must be one of {named}, or a dotted path to a class; got {text.rpartition(': ')[2]!r}"
     expected = list(dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|$)", text, flags=re.MULTILINE)))
     got = re.search(r"Got value: (.+)", text) or re.search(r"Given value: (.+)", text)
@@ -97,11 +97,3 @@ def _parameters_of(class_path: str) -> str:
     if is_dataclass(found):
         return ", ".join(f.name for f in fields(found))
     return ", ".join(list(inspect.signature(found.__init__).parameters)[1:])
-
-
-def _subclasses(base: type) -> list[str]:
-    names: list[str] = []
-    child: type
-    for child in base.__subclasses__():
-        names += [*([] if inspect.isabstract(child) else [child.__name__]), *_subclasses(child)]
-    return names

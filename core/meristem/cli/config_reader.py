@@ -1,7 +1,7 @@
 """Config files with the line of every key, so that an error can say where it comes from."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,16 @@ class ReadConfig:
         return ""
 
 
-def read_configs(paths: Sequence[Path]) -> ReadConfig:
+def read_configs(
+    paths: Sequence[Path], change: Callable[[dict[str, Any], ReadConfig], None] = lambda values, read: None
+) -> ReadConfig:
     """Read config files in order.
 
+    Args:
+        change: is given the values of each file before they go over those of the files before it, to change them.
+
     Raises:
-        ConfigError: a file that is no YAML mapping, or has a key twice.
+        ConfigError: a file that is no YAML mapping, or has a key twice; or from `change`.
     """
     read = ReadConfig()
     for path in paths:
@@ -53,7 +58,9 @@ def read_configs(paths: Sequence[Path]) -> ReadConfig:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}:1: must be a mapping of model, data, trainer; got something else")
         _take_places(node, path, "", read.places)
-        merge(read.values, yaml.load(text, Loader=NumberLoader))
+        values = yaml.load(text, Loader=NumberLoader)
+        change(values, read)
+        merge(read.values, values)
     return read
 
 

@@ -24,12 +24,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _list() -> int:
     from meristem.domain import GROUP
-    from meristem.registry import installed
+    from meristem.registry import installed, package_of
 
-    points = installed(GROUP)
-    for name, point in points.items():
-        origin = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
-        print(f"{name:<16}{point.value:<36}{origin}")
+    points = [point for same in installed(GROUP).values() for point in same]
+    for point in points:
+        print(f"{point.name:<16}{point.value:<36}{package_of(point)}")
     if not points:
         print("no domain is installed; write one with: meristem domains new NAME", file=sys.stderr)
     return 0

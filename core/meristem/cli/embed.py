@@ -1,19 +1,17 @@
 """`meristem embed MODEL INPUT... --output OUT`: one vector a record, or one a token, in input order."""
 
 import argparse
-import sys
-import time
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from meristem.cli.jobs import ProgressReport, add_engine_arguments, add_model_arguments, job_options, print_summary
 
 if TYPE_CHECKING:  # importing torch takes seconds, and help needs none of it
-    from meristem.inference.run import EmbedOptions
+    from meristem.inference.embed import EmbedOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to embed, with what, how, and where to."""
-    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or a Hugging Face directory")
-    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="files of records; - for standard input")
+    add_model_arguments(parser)
     parser.add_argument(
         "--output", required=True, help="directory; a run that was stopped there goes on where it was stopped"
     )
@@ -25,12 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_vector_arguments(parser, ["mean", "cls", "max", "own", "none"], "; none is one a token")
     add_engine_arguments(parser)
-    parser.add_argument("--devices", type=int, default=1, help="GPUs (processes on a CPU) that share the work")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="let torch compile the blocks (a minute at the start; worth it on a GPU and long inputs), where it can",
-    )
 
 
 def add_vector_arguments(parser: argparse.ArgumentParser, pools: list[str], more: str = "") -> None:
@@ -46,111 +38,22 @@ def add_vector_arguments(parser: argparse.ArgumentParser, pools: list[str], more
     )
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """How records are read and the model is run, for every verb that does."""
-    parser.add_argument(
-        "--tokens-per-batch",
-        type=int,
-        help="tokens run at once; by default 4096 on a CPU and 65536 on a GPU, fewer where memory is short",
-    )
-    parser.add_argument(
-        "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
-    )
-    parser.add_argument("--domain", default="", help="domain that reads the inputs; the model's own by default")
-    parser.add_argument(
-        "--on-error",
-        default="refuse",
-        choices=["refuse", "skip"],
-        help="a record that cannot be used: refuse everything, or leave it out, name it and count it",
-    )
-    parser.add_argument("--sequence-column", default="", help="column of a table that holds the payloads")
-    parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
-
-
 def embed_options(args: argparse.Namespace) -> "EmbedOptions":
     """What the arguments of `add_vector_arguments` and `add_engine_arguments` say."""
-    from meristem.data.records import ReadOptions
-    from meristem.inference.run import EmbedOptions
+    from meristem.inference.embed import EmbedOptions
 
-    return EmbedOptions(
-        pool=args.pool,
-        layer=args.layer,
-        tokens_per_batch=args.tokens_per_batch,
-        precision=args.precision,
-        domain=args.domain,
-        is_skipping=args.on_error == "skip",
-        read=ReadOptions(payload_column=args.sequence_column, id_column=args.id_column),
-    )
+    form = getattr(args, "format", "parquet")
+    return EmbedOptions(pool=args.pool, layer=args.layer, format=form, **job_options(args))
 
 
 def run(args: argparse.Namespace) -> int:
     """Embed, and say what came of it."""
-    from meristem.inference.run import embed_files
+    from meristem.inference.embed import embed_files
 
-    options = replace(embed_options(args), format=args.format, devices=args.devices, is_compiled=args.compile)
     with ProgressReport("embed") as report:
-        manifest = embed_files(args.model, args.inputs, args.output, options, report)
+        manifest = embed_files(args.model, args.inputs, args.output, embed_options(args), report)
     print_summary(manifest)
     file = f"/{manifest['file']}" if "file" in manifest else ""
     per = "one a token" if manifest["options"]["pool"] == "none" else "one a record"
-    print(f"{manifest['vectors']:,} vectors of {manifest['width']} ({per}) in {args.output}{file}")
+    print(f"{manifest['rows']:,} vectors of {manifest['width']} ({per}) in {args.output}{file}")
     return 0
-
-
-def print_summary(manifest: dict[str, Any]) -> None:
-    """What was replaced, cut into windows or refused: nothing happens in silence."""
-    from meristem.data.records import Refusal
-
-    if manifest["replaced"]:
-        listed = ", ".join(f"{what} {count:,}" for what, count in manifest["replaced"].items())
-        print(f"replaced: {listed}")
-    if manifest["windowed"]["records"]:
-        print(f"longer than the model's positions, averaged over windows: {manifest['windowed']['records']:,} records")
-    refused = manifest["refused"]
-    for refusal in refused["records"][:5]:
-        print(f"refused {Refusal(**refusal)}", file=sys.stderr)
-    if refused["count"]:
-        print(f"refused records: {refused['count']:,} (named in the manifest)")
-
-
-def describe_engine(device: str, threads: int, precision: str, tokens_per_batch: int) -> str:
-    """What was chosen, for people."""
-    where = f"{threads} CPU threads" if device == "cpu" else device
-    return f"on {where}, {precision}, {tokens_per_batch:,} tokens at once"
-
-
-class ProgressReport:
-    """Shows progress in tokens, which is what work goes by, with records beside it."""
-
-    def __init__(self, title: str):
-        self._title = title
-        self._bar: Any = None
-        self._records, self._began = 0, time.monotonic()
-
-    def __enter__(self) -> "ProgressReport":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(*error)
-
-    def chose(self, device: str, precision: str, tokens_per_batch: int) -> None:
-        import torch
-
-        print(describe_engine(device, torch.get_num_threads(), precision, tokens_per_batch), file=sys.stderr)
-
-    def found(self, records: int | None, tokens: int | None) -> None:
-        from meristem.progress import Progress
-
-        if records is not None:
-            print(f"{records:,} records, {tokens:,} tokens", file=sys.stderr)
-        self._bar = Progress(tokens, "tokens", title=self._title).__enter__()
-        self._began = time.monotonic()
-
-    def skipped(self, records: int, tokens: int) -> None:
-        self._bar.skip(tokens)
-
-    def advance(self, records: int, tokens: int) -> None:
-        self._records += records
-        rate = self._records / max(time.monotonic() - self._began, 1e-6)
-        self._bar.advance(tokens, note=f"{rate:,.0f} records/s" if rate >= 10 else f"{rate:.2g} records/s")

@@ -3,13 +3,18 @@
 import argparse
 from pathlib import Path
 
+from meristem.registry import find, installed
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What, where to, and for whom."""
     parser.add_argument("model", metavar="MODEL", help="a run directory or a model directory")
     parser.add_argument("out", metavar="OUT", help="the directory to write; must be new or empty")
     parser.add_argument(
-        "--to", choices=["hf", "timm"], default="hf", help="a directory that transformers loads, or timm"
+        "--to",
+        choices=sorted(installed("meristem.libraries")),
+        default="hf",
+        help="library that loads the directory (hf: Hugging Face transformers)",
     )
     parser.add_argument(
         "--skip-parity", action="store_true", help="do not compare with the other library, which loads the model twice"
@@ -19,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, write, compare."""
     from meristem.cli.parity_report import print_parity
-    from meristem.interop.directory import write_directory
+    from meristem.interop.directory import read_config_file, write_directory
     from meristem.model_directory import load_any
 
     out = Path(args.out)
@@ -29,14 +34,5 @@ def run(args: argparse.Namespace) -> int:
     if not args.skip_parity:
         print_parity(model, card.tokenizer, out)
     print(f"wrote {out}; next, in Python:")
-    print(f"  {_line_that_loads(out)}")
+    print(f"  {find('meristem.libraries', args.to).line_that_loads(out, read_config_file(out))}")
     return 0
-
-
-def _line_that_loads(out: Path) -> str:
-    from meristem.interop.directory import read_config_file
-
-    named = read_config_file(out).get("architectures")
-    if named:
-        return f"transformers.{named[0]}.from_pretrained({str(out)!r})"
-    return f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"

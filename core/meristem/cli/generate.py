@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """With what, from what, and how."""
-    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or a Hugging Face directory")
+    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or one of another library")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="to go on from; may be repeated")
     parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt a line; - for standard input")
     parser.add_argument("--output", metavar="FILE", help="a .jsonl file of all samples; the terminal by default")

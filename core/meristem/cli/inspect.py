@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meristem.cli.embed import describe_engine
+from meristem.cli.jobs import describe_engine
 from meristem.progress import duration
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL|CONFIG",
-        help="a run directory, a model directory, a Hugging Face directory, or a config of `meristem fit`",
+        help="a run directory, a model directory, one of another library, or a config of `meristem fit`",
     )
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence, for FLOPs a token (512)")
     parser.add_argument(
@@ -89,21 +89,20 @@ def _throughput(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second on this machine, and what that makes of an input."""
     import torch
 
-    from meristem.inference.engine import best_device, best_precision
-    from meristem.inference.run import default_pool
+    from meristem.inference.embed import default_pool
+    from meristem.inference.engine import Embedder
+    from meristem.inference.job import JobOptions
     from meristem.inference.throughput import measure_throughput, weigh
-    from meristem.inference.workers import EngineOptions
     from meristem.model_directory import load_any
 
     card, model = load_any(args.model)
-    device = best_device()
-    options = EngineOptions(args.pool or default_pool(card), -1, best_precision(args.precision, device), device)
-    embedder = options.build(model, card.tokenizer.num_special)
+    engine = JobOptions(precision=args.precision).engine
+    embedder = Embedder(engine.trunk(model, card.tokenizer.num_special), args.pool or default_pool(card))
     measured = measure_throughput(embedder)
     facts: dict[str, Any] = {
-        "device": device,
+        "device": engine.device,
         "threads": torch.get_num_threads(),
-        "precision": options.precision,
+        "precision": engine.precision,
         "tokens_per_batch": embedder.trunk.tokens_per_batch,
         "tokens_per_second": {str(length): round(rate) for length, rate in measured.tokens_per_second.items()},
     }

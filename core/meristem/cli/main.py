@@ -10,13 +10,15 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from meristem import __version__
-from meristem.errors import ConfigError, UserError
+from meristem.errors import ConfigError, PackageWarning, UserError
 
 DONE, FAULT, WRONG_INPUT, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 
@@ -150,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        with _terminate_as_exit():
+        with _terminate_as_exit(), _warnings_as_lines():
             code = _dispatch(arguments)
             sys.stdout.flush()
             return code
@@ -257,6 +259,24 @@ def _terminate_as_exit() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, old)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Warnings about installed packages are one line each, without the place in our code."""
+    show = warnings.showwarning
+
+    def say(message: Warning | str, category: type[Warning], *args: Any, **options: Any) -> None:
+        if issubclass(category, PackageWarning):
+            _say(f"warning: {message}")
+        else:
+            show(message, category, *args, **options)
+
+    warnings.showwarning = say
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 def _is_reader_gone() -> bool:

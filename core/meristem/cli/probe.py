@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from meristem.cli.embed import ProgressReport, add_engine_arguments, add_vector_arguments, embed_options
+from meristem.cli.embed import add_vector_arguments, embed_options
+from meristem.cli.jobs import ProgressReport, add_engine_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

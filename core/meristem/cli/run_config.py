@@ -17,7 +17,8 @@ from meristem.cli.architecture import check_fit, fill_in
 from meristem.cli.config_errors import explain, placed
 from meristem.cli.config_reader import NumberLoader, ReadConfig, merge, read_configs
 from meristem.cli.configs import find_config
-from meristem.cli.run_keys import ARCHITECTURE, FREE_KEYS, TRAINER_DEFAULTS, TRAINER_KEYS, build_task
+from meristem.cli.objective_names import GROUP, name_in_arguments, name_in_config
+from meristem.cli.run_keys import ARCHITECTURE, FREE_KEYS, OBJECTIVE, TRAINER_DEFAULTS, TRAINER_KEYS, build_task
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
@@ -141,10 +142,12 @@ def parse(argv: list[str], verb: str) -> RunConfig | None:
     Raises:
         ConfigError: with file and line of the key, where a file has it.
     """
-    find_all("meristem.objectives")  # jsonargparse knows a class by its short name once it is imported
     names, architecture, rest, is_print = _sort_arguments(argv)
+    rest = name_in_arguments(rest)
+    if any(word in ("-h", "--help") or word.startswith(f"--{OBJECTIVE}.help") for word in rest):
+        find_all(GROUP)  # help lists the classes that are imported
     paths = [find_config(name) for name in names]
-    read = read_configs(paths)
+    read = read_configs(paths, name_in_config)
     values = read.values
     if not isinstance(values.get("model", {}), dict):
         raise ConfigError(f"{read.place('model')}model must be a mapping; got {values['model']!r}")

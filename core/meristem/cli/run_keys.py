@@ -8,7 +8,7 @@ from meristem.objectives.objective import Objective
 from meristem.train.optim import OptimizerConfig
 from meristem.train.task import Task
 
-ARCHITECTURE = "model.architecture"
+ARCHITECTURE, OBJECTIVE = "model.architecture", "model.objective"
 
 TOP_KEYS = "model, data, trainer, watch, run_dir, seed"
 
@@ -75,8 +75,8 @@ def build_task(
     Args:
         architecture: a preset of the domain (`preset: esm2_8m`), or the fields of a transformer (`width`,
             `num_layers`, `attention.num_heads`, `feedforward.width` ...), or both: fields go over the preset's.
-        objective: what the model is trained for: `Masked`, `Causal`, `Supervised`, another of the core's, or one of the
-            domain's.
+        objective: what the model is trained for: the name of an installed objective (`Masked`, `Causal`, `Supervised`
+            ...), or the import path of a class.
         optimizer: AdamW and its schedule.
         init_from: a model directory to start from; its architecture is then used.
         freeze_trunk: only heads are trained.

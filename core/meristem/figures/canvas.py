@@ -1,7 +1,8 @@
 """An empty figure, and a figure written to a file."""
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from meristem.files import replacing
 
@@ -21,7 +22,7 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as a PNG; a file of that name is replaced as a whole."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+def save_figure(figure: Any, target: Path | BinaryIO) -> None:
+    """Write a figure as a PNG, into a stream or a file; a file of that name is replaced as a whole."""
+    with replacing(target) if isinstance(target, Path) else nullcontext(target) as opened:
+        figure.savefig(opened, format="png", dpi=120)

@@ -11,7 +11,16 @@ from torch import nn
 from meristem.model.experts import ExpertsLayer
 from meristem.model.heads import SymbolHead
 from meristem.model.model import SYMBOLS, Model
-from meristem.model.reordered import MIN_REORDERED_ROWS, ReorderedLinear, can_reorder, remembered, reordered
+from meristem.model.reordered import (
+    MIN_REORDERED_ROWS,
+    ReorderedLinear,
+    can_reorder,
+    is_own,
+    is_own_linear,
+    is_plain,
+    remembered,
+    reordered,
+)
 from meristem.shapes import Float, Tensor
 from meristem.types import MIN_ROWS
 
@@ -37,8 +46,8 @@ def for_few_rows(model: Model) -> Model:
     """The model as sequences are made with it: reordered where this CPU is the better for it, else itself.
 
     What comes back shares the parameters of the model and holds reordered weights beside them, so it takes their size
-    once more, for as long as the model lives. It is made once, and anew when parameters have changed. Experts stay as
-    they are.
+    once more, for as long as the model lives. It is made once, and anew when the model has changed. Experts, and layers
+    that are not the project's own, stay as they are.
 
     Args:
         model: in evaluation mode, on its device, with a symbol head.
@@ -50,20 +59,25 @@ def for_few_rows(model: Model) -> Model:
 def _reorder(model: Model) -> Model | None:
     """A copy with reordered weights, the map onto the vocabulary among them; None where rows would not round alike."""
     head = model.heads[SYMBOLS]
-    assert isinstance(head, SymbolHead)
-    fast = reordered(model, kept=[head.out])
-    table = model.trunk.embedding.symbols.weight if head.out is None else head.out.weight
-    out = ReorderedLinear(table, head.bias)
-    if fast is None or not out.rounds_alike():
-        return None
-    before = fast.heads[SYMBOLS]
-    assert isinstance(before, SymbolHead)
-    fast.heads[SYMBOLS] = ReorderedSymbolHead(before, out)
-    return fast
+    others = [one for one in model.heads.values() if one is not head]
+    if not isinstance(head, SymbolHead) or not is_own(head):
+        return reordered(model, kept=[head, *others])
+    table = model.trunk.embedding.symbols.weight
+    if not (is_plain(table) if head.out is None else is_own_linear(head.out)):
+        return reordered(model, kept=[head.out, *others])
+    out = ReorderedLinear(*head.onto_symbols(table))
+    before = reordered(head, kept=[head.out]) or head
+    return reordered(model, kept=others, given={head: ReorderedSymbolHead(before, out)})
 
 
 def min_rows_of(model: Model) -> int:
-    """Rows that a batch of this model must have, so that none rounds by how many there are."""
-    has_experts = any(isinstance(layer, ExpertsLayer) for layer in model.modules())
-    is_reordered = SYMBOLS in model.heads and isinstance(model.heads[SYMBOLS], ReorderedSymbolHead)
-    return MIN_REORDERED_ROWS if is_reordered and not has_experts else MIN_ROWS
+    """Rows that a batch of this model must have, so that none rounds by how many there are.
+
+    Fewer will do where every product of the trunk and of the symbol head is reordered.
+    """
+    head = dict(model.heads.items()).get(SYMBOLS)
+    if not isinstance(head, ReorderedSymbolHead):
+        return MIN_ROWS
+    called = [layer for layer in (*model.trunk.modules(), *head.head.modules()) if layer is not head.head.out]
+    is_reordered = all(is_own(layer) and not isinstance(layer, nn.Linear | ExpertsLayer) for layer in called)
+    return MIN_REORDERED_ROWS if is_reordered else MIN_ROWS

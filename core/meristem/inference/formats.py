@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from meristem.errors import DataError
 from meristem.files import replacing
-from meristem.inference.writer import MANIFEST, part_vectors, read_manifest
+from meristem.inference.output import MANIFEST, part_vectors, parts_of, read_manifest
 
 ID_ATTRIBUTE = "original_id"
 """Attribute of an HDF5 dataset that holds the id, as biotrainer reads it."""
@@ -94,11 +94,6 @@ def iter_embeddings(path: Path | str, allow_incomplete: bool = False) -> Iterato
     if path.suffix not in readers or not path.is_file():
         raise DataError(f"{path}: must be a directory with {MANIFEST}, or its .h5 or .npz file")
     return readers[path.suffix](path)
-
-
-def parts_of(path: Path) -> list[Path]:
-    """Finished parts in order."""
-    return sorted(path.glob("part-*.parquet"), key=lambda part: int(part.stem.removeprefix("part-")))
 
 
 def _iter_parts(path: Path) -> Iterator[Embeddings]:

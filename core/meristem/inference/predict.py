@@ -1,183 +1,110 @@
-"""From token columns to what the heads of a fine-tuned model say of them."""
+"""Labels of records from a fine-tuned model: one table, one row a record or a token, in input order."""
 
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch.nn import functional as F
+import pyarrow as pa
 
 from meristem.errors import ConfigError
-from meristem.inference.engine import Advance, NotFinite, TrunkRunner
-from meristem.model.readout import Readout
-from meristem.shapes import Float, Tensor
-from meristem.types import Layout, TokenColumn
+from meristem.inference.engine import Advance
+from meristem.inference.job import Engine, Job, JobOptions, Running
+from meristem.inference.predictor import Predictor, record_columns, token_columns
+from meristem.inference.run import Report, run_job
+from meristem.inference.table_file import SUFFIXES, write_table_file
+from meristem.model.model import Model
+from meristem.model_directory import ModelCard
+from meristem.types import TokenColumn
 
-ROWS_MULTIPLE = 16
-"""A head gets its rows in a multiple of this. On a CPU a map onto one output (a value) rounds the last few rows
-otherwise when their number is no multiple of 4, so a prediction would depend on how many are made at once."""
 
-
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """What one head says of the sequences of a column.
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(JobOptions):
+    """How to predict: what `Predict` takes, and how a job is run.
 
     Attributes:
-        readout: what it predicts.
-        values: `[N, C]` probabilities of the classes, or values in the unit of the labels; `[sum of payload
-            tokens, C]` for a readout of tokens.
-        lengths: `[N]` rows that each sequence has in `values`.
+        labels: to predict; None for all that the model predicts.
+        is_per_token: one row a token, of the labels that tokens have.
     """
 
-    readout: Readout
-    values: np.ndarray
-    lengths: np.ndarray
+    labels: tuple[str, ...] | None = None
+    is_per_token: bool = False
+
+
+@dataclass(frozen=True)
+class Predict(Job):
+    """Predict labels; arguments as in `PredictOptions`."""
+
+    verb: ClassVar[str] = "predict"
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
+
+    labels: tuple[str, ...] | None = None
+    is_per_token: bool = False
 
     @property
-    def classes(self) -> list[str]:
-        """Name of the likeliest class of each row."""
-        return [self.readout.classes[best] for best in self.values.argmax(1)]
+    def is_reused(self) -> bool:  # type: ignore[override]
+        return not self.is_per_token
 
-    def split(self) -> list[np.ndarray]:
-        """The rows of each sequence."""
-        return np.split(self.values, np.cumsum(self.lengths)[:-1])
+    def start(self, card: ModelCard, model: Model, engine: Engine) -> "RunningPredict":
+        return RunningPredict(self, card, model, engine)
 
-
-class Predictor:
-    """Predictions for the sequences of a column, in its order.
-
-    Args:
-        trunk: runs the model; of its last layer, which heads are trained on.
-        readouts: names of the labels to predict; None for all.
-
-    Raises:
-        ConfigError: the model predicts no label, or not that one.
-    """
-
-    def __init__(self, trunk: TrunkRunner, readouts: Sequence[str] | None = None):
-        there = {readout.name: readout for readout in trunk.model.readouts}
-        if not there:
-            raise ConfigError(
-                "the model must predict a label, and this one was not trained on any; "
-                "use meristem embed, or fine-tune it with meristem fit"
-            )
-        for name in readouts or ():
-            if name not in there:
-                raise ConfigError(f"the label must be one of {', '.join(there)}; got {name!r}")
-        self.trunk = trunk
-        self.readouts = tuple(there[name] for name in (readouts or there))
-
-    @torch.inference_mode()
-    def predict(self, column: TokenColumn, advance: Advance | None = None) -> dict[str, Prediction]:
-        """Predictions by the name of the label.
-
-        Raises:
-            NotFinite: names the first sequence whose prediction is not finite.
-        """
-        token_lengths = column.lengths - sum(self.trunk.num_special)
-        found = {
-            readout.name: _empty(readout, np.ones(len(column), np.int64) if _is_pooled(readout) else token_lengths)
-            for readout in self.readouts
-        }
-        before, behind = self.trunk.num_special
-        num_first = self.trunk.model.num_first([readout.name for readout in self.readouts])
-        for rows in self.trunk.run(column, num_first):
-            for readout in self.readouts:
-                into = found[readout.name]
-                ends = np.cumsum(into.lengths)
-                values = self.run_head(readout, rows.values.float(), rows.layout).cpu().numpy()
-                if _is_pooled(readout):
-                    into.values[list(rows.records)] = values
-                    continue
-                for record, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
-                    place = slice(ends[record] - into.lengths[record], ends[record])
-                    into.values[place] = values[start + before : start + length - behind]
-            if advance is not None:
-                advance(len(rows.records), rows.layout.num_tokens)
-        for prediction in found.values():
-            _check_finite(prediction)
-        return found
-
-    def run_head(self, readout: Readout, values_TD: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "R C"]:
-        """What one head says of the rows of a pack: probabilities, or values in the unit of the labels."""
-        model = self.trunk.heads
-        rows_RD = model.pooled(readout.name, values_TD, layout, self.trunk.num_special)
-        spare = -len(rows_RD) % ROWS_MULTIPLE
-        outputs_RC = model.heads[readout.name](F.pad(rows_RD, (0, 0, 0, spare)))[: len(rows_RD)].float()
-        if readout.task == "classification":
-            return outputs_RC.softmax(-1)
-        scale, shift = (torch.tensor(part, device=outputs_RC.device) for part in (readout.std, readout.mean))
-        return outputs_RC * scale + shift
+    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
+        write_table_file(parts, output, is_exploded=self.is_per_token)
+        return ""
 
 
-def _is_pooled(readout: Readout) -> bool:
-    return readout.level == "record"
+class RunningPredict(Running):
+    """Predicts labels of token columns."""
+
+    def __init__(self, job: Predict, card: ModelCard, model: Model, engine: Engine):
+        trunk = engine.trunk(model, card.tokenizer.num_special)
+        self.predictor = Predictor(trunk, job.labels)
+        if job.is_per_token and all(readout.level == "record" for readout in self.predictor.readouts):
+            raise ConfigError("one row a token needs a label of tokens; this model has labels of records only")
+        self.tokens_per_batch = trunk.tokens_per_batch
+        self.identity = {"label": [one.name for one in self.predictor.readouts], "per_token": job.is_per_token}
+        self.facts = {"labels": self.identity["label"]}
+        self.fault = "its prediction is not finite; the model is damaged"
+        self._is_per_token, self._tokenizer = job.is_per_token, card.tokenizer
+
+    def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
+        predictions = self.predictor.predict(column, advance)
+        if not self._is_per_token:
+            return pa.table(_arrays(record_columns(predictions)))
+        before, behind = self._tokenizer.num_special
+        lengths = self.num_values(column)
+        is_payload = np.concatenate([np.r_[[False] * before, [True] * n, [False] * behind] for n in lengths])
+        symbols = column.ids[is_payload.astype(bool)]
+        columns = _arrays(
+            {
+                "position": [place for n in lengths for place in range(1, n + 1)],
+                "token": [self._tokenizer.vocab[symbol] if symbol >= 0 else "" for symbol in symbols],
+                **token_columns(predictions),
+            }
+        )
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+        return pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
+
+    def num_values(self, column: TokenColumn) -> np.ndarray:
+        lengths = column.lengths - sum(self._tokenizer.num_special)
+        return lengths if self._is_per_token else np.ones_like(lengths)
 
 
-def _empty(readout: Readout, lengths: np.ndarray) -> Prediction:
-    return Prediction(readout, np.empty((int(lengths.sum()), readout.num_outputs), np.float32), lengths)
+def _arrays(columns: Mapping[str, list[object]]) -> dict[str, pa.Array]:
+    """Columns as Arrow arrays: numbers in fp32, since predictions are no more exact."""
+    kinds = {float: pa.float32(), int: pa.int32()}
+    return {name: pa.array(v, kinds.get(type(v[0]), pa.string()) if v else None) for name, v in columns.items()}
 
 
-def _check_finite(prediction: Prediction) -> None:
-    bad = np.flatnonzero(~np.isfinite(prediction.values).all(1))
-    if len(bad):
-        raise NotFinite(int(np.searchsorted(np.cumsum(prediction.lengths), bad[0], side="right")))
-
-
-def record_columns(predictions: Mapping[str, Prediction]) -> dict[str, list[object]]:
-    """Columns with one row a record: class and probabilities, or the value; tokens as one text.
-
-    Classes of tokens are one character each where all their names are, else words with spaces between.
-    """
-    columns: dict[str, list[object]] = {}
-    for name, prediction in predictions.items():
-        readout = prediction.readout
-        if _is_pooled(readout):
-            columns |= _row_columns(name, prediction)
-        elif readout.task == "classification":
-            is_short = all(len(word) == 1 for word in readout.classes)
-            bounds = np.concatenate([[0], np.cumsum(prediction.lengths)])
-            names = prediction.classes
-            columns[name] = [
-                ("" if is_short else " ").join(names[start:stop]) for start, stop in itertools.pairwise(bounds)
-            ]
-        else:
-            for suffix, output in _outputs(readout):
-                columns[name + suffix] = [
-                    " ".join(f"{value:.6g}" for value in rows[:, output]) for rows in prediction.split()
-                ]
-    return columns
-
-
-def token_columns(predictions: Mapping[str, Prediction]) -> dict[str, list[object]]:
-    """Columns with one row a token, of the labels that tokens have.
-
-    Raises:
-        ConfigError: no label is of tokens.
-    """
-    columns: dict[str, list[object]] = {}
-    for name, prediction in predictions.items():
-        if not _is_pooled(prediction.readout):
-            columns |= _row_columns(name, prediction)
-    if not columns:
-        raise ConfigError("one row a token needs a label of tokens; this model has labels of records only")
-    return columns
-
-
-def _row_columns(name: str, prediction: Prediction) -> dict[str, list[object]]:
-    readout, values = prediction.readout, prediction.values
-    columns: dict[str, list[object]] = {}
-    if readout.task == "classification":
-        columns[name] = list(prediction.classes)
-        for place, word in enumerate(readout.classes):
-            columns[f"{name}:{word}"] = values[:, place].tolist()
-        return columns
-    for suffix, output in _outputs(readout):
-        columns[name + suffix] = values[:, output].tolist()
-    return columns
-
-
-def _outputs(readout: Readout) -> list[tuple[str, int]]:
-    many = readout.num_outputs > 1
-    return [(f":{output + 1}" if many else "", output) for output in range(readout.num_outputs)]
+def predict_files(
+    model: Path | str,
+    inputs: Sequence[str],
+    output: Path | str,
+    options: PredictOptions | None = None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Label the records of files; arguments and result as those of `run_job`."""
+    options = options or PredictOptions()
+    plain = JobOptions(**{field.name: getattr(options, field.name) for field in fields(JobOptions)})
+    return run_job(Predict(options.labels, options.is_per_token), model, inputs, Path(output), plain, report)

@@ -9,12 +9,12 @@ from meristem.inference.memory import USED_FRAC, available_bytes
 from meristem.model.compiled import compile_blocks
 from meristem.model.heads import LabelHead
 from meristem.model.model import Model
-from meristem.model.reordered import can_reorder, remembered, reordered
+from meristem.model.reordered import can_reorder, has_foreign, remembered, reordered
 from meristem.model.transformer import Encoder, EncoderDecoder
 
 
 def runnable_trunk(model: Model, dtype: torch.dtype) -> Encoder | EncoderDecoder:
-    """A model's trunk as it runs fastest; made once as long as the weights stay as they are.
+    """A model's trunk as it runs fastest; made once as long as the model stays as it is.
 
     On a CPU weights are reordered, where memory allows it and, in fp32, rows then round alike.
     """
@@ -25,18 +25,20 @@ def runnable_trunk(model: Model, dtype: torch.dtype) -> Encoder | EncoderDecoder
         fast = reordered(trunk, must_round_alike=dtype == torch.float32) if is_worth_it else None
         return fast or (trunk if trunk is not model.trunk else None)
 
-    return remembered(model.trunk, f"embedding in {dtype}", make) or model.trunk
+    # in another precision foreign layers are copied as well, and nothing tells when what they do has changed
+    is_fixed = dtype == torch.float32 or not has_foreign(model.trunk)
+    return (remembered(model.trunk, f"embedding in {dtype}", make) if is_fixed else make()) or model.trunk
 
 
 def with_runnable_heads(model: Model) -> Model:
     """A model whose pools and heads of labels are reordered on a CPU, where rows then round alike; its trunk aside.
 
-    MKL does not: from 1,024 inputs on and with several threads it shares the inputs out, by the number of rows.
+    MKL's does not: from 1,024 inputs on and with several threads it shares the inputs out, by the number of rows.
     """
 
     def make() -> Model | None:
         others = [model.trunk, *(head for head in model.heads.values() if not isinstance(head, LabelHead))]
-        return reordered(model, [part for one in others for part in one.modules()]) if can_reorder(model) else None
+        return reordered(model, others) if can_reorder(model) else None
 
     return remembered(model, "heads", make) or model
 

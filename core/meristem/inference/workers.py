@@ -4,53 +4,18 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
 import torch
 
 from meristem.errors import ConfigError
-from meristem.inference.engine import PRECISIONS, Advance, Embedder, TrunkRunner
-from meristem.model.model import Model
+from meristem.inference.engine import Advance
+from meristem.inference.job import Engine, Job, Running
 from meristem.model_directory import load_any
 from meristem.types import TokenColumn
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What an `Embedder` is made from, as plain values that cross to another process.
-
-    Attributes:
-        pool: mean, cls, max, own or none.
-        layer: whose rows are wanted.
-        precision: fp32 or bf16.
-        device: cpu or cuda.
-        tokens_per_batch: budget of a pack; None for what suits the device.
-        is_compiled: blocks are compiled, where the machine has a compiler.
-    """
-
-    pool: str
-    layer: int
-    precision: str
-    device: str
-    tokens_per_batch: int | None = None
-    is_compiled: bool = False
-
-    def build(self, model: Model, num_special: tuple[int, int], device: str | None = None) -> Embedder:
-        """The engine, on `device` where one is named."""
-        trunk = TrunkRunner(
-            model,
-            num_special,
-            self.layer,
-            self.tokens_per_batch,
-            PRECISIONS[self.precision],
-            device or self.device,
-            self.is_compiled,
-        )
-        return Embedder(trunk, self.pool)
 
 
 def count_devices(device: str) -> int:
@@ -65,23 +30,23 @@ class Workers:
         ConfigError: more are asked for than there are.
     """
 
-    def __init__(self, model: Path, options: EngineOptions, count: int):
-        there = count_devices(options.device)
+    def __init__(self, model: Path, job: Job, engine: Engine, count: int):
+        there = count_devices(engine.device)
         if count > there:
-            what = "GPUs" if options.device == "cuda" else "CPU cores"
+            what = "GPUs" if engine.device == "cuda" else "CPU cores"
             raise ConfigError(f"--devices must be at most the {what} there are, {there}; got {count}")
         context = multiprocessing.get_context("spawn")
         ranks = context.Queue()
         for rank in range(count):
             ranks.put(rank)
         threads = max(1, torch.get_num_threads() // count)
-        self._pool = ProcessPoolExecutor(count, context, _start, (str(model), options, ranks, threads, os.getpid()))
+        self._pool = ProcessPoolExecutor(count, context, _start, (model, job, engine, ranks, threads, os.getpid()))
 
-    def submit(self, column: TokenColumn, advance: Advance) -> "Future[np.ndarray]":
-        """Compute the vectors of a column; `advance` is told when all are done."""
-        future = self._pool.submit(_embed, column)
-        sizes = len(column), int(column.lengths.sum())
-        future.add_done_callback(lambda done: advance(*sizes) if not done.cancelled() else None)
+    def submit(self, column: TokenColumn, advance: Advance, num_tokens: int) -> "Future[pa.Table]":
+        """Compute the rows of a column; `advance` is told of its tokens when all are done."""
+        future = self._pool.submit(_compute, column)
+        count = len(column)
+        future.add_done_callback(lambda done: advance(count, num_tokens) if not done.cancelled() else None)
         return future
 
     def close(self) -> None:
@@ -90,15 +55,15 @@ class Workers:
 
 
 class InProcess:
-    """The same, without a process."""
+    """The interface of `Workers`, in this process."""
 
-    def __init__(self, embedder: Embedder):
-        self._embedder = embedder
+    def __init__(self, running: Running):
+        self._running = running
 
-    def submit(self, column: TokenColumn, advance: Advance) -> "Future[np.ndarray]":
-        future: Future[np.ndarray] = Future()
+    def submit(self, column: TokenColumn, advance: Advance, num_tokens: int) -> "Future[pa.Table]":
+        future: Future[pa.Table] = Future()
         try:
-            future.set_result(self._embedder.embed(column, advance))
+            future.set_result(self._running.rows(column, advance))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -107,19 +72,19 @@ class InProcess:
         return
 
 
-_embed_column: Callable[[TokenColumn], np.ndarray] | None = None
-"""The engine of a worker process."""
+_running: Running | None = None
+"""The job of a worker process."""
 
 
 def _start(
-    model_path: str, options: EngineOptions, ranks: "multiprocessing.Queue[int]", threads: int, parent: int
+    model_path: Path, job: Job, engine: Engine, ranks: "multiprocessing.Queue[int]", threads: int, parent: int
 ) -> None:
-    global _embed_column
+    global _running
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
-    card, model = load_any(Path(model_path))
-    device = f"cuda:{ranks.get()}" if options.device == "cuda" else options.device
-    _embed_column = options.build(model, card.tokenizer.num_special, device).embed
+    card, model = load_any(model_path)
+    device = f"cuda:{ranks.get()}" if engine.device == "cuda" else engine.device
+    _running = job.start(card, model, replace(engine, device=device))
 
 
 def _leave_with(parent: int) -> None:
@@ -129,6 +94,6 @@ def _leave_with(parent: int) -> None:
     os._exit(1)
 
 
-def _embed(column: TokenColumn) -> np.ndarray:
-    assert _embed_column is not None
-    return _embed_column(column)
+def _compute(column: TokenColumn) -> pa.Table:
+    assert _running is not None
+    return _running.rows(column)

@@ -9,6 +9,7 @@ family a model is of.
 * `table.py`: rows of a key table, read and written by one engine, strictly both ways.
 * `settings.py`: settings of a foreign config, read or refused.
 * `family.py`: what a family is, and how the family of a foreign config is found.
+* `library.py`: libraries that directories are of, and the models that one builds by name (`import timm:NAME`).
 * `families/`: families that several domains share; those of one domain lie in its package.
 * `runners.py`: how the same random input goes through our model and through the reference.
 * `directory.py`: a foreign directory to a model, and back.
@@ -40,9 +41,9 @@ A family can lie in any installed package, and no file of Meristem changes for i
 3. A `Family` value: `read_heads` (`heads_by_prefix(tokens="lm_head.")`, or `symbols_by_class("GPT2LMHeadModel")` where
    a tied head has no tensor), `read_readouts` / `write_readouts` for label heads (rows `heads.<label>.out`),
    `spellings` for other names of the same tensors, `prefix` of a trunk within a whole model, `name_class` for
-   `architectures`, `library` for what is not `transformers`, and a `runner`: `SEQUENCES`, `PAIRS` of `runners.py`, or
-   `replace(SEQUENCES, theirs=run_sequences(pooled="pooler_output"))`. A family whose config another one recognises
-   too, or that can say models of another one, names that one as `variant_of`.
+   `architectures`, `library` for what is not `transformers` (an entry point of `meristem.libraries`), and a `runner`:
+   `SEQUENCES`, `PAIRS` of `runners.py`, or `replace(SEQUENCES, theirs=run_sequences(pooled="pooler_output"))`. A family
+   whose config another one recognises too, or that can say models of another one, names that one as `variant_of`.
 4. An entry point in the package's `pyproject.toml`, and a parity test (`tests/references.py` and
    `tests/parity_checks.py` help):
 

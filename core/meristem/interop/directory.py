@@ -17,6 +17,7 @@ from meristem.model.config import TransformerConfig
 from meristem.model.init import without_weights
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.plain import from_json, to_json
+from meristem.registry import find
 from meristem.shapes import Tensor
 
 
@@ -97,20 +98,22 @@ def write_directory(
 
     Args:
         folder: must be new or empty.
-        library: that is to read it: hf or timm.
-        family: to write it as; by default the most general one that can say the architecture.
+        library: name of the library that is to read it, in the group `meristem.libraries`.
+        family: to write it as; by default the most general one of the library that can say the architecture.
 
     Returns:
         Notes for the user: what the other library has no place for.
 
     Raises:
-        ConfigError: no installed family can say this architecture; names what differs.
+        ConfigError: no such library, or no installed family of it can say this architecture; names what differs.
         CheckpointError: the place is taken.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} must be new or an empty folder; it holds something else")
-    candidates = [f for f in installed_families() if f.library == library] if family is None else [family]
-    written = _first_that_can(candidates, architecture, tokenizer, model)
+    if family is None:
+        reader = find("meristem.libraries", library)
+        candidates = [other for other in installed_families() if other.library == reader]
+    written = _first_that_can([family] if family else candidates, architecture, tokenizer, model)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError
+from meristem.interop.library import HUGGING_FACE, Library
 from meristem.interop.runners import Runner
 from meristem.interop.table import KeyTable
 from meristem.model.config import TransformerConfig
@@ -56,7 +57,7 @@ class Family:
             the foreign config as `architectures`.
         implied_heads: heads that the other library makes anew where a model with symbols lacks them.
         runner: runs its models beside the reference; None where no library that can be installed has it.
-        library: that reads what is written: hf or timm.
+        library: that reads what is written.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Family:
     name_class: Callable[[Collection[str]], str] | None = None
     implied_heads: tuple[str, ...] = ()
     runner: Runner | None = None
-    library: str = "hf"
+    library: Library = HUGGING_FACE
     variant_of: "Family | None" = None
 
     @property
@@ -156,7 +157,7 @@ def find_family(where: object, config: ForeignConfig) -> Family:
         case []:
             known = ", ".join(sorted(family.name for family in families))
             kind = config.get("model_type") or config.get("architecture")
-            got = repr(kind) if kind else "none: is this a Hugging Face, timm or Meristem model directory?"
+            got = repr(kind) if kind else "none: is this a model directory?"
             raise CheckpointError(f"{where}: model_type must be of a supported family ({known}); got {got}")
         case several:
             names = " and ".join(family.name for family in several)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from meristem.errors import ConfigError
-from meristem.inference.run import EmbedOptions
+from meristem.inference.embed import EmbedOptions
 from meristem.probing.labels import TASKS
 from meristem.probing.parts import SPLITS
 

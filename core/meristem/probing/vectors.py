@@ -13,10 +13,10 @@ from meristem.data.records import Source
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import column_bytes
 from meristem.errors import DataError
+from meristem.inference.embed import EmbedOptions, embed_files
 from meristem.inference.engine import best_device, best_precision
 from meristem.inference.formats import read_embeddings
-from meristem.inference.run import EmbedOptions, embed_files
-from meristem.inference.writer import MANIFEST, read_manifest
+from meristem.inference.output import MANIFEST, read_manifest
 from meristem.model_directory import hash_weights
 from meristem.probing.fit import Watch
 

@@ -31,6 +31,9 @@ from meristem.scoring.running import RunningModel
 from meristem.scoring.scorer import Scorer, option
 from meristem.types import IGNORE, TokenColumn, Tokens
 
+TYPICAL_LENGTH = 256
+"""Tokens of a record, about: each is run as often where every token is hidden in turn."""
+
 Kind = Literal["masked", "causal", "prefix", "encoder-decoder"]
 
 
@@ -352,6 +355,11 @@ def _check_options(kind: Kind, tokenizer: Tokenizer, options: LikelihoodOptions)
         raise ConfigError(f"prefix_tokens has no effect on a model of kind {kind}; leave it out")
 
 
+def _num_runs(running: RunningModel, options: LikelihoodOptions) -> int:
+    is_exact = kind_of(running.model, running.tokenizer) == "masked" and not options.one_pass
+    return TYPICAL_LENGTH if is_exact else 1
+
+
 LIKELIHOOD = Scorer(
     help="how likely each record is, in the way that suits the model: a row of a table",
     options=LikelihoodOptions,
@@ -359,4 +367,5 @@ LIKELIHOOD = Scorer(
     schema=schema_of,
     score=score_column,
     work=lambda running, column, options: read(running, column, options).work,
+    num_runs=_num_runs,
 )

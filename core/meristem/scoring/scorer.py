@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,8 +36,10 @@ class Scorer:
         schema: given the model and the options, the columns of the table beside `id`; None where results are arrays.
         options: a frozen dataclass whose fields are made by `option`. Each becomes an option of the command line; its
             type is bool, int, float, str, a Literal of strings, or one of these or None.
-        work: given the model, a column and the options, `[N]` tokens that scoring each record runs.
-        draw: writes a PNG of one array, given the path, a title, the array, the model and a column of the one record.
+        work: given the model, a column and the options, `[N]` tokens that scoring each record runs, for progress.
+        num_runs: given the model and the options, how often a token is run, about: records that take long are handed
+            out and written in smaller chunks.
+        draw: gives a matplotlib figure of one array, given the array, the model and a column of the one record.
     """
 
     help: str
@@ -47,4 +48,5 @@ class Scorer:
     schema: Callable[[RunningModel, Any], pa.Schema] | None = None
     options: type = NoOptions
     work: Callable[[RunningModel, TokenColumn, Any], np.ndarray] = lambda running, column, options: column.lengths
-    draw: Callable[[Path, str, np.ndarray, RunningModel, TokenColumn], None] | None = None
+    num_runs: Callable[[RunningModel, Any], int] = lambda running, options: 1
+    draw: Callable[[np.ndarray, RunningModel, TokenColumn], Any] | None = None

@@ -1,14 +1,14 @@
 """Contacts between residues, from the attention maps of all layers and heads."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from meristem.data.pack import pack_column
 from meristem.errors import ConfigError
-from meristem.figures.canvas import new_figure, save_figure
+from meristem.figures.canvas import new_figure
 from meristem.model.heads import correct_average_product
 from meristem.model.model import CONTACTS, Model, payload_maps
 from meristem.scoring.running import RunningModel
@@ -60,8 +60,8 @@ def describe(running: RunningModel, options: NoOptions) -> str:
     )
 
 
-def draw_contacts(path: Path, title: str, values: np.ndarray, running: RunningModel, column: TokenColumn) -> None:
-    """Draw a map, residues counted from 1."""
+def draw_contacts(values: np.ndarray, running: RunningModel, column: TokenColumn) -> Any:
+    """A figure of a map, residues counted from 1."""
     is_probability = has_contact_weights(running.model)
     figure = new_figure(5, 4.4)
     axes = figure.add_subplot()
@@ -69,8 +69,8 @@ def draw_contacts(path: Path, title: str, values: np.ndarray, running: RunningMo
     low, high = (0.0, 1.0) if is_probability else (None, None)
     image = axes.imshow(values, cmap="Blues", origin="lower", extent=(0.5, end, 0.5, end), vmin=low, vmax=high)
     figure.colorbar(image, label="probability of contact" if is_probability else "mean APC-corrected attention")
-    axes.set(title=title, xlabel="residue", ylabel="residue")
-    save_figure(figure, path)
+    axes.set(xlabel="residue", ylabel="residue")
+    return figure
 
 
 CONTACTS_SCORER = Scorer(

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from meristem.data.pack import pack_column
 from meristem.errors import ConfigError
-from meristem.figures.canvas import new_figure, save_figure
+from meristem.figures.canvas import new_figure
 from meristem.scoring.running import RunningModel
 from meristem.scoring.scorer import Scorer, option
 from meristem.shapes import Int, Tensor
@@ -100,11 +99,10 @@ def maps_of(
     return found
 
 
-def draw_attention(path: Path, title: str, maps: np.ndarray, image: np.ndarray | None = None) -> None:
-    """Draw the picture, the mean of the heads over it, and each head over it.
+def draw_attention(maps: np.ndarray, image: np.ndarray | None = None) -> Any:
+    """A figure of the picture, the mean of the heads over it, and each head over it.
 
     Args:
-        path: a PNG.
         maps: `[H, rows, columns]`.
         image: `[height, width, C]` values between 0 and 1, as the model saw it; None for maps alone.
     """
@@ -126,13 +124,7 @@ def draw_attention(path: Path, title: str, maps: np.ndarray, image: np.ndarray |
         axis.set_title(name, fontsize=8)
     for axis in axes:
         axis.set_axis_off()
-    if title:
-        figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
-
-
-def _draw(path: Path, title: str, maps: np.ndarray, running: RunningModel, column: TokenColumn) -> None:
-    draw_attention(path, title, maps, running.tokenizer.decode(running.tokenizer.tokens_at(column, 0)))
+    return figure
 
 
 ATTENTION = Scorer(
@@ -140,5 +132,7 @@ ATTENTION = Scorer(
     options=AttentionOptions,
     describe=describe,
     score=attention_maps,
-    draw=_draw,
+    draw=lambda maps, running, column: draw_attention(
+        maps, running.tokenizer.decode(running.tokenizer.tokens_at(column, 0))
+    ),
 )

@@ -57,6 +57,7 @@ from meristem_domains.vision.families.timm_facts import (
     named_of,
     preprocessing_of,
 )
+from meristem_domains.vision.families.timm_library import TIMM
 from meristem_domains.vision.families.vit import patches_of
 
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -369,5 +370,5 @@ TIMM_VIT = Family(
     read_readouts=read_label,
     write_readouts=write_label,
     runner=TIMM_IMAGES,
-    library="timm",
+    library=TIMM,
 )

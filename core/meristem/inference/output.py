@@ -1,6 +1,6 @@
-"""The directory that vectors are written to: parts, each whole or not there, and a manifest.
+"""The folder that rows are written to: parts, each whole or not there, and a manifest.
 
-A part is written to a temporary name, synced and renamed, and carries which run it belongs to and which input it
+A part is written under a temporary name, synced and renamed, and carries which run it belongs to and which input it
 ends with. So a run killed at any moment leaves finished parts, and the same run goes on behind them.
 """
 
@@ -26,7 +26,7 @@ from meristem.inference.dedupe import Sources
 MANIFEST = "manifest.json"
 METADATA_KEY = b"meristem"
 CACHED_PARTS = 16
-"""Parts whose vectors are kept in memory for records that come again."""
+"""Parts whose rows are kept in memory for records that come again."""
 
 Identity = Mapping[str, Any]
 """What a run is known by: model, input, and the options that decide what is in a part."""
@@ -34,17 +34,14 @@ Identity = Mapping[str, Any]
 DIFFERENCES = {
     "model": "another model",
     "input": "another input",
-    "pool": "--pool {}, and this is {}",
-    "layer": "--layer {}, and this is {}",
-    "precision": "--precision {}, and this is {}",
     "device": "device {}, and this is {}",
     "chunk": "other chunks (another version of meristem)",
 }
-"""What to say of a directory whose identity differs."""
+"""What to say of a folder whose identity differs; of other keys the option of that name is said."""
 
 
 class OutputDirectory:
-    """Claims a directory for one run, and knows what of it is done.
+    """Claims a folder for one run, and knows what of it is done.
 
     Args:
         path: new, empty, or of the same run.
@@ -58,7 +55,7 @@ class OutputDirectory:
         """Refuse a place that no run of ours can use, before any work is done.
 
         Raises:
-            ConfigError: a file, or a directory that holds something else.
+            ConfigError: a file, or a folder that holds something else.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--output {self.path} must be a directory, new or of the same run; it is a file")
@@ -71,7 +68,7 @@ class OutputDirectory:
                 )
 
     def check_identity(self, identity: Identity) -> None:
-        """Refuse a directory that belongs to another run.
+        """Refuse a folder that belongs to another run.
 
         Raises:
             ConfigError: says what differs.
@@ -81,13 +78,14 @@ class OutputDirectory:
         had = self.read_manifest().get("run", {})
         for key, value in identity.items():
             if had.get(key) != value:
+                said = DIFFERENCES.get(key, f"--{key.replace('_', '-')} {{}}, and this is {{}}")
                 raise ConfigError(
-                    f"--output {self.path} belongs to a run with {DIFFERENCES[key].format(had.get(key), value)}; "
+                    f"--output {self.path} belongs to a run with {said.format(had.get(key), value)}; "
                     "name another directory, or remove this one"
                 )
 
     def claim(self) -> None:
-        """Make the directory and keep others out until `release`.
+        """Make the folder and keep others out until `release`.
 
         Raises:
             ConfigError: it cannot be made, or another process is writing there.
@@ -100,9 +98,7 @@ class OutputDirectory:
             raise ConfigError(f"--output {self.path}: another process is writing there; wait for it") from error
         except OSError as error:
             raise ConfigError(f"--output {self.path} cannot be made: {error.strerror or error}") from error
-        for name in ("part-*.parquet", MANIFEST, "embeddings.*"):  # what a killed run left half written
-            for leftover in self.path.glob(f"{name}.*{TEMPORARY}"):
-                leftover.unlink()
+        self._clear()
 
     def release(self) -> None:
         """Let others in."""
@@ -111,10 +107,19 @@ class OutputDirectory:
             self._lock = None
 
     def remove(self) -> None:
-        """Take back the manifest, and the directory where nothing else is in it."""
+        """Take back the manifest and the parts, and the folder where nothing else is in it."""
+        for index in reversed(range(self.count_parts())):
+            self.part(index).unlink()
         (self.path / MANIFEST).unlink(missing_ok=True)
+        self._clear()
         with contextlib.suppress(OSError):
             self.path.rmdir()
+
+    def _clear(self) -> None:
+        """Remove what a killed run left half written."""
+        for name in ("part-*.parquet", MANIFEST, "embeddings.*", f"{self.path.stem}*"):
+            for leftover in self.path.glob(f"{name}.*{TEMPORARY}"):
+                leftover.unlink(missing_ok=True)
 
     def part(self, index: int) -> Path:
         return self.path / f"part-{index:05d}.parquet"
@@ -132,7 +137,7 @@ class OutputDirectory:
             metadata = pq.read_schema(self.part(index)).metadata or {}
             return dict(json.loads(metadata[METADATA_KEY]))
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-            raise DataError(f"{self.part(index)}: no part of vectors ({error}); remove the directory") from error
+            raise DataError(f"{self.part(index)}: no part of a run ({error}); remove the directory") from error
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest as plain values."""
@@ -144,7 +149,7 @@ class OutputDirectory:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a directory of vectors.
+    """The manifest of a folder of parts.
 
     Raises:
         DataError: there is none, or it is damaged.
@@ -154,58 +159,42 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return read_json(path / MANIFEST)
 
 
+def parts_of(path: Path) -> list[Path]:
+    """Finished parts in order, without those whose records were all refused: these have no columns to speak of."""
+    parts = sorted(path.glob("part-*.parquet"), key=lambda part: int(part.stem.removeprefix("part-")))
+    return [part for part in parts if pq.read_metadata(part).num_rows]
+
+
 def run_id(identity: Identity) -> str:
     """Short name of a run."""
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 class PartWriter:
-    """Assembles parts in order: vectors that are new, and those of equal sequences that stand in earlier parts.
+    """Assembles parts in order: rows that are new, and those of equal sequences that stand in earlier parts.
 
     Args:
         output: where to.
         run: short name of the run, put into each part.
-        width: of a vector.
-        is_pooled: one vector a record.
-        vocab: symbols by id; named beside vectors of tokens.
-        num_special: special rows before and behind each payload.
     """
 
-    def __init__(
-        self,
-        output: OutputDirectory,
-        run: str,
-        width: int,
-        is_pooled: bool,
-        vocab: tuple[str, ...],
-        num_special: tuple[int, int],
-    ):
-        self._output, self._run, self._width, self._is_pooled = output, run, width, is_pooled
-        self._vocab, self._num_special = pa.array(vocab, pa.string()), num_special
-        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
+    def __init__(self, output: OutputDirectory, run: str):
+        self._output, self._run = output, run
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
 
-    def write(self, chunk: Chunk, sources: Sources, new_values: np.ndarray, seconds: float) -> None:
+    def write(self, chunk: Chunk, sources: Sources, new_rows: pa.Table, seconds: float) -> None:
         """Write the part of a chunk.
 
         Args:
-            new_values: vectors of the sequences in `sources.new_rows`, end to end.
+            new_rows: of the sequences in `sources.new_rows`.
             seconds: of work up to here.
+
+        Raises:
+            DataError: the disk is full.
         """
-        lengths = chunk.column.lengths - sum(self._num_special)
-        columns = {"id": chunk.ids.cast(pa.string()), "length": pa.array(lengths, pa.int32())}
-        place = np.searchsorted(sources.new_rows, sources.rows)
-        if self._is_pooled:
-            values = np.empty((len(chunk), self._width), np.float32)
-            is_here = sources.parts == chunk.index
-            values[is_here] = new_values[place[is_here]]
-            for part in np.unique(sources.parts[~is_here]):
-                rows = sources.parts == part
-                values[rows] = self._vectors_of(int(part))[sources.rows[rows]]
-            columns["embedding"] = _vectors(values)
-        else:
-            columns["tokens"], columns["embedding"] = self._token_columns(chunk, lengths, sources, place, new_values)
+        rows = self._assemble(chunk, sources, new_rows).add_column(0, "id", chunk.ids.cast(pa.string()))
         facts = {"run": self._run, "digest": chunk.digest, "seconds": round(seconds, 3)}
-        table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(facts)})
+        table = rows.replace_schema_metadata({METADATA_KEY: json.dumps(facts)})
         path = self._output.part(chunk.index)
         try:
             with replacing(path) as temporary:
@@ -218,34 +207,30 @@ class PartWriter:
                 f"{path.parent}: no space left on device; finished parts stay: free some and run the same command again"
             ) from error
 
-    def _token_columns(
-        self, chunk: Chunk, lengths: np.ndarray, sources: Sources, place: np.ndarray, new_values: np.ndarray
-    ) -> tuple[pa.Array, pa.Array]:
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
-        new_starts = np.concatenate([[0], np.cumsum(lengths[sources.new_rows])])[:-1]
+    def _assemble(self, chunk: Chunk, sources: Sources, new_rows: pa.Table) -> pa.Table:
+        """The rows of all records of a chunk."""
         if len(sources.new_rows) == len(chunk):
-            values = new_values
-        else:
-            index = np.repeat(new_starts[place] - bounds[:-1], lengths) + np.arange(bounds[-1])
-            values = new_values[index]
-        starts = chunk.column.offsets[:-1] + self._num_special[0]
-        symbols = chunk.column.ids[np.repeat(starts - bounds[:-1], lengths) + np.arange(bounds[-1])]
-        offsets = pa.array(bounds, pa.int32())
-        # a patch is no symbol
-        tokens = pa.DictionaryArray.from_arrays(pa.array(symbols, pa.int32(), mask=symbols < 0), self._vocab)
-        return pa.ListArray.from_arrays(offsets, tokens), pa.ListArray.from_arrays(offsets, _vectors(values))
+            return new_rows
+        tables: list[pa.Table] = []
+        starts, num_rows = {}, 0
+        for part in np.unique(sources.parts).tolist():
+            # without a new row there are no columns to speak of
+            rows = new_rows if part == chunk.index else self._rows_of(part)
+            tables.append(rows.cast(tables[0].schema) if tables else rows)
+            starts[part] = num_rows
+            num_rows += len(rows)
+        is_here = sources.parts == chunk.index
+        places = np.where(is_here, np.searchsorted(sources.new_rows, sources.rows), sources.rows)
+        index = places + np.array([starts[part] for part in sources.parts.tolist()])
+        return pa.concat_tables(tables).combine_chunks().take(pa.array(index))
 
-    def _vectors_of(self, part: int) -> np.ndarray:
+    def _rows_of(self, part: int) -> pa.Table:
         if part not in self._cache:
-            self._cache[part] = part_vectors(self._output.part(part))
+            self._cache[part] = pq.read_table(self._output.part(part)).drop_columns(["id"])
             while len(self._cache) > CACHED_PARTS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(part)
         return self._cache[part]
-
-
-def _vectors(values: np.ndarray) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
 
 def part_vectors(path: Path) -> np.ndarray:

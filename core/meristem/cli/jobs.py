@@ -1,0 +1,123 @@
+"""Arguments, progress and summary that verbs share which run a model over files of records."""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """With what, and of what."""
+    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or one of another library")
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="files of records; - for standard input")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """How records are read and the model is run, for every verb that does."""
+    parser.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        help="tokens run at once; by default 4096 on a CPU and 65536 on a GPU, fewer where memory is short",
+    )
+    parser.add_argument(
+        "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    parser.add_argument("--devices", type=int, default=1, help="GPUs (processes on a CPU) that share the work")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that read encoded files, where reading them takes long (0)"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="let torch compile the blocks (a minute at the start; worth it on a GPU and long inputs), where it can",
+    )
+    parser.add_argument("--domain", default="", help="domain that reads the inputs; the model's own by default")
+    parser.add_argument(
+        "--on-error",
+        default="refuse",
+        choices=["refuse", "skip"],
+        help="a record that cannot be used: refuse everything, or leave it out, name it and count it",
+    )
+    parser.add_argument("--sequence-column", default="", help="column of a table that holds the payloads")
+    parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
+
+
+def add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
+    """For verbs that write one file."""
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file where there is one")
+
+
+def job_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments of `add_engine_arguments` say, as fields of `JobOptions`."""
+    from meristem.data.records import ReadOptions
+
+    return {
+        "tokens_per_batch": args.tokens_per_batch,
+        "precision": args.precision,
+        "devices": args.devices,
+        "num_workers": args.workers,
+        "is_compiled": args.compile,
+        "domain": args.domain,
+        "is_skipping": args.on_error == "skip",
+        "is_overwriting": getattr(args, "overwrite", False),
+        "read": ReadOptions(payload_column=args.sequence_column, id_column=args.id_column),
+    }
+
+
+def print_summary(manifest: dict[str, Any]) -> None:
+    """What was replaced, cut into windows or refused: nothing happens in silence."""
+    from meristem.data.records import Refusal
+
+    if manifest["replaced"]:
+        listed = ", ".join(f"{what} {count:,}" for what, count in manifest["replaced"].items())
+        print(f"replaced: {listed}")
+    if manifest["windowed"]["records"]:
+        print(f"longer than the model's positions, averaged over windows: {manifest['windowed']['records']:,} records")
+    refused = manifest["refused"]
+    for refusal in refused["records"][:5]:
+        print(f"refused {Refusal(**refusal)}", file=sys.stderr)
+    if refused["count"]:
+        print(f"refused records: {refused['count']:,} (named in the manifest)")
+
+
+def describe_engine(device: str, threads: int, precision: str, tokens_per_batch: int) -> str:
+    """What was chosen, for people."""
+    where = f"{threads} CPU threads" if device == "cpu" else device
+    return f"on {where}, {precision}, {tokens_per_batch:,} tokens at once"
+
+
+class ProgressReport:
+    """Shows progress in tokens, which is what work goes by, with records beside it."""
+
+    def __init__(self, title: str):
+        self._title = title
+        self._bar: Any = None
+        self._records, self._began = 0, time.monotonic()
+
+    def __enter__(self) -> "ProgressReport":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(*error)
+
+    def chose(self, device: str, precision: str, tokens_per_batch: int) -> None:
+        import torch
+
+        print(describe_engine(device, torch.get_num_threads(), precision, tokens_per_batch), file=sys.stderr)
+
+    def found(self, records: int | None, tokens: int | None) -> None:
+        from meristem.progress import Progress
+
+        if records is not None:
+            print(f"{records:,} records, {tokens:,} tokens", file=sys.stderr)
+        self._bar = Progress(tokens, "tokens", title=self._title).__enter__()
+        self._began = time.monotonic()
+
+    def skipped(self, records: int, tokens: int) -> None:
+        self._bar.skip(tokens)
+
+    def advance(self, records: int, tokens: int) -> None:
+        self._records += records
+        rate = self._records / max(time.monotonic() - self._began, 1e-6)
+        self._bar.advance(tokens, note=f"{rate:,.0f} records/s" if rate >= 10 else f"{rate:.2g} records/s")

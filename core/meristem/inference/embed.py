@@ -1,0 +1,132 @@
+"""Vectors of records, one each or one a token."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from meristem.errors import ConfigError
+from meristem.inference.engine import PLAIN_POOLS, POOLS, Advance, Embedder
+from meristem.inference.formats import FORMATS, convert
+from meristem.inference.job import Engine, Job, JobOptions, Running
+from meristem.inference.run import Report, run_job
+from meristem.model.model import Model
+from meristem.model_directory import ModelCard
+from meristem.types import TokenColumn
+
+CHUNK_VALUES = 1 << 24
+"""Numbers that the vectors of a chunk hold about, where each token has one: 64 MB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions(JobOptions):
+    """How to embed: what `Embed` takes, and how a job is run.
+
+    Attributes:
+        pool: mean, cls, max, own (the model's), or none for one vector a token; None for own, and mean where the model
+            has none.
+        layer: whose vectors are wanted: 0 is the embedding, -1 the last.
+        format: parquet, or h5 or npz beside it.
+    """
+
+    pool: str | None = None
+    layer: int = -1
+    format: str = "parquet"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (("pool", (None, *POOLS)), ("format", tuple(FORMATS))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(filter(None, allowed))}; got {getattr(self, name)!r}"
+                )
+
+
+@dataclass(frozen=True)
+class Embed(Job):
+    """Embed records; arguments as in `EmbedOptions`."""
+
+    verb: ClassVar[str] = "embed"
+
+    pool: str | None = None
+    layer: int = -1
+    format: str = "parquet"
+
+    @property
+    def is_reused(self) -> bool:  # type: ignore[override]
+        return self.pool != "none"
+
+    def start(self, card: ModelCard, model: Model, engine: Engine) -> "RunningEmbed":
+        return RunningEmbed(self, card, model, engine)
+
+    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
+        return convert(parts, self.format, manifest["records"], manifest["rows"])
+
+
+class RunningEmbed(Running):
+    """Embeds token columns."""
+
+    def __init__(self, job: Embed, card: ModelCard, model: Model, engine: Engine):
+        pool = job.pool or default_pool(card)
+        trunk = engine.trunk(model, card.tokenizer.num_special, job.layer)
+        self.embedder = Embedder(trunk, pool)
+        self.tokens_per_batch = trunk.tokens_per_batch
+        self.identity = {"pool": pool, "layer": trunk.layer}
+        self.facts = {"width": self.embedder.width}
+        self.fault = (
+            f"its vector is not finite (layer {trunk.layer}, {engine.precision}); the model is damaged, or needs "
+            "--precision fp32"
+        )
+        self._is_pooled = pool != "none"
+        self._vocab = pa.array(card.tokenizer.vocab, pa.string())
+        self._num_special = card.tokenizer.num_special
+
+    def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
+        values = self.embedder.embed(column, advance)
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        lengths = column.lengths - sum(self._num_special)
+        columns = {"length": pa.array(lengths, pa.int32())}
+        if self._is_pooled:
+            return pa.table({**columns, "embedding": vectors})
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        starts = column.offsets[:-1] + self._num_special[0]
+        symbols = column.ids[np.repeat(starts - bounds[:-1], lengths) + np.arange(bounds[-1])]
+        # a patch is no symbol
+        tokens = pa.DictionaryArray.from_arrays(pa.array(symbols, pa.int32(), mask=symbols < 0), self._vocab)
+        offsets = pa.array(bounds, pa.int32())
+        lists = {"tokens": tokens, "embedding": vectors}
+        return pa.table({**columns, **{n: pa.ListArray.from_arrays(offsets, one) for n, one in lists.items()}})
+
+    def num_values(self, column: TokenColumn) -> np.ndarray:
+        return self.embedder.num_vectors(column)
+
+    def most_symbols(self, most: int) -> int:
+        return most if self._is_pooled else min(most, max(1024, CHUNK_VALUES // self.embedder.width))
+
+
+def default_pool(card: ModelCard) -> str:
+    """The model's own pooling, and mean where it has none."""
+    own = card.architecture.pool
+    return next((name for name, pool in PLAIN_POOLS.items() if pool == own), "mean" if own is None else "own")
+
+
+def embed_files(
+    model: Path | str,
+    inputs: Sequence[str],
+    output: Path | str,
+    options: EmbedOptions | None = None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Embed files into a folder, or go on where that was stopped; arguments and result as those of `run_job`."""
+    options = options or EmbedOptions()
+    output = Path(output)
+    if output.suffix in (".h5", ".hdf5", ".npz", ".parquet"):
+        raise ConfigError(
+            f"--output must be a directory; got {output}; with --output {output.with_suffix('')} "
+            f"--format {output.suffix[1:]} the file is in it"
+        )
+    plain = JobOptions(**{field.name: getattr(options, field.name) for field in fields(JobOptions)})
+    return run_job(Embed(options.pool, options.layer, options.format), model, inputs, output, plain, report)

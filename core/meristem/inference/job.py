@@ -1,0 +1,168 @@
+"""What is computed for each record, as a value; and how it is run, the same for every verb.
+
+A `Job` says what the rows of its output are. `run.run_job` reads the records, hands them out in chunks, writes the rows
+and goes on where a run was stopped.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from meristem.data.records import ReadOptions
+from meristem.errors import ConfigError
+from meristem.inference.engine import PRECISIONS, Advance, TrunkRunner, best_device, best_precision
+from meristem.model.model import Model
+from meristem.model_directory import ModelCard
+from meristem.types import TokenColumn
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """How a job is run.
+
+    Attributes:
+        tokens_per_batch: tokens that are run at once at most; None for what suits the device.
+        precision: fp32, bf16, or auto: bf16 on a GPU and fp32 on a CPU.
+        devices: GPUs (or processes on a CPU) that share the work.
+        num_workers: processes that turn payloads into tokens, which takes long for encoded files; 0 for a thread.
+        is_compiled: torch compiles the blocks, where it can; results then agree within rounding.
+        domain: name of the domain that reads the inputs; the model's own where empty.
+        is_skipping: refused records are counted and named in the manifest; else they are errors.
+        is_overwriting: an output file that is there already is replaced.
+        read: how to read tables.
+    """
+
+    tokens_per_batch: int | None = None
+    precision: str = "auto"
+    devices: int = 1
+    num_workers: int = 0
+    is_compiled: bool = False
+    domain: str = ""
+    is_skipping: bool = False
+    is_overwriting: bool = False
+    read: ReadOptions = field(default_factory=ReadOptions)
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("auto", *PRECISIONS):
+            raise ConfigError(f"precision must be one of auto, {', '.join(PRECISIONS)}; got {self.precision!r}")
+        for name, least in (("devices", 1), ("tokens_per_batch", 1), ("num_workers", 0)):
+            got = getattr(self, name)
+            if got is not None and got < least:
+                raise ConfigError(f"{name} must be {least} or more; got {got}")
+
+    @property
+    def engine(self) -> "Engine":
+        """The engine on this machine."""
+        device = best_device()
+        return Engine(best_precision(self.precision, device), device, self.tokens_per_batch, self.is_compiled)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where and in which precision a model is run, all choices made.
+
+    Attributes:
+        precision: fp32 or bf16.
+        device: cpu or cuda, or one of several GPUs (`cuda:1`).
+        tokens_per_batch: budget of a pack; None for what suits the device.
+        is_compiled: blocks are compiled, where the machine has a compiler.
+    """
+
+    precision: str
+    device: str
+    tokens_per_batch: int | None = None
+    is_compiled: bool = False
+
+    def trunk(self, model: Model, num_special: tuple[int, int], layer: int = -1) -> TrunkRunner:
+        """Runs the trunk of a model up to a layer; special rows stand before and behind each payload."""
+        return TrunkRunner(
+            model,
+            num_special,
+            layer,
+            self.tokens_per_batch,
+            PRECISIONS[self.precision],
+            torch.device(self.device),
+            self.is_compiled,
+        )
+
+
+class Running(ABC):
+    """A job with the model that it runs on.
+
+    Attributes:
+        tokens_per_batch: tokens that are run at once at most.
+        identity: what decides the rows beside model, input and engine, as plain values by the name of the option.
+        facts: what the manifest says of the rows.
+        fault: what is wrong where a row is not finite, as messages say it.
+        max_tokens: of a record, special ones included; longer ones are refused. None where windows are cut of them.
+    """
+
+    tokens_per_batch: int
+    identity: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    fault: str
+    max_tokens: int | None = None
+
+    @abstractmethod
+    def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
+        """The rows of some sequences, one each, in their order.
+
+        Args:
+            advance: told of records and tokens as they are done.
+
+        Raises:
+            NotFinite: names the first sequence whose row is not finite.
+        """
+
+    def num_values(self, column: TokenColumn) -> np.ndarray:
+        """`[N]` how many results each row holds: one, or one a token."""
+        return np.ones(len(column), np.int64)
+
+    def work(self, column: TokenColumn) -> np.ndarray | None:
+        """`[N]` tokens that are run for each row, as progress counts them; None for those of the payloads, once."""
+        return None
+
+    def most_symbols(self, most: int) -> int:
+        """Payload symbols of a chunk at most, where `most` are few enough for the time a chunk takes."""
+        return most
+
+
+@dataclass(frozen=True)
+class Job(ABC):
+    """What is computed for each record; a plain value, which travels to the processes that share the work."""
+
+    verb: ClassVar[str]
+    """As progress and messages call it."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """Endings of the file that is written; none where the output is a folder."""
+
+    is_reused: ClassVar[bool] = True
+    """Whether the row of a record serves equal records of later parts; rows with a value a token are too large."""
+
+    @abstractmethod
+    def start(self, card: ModelCard, model: Model, engine: Engine) -> Running:
+        """The job on a model.
+
+        Raises:
+            ConfigError: the model cannot do it.
+        """
+
+    @abstractmethod
+    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
+        """Make what was asked for of finished parts.
+
+        Args:
+            parts: folder of the parts.
+            output: what the user named.
+            manifest: counts of records and values among others.
+
+        Returns:
+            Name of a file that was made within the output folder; empty for none.
+        """

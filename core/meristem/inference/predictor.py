@@ -1,0 +1,183 @@
+"""From token columns to what the heads of a fine-tuned model say of them."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from meristem.errors import ConfigError
+from meristem.inference.engine import Advance, NotFinite, TrunkRunner
+from meristem.model.readout import Readout
+from meristem.shapes import Float, Tensor
+from meristem.types import Layout, TokenColumn
+
+ROWS_MULTIPLE = 16
+"""A head gets its rows in a multiple of this. On a CPU a map onto one output (a value) rounds the last few rows
+otherwise when their number is no multiple of 4, so a prediction would depend on how many are made at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What one head says of the sequences of a column.
+
+    Attributes:
+        readout: what it predicts.
+        values: `[N, C]` probabilities of the classes, or values in the unit of the labels; `[sum of payload
+            tokens, C]` for a readout of tokens.
+        lengths: `[N]` rows that each sequence has in `values`.
+    """
+
+    readout: Readout
+    values: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def classes(self) -> list[str]:
+        """Name of the likeliest class of each row."""
+        return [self.readout.classes[best] for best in self.values.argmax(1)]
+
+    def split(self) -> list[np.ndarray]:
+        """The rows of each sequence."""
+        return np.split(self.values, np.cumsum(self.lengths)[:-1])
+
+
+class Predictor:
+    """Predictions for the sequences of a column, in its order.
+
+    Args:
+        trunk: runs the model; of its last layer, which heads are trained on.
+        readouts: names of the labels to predict; None for all.
+
+    Raises:
+        ConfigError: the model predicts no label, or not that one.
+    """
+
+    def __init__(self, trunk: TrunkRunner, readouts: Sequence[str] | None = None):
+        there = {readout.name: readout for readout in trunk.model.readouts}
+        if not there:
+            raise ConfigError(
+                "the model must predict a label, and this one was not trained on any; "
+                "use meristem embed, or fine-tune it with meristem fit"
+            )
+        for name in readouts or ():
+            if name not in there:
+                raise ConfigError(f"the label must be one of {', '.join(there)}; got {name!r}")
+        self.trunk = trunk
+        self.readouts = tuple(there[name] for name in (readouts or there))
+
+    @torch.inference_mode()
+    def predict(self, column: TokenColumn, advance: Advance | None = None) -> dict[str, Prediction]:
+        """Predictions by the name of the label.
+
+        Raises:
+            NotFinite: names the first sequence whose prediction is not finite.
+        """
+        token_lengths = column.lengths - sum(self.trunk.num_special)
+        found = {
+            readout.name: _empty(readout, np.ones(len(column), np.int64) if _is_pooled(readout) else token_lengths)
+            for readout in self.readouts
+        }
+        before, behind = self.trunk.num_special
+        num_first = self.trunk.model.num_first([readout.name for readout in self.readouts])
+        for rows in self.trunk.run(column, num_first):
+            for readout in self.readouts:
+                into = found[readout.name]
+                ends = np.cumsum(into.lengths)
+                values = self.run_head(readout, rows.values.float(), rows.layout).cpu().numpy()
+                if _is_pooled(readout):
+                    into.values[list(rows.records)] = values
+                    continue
+                for record, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
+                    place = slice(ends[record] - into.lengths[record], ends[record])
+                    into.values[place] = values[start + before : start + length - behind]
+            if advance is not None:
+                advance(len(rows.records), rows.layout.num_tokens)
+        for prediction in found.values():
+            _check_finite(prediction)
+        return found
+
+    def run_head(self, readout: Readout, values_TD: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "R C"]:
+        """What one head says of the rows of a pack: probabilities, or values in the unit of the labels."""
+        model = self.trunk.heads
+        rows_RD = model.pooled(readout.name, values_TD, layout, self.trunk.num_special)
+        spare = -len(rows_RD) % ROWS_MULTIPLE
+        outputs_RC = model.heads[readout.name](F.pad(rows_RD, (0, 0, 0, spare)))[: len(rows_RD)].float()
+        if readout.task == "classification":
+            return outputs_RC.softmax(-1)
+        scale, shift = (torch.tensor(part, device=outputs_RC.device) for part in (readout.std, readout.mean))
+        return outputs_RC * scale + shift
+
+
+def _is_pooled(readout: Readout) -> bool:
+    return readout.level == "record"
+
+
+def _empty(readout: Readout, lengths: np.ndarray) -> Prediction:
+    return Prediction(readout, np.empty((int(lengths.sum()), readout.num_outputs), np.float32), lengths)
+
+
+def _check_finite(prediction: Prediction) -> None:
+    bad = np.flatnonzero(~np.isfinite(prediction.values).all(1))
+    if len(bad):
+        raise NotFinite(int(np.searchsorted(np.cumsum(prediction.lengths), bad[0], side="right")))
+
+
+def record_columns(predictions: Mapping[str, Prediction]) -> dict[str, list[object]]:
+    """Columns with one row a record: class and probabilities, or the value; tokens as one text.
+
+    Classes of tokens are one character each where all their names are, else words with spaces between.
+    """
+    columns: dict[str, list[object]] = {}
+    for name, prediction in predictions.items():
+        readout = prediction.readout
+        if _is_pooled(readout):
+            columns |= _row_columns(name, prediction)
+        elif readout.task == "classification":
+            is_short = all(len(word) == 1 for word in readout.classes)
+            bounds = np.concatenate([[0], np.cumsum(prediction.lengths)])
+            names = prediction.classes
+            columns[name] = [
+                ("" if is_short else " ").join(names[start:stop]) for start, stop in itertools.pairwise(bounds)
+            ]
+        else:
+            for suffix, output in _outputs(readout):
+                columns[name + suffix] = [
+                    " ".join(f"{value:.6g}" for value in rows[:, output]) for rows in prediction.split()
+                ]
+    return columns
+
+
+def token_columns(predictions: Mapping[str, Prediction]) -> dict[str, list[object]]:
+    """Columns with one row a token, of the labels that tokens have.
+
+    Raises:
+        ConfigError: no label is of tokens.
+    """
+    columns: dict[str, list[object]] = {}
+    for name, prediction in predictions.items():
+        if not _is_pooled(prediction.readout):
+            columns |= _row_columns(name, prediction)
+    if not columns:
+        raise ConfigError("one row a token needs a label of tokens; this model has labels of records only")
+    return columns
+
+
+def _row_columns(name: str, prediction: Prediction) -> dict[str, list[object]]:
+    readout, values = prediction.readout, prediction.values
+    columns: dict[str, list[object]] = {}
+    if readout.task == "classification":
+        columns[name] = list(prediction.classes)
+        for place, word in enumerate(readout.classes):
+            columns[f"{name}:{word}"] = values[:, place].tolist()
+        return columns
+    for suffix, output in _outputs(readout):
+        columns[name + suffix] = values[:, output].tolist()
+    return columns
+
+
+def _outputs(readout: Readout) -> list[tuple[str, int]]:
+    many = readout.num_outputs > 1
+    return [(f":{output + 1}" if many else "", output) for output in range(readout.num_outputs)]

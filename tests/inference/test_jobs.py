@@ -1,0 +1,170 @@
+"""Every job goes on where it was killed, and owns its output."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_models import READOUTS, random_protein, records_with_repeats, snapshot, write_fasta
+
+from meristem.errors import ConfigError, DataError
+from meristem.files import read_json
+from meristem.inference.embed import EmbedOptions, embed_files
+from meristem.inference.output import OutputDirectory
+from meristem.inference.predict import PredictOptions, predict_files
+from meristem.inference.predictor import Predictor
+
+MakeModel = Callable[..., Path]
+
+JOBS: dict[str, tuple[Callable[..., Any], Any, str]] = {
+    "embed": (embed_files, EmbedOptions(), "vectors"),
+    "embed a token": (embed_files, EmbedOptions(pool="none"), "vectors"),
+    "predict": (predict_files, PredictOptions(), "labels.csv"),
+    "predict a token": (predict_files, PredictOptions(is_per_token=True), "labels.parquet"),
+}
+
+
+def random_records(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
+    return [(f"p{i}", random_protein(rng)) for i in range(count)]
+
+
+def content(output: Path) -> Any:
+    """What a finished output holds, without what depends on the clock."""
+    return snapshot(output) if output.is_dir() else output.read_bytes()
+
+
+def run_in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Start in a process that can be killed and has imported everything."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_twenty_kills_at_random_moments_leave_the_output_of_an_unbroken_run(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator, name: str
+) -> None:
+    work, options, output = JOBS[name]
+    model = make_model_directory(readouts=READOUTS)
+    source = str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng, 900)))
+    began = time.monotonic()
+    work(model, [source], tmp_path / "whole" / output, options)
+    seconds = time.monotonic() - began
+    kills = 0
+    for _ in range(20):
+        process = run_in_fork(work, model, [source], tmp_path / "broken" / output, options)
+        time.sleep(float(rng.uniform(0, seconds / 3)))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    assert kills > 5, "the work must be long enough to be killed"
+    work(model, [source], tmp_path / "broken" / output, options)
+    assert content(tmp_path / "broken" / output) == content(tmp_path / "whole" / output)
+    left = sorted(item.name for item in (tmp_path / "broken").iterdir())
+    assert left == sorted(item.name for item in (tmp_path / "whole").iterdir())
+
+
+def test_predicting_goes_on_behind_finished_parts(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model_directory(readouts=READOUTS)
+    source = str(write_fasta(tmp_path / "in.fa", random_records(rng, 100)))
+    predict_files(model, [source], tmp_path / "whole.csv")
+    calls = 0
+    predict = Predictor.predict
+
+    def fail_at_fourth(self: Predictor, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return predict(self, *arguments)
+
+    monkeypatch.setattr(Predictor, "predict", fail_at_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(model, [source], tmp_path / "l.csv")
+    assert not (tmp_path / "l.csv").exists()
+    assert (tmp_path / "l.csv.parts").is_dir()
+    predict_files(model, [source], tmp_path / "l.csv")
+    assert calls == 4 + 7 - 3, "seven parts in all, three of them finished"
+    assert (tmp_path / "l.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not (tmp_path / "l.csv.parts").exists()
+
+
+def test_a_finished_file_is_not_made_again_and_one_of_the_user_is_left_alone(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model_directory(readouts=READOUTS)
+    source = str(write_fasta(tmp_path / "in.fa", random_records(rng, 20)))
+    output = tmp_path / "l.csv"
+    first = predict_files(model, [source], output)
+    assert read_json(tmp_path / "l.csv.manifest.json") == first
+    made = output.stat().st_mtime_ns
+    assert predict_files(model, [source], output) == first
+    assert output.stat().st_mtime_ns == made
+    with pytest.raises(ConfigError, match="is there already"):
+        predict_files(model, [source], output, PredictOptions(labels=("place",)))
+    other = predict_files(model, [source], output, PredictOptions(labels=("place",), is_overwriting=True))
+    assert other["labels"] == ["place"]
+    mine = tmp_path / "mine.csv"
+    mine.write_text("my own\n")
+    with pytest.raises(ConfigError, match=r"mine\.csv is there already"):
+        predict_files(model, [source], mine)
+    with pytest.raises(ConfigError, match="is there already"):
+        predict_files(model, [str(mine), source], mine)
+    assert mine.read_text() == "my own\n"
+
+
+def test_a_second_process_that_writes_one_file_is_kept_out(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
+) -> None:
+    model = make_model_directory(readouts=READOUTS)
+    source = str(write_fasta(tmp_path / "in.fa", random_records(rng, 5)))
+    first = OutputDirectory(tmp_path / "l.csv.parts")
+    first.claim()
+    with pytest.raises(ConfigError, match="another process is writing there"):
+        predict_files(model, [source], tmp_path / "l.csv")
+    first.release()
+    predict_files(model, [source], tmp_path / "l.csv")
+
+
+def test_equal_records_are_predicted_once(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
+) -> None:
+    model = make_model_directory(readouts=READOUTS)
+    records = records_with_repeats(rng, 120)
+    done = predict_files(model, [str(write_fasta(tmp_path / "in.fa", records))], tmp_path / "l.csv")
+    distinct = list(dict.fromkeys(text for _, text in records))
+    assert (done["records"], done["computed"]) == (120, len(distinct))
+    alone = [(f"q{i}", text) for i, text in enumerate(distinct)]
+    predict_files(model, [str(write_fasta(tmp_path / "alone.fa", alone))], tmp_path / "alone.csv")
+    lines = (tmp_path / "alone.csv").read_text().splitlines()[1:]
+    rows = {text: line.partition(",")[2] for text, line in zip(distinct, lines, strict=True)}
+    wanted = [f"{name},{rows[text]}" for name, text in records]
+    assert (tmp_path / "l.csv").read_text().splitlines()[1:] == wanted
+
+
+def test_two_processes_predict_what_one_does(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
+) -> None:
+    model = make_model_directory(readouts=READOUTS)
+    source = str(write_fasta(tmp_path / "in.fa", random_records(rng, 60)))
+    predict_files(model, [source], tmp_path / "one.csv")
+    predict_files(model, [source], tmp_path / "two.csv", PredictOptions(devices=2))
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+
+
+def test_a_record_that_cannot_be_used_leaves_nothing(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
+) -> None:
+    model = make_model_directory(readouts=READOUTS)
+    source = str(write_fasta(tmp_path / "in.fa", [*random_records(rng, 40), ("b", "MK1")]))
+    with pytest.raises(DataError, match=r"in\.fa:82"):
+        predict_files(model, [source], tmp_path / "l.csv")
+    assert not list(tmp_path.glob("l.csv*"))
