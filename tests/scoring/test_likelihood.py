@@ -7,20 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_scored import KINDS, by_brute_force, draw_column, draw_model, draw_tokenizer, ids_of, redrawn
+from small_scored import KINDS, by_brute_force, draw_column, draw_model, draw_tokenizer, ids_of, redrawn, small_config
 
-from meristem.data.patches import PatchTokenizer
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import (
     Attention,
-    BlockSparse,
     Causal,
     Embedding,
-    FeedForward,
-    LayerRule,
     TokenHead,
-    TransformerConfig,
 )
 from meristem.model.model import Model
 from meristem.scoring import likelihood
@@ -308,49 +303,6 @@ class _Final:
         self.final = final
 
 
-# ---- what has no likelihood ----
-
-
-def _config(**changes: Any) -> TransformerConfig:
-    values: dict[str, Any] = {
-        "width": 16,
-        "num_layers": 1,
-        "embedding": Embedding(vocab_size=26),
-        "attention": Attention(num_heads=2),
-        "feedforward": FeedForward(width=16),
-        "head": TokenHead(),
-    }
-    return TransformerConfig(**{**values, **changes})
-
-
-TWO_SIDED = LayerRule(start=1, attention=Attention(num_heads=2))
-SPARSE = Attention(num_heads=2, pattern=Causal() & BlockSparse(block=4))
-
-
-@pytest.mark.parametrize(
-    ("config", "heads", "changes", "message"),
-    [
-        (_config(head=None), (), {}, "predicts symbols; this one has no such head"),
-        (_config(), ("tokens",), {"mask": ""}, "needs a mask symbol"),
-        (_config(num_decoder_layers=1, layers=(TWO_SIDED,)), ("tokens",), {}, "do not see those behind them"),
-        (_config(attention=SPARSE), ("tokens",), {}, "random blocks of BlockSparse"),
-    ],
-)
-def test_a_model_without_a_likelihood_is_refused(
-    config: TransformerConfig, heads: tuple[str, ...], changes: dict[str, Any], message: str, rng: np.random.Generator
-) -> None:
-    tokenizer = replace(draw_tokenizer(rng), **changes)
-    with pytest.raises(ConfigError, match=message):
-        kind_of(Model(config, heads), tokenizer)
-
-
-def test_pictures_have_no_likelihood() -> None:
-    tokenizer = PatchTokenizer(image_px=(8, 8), patch_px=4)
-    config = _config(embedding=Embedding(vocab_size=1, patch_features=48), head=None)
-    with pytest.raises(ConfigError, match="reads patches"):
-        kind_of(Model(config), tokenizer)
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
@@ -388,7 +340,7 @@ def test_as_many_inputs_as_the_model_has_sides(kind: str, rng: np.random.Generat
 
 def test_logits_of_zero_give_a_perplexity_of_the_vocabulary(rng: np.random.Generator) -> None:
     tokenizer = AlphabetTokenizer(vocab=("<b>", *"ACGT"), prefix=("<b>",))
-    config = _config(
+    config = small_config(
         embedding=Embedding(vocab_size=5),
         attention=Attention(num_heads=2, pattern=Causal()),
         head=TokenHead(is_tied=False, activation=None),
