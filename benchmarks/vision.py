@@ -27,9 +27,8 @@ from torch.nn import functional as F
 
 from meristem.data.pack import pack_column
 from meristem.data.parts import Part, RunData
-from meristem.data.patches import PatchTokenizer
 from meristem.inference.engine import PRECISIONS, TrunkRunner
-from meristem.inference.predictor import Predictor
+from meristem.inference.predictor import Predictor, in_units
 from meristem.interop.table import KeyTable, Rename, Row, Transform
 from meristem.model.config import (
     Attention,
@@ -41,10 +40,12 @@ from meristem.model.config import (
     Residual,
     TransformerConfig,
 )
+from meristem.model.outputs import Wanted
 from meristem.model_directory import load_any
 from meristem.objectives.supervised import Supervised, Target
 from meristem.train.task import Task
 from meristem.types import Record, TokenColumn, Tokens
+from meristem_domains.vision.patches import PatchTokenizer
 
 LABEL, PATCH_PX, NUM_REGISTERS = "label", 16, 4
 SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6, "num_classes": 1000}
@@ -160,14 +161,14 @@ def our_forward(
     if options.device == "cpu":
         return lambda: predictor.predict(column)[LABEL].values
     (readout,) = predictor.readouts
-    num_first = runner.model.num_first([LABEL])
+    wanted = Wanted((LABEL,), num_special=runner.num_special, rounds_alike=True, num_first=0)
     batch = pack_column(column, np.arange(len(column)), range(len(column))).to(options.device)
 
     @torch.inference_mode()
     def run() -> np.ndarray:
-        rows = runner.run_batch(batch, num_first)
+        rows = runner.run_batch(batch, wanted)
         values = np.empty((len(column), readout.num_outputs), np.float32)
-        values[list(rows.records)] = predictor.run_head(readout, rows.values.float(), rows.layout).cpu().numpy()
+        values[list(rows.records)] = in_units(readout, rows.outputs.heads[LABEL].float()).cpu().numpy()
         return values
 
     return run

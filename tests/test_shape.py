@@ -127,7 +127,7 @@ def final_loss(batch_of_records: pa.RecordBatch, rng: np.random.Generator, is_bl
     extra = objective.build(model.config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(37):
-        [term] = objective.loss(model, extra, batch).terms.values()
+        [term] = objective.loss_of(model, extra, batch).terms.values()
         loss = term.sum / term.count
         optimizer.zero_grad()
         loss.backward()

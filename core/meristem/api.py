@@ -1,6 +1,6 @@
 """What `import meristem` offers: load a model and use it, embed files, read vectors back."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from meristem.inference.formats import Embeddings, read_embeddings
 from meristem.inference.predictor import Prediction, Predictor
 from meristem.inference.run import Report
 from meristem.model.model import Model
-from meristem.model_directory import ModelCard, load_any, of_size
+from meristem.model_directory import ModelCard, load_any, with_tokenizer_options
 from meristem.types import TokenColumn
 
 IMAGES_AHEAD = 256
@@ -175,24 +175,23 @@ class _naming:
             raise DataError(f"sequence {self._first + error.row}: the result is not finite") from error
 
 
-def load(path: Path | str, device: str | None = None, image_px: tuple[int, int] | None = None) -> LoadedModel:
+def load(path: Path | str, device: str | None = None, tokenizer: Mapping[str, Any] | None = None) -> LoadedModel:
     """Read a run directory, a model directory or one of another library.
 
     Args:
         device: cpu or cuda; None for a GPU where there is one.
-        image_px: height and width that a model of images is to read, another than it was trained for: its table of
-            positions is resampled. None for its own.
+        tokenizer: options of the domain's tokenizer, where they are to differ from those that the model was trained
+            with. If they change the grid of positions, the model's table of positions is resampled.
 
     Raises:
         CheckpointError: no model, or not exactly what its config says.
-        ConfigError: a size that the model cannot read.
+        ConfigError: tokenizer options that the model cannot be used with.
 
     Example:
         >>> model = meristem.load("runs/sample")
+        >>> model = meristem.load("runs/vit", tokenizer={"image_px": (384, 384)})
     """
-    card, model = load_any(path)
-    if image_px is not None:
-        card, model = of_size(card, model, image_px)
+    card, model = with_tokenizer_options(*load_any(path), tokenizer or {})
     return LoadedModel(card, model, device or best_device())
 
 

@@ -7,6 +7,7 @@ A domain is one folder and one value: a `Domain`. It is found through the entry-
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ class Domain:
     files: Files | None = None
     augment: Callable[..., Views] | None = None
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
+
+    def build_tokenizer(self, **options: Any) -> Tokenizer:
+        """The domain's tokenizer with these options.
+
+        Raises:
+            ConfigError: an option that it does not take.
+        """
+        try:
+            return self.tokenizer(**options)
+        except TypeError as error:
+            raise ConfigError(
+                f"data.tokenizer: the tokenizer of {self.name} does not take that: {error}; "
+                f"its options: {', '.join(signature(self.tokenizer).parameters) or 'none'}"
+            ) from error
 
 
 def load_domain(name: str) -> Domain:

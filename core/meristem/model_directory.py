@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from meristem.data.patches import PatchTokenizer
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import Imported, read_config_file, read_directory
@@ -180,18 +179,20 @@ def load_any(path: Path | str) -> tuple[ModelCard, Model]:
     return load_model(place) if is_own(place) else import_model(place)[:2]
 
 
-def of_size(card: ModelCard, model: Model, image_px: tuple[int, int]) -> tuple[ModelCard, Model]:
-    """A model of images for images of another size: its table of positions is resampled (`resample_grid`).
+def with_tokenizer_options(card: ModelCard, model: Model, options: Mapping[str, Any]) -> tuple[ModelCard, Model]:
+    """The model with other options of its domain's tokenizer.
+
+    Where its inputs then have another grid of positions, its table of positions is resampled (`resample_grid`).
 
     Args:
-        image_px: height and width, multiples of a patch.
+        options: by name; without any, the model as it is.
 
     Raises:
-        ConfigError: no model of images, or a size that patches do not divide.
+        ConfigError: options that the tokenizer does not take or that the model cannot be used with.
     """
-    if not isinstance(card.tokenizer, PatchTokenizer):
-        raise ConfigError(f"image_px needs a model of images; this one reads {card.tokenizer.kind}")
-    tokenizer = card.tokenizer.of_size(image_px)
+    if not options:
+        return card, model
+    tokenizer = card.tokenizer.adapted(find("meristem.domains", card.domain).build_tokenizer, options)
     changed = replace(card, tokenizer=tokenizer, architecture=with_grid(card.architecture, tokenizer.grid))
     with without_weights():
         other = changed.build()

@@ -239,7 +239,7 @@ class _Contract:
         optimizer = torch.optim.AdamW(parameters, lr=1e-3)
         losses = []
         for _ in range(NUM_STEPS):
-            terms = objective.loss(self.model, extra, batch).terms
+            terms = objective.loss_of(self.model, extra, batch).terms
             got = {name: float(term.count) for name, term in terms.items()}
             _require(got == counts, f"the counts of the loss must be those announced, {counts}", got)
             loss = torch.stack([term.weight * term.sum / term.count for term in terms.values()]).sum()

@@ -27,6 +27,7 @@ from meristem.model.config import (
 )
 from meristem.model.model import Model
 from meristem.types import Tokens
+from model_runs import outputs_of
 
 VOCAB = 37
 
@@ -106,4 +107,4 @@ def slow_logits(model: Model, prompt: np.ndarray, made: list[int], start_id: int
     else:
         whole = tokens(np.concatenate([prompt, np.array(made, np.int64)]))
         batch = pack([replace(whole, prefix_length=len(prompt))], [0])
-    return model.symbol_logits(model.trunk(batch))[batch.layout.num_tokens - 1]
+    return outputs_of(model, batch)[batch.layout.num_tokens - 1]

@@ -26,11 +26,11 @@ def test_packs_are_halved_until_they_fit(
     runner = TrunkRunner(model, (1, 1))
     run_pack, sizes = runner._run_pack, []
 
-    def run(column, rows, num_first=None):
+    def run(column, rows, wanted):
         sizes.append(int(column.lengths[rows].sum()))
         if sizes[-1] > 300:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return run_pack(column, rows, num_first)
+        return run_pack(column, rows, wanted)
 
     monkeypatch.setattr(runner, "_run_pack", run)
     with caplog.at_level(logging.WARNING):
@@ -46,7 +46,7 @@ def test_packs_are_halved_until_they_fit(
 def test_a_sequence_that_does_not_fit_alone_is_named(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = TrunkRunner(tiny_model(), (1, 1))
 
-    def run(column, rows, num_first=None):
+    def run(column, rows, wanted):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(runner, "_run_pack", run)
@@ -59,7 +59,7 @@ def test_another_error_is_not_taken_for_want_of_memory(
 ) -> None:
     runner = TrunkRunner(tiny_model(), (1, 1))
 
-    def run(column, rows, num_first=None):
+    def run(column, rows, wanted):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(runner, "_run_pack", run)

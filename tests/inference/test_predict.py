@@ -18,6 +18,7 @@ from meristem.model.config import Learned
 from meristem.model.model import Model
 from meristem.model.readout import Readout
 from meristem.model_directory import ModelCard, load_model
+from model_runs import outputs_of
 
 MakeModel = Callable[..., Path]
 
@@ -28,9 +29,8 @@ def slow_outputs(card: ModelCard, loaded: Model, text: str) -> dict[str, np.ndar
     batch = pack([tokens], [0])
     found = {}
     with torch.inference_mode():
-        hidden = loaded.trunk(batch)
         for readout in card.readouts:
-            out = loaded.label_outputs(readout.name, hidden.final, batch.layout, (1, 1)).double()
+            out = outputs_of(loaded, batch, readout.name, (1, 1)).double()
             out = out[:1] if readout.level == "record" else out[1 : 1 + len(text)]
             if readout.task == "classification":
                 out = out.exp() / out.exp().sum(-1, keepdim=True)

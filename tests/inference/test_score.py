@@ -33,7 +33,8 @@ def test_a_stopped_run_goes_on_and_writes_what_an_unbroken_one_writes(
     rng: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, source = make_model_directory(), str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng, 50)))
+    records = [(f"p{row % 40}", random_protein(rng, 20)) for row in range(50)]
+    model, source = make_model_directory(), str(write_fasta(tmp_path / "in.fa", records))
     suffix = ".csv" if scorer == "likelihood" else ".npz"
     plots = [str(tmp_path / name) if suffix == ".npz" else "" for name in ("plots", "plots2")]
     whole, out = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"

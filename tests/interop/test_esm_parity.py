@@ -18,6 +18,7 @@ from meristem.interop.parity import Parity, compare
 from meristem.interop.runners import load_transformers, random_tokens
 from meristem.model.model import Model
 from meristem.model.position import RotaryLayer
+from model_runs import outputs_of
 from parity_checks import Case
 
 TOLERANCE = 1e-4
@@ -124,7 +125,7 @@ def test_gradients_are_those_of_the_reference(
 
 def _logits(imported: Imported, batch: object) -> dict[int, torch.Tensor]:
     with torch.inference_mode():
-        rows = imported.model.symbol_logits(imported.model.trunk(batch))
+        rows = outputs_of(imported.model, batch)
     parts = rows[: batch.layout.num_tokens].split(list(batch.layout.lengths))
     return dict(zip(batch.records, parts, strict=True))
 

@@ -35,6 +35,7 @@ from meristem.data.pack import pack
 from meristem.interop.directory import read_directory, write_directory
 from meristem.interop.families.gpt2 import GPT2, GPT_BIGCODE
 from meristem.model.model import Model
+from model_runs import outputs_of
 from references import redraw
 
 SHAPE = {"vocab_size": 64, "n_positions": 60, "n_embd": 32, "n_layer": 3, "n_head": 4}
@@ -187,7 +188,7 @@ def test_a_directory_with_its_tokenizer_comes_and_goes_whole(
     write_directory(tmp_path / "back", imported.architecture, imported.tokenizer, imported.model)
     tokens = imported.tokenizer.encode(text)
     with torch.inference_mode():
-        ours = imported.model.symbol_logits(imported.model.trunk(pack([tokens], [0])))[: len(tokens)]
+        ours = outputs_of(imported.model, pack([tokens], [0]))[: len(tokens)]
         for place in (folder, tmp_path / "back"):
             theirs = AutoTokenizer.from_pretrained(place)
             ids = theirs(text, return_tensors="pt")["input_ids"]

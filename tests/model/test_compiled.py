@@ -66,13 +66,13 @@ def test_compiled_blocks_give_the_same_numbers_for_packs_of_any_size(
     packs = [random_pack(rng, rng.integers(2, 40, count).tolist()) for count in (3, 4, 2, 9, 12, 5)]
     firsts = [first_rows(batch.layout, 1) for batch in packs]
     with torch.inference_mode():
-        wanted = [(trunk(batch).final, trunk(batch, wanted=first).final) for batch, first in zip(packs, firsts)]
+        wanted = [(trunk(batch).final, trunk(batch, last_rows=first).final) for batch, first in zip(packs, firsts)]
         names = list(trunk.state_dict())
         assert compile_blocks(trunk, "cpu")
         counts = []
         for batch, first, (want, want_first) in zip(packs, firsts, wanted):
             torch.testing.assert_close(trunk(batch).final, want, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(trunk(batch, wanted=first).final, want_first, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(trunk(batch, last_rows=first).final, want_first, atol=1e-5, rtol=1e-5)
             counts.append(num_graphs())
     assert list(trunk.state_dict()) == names
     assert counts[0] > 0, "nothing was compiled"

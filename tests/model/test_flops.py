@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from meristem.model.config import Attention, Experts, FeedForward, Residual, TokenHead
 from meristem.model.flops import flops_per_token, num_idle_parameters
 from meristem.model.model import Model
+from model_runs import outputs_of
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_flops_a_token_are_those_that_torch_counts(
     model = Model(architecture, ("tokens",)).eval()
     batch = random_pack(rng, [length])
     with FlopCounterMode(display=False) as counter:
-        model.symbol_logits(model.trunk(batch))
+        outputs_of(model, batch)
     assert counter.get_total_flops() == length * flops_per_token(architecture, length)
 
 

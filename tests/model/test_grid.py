@@ -9,7 +9,6 @@ from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models import create_model
 
 from meristem.data.pack import pack
-from meristem.data.patches import PatchTokenizer
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import (
@@ -27,7 +26,8 @@ from meristem.model.grid import resampled, with_grid
 from meristem.model.model import Model
 from meristem.model.plain import from_json, to_json
 from meristem.model.position import build_added, resample_grid
-from meristem.model_directory import ModelCard, of_size
+from meristem.model_directory import ModelCard, with_tokenizer_options
+from meristem_domains.vision.patches import PatchTokenizer
 
 
 def grid_positions(rows: int, columns: int) -> torch.Tensor:
@@ -102,11 +102,11 @@ def vit(**changes: object) -> TransformerConfig:
 
 
 def test_a_model_for_another_size_reads_its_images_with_the_resampled_table(rng: np.random.Generator):
-    card = ModelCard(vit(), PatchTokenizer((32, 32), 8, resize_px=(36, 36)))
+    card = ModelCard(vit(), PatchTokenizer((32, 32), 8, resize_px=(36, 36)), domain="vision")
     model = card.build().eval()
     torch.nn.init.normal_(model.trunk.embedding.position.table.weight)
     table = model.trunk.embedding.position.table.weight.detach()
-    changed, other = of_size(card, model, (24, 48))
+    changed, other = with_tokenizer_options(card, model, {"image_px": (24, 48)})
     assert changed.tokenizer.image_px == (24, 48)
     assert changed.architecture.position == Learned(max_positions=2 + 18, offset=2, grid=(3, 6))
     assert from_json(TransformerConfig, to_json(changed.architecture)) == changed.architecture
@@ -119,7 +119,7 @@ def test_a_model_for_another_size_reads_its_images_with_the_resampled_table(rng:
     tokens = changed.tokenizer.encode(rng.integers(0, 256, (50, 60, 3), np.uint8))
     with torch.no_grad():
         assert other.trunk(pack([tokens], [0])).final.shape[1] == 32
-    same, _ = of_size(card, model, (32, 32))
+    same, _ = with_tokenizer_options(card, model, {"image_px": (32, 32)})
     assert same == card
 
 
@@ -136,8 +136,8 @@ def test_features_at_another_size_are_timms(rng: np.random.Generator):
     wider.load_state_dict(state)
 
     config = vit(position=Learned(max_positions=16, grid=(4, 4)), feedforward=FeedForward(width=128))
-    card = ModelCard(config, PatchTokenizer((32, 32), 8))
-    _, other = of_size(card, _loaded(config, theirs.state_dict()), (24, 48))
+    card = ModelCard(config, PatchTokenizer((32, 32), 8), domain="vision")
+    _, other = with_tokenizer_options(card, _loaded(config, theirs.state_dict()), {"image_px": (24, 48)})
     image = rng.random((24, 48, 3)).astype(np.float32)
     tokens = replace(card.tokenizer, image_px=(24, 48)).encode(image)
     with torch.no_grad():
@@ -180,5 +180,8 @@ def test_positions_without_a_table_serve_any_grid():
         assert resampled(model.state_dict(), config, config).keys() == model.state_dict().keys()
     with pytest.raises(ConfigError, match="a grid of their own"):
         with_grid(vit(), ())
-    with pytest.raises(ConfigError, match="model of images"):
-        of_size(ModelCard(vit(), AlphabetTokenizer(("A", "B"))), Model(vit()), (8, 8))
+    residues = ModelCard(vit(), AlphabetTokenizer(("A", "B")), domain="protein")
+    with pytest.raises(ConfigError, match=r"tokenizer of protein does not take that: .*'image_px'; its options: nonst"):
+        with_tokenizer_options(residues, Model(vit()), {"image_px": (8, 8)})
+    with pytest.raises(ConfigError, match="no installed package offers the domain 'elsewhere'"):
+        with_tokenizer_options(replace(residues, domain="elsewhere"), Model(vit()), {"nonstandard": "x"})

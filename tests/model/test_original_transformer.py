@@ -187,8 +187,8 @@ def compare(model: Model, reference: Reference, shape: Shape, rng: np.random.Gen
     """The same pairs through both, here packed, there padded; and the gradients of the same weighing of logits."""
     pairs = [tuple(rng.integers(0, shape.vocab_size, n) for n in lengths) for lengths in shape.lengths]
     batch = pack_pairs(pairs)
-    hidden = model.trunk(batch)
-    ours = by_record(batch, model.symbol_logits(hidden))
+    outputs = model(batch, Wanted((SYMBOLS,)))
+    hidden, ours = outputs.hidden, by_record(batch, outputs.heads[SYMBOLS])
     our_decoded = by_record(batch, hidden.final)
     our_memory = by_record(batch.source, hidden.source.final)
 

@@ -26,6 +26,7 @@ from meristem.model.config import (
     TransformerConfig,
 )
 from meristem.model.model import Model
+from meristem.model.outputs import Wanted
 from meristem.model.readout import Readout
 from meristem.model.transformer import Decoder, Encoder, EncoderDecoder, build_trunk
 from meristem.types import Layout, PackedBatch, Tokens
@@ -165,7 +166,7 @@ def test_a_label_by_the_models_own_pool_does_not_depend_on_batch_mates(pool: obj
     def outputs(records: list[int]) -> dict[int, torch.Tensor]:
         batch = pack([sequences[record] for record in records], records)
         with torch.inference_mode():
-            vectors = model.pooled("place", model.trunk(batch).final, batch.layout, (2, 0))
+            vectors = model(batch, Wanted(is_pooled=True, num_special=(2, 0))).pooled
         return dict(zip(batch.records, vectors))
 
     together = outputs(list(range(7)))

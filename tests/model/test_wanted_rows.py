@@ -7,7 +7,7 @@ import pytest
 import torch
 from packs import VOCAB, config, random_pack
 
-from meristem.model.attention import Wanted, first_rows
+from meristem.model.attention import KeptRows, first_rows
 from meristem.model.config import (
     Attention,
     BucketBias,
@@ -22,6 +22,7 @@ from meristem.model.config import (
     TransformerConfig,
 )
 from meristem.model.model import Model
+from meristem.model.outputs import Wanted
 from meristem.model.readout import Readout
 from meristem.model.transformer import Encoder
 from meristem.types import Layout
@@ -43,12 +44,12 @@ def _trunk(made: TransformerConfig) -> Encoder:
     return trunk
 
 
-def _differ(made: TransformerConfig, lengths: list[int], rng, choose: Callable[[Layout, int], Wanted]) -> float:
+def _differ(made: TransformerConfig, lengths: list[int], rng, choose: Callable[[Layout, int], KeptRows]) -> float:
     """Largest difference of the first two rows, and of the gradients that they give, from those of a whole pass."""
     trunk, batch = _trunk(made), random_pack(rng, lengths)
     num = 2 * len(lengths)
     whole = trunk(batch).final[first_rows(batch.layout, 2).rows[:num]]
-    some = trunk(batch, wanted=choose(batch.layout, 2))
+    some = trunk(batch, last_rows=choose(batch.layout, 2))
     assert some.layout.lengths == (2,) * len(lengths)
     weights, grads = torch.randn_like(whole), []
     for rows in (whole, some.final[:num]):
@@ -69,7 +70,7 @@ def test_rows_that_are_wanted_are_those_of_a_whole_pass(made, lengths, rng):
 def test_rows_that_stand_one_further_are_caught(rng):
     """Mutant: the second and third row of each sequence."""
 
-    def one_further(layout: Layout, count: int) -> Wanted:
+    def one_further(layout: Layout, count: int) -> KeptRows:
         wanted = first_rows(layout, count)
         return replace(wanted, rows=(wanted.rows + 1) % layout.num_rows)
 
@@ -89,10 +90,10 @@ def test_a_query_that_sees_by_where_it_stands_is_never_made_alone(made, rng):
     trunk, batch = _trunk(made), random_pack(rng, LENGTHS["many"])
     assert not trunk.may_leave_rows
     with pytest.raises(AssertionError):
-        trunk(batch, wanted=first_rows(batch.layout, 1))
+        trunk(batch, last_rows=first_rows(batch.layout, 1))
 
 
-def test_heads_say_which_rows_they_read():
+def test_the_last_block_makes_no_rows_that_nobody_reads(rng):
     readouts = [
         Readout(name="first", classes=("a", "b"), pool=Prefix()),
         Readout(name="two", classes=("a", "b"), pool=Prefix(count=2)),
@@ -102,9 +103,18 @@ def test_heads_say_which_rows_they_read():
         Readout(name="each", classes=("a", "b"), level="token"),
     ]
     model = Model(config(pool=Prefix()), (), readouts)
-    assert model.num_first(["first", "own"]) == 1
-    assert model.num_first(["first", "two"]) == 2
+    batch = random_pack(rng, [20, 30])
+
+    def lengths(model, *names, **options):
+        return model(batch, Wanted(names, **options)).hidden.layout.lengths
+
+    assert lengths(model, "first", "own", num_first=0) == (1, 1)
+    assert lengths(model, "first", "two", num_first=0) == (2, 2)
+    assert lengths(model, "first", "two", num_first=5) == (5, 5)
+    assert lengths(model, is_pooled=True, num_first=0) == (1, 1)
     for other in ("both", "mean", "each"):
-        assert model.num_first(["first", other]) is None
+        assert lengths(model, "first", other, num_first=0) == (20, 30)
+    for options in ({"layers": (1,)}, {"attentions": (0,)}, {"num_first": None}):
+        assert lengths(model, "first", **{"num_first": 0, **options}) == (20, 30)
     biased = Model(config(position=LinearBias()), (), readouts[:1])
-    assert biased.num_first(["first"]) is None
+    assert lengths(biased, "first", num_first=0) == (20, 30)

@@ -29,6 +29,7 @@ from meristem.model.model import SYMBOLS
 from meristem.objectives.causal import Causal
 from meristem.objectives.prefix import Prefix
 from meristem.types import IGNORE, Record, Tokens
+from model_runs import outputs_of
 
 
 def test_each_row_is_scored_by_the_next_one_up_to_the_closing_row(rng):
@@ -69,7 +70,7 @@ def test_loss_is_that_of_a_padded_batch_computed_the_slow_way(rng):
     objective = bound(Causal(), DECODER, records)
     model = built(objective, DECODER)
     batch = packed(objective, records)
-    out = objective.loss(model, objective.build(DECODER), batch)
+    out = objective.loss_of(model, objective.build(DECODER), batch)
     longest = max(len(record.payload) for record in records) + 2
     ids = torch.full((len(records), longest), -1)
     logits = torch.zeros(len(records), longest, len(TOKENIZER.vocab))
@@ -77,7 +78,7 @@ def test_loss_is_that_of_a_padded_batch_computed_the_slow_way(rng):
         alone = pack([TOKENIZER.encode(record.payload)], [0])
         n = alone.layout.num_tokens
         ids[i, :n] = alone.ids[:n]
-        logits[i, :n] = model.symbol_logits(model.trunk(alone))[:n]
+        logits[i, :n] = outputs_of(model, alone)[:n]
 
     def slow(shift: int) -> torch.Tensor:
         read, asked = logits[:, : longest - shift], ids[:, shift:]
@@ -92,7 +93,7 @@ def test_loss_is_that_of_a_padded_batch_computed_the_slow_way(rng):
 
 def row_losses(model, batch) -> torch.Tensor:
     """`[T]` losses of all rows, 0 where unscored."""
-    logits = model.symbol_logits(model.trunk(batch))
+    logits = outputs_of(model, batch)
     return F.cross_entropy(logits, batch.targets[SYMBOLS], ignore_index=IGNORE, reduction="none").detach()
 
 

@@ -12,6 +12,7 @@ from meristem.model.config import Attention, Embedding, FeedForward, TokenHead, 
 from meristem.model.model import Model
 from meristem.objectives.masked import Masked
 from meristem.types import IGNORE, Record
+from model_runs import outputs_of
 
 TOKENIZER = load_domain("protein").tokenizer()
 
@@ -50,8 +51,8 @@ def test_loss_is_the_sum_over_scored_rows_of_all_rows_logits(rng):
         for i, s in enumerate(sequences)
     ]
     batch = pack(tokens, range(3))
-    out = objective.loss(model, objective.build(config), batch)
-    logits = model.symbol_logits(model.trunk(batch)).log_softmax(-1)
+    out = objective.loss_of(model, objective.build(config), batch)
+    logits = outputs_of(model, batch).log_softmax(-1)
     rows = [i for i, target in enumerate(batch.targets["tokens"].tolist()) if target != IGNORE]
     slow = -sum(logits[i, batch.targets["tokens"][i]] for i in rows)
     torch.testing.assert_close(out.terms["tokens"].sum, slow)

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from labelled import run_data
 from meristem.data.pack import pack
-from meristem.data.patches import PatchTokenizer
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
 from meristem.model.config import Attention, Embedding, FeedForward, NoPosition, TransformerConfig
@@ -16,6 +15,8 @@ from meristem.objectives import supervised
 from meristem.objectives.mixing import Mixed, Mixing, mix
 from meristem.objectives.supervised import Supervised, Target
 from meristem.types import IGNORE, PackedBatch, Record
+from meristem_domains.vision.patches import PatchTokenizer
+from model_runs import outputs_of
 
 GRID = (3, 5)
 TOKENIZER = PatchTokenizer(image_px=(12, 20), patch_px=4, num_channels=1, mean=(0.5,), std=(0.5,))
@@ -102,7 +103,7 @@ def test_a_record_without_a_label_is_left_as_it_is(rng):
 @torch.no_grad()
 def _loss(objective: Supervised, model: Model, batch: PackedBatch, seed: int = 0) -> float:
     torch.manual_seed(seed)
-    term = objective.loss(model, objective.build(CONFIG), batch).terms["kind"]
+    term = objective.loss_of(model, objective.build(CONFIG), batch).terms["kind"]
     assert float(term.count) == objective.counts(batch)["kind"]
     return float(term.sum)
 
@@ -112,8 +113,7 @@ def _loss_by_hand(objective: Supervised, model: Model, batch: PackedBatch, seed:
     """Soft targets written out, as a table of probabilities."""
     torch.manual_seed(seed)
     mixed = mix(batch, objective.mixing, GRID, batch.labels["kind"] != IGNORE)
-    hidden = model.trunk(mixed.batch)
-    logits = model.label_outputs("kind", hidden.final, batch.layout, (1, 0))
+    logits = outputs_of(model, mixed.batch, "kind", (1, 0))
     labels = batch.labels["kind"]
     soft = mixed.shares[:, None] * F.one_hot(labels, 3) + (1 - mixed.shares[:, None]) * F.one_hot(
         labels[mixed.partners], 3

@@ -24,6 +24,7 @@ from meristem.errors import ConfigError, DataError
 from meristem.model.model import SYMBOLS
 from meristem.objectives.next_sentence import NEXT_SENTENCE, NextSentence
 from meristem.types import IGNORE, Record
+from model_runs import outputs_of
 
 WORDS = ("ACD", "EFG", "HIK", "LMN", "PQR", "STV")
 """Second sentences of the same length, no two alike."""
@@ -105,7 +106,7 @@ def test_loss_is_masked_symbols_and_the_class_from_the_models_pool(rng):
     objective = bound(NextSentence("other"), PAIRS, records)
     model = built(objective, PAIRS)
     batch = packed(objective, records)
-    out = objective.loss(model, objective.build(PAIRS), batch)
+    out = objective.loss_of(model, objective.build(PAIRS), batch)
     final = model.trunk(batch).final
     first_rows = final[list(batch.layout.starts[:-1])]
     pooled = torch.tanh(first_rows @ model.pool.dense.weight.T + model.pool.dense.bias)
@@ -113,7 +114,7 @@ def test_loss_is_masked_symbols_and_the_class_from_the_models_pool(rng):
     logits = pooled @ head.weight.T + head.bias
     wanted = batch.labels[NEXT_SENTENCE]
     torch.testing.assert_close(out.terms[NEXT_SENTENCE].sum, F.cross_entropy(logits, wanted, reduction="sum"))
-    symbols = F.cross_entropy(model.symbol_logits(model.trunk(batch)), batch.targets[SYMBOLS], reduction="sum")
+    symbols = F.cross_entropy(outputs_of(model, batch), batch.targets[SYMBOLS], reduction="sum")
     torch.testing.assert_close(out.terms[SYMBOLS].sum, symbols, rtol=1e-5, atol=1e-4)
     hits = (logits.argmax(-1) == wanted).float()
     assert torch.equal(out.predictions[NEXT_SENTENCE][:, 0], hits)

@@ -17,6 +17,7 @@ from meristem.model.transformer import Encoder
 from meristem.objectives import supervised
 from meristem.objectives.supervised import Supervised, Target
 from meristem.types import IGNORE, Record
+from model_runs import outputs_of
 
 TOKENIZER = load_domain("protein").tokenizer()
 CONFIG = TransformerConfig(
@@ -54,11 +55,11 @@ def test_missing_labels_count_for_nothing(rng):
     ]
     batch = pack(tokens, range(3))
     model = Model(CONFIG, (), objective.readouts)
-    out = objective.loss(model, objective.build(CONFIG), batch)
+    out = objective.loss_of(model, objective.build(CONFIG), batch)
     assert {name: float(term.count) for name, term in out.terms.items()} == {"place": 1, "score": 1, "ss": 3}
     assert objective.counts(batch) == {"place": 1, "score": 1, "ss": 3}
     nothing = pack(tokens[2:], range(1))
-    out = objective.loss(model, objective.build(CONFIG), nothing)
+    out = objective.loss_of(model, objective.build(CONFIG), nothing)
     assert all(term.count == 0 and term.sum == 0 for term in out.terms.values())
 
 
@@ -68,8 +69,8 @@ def test_class_weights_are_those_of_torch(rng):
     tokens = [_prepare(objective, "MKVAG"[: 2 + i], place="abc"[i % 3]) for i in range(4)]
     batch = pack(tokens, range(4))
     model = Model(CONFIG, (), objective.readouts).eval()
-    term = objective.loss(model, objective.build(CONFIG), batch).terms["place"]
-    logits = model.label_outputs("place", model.trunk(batch).final, batch.layout, TOKENIZER.num_special)
+    term = objective.loss_of(model, objective.build(CONFIG), batch).terms["place"]
+    logits = outputs_of(model, batch, "place", TOKENIZER.num_special)
     expected = F.cross_entropy(logits, batch.labels["place"], torch.tensor(weights))
     torch.testing.assert_close(term.sum / term.count, expected)
 
@@ -89,7 +90,7 @@ def test_values_are_standardised_and_reported_in_their_own_unit(rng):
     tokens = [_prepare(objective, "MKVA", score=repr(float(value))) for value in values[:5]]
     batch = pack(tokens, range(5))
     np.testing.assert_allclose(batch.labels["score"], (np.array(values[:5]) - readout.mean) / readout.std, rtol=1e-5)
-    out = objective.loss(Model(CONFIG, (), objective.readouts), objective.build(CONFIG), batch)
+    out = objective.loss_of(Model(CONFIG, (), objective.readouts), objective.build(CONFIG), batch)
     np.testing.assert_allclose(out.targets["score"], values[:5], rtol=1e-5)
     assert set(objective.metrics()) == {"score/spearman", "score/mae", "score/r2"}
 
@@ -227,7 +228,7 @@ def test_a_loss_that_reads_class_rows_alone_is_that_of_a_whole_pass(rng, monkeyp
     for may_leave_rows in (True, False):
         monkeypatch.setattr(Encoder, "may_leave_rows", may_leave_rows)
         model.zero_grad()
-        term = objective.loss(model, objective.build(CONFIG), batch).terms["place"]
+        term = objective.loss_of(model, objective.build(CONFIG), batch).terms["place"]
         term.sum.backward()
         losses.append(term.sum)
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))

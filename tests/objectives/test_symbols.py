@@ -8,10 +8,12 @@ from torch.nn import functional as F
 
 from meristem.errors import ConfigError
 from meristem.model.model import SYMBOLS
+from meristem.model.outputs import Wanted
 from meristem.objectives.causal import Causal
 from meristem.objectives.masked import Masked
-from meristem.objectives.symbols import score_symbols
+from meristem.objectives.symbols import request_symbols, score_symbols
 from meristem.types import IGNORE
+from model_runs import outputs_of
 
 
 @pytest.mark.parametrize("experts", [False, True], ids=["plain", "experts"])
@@ -26,7 +28,7 @@ def test_loss_falls_and_counts_are_those_announced(name, experts, rng):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(3):
-        out = objective.loss(model, objective.build(config), batch)
+        out = objective.loss_of(model, objective.build(config), batch)
         assert {term: float(t.count) for term, t in out.terms.items()} == objective.counts(batch)
         assert all(count > 0 for count in objective.counts(batch).values())
         assert {"router/balance", "router/z"} <= out.terms.keys() or not experts
@@ -69,8 +71,8 @@ def test_smoothed_loss_is_that_of_torch_and_figures_stay_unsmoothed(make, smooth
     model = built(objective, DECODER)
     with torch.no_grad():
         model.heads[SYMBOLS].bias[RESIDUE_IDS] += 8  # what is asked for is likely, so that smoothing costs something
-    out = objective.loss(model, objective.build(DECODER), batch)
-    logits, targets = model.symbol_logits(model.trunk(batch)), batch.targets[SYMBOLS]
+    out = objective.loss_of(model, objective.build(DECODER), batch)
+    logits, targets = outputs_of(model, batch), batch.targets[SYMBOLS]
     slow = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE, label_smoothing=smoothing)
     # fp32, a sum of some hundred losses
     torch.testing.assert_close(out.terms[SYMBOLS].sum, slow, rtol=1e-5, atol=1e-4)
@@ -78,7 +80,8 @@ def test_smoothed_loss_is_that_of_torch_and_figures_stay_unsmoothed(make, smooth
     torch.testing.assert_close(out.predictions[SYMBOLS][:, 1], plain, rtol=1e-5, atol=1e-5)
     if smoothing:
         # the mutant: smoothing with the other sign
-        mutant = score_symbols(model, model.trunk(batch), batch, -smoothing).term.sum
+        request = request_symbols(batch, -smoothing)
+        mutant = score_symbols(model(batch, Wanted(requests={SYMBOLS: request}))).term.sum
         assert abs(mutant - slow) > 1e-2 * abs(slow)
 
 
@@ -90,10 +93,10 @@ def test_perplexity_bits_and_accuracy_are_of_all_rows_at_once(rng):
     losses, hits = [], []
     for part in (records[:3], records[3:]):
         batch = packed(objective, part)
-        out = objective.loss(model, objective.build(DECODER), batch)
+        out = objective.loss_of(model, objective.build(DECODER), batch)
         for metric in metrics.values():
             metric.update(out.predictions[SYMBOLS], out.targets[SYMBOLS])
-        logits = model.symbol_logits(model.trunk(batch)).detach().double().log_softmax(-1)
+        logits = outputs_of(model, batch).detach().double().log_softmax(-1)
         for row, target in enumerate(batch.targets[SYMBOLS].tolist()):
             if target != IGNORE:
                 losses.append(-logits[row, target].item())

@@ -36,6 +36,7 @@ from meristem.objectives.denoising import Denoising
 from meristem.objectives.sequence_to_sequence import SequenceToSequence
 from meristem.objectives.spans import SpanCorruption
 from meristem.types import IGNORE, Record
+from model_runs import outputs_of
 
 
 def make_spans(**options) -> SpanCorruption:
@@ -162,11 +163,11 @@ def test_loss_is_that_of_each_pair_alone(rng):
     records = random_records(rng)
     objective = bound(make_translation(), BOTH, records)
     model = built(objective, BOTH)
-    out = objective.loss(model, objective.build(BOTH), packed(objective, records))
+    out = objective.loss_of(model, objective.build(BOTH), packed(objective, records))
     slow = torch.zeros(())
     for record in records:
         batch = pack(prepared(objective, [record]), [0, 0])
-        logits = model.symbol_logits(model.trunk(batch))
+        logits = outputs_of(model, batch)
         slow = slow + F.cross_entropy(logits, batch.targets[SYMBOLS], ignore_index=IGNORE, reduction="sum")
     # fp32, a sum of some hundred losses
     torch.testing.assert_close(out.terms[SYMBOLS].sum, slow, rtol=1e-5, atol=1e-4)
@@ -179,7 +180,7 @@ def test_a_later_target_never_changes_an_earlier_loss_but_a_source_does(rng):
 
     def losses(model, **changes) -> torch.Tensor:
         batch = pack(prepared(objective, [replace(record, **changes)]), [0, 0])
-        return F.cross_entropy(model.symbol_logits(model.trunk(batch)), batch.targets[SYMBOLS], reduction="none")
+        return F.cross_entropy(outputs_of(model, batch), batch.targets[SYMBOLS], reduction="none")
 
     def with_other(text: str, at: int) -> str:
         return text[:at] + RESIDUES[RESIDUES.index(text[at]) - 1] + text[at + 1 :]

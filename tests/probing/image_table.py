@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from meristem.data.patches import PatchTokenizer
 from meristem.data.records import LABEL_PREFIX, SPLIT, ReadOptions, Source
 from meristem.data.tables import batch_of
 from meristem.domain import Domain
+from meristem_domains.vision.patches import PatchTokenizer
 
 SIDE_PX, PATCH_PX = 16, 4
 

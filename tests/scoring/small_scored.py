@@ -30,6 +30,7 @@ from meristem.model.config import (
 )
 from meristem.model.model import Model
 from meristem.types import Layout, PackedBatch, TokenColumn
+from model_runs import outputs_of
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 KINDS = ("masked", "causal", "prefix", "encoder-decoder")
@@ -136,7 +137,7 @@ def alone(ids: Sequence[int], prefix_length: int = 0) -> PackedBatch:
 @torch.inference_mode()
 def log_probability(model: Model, batch: PackedBatch, row: int, symbol: int) -> float:
     """Of one symbol at one row, by definition."""
-    logits = model.symbol_logits(model.trunk(batch))[row].double()
+    logits = outputs_of(model, batch)[row].double()
     return float(logits[symbol] - logits.exp().sum().log())
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from small_scored import KINDS, draw_model, draw_tokenizer, small_config
 
-from meristem.data.patches import PatchTokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import Attention, BlockSparse, Causal, Embedding, LayerRule, TransformerConfig
 from meristem.model.model import Model
 from meristem.scoring.likelihood import kind_of
+from meristem_domains.vision.patches import PatchTokenizer
 
 
 @pytest.mark.parametrize("kind", KINDS)

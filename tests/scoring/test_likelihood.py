@@ -21,7 +21,7 @@ from meristem.model.model import Model
 from meristem.scoring import likelihood
 from meristem.scoring.likelihood import LikelihoodOptions, Reading, kind_of, score_column, token_log_likelihoods
 from meristem.scoring.running import ROWS_PER_CALL, RunningModel
-from meristem.types import IGNORE, TokenColumn
+from meristem.types import IGNORE, Hidden, PackedBatch, TokenColumn
 
 
 class Case:
@@ -47,7 +47,7 @@ class Case:
         ]
 
     def running(self, tokens_per_batch: int = 100) -> RunningModel:
-        return RunningModel(self.model, self.model.trunk, self.tokenizer, tokens_per_batch)
+        return RunningModel(self.model, self.tokenizer, tokens_per_batch)
 
     def rows(self, tokens_per_batch: int = 100) -> list[dict[str, Any]]:
         options = LikelihoodOptions(**self.options)
@@ -294,13 +294,11 @@ def test_a_head_that_gets_as_many_rows_as_a_pack_has_would_be_seen(
     assert case.rows(1) != case.rows(4096)
 
 
-def _rounded_by_rows(self: RunningModel, rows: torch.Tensor) -> torch.Tensor:
-    return self.model.symbol_logits(_Final(rows)) * (1 + 1e-5 * len(rows))  # type: ignore[arg-type]
+SYMBOL_LOGITS = RunningModel.symbol_logits
 
 
-class _Final:
-    def __init__(self, final: torch.Tensor):
-        self.final = final
+def _rounded_by_rows(self: RunningModel, batch: PackedBatch, hidden: Hidden, rows: torch.Tensor) -> torch.Tensor:
+    return SYMBOL_LOGITS(self, batch, hidden, rows) * (1 + 1e-5 * len(rows))
 
 
 @pytest.mark.parametrize(
@@ -348,7 +346,7 @@ def test_logits_of_zero_give_a_perplexity_of_the_vocabulary(rng: np.random.Gener
     model = redrawn(Model(config, ("tokens",)))
     for parameter in model.heads["tokens"].parameters():
         torch.nn.init.zeros_(parameter)
-    running = RunningModel(model, model.trunk, tokenizer)
+    running = RunningModel(model, tokenizer)
     [scores] = token_log_likelihoods(running, _read(tokenizer, tokenizer.encode_values(["ACGTTT"])))
     np.testing.assert_allclose(np.exp(-scores), 5.0)
 

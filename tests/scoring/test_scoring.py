@@ -65,7 +65,7 @@ def proteins(rng: np.random.Generator) -> list[str]:
 
 
 def contacts_of(model: Model, proteins: list[str]) -> list[np.ndarray]:
-    running = RunningModel(model, model.trunk, TOKENIZER)
+    running = RunningModel(model, TOKENIZER)
     return list(contact_maps(running, TOKENIZER.encode_values(proteins), NoOptions()))
 
 
@@ -303,6 +303,19 @@ def test_bf16_scores_are_near_those_in_fp32(proteins: list[str], fasta: Path, tm
         found.append(pq.read_table(output)["log_likelihood"].to_numpy())
     assert (found[0] != found[1]).any()
     np.testing.assert_allclose(*found, rtol=0.1)  # 8 bits, through two layers
+
+
+@pytest.mark.parametrize("heads", [("contacts",), ()])
+def test_contacts_in_bf16_are_near_those_in_fp32(heads: tuple[str, ...], fasta: Path, tmp_path: Path) -> None:
+    own = save(build(heads), tmp_path / "own")
+    found = []
+    for precision in ("fp32", "bf16"):
+        output = tmp_path / f"{precision}.npz"
+        arguments = ["--scorer", "contacts", "--output", str(output), "--precision", precision]
+        assert main(["score", str(own), str(fasta), *arguments]) == 0
+        found.append(np.load(output)["file"])
+    assert (found[0] != found[1]).any()
+    np.testing.assert_allclose(*found, atol=0.1)
 
 
 OTHER_DOMAIN = """

@@ -19,6 +19,7 @@ from meristem.model_directory import ModelCard, save_model
 from meristem.objectives.supervised import Target
 from meristem.train.distilled import Distilled
 from meristem.types import PackedBatch, Record
+from model_runs import outputs_of
 
 TOKENIZER = load_domain("protein").tokenizer()
 CONFIG = TransformerConfig(
@@ -60,10 +61,7 @@ def _batch(rng: np.random.Generator, objective: Distilled, labels: list) -> Pack
 @torch.no_grad()
 def _by_hand(student: Model, teacher: Model, batch: PackedBatch, temperature: float, is_hard: bool) -> float:
     total = 0.0
-    own, given = (
-        one.label_outputs("place", one.trunk(batch).final, batch.layout, TOKENIZER.num_special).double()
-        for one in (student, teacher)
-    )
+    own, given = (outputs_of(one, batch, "place", TOKENIZER.num_special).double() for one in (student, teacher))
     for q, p in zip((own / temperature).softmax(-1), (given / temperature).softmax(-1)):
         if is_hard:
             total -= float(q[p.argmax()].log())
@@ -78,7 +76,7 @@ def test_loss_of_the_teacher_is_that_of_its_answers(rng, tmp_path, temperature, 
     objective = _bound(tmp_path / "teacher", temperature=temperature, is_hard=is_hard, teacher_weight=0.3)
     batch = _batch(rng, objective, ["a", "b", None, "c"])
     student = Model(CONFIG, (), objective.readouts).train()
-    out = objective.loss(student, objective.build(CONFIG), batch)
+    out = objective.loss_of(student, objective.build(CONFIG), batch)
     term = out.terms["place_teacher"]
     wanted = _by_hand(student, teacher, batch, temperature, is_hard)
     # fp32 against doubles
@@ -97,8 +95,8 @@ def test_evaluation_asks_no_teacher_and_it_learns_nothing(rng, tmp_path):
     objective = _bound(tmp_path / "teacher")
     batch = _batch(rng, objective, ["a", "b"])
     student = Model(CONFIG, (), objective.readouts)
-    assert list(objective.loss(student.eval(), objective.build(CONFIG), batch).terms) == ["place"]
-    terms = objective.loss(student.train(), objective.build(CONFIG), batch).terms
+    assert list(objective.loss_of(student.eval(), objective.build(CONFIG), batch).terms) == ["place"]
+    terms = objective.loss_of(student.train(), objective.build(CONFIG), batch).terms
     sum(term.sum for term in terms.values()).backward()
     assert not any(p.requires_grad or p.grad is not None for p in objective._teacher.parameters())
     assert not list(objective.build(CONFIG).parameters())

@@ -113,7 +113,7 @@ def _gradients_of_means(objective, packs) -> dict[str, torch.Tensor]:
     task._trainer = _Trainer(len(packs))
     task.configure_model()
     for batch in packs:
-        terms = objective.loss(task.model, task.extra, batch).terms.values()
+        terms = objective.loss_of(task.model, task.extra, batch).terms.values()
         sum(t.weight * t.sum / t.count for t in terms if t.count).div(len(packs)).backward()
     return {name: p.grad.clone() for name, p in task.model.named_parameters() if p.grad is not None}
 
@@ -122,7 +122,7 @@ def test_counts_known_before_the_trunk_are_those_of_the_loss(rng):
     for objective, labels in ((_masked(), None), (_supervised(), _some_labels)):
         batch = pack(_prepared(objective, rng, labels), range(9))
         model = Model(ARCHITECTURE, objective.heads, objective.readouts)
-        terms = objective.loss(model, objective.build(ARCHITECTURE), batch).terms
+        terms = objective.loss_of(model, objective.build(ARCHITECTURE), batch).terms
         counts = objective.counts(batch)
         assert terms.keys() == counts.keys()
         for name, term in terms.items():

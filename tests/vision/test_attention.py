@@ -10,7 +10,6 @@ import torch
 
 from meristem.cli.main import main
 from meristem.data.pack import pack
-from meristem.data.patches import PatchTokenizer
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.figures.canvas import save_figure
@@ -19,6 +18,7 @@ from meristem.model.model import Model
 from meristem.scoring.running import RunningModel
 from meristem.types import TokenColumn, Tokens
 from meristem_domains.vision.attention import AttentionOptions, attention_maps, draw_attention, maps_of
+from meristem_domains.vision.patches import PatchTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "probing"))  # a domain of pictures that fits in a file
 import small_probes
@@ -42,7 +42,7 @@ def build(tokens: PatchTokenizer) -> Model:
 
 
 def maps(model: Model, tokenizer: Tokenizer, column: TokenColumn, **options: Any) -> list[np.ndarray]:
-    return list(attention_maps(RunningModel(model, model.trunk, tokenizer), column, AttentionOptions(**options)))
+    return list(attention_maps(RunningModel(model, tokenizer), column, AttentionOptions(**options)))
 
 
 def by_hand(model: Model, tokens: Tokens, grid: tuple[int, int], layer: int, query: str) -> np.ndarray:

@@ -11,12 +11,11 @@ from PIL import Image, ImageOps
 from small_runs import run, small_model
 
 import meristem
-from meristem.data import patches
-from meristem.data.patches import PatchTokenizer
-from meristem.data.picture_sizes import resized_px
-from meristem.data.pictures import read_pixels
 from meristem.errors import CheckpointError, ConfigError, DataError
-from meristem_domains.vision import domain
+from meristem_domains.vision import domain, patches
+from meristem_domains.vision.patches import PatchTokenizer
+from meristem_domains.vision.picture_sizes import resized_px
+from meristem_domains.vision.pictures import read_pixels
 
 
 def saved(image: Image.Image, path: Path, **options: Any) -> Path:
@@ -152,16 +151,32 @@ def test_shares_that_cannot_work_are_refused(values: dict[str, Any], said: str) 
 
 def test_a_model_is_trained_on_with_the_size_and_the_crop_that_are_asked_for() -> None:
     own = PatchTokenizer((32, 32), 8, resize_px=(40, 40))
-    wanted = domain.tokenizer(image_px=[64, 32], patch_px=8, crop="border", crop_frac=0.9)
-    asked = own.adapted(wanted, {"image_px", "crop", "crop_frac"})
-    assert asked == PatchTokenizer((64, 32), 8, crop="border", crop_frac=0.9)
-    assert own.adapted(wanted, {"image_px"}) == PatchTokenizer((64, 32), 8, resize_px=(80, 40))
-    assert own.adapted(wanted, {"crop_frac"}) == PatchTokenizer((32, 32), 8, crop_frac=0.9)
-    native = own.adapted(domain.tokenizer(image_px=None, patch_px=8, max_patches=50), {"image_px", "max_patches"})
-    assert native == PatchTokenizer(None, 8, crop="squash", max_patches=50)
-    for name, value in {"interpolation": "box", "std": (0.1,) * 3}.items():
-        with pytest.raises(ConfigError, match=rf"data\.tokenizer\.{name} must be "):
-            own.adapted(replace(own, **{name: value}), {name})
+    for options, wanted in [
+        ({"image_px": [64, 32], "crop": "border", "crop_frac": 0.9}, {"crop": "border", "crop_frac": 0.9}),
+        ({"image_px": [64, 32]}, {"resize_px": (80, 40)}),
+        ({"crop_frac": 0.9}, {"image_px": (32, 32), "crop_frac": 0.9}),
+        ({"image_px": None, "max_patches": 50}, {"image_px": None, "crop": "squash", "max_patches": 50}),
+        ({}, {"image_px": (32, 32), "resize_px": (40, 40)}),
+        (
+            {"image_px": 24, "patch_px": 8, "mean": 0.5},
+            {"image_px": (24, 24), "resize_px": (30, 30)},
+        ),
+    ]:
+        values = {"image_px": (64, 32), "patch_px": 8, **wanted}
+        assert own.adapted(domain.build_tokenizer, options) == PatchTokenizer(**values)
+    for name, value in {"interpolation": "box", "std": 0.1, "patch_px": 16}.items():
+        with pytest.raises(ConfigError, match=f"tokenizer option {name} must be .*, as of the model; got "):
+            own.adapted(domain.build_tokenizer, {name: value})
+    for more, got in ({"num_registers": 2}, 3), ({"has_class": False}, 0):
+        with pytest.raises(ConfigError, match=f"num_registers must give 1 special rows, as of the model; got {got}"):
+            own.adapted(domain.build_tokenizer, more)
+
+
+def test_a_size_that_only_the_patches_of_the_model_divide_is_taken() -> None:
+    own = PatchTokenizer((28, 28), 14, prefix=("<class>", "<register_1>"))
+    assert own.adapted(domain.build_tokenizer, {"image_px": 42}) == replace(own, image_px=(42, 42))
+    with pytest.raises(ConfigError, match="patch_px must divide"):
+        own.adapted(domain.build_tokenizer, {"image_px": 32})
 
 
 def test_what_is_shown_is_one_line(model: Path, tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ from torch.nn import functional as F
 import meristem
 from meristem.api import LoadedModel
 from meristem.cli.main import main
-from meristem.data.patches import PatchTokenizer
-from meristem.data.picture_sizes import resized_size
-from meristem.data.pictures import read_pixels
 from meristem.inference.engine import TrunkRunner
 from meristem_domains.vision.families.runners import load_timm
+from meristem_domains.vision.patches import PatchTokenizer
+from meristem_domains.vision.picture_sizes import resized_size
+from meristem_domains.vision.pictures import read_pixels
 from references import redraw
 
 TOLERANCE = 1e-4
@@ -258,9 +258,9 @@ CHANGES: dict[str, Callable[[PatchTokenizer], PatchTokenizer]] = {
 }
 
 FAULTS: dict[str, tuple[str, Any]] = {
-    "no antialias": ("meristem.data.patches.PatchTokenizer._resized", resize_without_antialias),
-    "cut one pixel beside": ("meristem.data.patches.PatchTokenizer._cut", cut_one_beside),
-    "blue before red": ("meristem.data.patches.read_pixels", read_bluest_first),
+    "no antialias": ("meristem_domains.vision.patches.PatchTokenizer._resized", resize_without_antialias),
+    "cut one pixel beside": ("meristem_domains.vision.patches.PatchTokenizer._cut", cut_one_beside),
+    "blue before red": ("meristem_domains.vision.patches.read_pixels", read_bluest_first),
 }
 
 
@@ -296,7 +296,7 @@ def size_by_whole_pixels(tokenizer: PatchTokenizer, image_px: tuple[int, int]) -
 
 SIZE_FAULTS: dict[str, tuple[str, Any]] = {
     "positions without antialias": ("meristem.model.grid.resample_grid", stretch_without_antialias),
-    "a share of whole pixels": ("meristem.data.patches.PatchTokenizer.of_size", size_by_whole_pixels),
+    "a share of whole pixels": ("meristem_domains.vision.patches.PatchTokenizer.of_size", size_by_whole_pixels),
 }
 
 
@@ -307,7 +307,7 @@ def test_a_model_brought_to_another_size_otherwise_is_caught(
     both = both_of("vit_tiny")
     if fault is not None:
         monkeypatch.setattr(*SIZE_FAULTS[fault])
-    model = meristem.load(both.ours[None], device="cpu", image_px=both.image_px)
+    model = meristem.load(both.ours[None], device="cpu", tokenizer={"image_px": both.image_px})
     theirs, _ = their_features(load_theirs(both.theirs, both.image_px), drawn, both.image_px)
     with pytest.raises(AssertionError, match="rows differ") if fault else contextlib.nullcontext():
         refuse_distance(our_rows(model, drawn), theirs)

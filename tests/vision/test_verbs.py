@@ -64,7 +64,7 @@ def test_the_sample_is_the_digits_of_scikit_learn():
     records = read_all(domain.sample, label_columns=("label", "split"))
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(record.payload))) for record in records])
     np.testing.assert_array_equal(np.round(pixels / (255 / 16)), digits.images)
-    assert [record.labels["label"] for record in records] == digits.target.tolist()
+    assert [record.labels["label"] for record in records] == list(map(str, digits.target))
     parts = [record.labels["split"] for record in records]
     assert {part: parts.count(part) for part in set(parts)} == {"train": 1259, "validation": 179, "test": 359}
 
@@ -241,7 +241,7 @@ def test_the_package_embeds_paths_and_arrays(trained: None, rng: np.random.Gener
 
 
 def test_a_model_goes_on_at_another_size(trained: None, rng: np.random.Generator):
-    model = meristem.load("runs/tiny", device="cpu", image_px=(16, 16))
+    model = meristem.load("runs/tiny", device="cpu", tokenizer={"image_px": (16, 16)})
     assert model.embed([rng.integers(0, 256, (20, 20, 3), np.uint8)]).shape == (1, 16)
     larger = [
         "--data.tokenizer",
@@ -259,4 +259,4 @@ def test_a_model_goes_on_at_another_size(trained: None, rng: np.random.Generator
     wrong = ["--data.tokenizer", "{image_px: 16, patch_px: 8}", "--model.init_from", "runs/tiny/model"]
     code, _, err = run("fit", "--config", "tiny.yaml", *wrong, "--run_dir", "wrong")
     assert code == 2
-    assert "data.tokenizer.patch_px must be 4, as of model.init_from; got 8" in err
+    assert "tokenizer option patch_px must be 4, as of the model; got 8" in err

@@ -30,7 +30,6 @@ from transformers import (
 )
 
 from meristem.data.pack import pack
-from meristem.data.patches import PatchTokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import read_directory, read_model, write_directory
 from meristem.interop.family import Family, find_family
@@ -39,6 +38,7 @@ from meristem.model.model import Model
 from meristem.types import Tokens
 from meristem_domains.vision.families.dino import DINO, DINO_REGISTERS
 from meristem_domains.vision.families.vit import VIT
+from meristem_domains.vision.patches import PatchTokenizer
 from parity_checks import Case
 from references import save
 

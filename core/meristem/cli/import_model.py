@@ -69,7 +69,7 @@ def _import(args: argparse.Namespace, source: "Path", out: "Path", notes: list[s
     from meristem.cli.parity_report import print_parity
     from meristem.domain import load_domain
     from meristem.errors import CheckpointError
-    from meristem.model_directory import import_model, is_own, of_size, save_model
+    from meristem.model_directory import import_model, is_own, save_model, with_tokenizer_options
 
     if args.domain:
         load_domain(args.domain)  # a domain that is not there is said before anything is read
@@ -80,7 +80,7 @@ def _import(args: argparse.Namespace, source: "Path", out: "Path", notes: list[s
         card = replace(card, facts={**card.facts, "weights": "; ".join(notes)})
     own = card, model
     if args.image_px:
-        card, model = of_size(card, model, tuple(args.image_px))
+        card, model = with_tokenizer_options(card, model, {"image_px": args.image_px})
     save_model(out, card, model)
 
     config = card.architecture

@@ -24,7 +24,7 @@ from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
 from meristem.model.plain import from_json, to_json
 from meristem.registry import find_all
-from meristem.train.datamodule import DataModule, build_tokenizer
+from meristem.train.datamodule import DataModule
 from meristem.train.task import Task
 from meristem.train.watch import Watch
 
@@ -214,7 +214,7 @@ def resolve_architecture(wanted: dict[str, Any], data: dict[str, Any]) -> dict[s
         ConfigError: a preset that the domain does not have, or fields that do not fit.
     """
     domain = load_domain(data["domain"])
-    tokenizer = build_tokenizer(domain, data["tokenizer"] or {})
+    tokenizer = domain.build_tokenizer(**(data["tokenizer"] or {}))
     wanted = merge({}, wanted)
     preset = wanted.pop("preset", None)
     values: dict[str, Any] = {}

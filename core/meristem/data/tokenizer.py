@@ -7,7 +7,7 @@ token (residues, bases): encoding a column is one table look-up over bytes, what
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -97,22 +97,24 @@ class Tokenizer(ABC):
         """Places along each position axis, where all payloads have the same; else empty."""
         return ()
 
-    def adapted(self, wanted: "Tokenizer", asked: Collection[str]) -> "Tokenizer":
-        """This tokenizer, which a model was trained with, with what the data asks for that leaves the model valid.
+    def adapted(self, build: "Callable[..., Tokenizer]", options: Mapping[str, Any]) -> "Tokenizer":
+        """This tokenizer, which a model was trained with, changed by those options that leave the model valid.
 
         Args:
-            wanted: as the data would have it; symbols must have the same numbers.
-            asked: options that were set for it.
+            build: makes a tokenizer of the domain from options.
+            options: options of the domain's tokenizer that were asked for, by name. The tokenizer that they make must
+                have the model's vocabulary.
 
         Raises:
-            ConfigError: the model cannot be trained on with what is asked for.
+            ConfigError: the model cannot be used with what is asked for.
         """
+        wanted = build(**options)
         if wanted.vocab != self.vocab:
             raise ConfigError(
-                "model.init_from must be of the same alphabet as data.domain; "
+                "the model must have the vocabulary of the domain and its tokenizer options (data.domain); "
                 f"got {len(self.vocab)} symbols for {len(wanted.vocab)}"
             )
-        return wanted if wanted.fingerprint == self.fingerprint else self
+        return wanted if options else self
 
     @abstractmethod
     def decode(self, tokens: Tokens) -> Any:

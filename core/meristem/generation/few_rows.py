@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from meristem.model.experts import ExpertsLayer
-from meristem.model.heads import SymbolHead
+from meristem.model.heads import Head
+from meristem.model.heads.symbols import SymbolHead
 from meristem.model.model import SYMBOLS, Model
+from meristem.model.outputs import HeadRequest
 from meristem.model.reordered import (
     MIN_REORDERED_ROWS,
     ReorderedLinear,
@@ -22,11 +24,11 @@ from meristem.model.reordered import (
     reordered,
 )
 from meristem.shapes import Float, Tensor
-from meristem.types import MIN_ROWS
+from meristem.types import MIN_ROWS, Hidden, PackedBatch
 
 
-class ReorderedSymbolHead(nn.Module):
-    """A symbol head whose map onto the vocabulary is reordered; called as the head is.
+class ReorderedSymbolHead(Head):
+    """A symbol head whose map onto the vocabulary is reordered; it gives logits alone.
 
     Args:
         head: what comes before the map.
@@ -37,8 +39,9 @@ class ReorderedSymbolHead(nn.Module):
         super().__init__()
         self.head, self.out = head, out
 
-    def forward(self, rows: Float[Tensor, "M D"], table: Float[Tensor, "V D"]) -> Float[Tensor, "M V"]:
-        logits: Tensor = self.out(self.head.features(rows))
+    def forward(self, hidden: Hidden, batch: PackedBatch, request: HeadRequest) -> Float[Tensor, "M V"]:
+        assert request.targets is None, "a head for generation gives no loss"
+        logits: Tensor = self.out(self.head.features(hidden, request))
         return logits
 
 
@@ -62,10 +65,9 @@ def _reorder(model: Model) -> Model | None:
     others = [one for one in model.heads.values() if one is not head]
     if not isinstance(head, SymbolHead) or not is_own(head):
         return reordered(model, kept=[head, *others])
-    table = model.trunk.embedding.symbols.weight
-    if not (is_plain(table) if head.out is None else is_own_linear(head.out)):
+    if not (is_plain(head.weight) if head.out is None else is_own_linear(head.out)):
         return reordered(model, kept=[head.out, *others])
-    out = ReorderedLinear(*head.onto_symbols(table))
+    out = ReorderedLinear(head.weight, head.bias)
     before = reordered(head, kept=[head.out]) or head
     return reordered(model, kept=others, given={head: ReorderedSymbolHead(before, out)})
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from meristem.errors import ConfigError
 from meristem.generation.few_rows import min_rows_of
 from meristem.model.cache import Cache
 from meristem.model.model import SYMBOLS, Model
+from meristem.model.outputs import HeadRequest, Wanted
 from meristem.model.patterns import has_prefix
 from meristem.model.transformer import Decoder, EncoderDecoder
 from meristem.shapes import Float, Tensor
@@ -87,13 +87,12 @@ class Steps:
         self._prefixes = [self._prefixes[sequence] for sequence in sequences] if self._prefixes else []
 
     def _run(self, batch: PackedBatch) -> Float[Tensor, "S V"]:
-        hidden = self.model.trunk(batch, cache=self.cache)
         layout = batch.layout
         last = [start + length - 1 for start, length in zip(layout.starts, layout.lengths)]
-        rows_SD = hidden.final[last]
         # a linear layer rounds by the number of rows when they are few
-        spare = max(0, self._min_rows - len(last))
-        logits = self.model.heads[SYMBOLS](F.pad(rows_SD, (0, 0, 0, spare)), self.model.trunk.embedding.symbols.weight)
+        spare = [0] * max(0, self._min_rows - len(last))
+        request = HeadRequest(torch.tensor([*last, *spare]).to(self.device))
+        logits: Tensor = self.model(batch, Wanted(requests={SYMBOLS: request}, cache=self.cache)).heads[SYMBOLS]
         return logits[: len(last)].float()
 
     def _batch(self, sequences: Sequence[np.ndarray], starts: Sequence[int] = ()) -> PackedBatch:

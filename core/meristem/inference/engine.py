@@ -7,11 +7,12 @@ alone (packs have `MIN_ROWS` rows or more, see `meristem.types`), and pooling re
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from meristem.data.order import plan_in_order
 from meristem.data.pack import pack_column
@@ -19,13 +20,12 @@ from meristem.errors import ConfigError, DataError
 from meristem.inference.memory import fitting_tokens, give_back_memory, is_out_of_memory
 from meristem.inference.trunks import compiled_trunk, runnable_trunk, with_runnable_heads
 from meristem.inference.windows import WindowMean, cut
-from meristem.model.attention import first_rows
 from meristem.model.config import Max, Mean, Pool, Prefix
 from meristem.model.model import Model
+from meristem.model.outputs import Outputs, Wanted
 from meristem.model.pool import PoolLayer
-from meristem.model.transformer import Encoder
 from meristem.shapes import Float, Tensor
-from meristem.types import Layout, PackedBatch, TokenColumn
+from meristem.types import Hidden, Layout, PackedBatch, TokenColumn
 
 PLAIN_POOLS: dict[str, Pool] = {"mean": Mean(), "cls": Prefix(), "max": Max()}
 
@@ -35,6 +35,8 @@ POOLS = (*PLAIN_POOLS, "own", "none")
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+ROWS_ALONE = Wanted(is_source_only=True)
 
 Item = TypeVar("Item")
 
@@ -68,17 +70,25 @@ class NotFinite(DataError):
 
 @dataclass(frozen=True)
 class Rows:
-    """Hidden rows of whole sequences.
+    """What a model gave for whole sequences.
 
     Attributes:
-        values: `[T, D]`, spare rows at the end.
-        layout: of the rows.
+        outputs: of the model.
         records: row of the column that each sequence is.
     """
 
-    values: Float[Tensor, "T D"]
-    layout: Layout
+    outputs: Outputs
     records: tuple[int, ...]
+
+    @property
+    def values(self) -> Float[Tensor, "T D"]:
+        """Hidden rows, spare ones at the end."""
+        return self.outputs.hidden.final
+
+    @property
+    def layout(self) -> Layout:
+        """Of the hidden rows."""
+        return self.outputs.hidden.layout
 
 
 class TrunkRunner:
@@ -110,8 +120,8 @@ class TrunkRunner:
     ):
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
-        self.trunk = compiled_trunk(model, dtype) if is_compiled else runnable_trunk(model, dtype)
-        self.heads = with_runnable_heads(self.model)
+        trunk = compiled_trunk(model, dtype) if is_compiled else runnable_trunk(model, dtype)
+        self.runnable = with_runnable_heads(self.model).over(trunk)
         self.num_special = num_special
         self.layer = model.trunk.resolve_layer(layer)
         if tokens_per_batch is None:
@@ -121,23 +131,26 @@ class TrunkRunner:
         self.tokens_per_batch = tokens_per_batch
 
     @torch.inference_mode()
-    def run(self, column: TokenColumn, num_first: int | None = None) -> Iterator[Rows]:
-        """Rows of every sequence of the column, in packs, in no particular order.
+    def run(self, column: TokenColumn, wanted: Wanted | None = None) -> Iterator[Rows]:
+        """Outputs for every sequence of the column, in packs, in no particular order.
 
         A sequence longer than positions allow is run in windows and comes in a pack of its own.
 
         Args:
-            num_first: first rows of each sequence that will be read; there may be others. None for all.
+            wanted: pools and heads to run on the rows of this runner's layer, and `is_source_only`, since vectors are
+                those of inputs; None for the rows alone.
         """
+        wanted = wanted or ROWS_ALONE
         limit = self.model.config.max_length
         lengths = column.lengths
         is_long = lengths > limit if limit is not None else np.zeros(len(lengths), bool)
-        yield from self._run_packs(column, np.flatnonzero(~is_long), num_first)
+        yield from self._run_packs(column, np.flatnonzero(~is_long), wanted)
         for row in np.flatnonzero(is_long):
             ids = column.ids[column.offsets[row] : column.offsets[row + 1]]
-            yield replace(self._run_windows(ids), records=(int(row),))
+            batch = pack_column(column, np.array([row]), [int(row)]).to(self.device)
+            yield Rows(self.runnable(batch, wanted.behind(self._run_windows(ids))), batch.records)
 
-    def _run_packs(self, column: TokenColumn, rows: np.ndarray, num_first: int | None = None) -> Iterator[Rows]:
+    def _run_packs(self, column: TokenColumn, rows: np.ndarray, wanted: Wanted) -> Iterator[Rows]:
         """The packs of `rows`, longest sequences first: what does not fit in memory is known at once.
 
         From a pack that does not fit on, packs are half as large; nothing is lost.
@@ -149,7 +162,7 @@ class TrunkRunner:
         left = len(plan)
         while left:
             pack = rows[plan[left - 1]]
-            done = self._try_pack(column, pack, num_first)
+            done = self._try_pack(column, pack, wanted)
             if done is not None:
                 left -= 1
                 yield done
@@ -159,10 +172,10 @@ class TrunkRunner:
             plan = plan_in_order(column.lengths[rows], self.tokens_per_batch)
             left = len(plan)
 
-    def _try_pack(self, column: TokenColumn, rows: np.ndarray, num_first: int | None) -> Rows | None:
+    def _try_pack(self, column: TokenColumn, rows: np.ndarray, wanted: Wanted) -> Rows | None:
         """The pack; None where it does not fit, and then nothing of it is held by an error any more."""
         try:
-            return self._run_pack(column, rows, num_first)
+            return self._run_pack(column, rows, wanted)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -183,32 +196,31 @@ class TrunkRunner:
             f"{self.tokens_per_batch:,}",
         )
 
-    def _run_pack(self, column: TokenColumn, rows: np.ndarray, num_first: int | None = None) -> Rows:
+    def _run_pack(self, column: TokenColumn, rows: np.ndarray, wanted: Wanted) -> Rows:
         is_pinned = self.device.type == "cuda"
-        return self.run_batch(pack_column(column, rows, rows.tolist(), is_pinned=is_pinned).to(self.device), num_first)
+        return self.run_batch(pack_column(column, rows, rows.tolist(), is_pinned=is_pinned).to(self.device), wanted)
 
     @torch.inference_mode()
-    def run_batch(self, batch: PackedBatch, num_first: int | None = None) -> Rows:
-        """Rows of one pack that is on the device; of the first rows alone where no others are made."""
-        is_last = self.layer == self.trunk.resolve_layer(-1)
-        if num_first is not None and is_last and isinstance(self.trunk, Encoder) and self.trunk.may_leave_rows:
-            hidden = self.trunk(batch, wanted=first_rows(batch.layout, num_first))
-            return Rows(hidden.final, hidden.layout, batch.records)
-        hidden = self.trunk.read(batch, layers=(self.layer,))
-        return Rows(hidden.layers[self.layer], batch.layout, batch.records)
+    def run_batch(self, batch: PackedBatch, wanted: Wanted) -> Rows:
+        """Outputs for one pack that is on the device; of the first rows alone where no others are made."""
+        if self.layer != self.model.trunk.resolve_layer(-1):
+            hidden = self.runnable(batch, Wanted(layers=(self.layer,), is_source_only=True)).hidden
+            wanted = wanted.behind(Hidden(hidden.layers[self.layer], hidden.layout))
+        return Rows(self.runnable(batch, wanted), batch.records)
 
-    def _run_windows(self, ids: np.ndarray) -> Rows:
+    def _run_windows(self, ids: np.ndarray) -> Hidden:
         limit = self.model.config.max_length
         assert limit is not None
         windows = cut(ids, self.num_special, limit)
         mean = WindowMean(windows, self.model.config.width, self.device)
         made: dict[int, Tensor] = {}
-        for rows in self._run_packs(windows.column, np.arange(len(windows.column))):
+        for rows in self._run_packs(windows.column, np.arange(len(windows.column)), ROWS_ALONE):
             for index, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
                 made[index] = rows.values[start : start + length]
         for index in sorted(made):  # sums depend on their order, and packs on the budget
             mean.add(index, made[index])
-        return Rows(mean.rows(), Layout.of([len(ids)], min_rows=0), (0,))
+        layout = Layout.of([len(ids)]).to(self.device)
+        return Hidden(F.pad(mean.rows(), (0, 0, 0, layout.num_spare)), layout)
 
 
 class Embedder:
@@ -232,12 +244,16 @@ class Embedder:
         width = trunk.model.config.width
         plain = PLAIN_POOLS.get(pool)
         self.trunk = trunk
-        self.pool = PoolLayer(plain, width) if plain is not None else trunk.heads.pool if pool == "own" else None
-        self.width = width if self.pool is None else self.pool.width
+        self.pool = None if plain is None else PoolLayer(plain, width)
+        pooled_by = trunk.model.pool if pool == "own" else self.pool
+        self.is_pooled = pooled_by is not None
+        self.width = width if pooled_by is None else pooled_by.width
+        self._num_first = None if pooled_by is None else pooled_by.num_first
+        self._is_own = pool == "own"
 
     def num_vectors(self, column: TokenColumn) -> np.ndarray:
         """`[N]` vectors that each sequence gets."""
-        if self.pool is not None:
+        if self.is_pooled:
             return np.ones(len(column), np.int64)
         return column.lengths - sum(self.trunk.num_special)
 
@@ -252,10 +268,11 @@ class Embedder:
         ends = np.cumsum(counts)
         values = np.empty((int(ends[-1]) if len(ends) else 0, self.width), np.float32)
         before, behind = self.trunk.num_special
-        num_first = None if self.pool is None else self.pool.num_first
-        for rows, made in _one_late((rows, self._pool(rows)) for rows in self.trunk.run(column, num_first)):
+        num_special = self.trunk.num_special
+        wanted = Wanted(is_pooled=self._is_own, num_special=num_special, num_first=self._num_first, is_source_only=True)
+        for rows, made in _one_late((rows, self._vectors(rows)) for rows in self.trunk.run(column, wanted)):
             host = made.float().cpu().numpy()
-            if self.pool is not None:
+            if self.is_pooled:
                 values[list(rows.records)] = host
             else:
                 for record, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
@@ -267,7 +284,9 @@ class Embedder:
         give_back_memory()
         return values
 
-    def _pool(self, rows: Rows) -> Tensor:
+    def _vectors(self, rows: Rows) -> Tensor:
+        if rows.outputs.pooled is not None:
+            return rows.outputs.pooled
         return rows.values if self.pool is None else self.pool(rows.values, rows.layout, self.trunk.num_special)
 
     def _check_finite(self, values: np.ndarray, ends: np.ndarray) -> None:

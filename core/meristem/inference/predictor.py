@@ -6,17 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from meristem.errors import ConfigError
 from meristem.inference.engine import Advance, NotFinite, TrunkRunner
+from meristem.model.outputs import Wanted
 from meristem.model.readout import Readout
 from meristem.shapes import Float, Tensor
-from meristem.types import Layout, TokenColumn
-
-ROWS_MULTIPLE = 16
-"""A head gets its rows in a multiple of this. On a CPU a map onto one output (a value) rounds the last few rows
-otherwise when their number is no multiple of 4, so a prediction would depend on how many are made at once."""
+from meristem.types import TokenColumn
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +77,14 @@ class Predictor:
             for readout in self.readouts
         }
         before, behind = self.trunk.num_special
-        num_first = self.trunk.model.num_first([readout.name for readout in self.readouts])
-        for rows in self.trunk.run(column, num_first):
+        names = [readout.name for readout in self.readouts]
+        num_special = self.trunk.num_special
+        wanted = Wanted(names, num_special=num_special, rounds_alike=True, num_first=0, is_source_only=True)
+        for rows in self.trunk.run(column, wanted):
             for readout in self.readouts:
                 into = found[readout.name]
                 ends = np.cumsum(into.lengths)
-                values = self.run_head(readout, rows.values.float(), rows.layout).cpu().numpy()
+                values = in_units(readout, rows.outputs.heads[readout.name].float()).cpu().numpy()
                 if _is_pooled(readout):
                     into.values[list(rows.records)] = values
                     continue
@@ -99,16 +97,13 @@ class Predictor:
             _check_finite(prediction)
         return found
 
-    def run_head(self, readout: Readout, values_TD: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "R C"]:
-        """What one head says of the rows of a pack: probabilities, or values in the unit of the labels."""
-        model = self.trunk.heads
-        rows_RD = model.pooled(readout.name, values_TD, layout, self.trunk.num_special)
-        spare = -len(rows_RD) % ROWS_MULTIPLE
-        outputs_RC = model.heads[readout.name](F.pad(rows_RD, (0, 0, 0, spare)))[: len(rows_RD)].float()
-        if readout.task == "classification":
-            return outputs_RC.softmax(-1)
-        scale, shift = (torch.tensor(part, device=outputs_RC.device) for part in (readout.std, readout.mean))
-        return outputs_RC * scale + shift
+
+def in_units(readout: Readout, outputs: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
+    """Outputs of a head as probabilities of classes, or as values in the unit of the labels."""
+    if readout.task == "classification":
+        return outputs.softmax(-1)
+    scale, shift = (torch.tensor(part, device=outputs.device) for part in (readout.std, readout.mean))
+    return outputs * scale + shift
 
 
 def _is_pooled(readout: Readout) -> bool:

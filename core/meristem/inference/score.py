@@ -130,7 +130,7 @@ class RunningScore(Running):
         self._has_plots = bool(job.plots)
         trunk = engine.trunk(model, card.tokenizer.num_special)
         self.tokens_per_batch, self.max_tokens = trunk.tokens_per_batch, model.config.max_length
-        self.model = RunningModel(trunk.model, trunk.trunk, card.tokenizer, trunk.tokens_per_batch)
+        self.model = RunningModel(trunk.runnable, card.tokenizer, trunk.tokens_per_batch)
         self.identity = {"scorer": job.scorer, **asdict(self._options), "plots": self._has_plots}
         self.facts = {"summary": self.scorer.describe(self.model, self._options)}
         self.fault = "its score is not finite; the model is damaged"

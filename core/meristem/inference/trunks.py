@@ -7,7 +7,7 @@ from torch import nn
 
 from meristem.inference.memory import USED_FRAC, available_bytes
 from meristem.model.compiled import compile_blocks
-from meristem.model.heads import LabelHead
+from meristem.model.heads.labels import LabelHead
 from meristem.model.model import Model
 from meristem.model.reordered import can_reorder, has_foreign, remembered, reordered
 from meristem.model.transformer import Encoder, EncoderDecoder

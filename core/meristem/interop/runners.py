@@ -20,9 +20,9 @@ import torch
 from meristem.data.pack import pack
 from meristem.data.tokenizer import Tokenizer
 from meristem.model.model import CONTACTS, SYMBOLS, Model
-from meristem.model.transformer import Encoder, EncoderDecoder
+from meristem.model.outputs import Wanted
 from meristem.shapes import Tensor
-from meristem.types import Hidden, Layout, PackedBatch, Tokens
+from meristem.types import Hidden, Layout, Tokens
 
 Results = Mapping[str, list[Tensor]]
 
@@ -63,8 +63,17 @@ def run_ours(model: Model, tokenizer: Tokenizer, sequences: Sequence[Tokens]) ->
     records = [*range(num_records)] * (len(sequences) // num_records)
     stripped = [replace(tokens, labels={}) for tokens in sequences]
     batch = pack(stripped, records)
-    has_contacts = CONTACTS in model.heads
-    hidden = _run_trunk(model.trunk, batch, has_contacts)
+    config = model.config
+    depth = config.num_decoder_layers or config.num_layers
+    wanted = Wanted(
+        list(model.heads),
+        num_special=tokenizer.num_special,
+        layers=range(depth + 1),
+        source_layers=range(config.num_layers + 1),  # the two sides may be of different depth
+        is_pooled=model.pool is not None,
+    )
+    outputs = model(batch, wanted)
+    hidden = outputs.hidden
     places = {record: place for place, record in enumerate(batch.records)}
     order = [places[record] for record in range(num_records)]
 
@@ -73,30 +82,16 @@ def run_ours(model: Model, tokenizer: Tokenizer, sequences: Sequence[Tokens]) ->
     if hidden.source is not None:
         found.update(_layers(hidden.source, order, "source "))
     if SYMBOLS in model.heads:
-        found["logits"] = _split(model.symbol_logits(hidden), hidden.layout, order)
-    if has_contacts:
-        logits = model.contact_logits(hidden, tokenizer.num_special)
-        found["contacts"] = [logits[place].sigmoid() for place in order]
-    if model.pool is not None:
-        pooled = model.pool(hidden.final, hidden.layout, tokenizer.num_special)
-        found["pooled"] = [pooled[place] for place in order]
+        found["logits"] = _split(outputs.heads[SYMBOLS], hidden.layout, order)
+    if CONTACTS in model.heads:
+        found["contacts"] = [outputs.heads[CONTACTS][place].sigmoid() for place in order]
+    if outputs.pooled is not None:
+        found["pooled"] = [outputs.pooled[place] for place in order]
     for readout in model.readouts:
-        outputs = model.label_outputs(readout.name, hidden.final, hidden.layout, tokenizer.num_special)
+        values = outputs.heads[readout.name]
         is_record = readout.level == "record"
-        found[readout.name] = [outputs[p] for p in order] if is_record else _split(outputs, hidden.layout, order)
+        found[readout.name] = [values[p] for p in order] if is_record else _split(values, hidden.layout, order)
     return found
-
-
-def _run_trunk(trunk: Encoder | EncoderDecoder, batch: PackedBatch, has_contacts: bool) -> Hidden:
-    """With all layers of both sides, which may be of different depth."""
-    config = trunk.config
-    if isinstance(trunk, Encoder):
-        attentions = range(config.num_layers) if has_contacts else ()
-        return trunk(batch, layers=range(config.num_layers + 1), attentions=attentions)
-    assert batch.source is not None
-    source = trunk.read(batch.source, layers=range(config.num_layers + 1))
-    layers = range(config.num_decoder_layers + 1)
-    return trunk.decoder.run(trunk.embedding(batch), batch, layers, source=source)
 
 
 def _layers(hidden: Hidden, order: Sequence[int], side: str) -> dict[str, list[Tensor]]:

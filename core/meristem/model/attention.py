@@ -33,8 +33,8 @@ class Placed:
 
 
 @dataclass(eq=False)
-class Wanted:
-    """Rows that are read of what a stack gives; its last block makes no others.
+class KeptRows:
+    """The rows of a stack's output that the caller will use. The last block computes only these.
 
     Not frozen, and neither is `Context`: of a frozen value torch 2.11 looks at every field when it compiles, the
     lengths of sequences too, and compiles anew for each pack.
@@ -48,13 +48,13 @@ class Wanted:
     layout: Layout
 
 
-def first_rows(layout: Layout, count: int) -> Wanted:
+def first_rows(layout: Layout, count: int) -> KeptRows:
     """The first rows of each sequence; all of one that has fewer."""
     lengths = [min(count, length) for length in layout.lengths]
     rows = np.concatenate([np.arange(start, start + n) for start, n in zip(layout.starts, lengths)])
     chosen = Layout.of(lengths)
     rows = np.append(rows, np.zeros(chosen.num_spare, rows.dtype))
-    return Wanted(torch.from_numpy(rows).to(layout.device, non_blocking=True), chosen.to(layout.device))
+    return KeptRows(torch.from_numpy(rows).to(layout.device, non_blocking=True), chosen.to(layout.device))
 
 
 @dataclass(eq=False)
@@ -107,14 +107,14 @@ class AttentionLayer(nn.Module):
     def _heads(self) -> tuple[int, int]:
         return self.num_heads, self.num_kv_heads
 
-    def forward(self, x: Float[Tensor, "T D"], context: Context, wanted: Wanted | None = None) -> Float[Tensor, "T D"]:
-        """Attend within each sequence; of the rows that are wanted, or of all."""
+    def forward(self, x: Float[Tensor, "T D"], context: Context, kept: KeptRows | None = None) -> Float[Tensor, "T D"]:
+        """Attend within each sequence; of the rows that are kept, or of all rows."""
         placed = context.placed[self.position]
         q_THE, k_TKE, v_TKE = self._project(x, placed)
-        if wanted is None:
+        if kept is None:
             return self.out(self._attend(q_THE, k_TKE, v_TKE, context, placed.bias).flatten(1))
-        q_MHE = q_THE.index_select(0, wanted.rows)
-        return self.out(self._attend(q_MHE, k_TKE, v_TKE, context, placed.bias, wanted).flatten(1))
+        q_MHE = q_THE.index_select(0, kept.rows)
+        return self.out(self._attend(q_MHE, k_TKE, v_TKE, context, placed.bias, kept).flatten(1))
 
     def _project(self, x: Float[Tensor, "T D"], placed: Placed) -> Sequence[Float[Tensor, "T X E"]]:
         """Queries, keys and values, the first two turned by their positions."""
@@ -140,21 +140,23 @@ class AttentionLayer(nn.Module):
         v_TKE: Float[Tensor, "T K E"],
         context: Context,
         bias: ScoreBias | None,
-        wanted: Wanted | None = None,
+        kept: KeptRows | None = None,
     ) -> Float[Tensor, "T H E"]:
         layout, cache = context.layout, context.cache
         pattern, scale = self.config.pattern, self.config.scale
         if cache is not None:
-            kept = cache.add(self.layer, k_TKE, v_TKE, layout)
+            slots = cache.add(self.layer, k_TKE, v_TKE, layout)
             if not cache.is_empty:
                 lengths = [n + more for n, more in zip(cache.lengths, layout.lengths)]
-                return attend_cached(q_THE, kept.keys, kept.values, layout, lengths, pattern, bias, scale, cache.slots)
+                return attend_cached(
+                    q_THE, slots.keys, slots.values, layout, lengths, pattern, bias, scale, cache.slots
+                )
         if self.layer in context.maps:
             o_THE, weights = attend_reference(q_THE, k_TKE, v_TKE, layout, layout, pattern, bias, scale)
             context.maps[self.layer].extend(weights)
             return o_THE
         dropout = self.config.dropout if self.training else 0.0
-        q_layout = layout if wanted is None else wanted.layout
+        q_layout = layout if kept is None else kept.layout
         return attend(q_THE, k_TKE, v_TKE, q_layout, layout, pattern, bias, scale, dropout)
 
 

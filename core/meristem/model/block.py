@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from meristem.model.attention import AttentionLayer, Context, CrossAttentionLayer, Wanted
+from meristem.model.attention import AttentionLayer, Context, CrossAttentionLayer, KeptRows
 from meristem.model.config import Init, LayerParts
 from meristem.model.experts import ExpertsLayer
 from meristem.model.feedforward import FeedForwardLayer
@@ -46,10 +46,10 @@ class Block(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(parts.width)) if scaled else None)
         self.init_own_weights(None)
 
-    def forward(self, x: Float[Tensor, "T D"], context: Context, wanted: Wanted | None = None) -> Float[Tensor, "T D"]:
-        """All rows, or those that are wanted."""
-        if wanted is not None:
-            return self._forward_wanted(x, context, wanted)
+    def forward(self, x: Float[Tensor, "T D"], context: Context, kept: KeptRows | None = None) -> Float[Tensor, "T D"]:
+        """All rows, or those that are kept."""
+        if kept is not None:
+            return self._forward_kept(x, context, kept)
         match self.residual.placement:
             case "before":
                 x = x + self._join(self.attention(self.attention_norm(x), context), self.attention_scale, context)
@@ -66,18 +66,18 @@ class Block(nn.Module):
                 attended = self._join(self.attention(normed, context), self.attention_scale, context)
                 return x + attended + self._join(self._feed(normed, context), self.feedforward_scale, context)
 
-    def _forward_wanted(self, x: Float[Tensor, "T D"], context: Context, wanted: Wanted) -> Float[Tensor, "M D"]:
-        """Every row is a key; what comes behind the attention is made of the wanted ones alone."""
-        x_MD = x.index_select(0, wanted.rows)
+    def _forward_kept(self, x: Float[Tensor, "T D"], context: Context, kept: KeptRows) -> Float[Tensor, "M D"]:
+        """Every row is a key; what comes behind the attention is made of the kept ones alone."""
+        x_MD = x.index_select(0, kept.rows)
         is_after = self.residual.placement == "after"
         normed = x if is_after else self.attention_norm(x)
-        attended_MD = self._join(self.attention(normed, context, wanted), self.attention_scale, wanted)
+        attended_MD = self._join(self.attention(normed, context, kept), self.attention_scale, kept)
         if self.residual.placement == "parallel":
-            fed_MD = self._feed(normed.index_select(0, wanted.rows), context)
-            return x_MD + attended_MD + self._join(fed_MD, self.feedforward_scale, wanted)
+            fed_MD = self._feed(normed.index_select(0, kept.rows), context)
+            return x_MD + attended_MD + self._join(fed_MD, self.feedforward_scale, kept)
         x_MD = self.attention_norm(x_MD + attended_MD) if is_after else x_MD + attended_MD
         fed_MD = self._feed(x_MD if is_after else self.feedforward_norm(x_MD), context)
-        x_MD = x_MD + self._join(fed_MD, self.feedforward_scale, wanted)
+        x_MD = x_MD + self._join(fed_MD, self.feedforward_scale, kept)
         return self.feedforward_norm(x_MD) if is_after else x_MD
 
     def _feed(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T D"]:
@@ -90,7 +90,9 @@ class Block(nn.Module):
         fed, context.routing[self.layer] = self.experts(x, context.layout)
         return fed
 
-    def _join(self, branch: Float[Tensor, "T D"], scale: Tensor | None, rows: Context | Wanted) -> Float[Tensor, "T D"]:
+    def _join(
+        self, branch: Float[Tensor, "T D"], scale: Tensor | None, rows: Context | KeptRows
+    ) -> Float[Tensor, "T D"]:
         """A branch as it is added to the trunk.
 
         Args:
@@ -105,7 +107,7 @@ class Block(nn.Module):
             branch = self._drop_sequences(branch, rows)
         return branch
 
-    def _drop_sequences(self, branch: Float[Tensor, "T D"], rows: Context | Wanted) -> Float[Tensor, "T D"]:
+    def _drop_sequences(self, branch: Float[Tensor, "T D"], rows: Context | KeptRows) -> Float[Tensor, "T D"]:
         """Stochastic depth (Huang 2016, arXiv 1603.09382), drawn for each sequence."""
         kept = torch.rand(len(rows.layout.segments), device=branch.device) >= self.drop_path
         factor = (kept / (1 - self.drop_path)).to(branch.dtype)

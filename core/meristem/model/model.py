@@ -1,17 +1,23 @@
 """A trunk and its heads: what a model directory holds and every verb runs."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Collection, Sequence
 
+import torch
 from torch import nn
 
 from meristem.errors import ConfigError
+from meristem.model.attention import first_rows
 from meristem.model.config import TransformerConfig
-from meristem.model.heads import ContactHead, LabelHead, SymbolHead
-from meristem.model.pool import build_pool
+from meristem.model.heads import Head
+from meristem.model.heads.contacts import ContactHead
+from meristem.model.heads.labels import LabelHead
+from meristem.model.heads.symbols import SymbolHead
+from meristem.model.outputs import Outputs, Wanted
+from meristem.model.pool import PoolLayer, build_pool
 from meristem.model.readout import Readout
-from meristem.model.transformer import Encoder, build_trunk
-from meristem.shapes import Float, Tensor
-from meristem.types import Hidden, Layout
+from meristem.model.transformer import Encoder, EncoderDecoder, build_trunk
+from meristem.types import Hidden, PackedBatch
 
 SYMBOLS = "tokens"
 """Name of the head that predicts symbols."""
@@ -20,18 +26,8 @@ CONTACTS = "contacts"
 """Name of the head that predicts contacts from attention maps."""
 
 
-def payload_maps(hidden: Hidden, num_special: tuple[int, int]) -> list[list[Float[Tensor, "H n n"]]]:
-    """Attention between the tokens of each payload: by sequence, the maps of each layer kept."""
-    before, behind = num_special
-    inner = [slice(before, length - behind) for length in hidden.layout.lengths]
-    return [
-        [hidden.attentions[layer][index][:, rows, rows] for layer in sorted(hidden.attentions)]
-        for index, rows in enumerate(inner)
-    ]
-
-
 class Model(nn.Module):
-    """A trunk and its heads by name.
+    """A trunk and its heads by name. `forward` is the only way to run it, so that what wraps a model sees every run.
 
     Args:
         config: of the trunk and the symbol head.
@@ -44,64 +40,84 @@ class Model(nn.Module):
         self.config = config
         self.readouts = tuple(readouts)
         self.trunk = build_trunk(config)
-        self.pool = None if config.pool is None else build_pool(config.pool, config)
+        self.pool: PoolLayer | None = None if config.pool is None else build_pool(config.pool, config)
         self.heads = nn.ModuleDict()
         if SYMBOLS in heads:
             self.heads[SYMBOLS] = SymbolHead(config)
         if CONTACTS in heads:
             self.heads[CONTACTS] = ContactHead(config)
         for readout in readouts:
-            if readout.level == "record" and readout.pool is None and config.pool is None:
-                raise ConfigError(f"label {readout.name!r} takes the model's own pool (pool: null), and it has none")
             self.heads[readout.name] = LabelHead(config, readout)
+        for name in self.heads:
+            self.head(name).tie(self.trunk.embedding, self.pool)
 
-    def symbol_logits(self, hidden: Hidden) -> Float[Tensor, "T V"]:
-        """Logits of every row; training scores only the rows that have a target."""
-        logits: Tensor = self.heads[SYMBOLS](hidden.final, self.trunk.embedding.symbols.weight)
-        return logits
+    def forward(self, batch: PackedBatch, wanted: Wanted) -> Outputs:
+        """Run the trunk over a pack, and what is asked for behind it.
 
-    def label_outputs(
-        self, name: str, rows: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int]
-    ) -> Float[Tensor, "R C"]:
-        """Logits or scaled values of a label: `[S, C]` for records, `[T, C]` for tokens.
-
-        Args:
-            rows: the trunk's last.
-            num_special: special rows before and behind each payload, left out of a mean.
+        Raises:
+            ConfigError: a head, a layer or a pool that the model does not have.
+            DataError: a sequence longer than its positions allow.
         """
-        outputs: Tensor = self.heads[name](self.pooled(name, rows, layout, num_special).to(rows.dtype))
-        return outputs
+        heads = {name: self.head(name) for name in wanted.heads}
+        if wanted.is_pooled and self.pool is None:
+            raise ConfigError(
+                "the model must have a pool of its own to be asked for it (architecture.pool); it has none"
+            )
+        if wanted.is_source_only and batch.source is not None:
+            batch = batch.source
+        hidden = wanted.hidden or self._run_trunk(batch, wanted, list(heads.values()))
+        pooled = self.pool(hidden.final, hidden.layout, wanted.num_special) if wanted.is_pooled and self.pool else None
+        values = {name: head(hidden, batch, wanted.heads[name]) for name, head in heads.items()}
+        losses = {name for name, request in wanted.heads.items() if request.targets is not None}
+        return Outputs(
+            hidden,
+            heads={name: value for name, value in values.items() if name not in losses},
+            losses={name: value for name, value in values.items() if name in losses},
+            pooled=pooled,
+            is_training=self.training,
+        )
 
-    def pooled(
-        self, name: str, rows: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int]
-    ) -> Float[Tensor, "R W"]:
-        """What the head of a label reads: one vector a record, or every row; arguments as above."""
-        head = self.heads[name]
-        assert isinstance(head, LabelHead)
-        if head.readout.level == "token":
-            return rows
-        pool = self.pool if head.pool is None else head.pool
-        assert pool is not None
-        vectors: Tensor = pool(rows, layout, num_special)
-        return vectors
+    def _run_trunk(self, batch: PackedBatch, wanted: Wanted, heads: Collection[Head]) -> Hidden:
+        all_blocks = range(self.config.num_layers)
+        attentions = all_blocks if any(head.needs_attentions for head in heads) else wanted.attentions
+        if isinstance(self.trunk, EncoderDecoder):
+            if wanted.is_source_only:
+                return self.trunk.read(batch, wanted.layers, attentions)
+            return self.trunk(batch, wanted.layers, attentions, wanted.cache, wanted.source_layers)
+        count = self._num_first(wanted, heads)
+        is_plain = self.trunk.may_leave_rows and not wanted.layers and not attentions and wanted.cache is None
+        last_rows = first_rows(batch.layout, count) if count and is_plain else None
+        hidden: Hidden = self.trunk(batch, wanted.layers, attentions, wanted.cache, last_rows)
+        return hidden
 
-    def num_first(self, names: Sequence[str]) -> int | None:
-        """First rows of each sequence that are all that the heads of these labels read of the trunk's last.
-
-        None where they read others, or the last block makes all rows anyway.
-        """
-        heads = [self.heads[name] for name in names]
-        pools = [head.pool or self.pool for head in heads if isinstance(head, LabelHead) and head.is_pooled]
-        counts = [pool.num_first for pool in pools if pool is not None]
+    def _num_first(self, wanted: Wanted, heads: Collection[Head]) -> int | None:
+        """First rows of each sequence that are all that anybody uses of the trunk's last; None where others are."""
+        counts = [wanted.num_first, *(head.num_first for head in heads)]
+        if wanted.is_pooled and self.pool is not None:
+            counts.append(self.pool.num_first)
         known = [count for count in counts if count is not None]
-        may = isinstance(self.trunk, Encoder) and self.trunk.may_leave_rows
-        return max(known) if may and len(known) == len(names) else None
+        return max(known) if len(known) == len(counts) else None
 
-    def contact_logits(self, hidden: Hidden, num_special: tuple[int, int]) -> list[Float[Tensor, "n n"]]:
-        """Logits of contact between the tokens of each payload, one map a sequence.
+    def head(self, name: str) -> Head:
+        """The head of a name.
 
-        Args:
-            hidden: with the attention maps of all layers.
-            num_special: special rows before and behind each payload, left out.
+        Raises:
+            ConfigError: the model has no such head; lists those that it has.
         """
-        return [self.heads[CONTACTS](maps) for maps in payload_maps(hidden, num_special)]
+        if name not in self.heads:
+            known = ", ".join(self.heads) or "none: the model is a trunk alone"
+            raise ConfigError(f"head must be one of {known}; got {name!r}")
+        head = self.heads[name]
+        assert isinstance(head, Head)
+        return head
+
+    def over(self, trunk: Encoder | EncoderDecoder) -> "Model":
+        """The same pool and heads, which share their parameters with this model's, behind another trunk."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "trunk": trunk}
+        return other
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.trunk.device

@@ -209,9 +209,13 @@ def _copy_around(module: nn.Module, stand_ins: dict[int, nn.Module], kept: Colle
     if id(module) in stand_ins or id(module) in kept or not is_own(module):
         return stand_ins.get(id(module), module)
     parts = {n: None if one is None else _copy_around(one, stand_ins, kept) for n, one in module._modules.items()}
-    if all(part is module._modules[name] for name, part in parts.items()):
+    shared = tuple(stand_ins.get(id(one), one) for one in vars(module).get("shared", ()))  # of a head
+    is_same = all(one is other for one, other in zip(shared, vars(module).get("shared", ())))
+    if is_same and all(part is module._modules[name] for name, part in parts.items()):
         return module
     twin = copy.copy(module)
     vars(twin)["_modules"] = parts
+    if not is_same:
+        vars(twin)["shared"] = shared
     stand_ins[id(module)] = twin
     return twin

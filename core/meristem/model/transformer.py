@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from meristem.errors import ConfigError, DataError
-from meristem.model.attention import Context, Placed, Wanted
+from meristem.model.attention import Context, KeptRows, Placed
 from meristem.model.block import Block
 from meristem.model.cache import Cache
 from meristem.model.config import (
@@ -56,7 +56,7 @@ class Stack(nn.Module):
         attentions: Collection[int] = (),
         source: Hidden | None = None,
         cache: Cache | None = None,
-        wanted: Wanted | None = None,
+        last_rows: KeptRows | None = None,
     ) -> Hidden:
         """Run the blocks over embedded rows; arguments as those of `Encoder.forward`."""
         resolved = {layer: self.resolve_layer(layer) for layer in layers}
@@ -73,7 +73,7 @@ class Stack(nn.Module):
         kept: dict[int, Tensor] = {0: x_TD}
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            x_TD = block(x_TD, context, wanted if index == last else None)
+            x_TD = block(x_TD, context, last_rows if index == last else None)
             if index + 1 in resolved.values():
                 kept[index + 1] = x_TD
         if cache is not None:
@@ -82,7 +82,7 @@ class Stack(nn.Module):
         kept[len(self.blocks)] = x_TD
         return Hidden(
             final=x_TD,
-            layout=layout if wanted is None else wanted.layout,
+            layout=layout if last_rows is None else last_rows.layout,
             layers={layer: kept[index] for layer, index in resolved.items()},
             attentions={layer - self.first: maps for layer, maps in context.maps.items()},
             routing=context.routing,
@@ -125,7 +125,7 @@ class Encoder(Stack):
         layers: Collection[int] = (),
         attentions: Collection[int] = (),
         cache: Cache | None = None,
-        wanted: Wanted | None = None,
+        last_rows: KeptRows | None = None,
     ) -> Hidden:
         """Run the model.
 
@@ -134,7 +134,7 @@ class Encoder(Stack):
                 last one after the final norm. Negative ones count from the last; each is kept as it was asked for.
             attentions: blocks (from 0) whose attention maps to keep; these run on the slow reference kernel.
             cache: of a decoder: what it knows of the tokens before these, to which these are added.
-            wanted: rows that are read of the last block, where `may_leave_rows` and nothing else is asked for.
+            last_rows: rows of the last block that will be used, where `may_leave_rows` and nothing else is asked for.
 
         Raises:
             ConfigError: a layer that the stack does not have, or a cache for a model that sees the future.
@@ -143,12 +143,12 @@ class Encoder(Stack):
         check_lengths(self.config, batch.layout, cache)
         if cache is not None:
             self._check_cached()
-        assert wanted is None or (self.may_leave_rows and not layers and not attentions and cache is None)
-        return self.run(self.embedding(batch), batch, layers, attentions, cache=cache, wanted=wanted)
+        assert last_rows is None or (self.may_leave_rows and not layers and not attentions and cache is None)
+        return self.run(self.embedding(batch), batch, layers, attentions, cache=cache, last_rows=last_rows)
 
-    def read(self, batch: PackedBatch, layers: Collection[int] = ()) -> Hidden:
+    def read(self, batch: PackedBatch, layers: Collection[int] = (), attentions: Collection[int] = ()) -> Hidden:
         """Hidden rows of the inputs: what embeddings are made of."""
-        return self(batch, layers)
+        return self(batch, layers, attentions)
 
     @property
     def may_leave_rows(self) -> bool:
@@ -193,6 +193,7 @@ class EncoderDecoder(nn.Module):
         layers: Collection[int] = (),
         attentions: Collection[int] = (),
         cache: Cache | None = None,
+        source_layers: Collection[int] | None = None,
     ) -> Hidden:
         """Read `batch.source`, then run the decoder over the batch.
 
@@ -200,6 +201,7 @@ class EncoderDecoder(nn.Module):
 
         Args:
             cache: keeps the source too, so that only the first batch must have one.
+            source_layers: layers of the encoder to keep; None for those of `layers`.
 
         Raises:
             ConfigError: a layer that a stack does not have.
@@ -209,7 +211,7 @@ class EncoderDecoder(nn.Module):
         source = cache.source if cache is not None else None
         if source is None:
             assert batch.source is not None, "an encoder-decoder needs a source side"
-            source = self.read(batch.source, layers, attentions)
+            source = self.read(batch.source, layers if source_layers is None else source_layers, attentions)
             if cache is not None:
                 cache.source = source
         return self.decoder.run(self.embedding(batch), batch, layers, attentions, source, cache)

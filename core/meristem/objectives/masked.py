@@ -9,10 +9,11 @@ from torchmetrics import Metric
 from meristem.data.corrupt import mask_tokens
 from meristem.data.parts import RunData
 from meristem.errors import ConfigError
-from meristem.model.model import SYMBOLS, Model
+from meristem.model.model import SYMBOLS
+from meristem.model.outputs import Outputs
 from meristem.objectives.objective import Objective
 from meristem.objectives.symbols import HitRate, Perplexity, SymbolObjective, require_fractions, score_symbols
-from meristem.types import Hidden, LossOut, PackedBatch, Record, Tokens
+from meristem.types import LossOut, PackedBatch, Record, Tokens
 
 HIDDEN = "hidden"
 """Scored tokens that show the mask symbol: those left as they are would flatter a perplexity."""
@@ -85,18 +86,14 @@ class Masked(SymbolObjective):
         )
         return replace(tokens, ids=ids, targets={**tokens.targets, SYMBOLS: targets})
 
-    def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
-        return self._masked_loss(model, model.trunk(batch), batch)
-
-    def _masked_loss(self, model: Model, hidden: Hidden, batch: PackedBatch) -> LossOut:
-        scored = score_symbols(model, hidden, batch, self.label_smoothing)
+    def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
+        scored = score_symbols(outputs)
         is_hidden_M = batch.ids.index_select(0, scored.rows) == self._mask_id
-        out = LossOut(
+        return LossOut(
             terms={SYMBOLS: scored.term},
             predictions={SYMBOLS: scored.figures, HIDDEN: scored.figures[is_hidden_M]},
             targets={SYMBOLS: scored.targets, HIDDEN: scored.targets[is_hidden_M]},
         )
-        return self.with_routers(out, hidden)
 
     def metrics(self) -> dict[str, Metric]:
         # of all scored tokens a perplexity would say little: some show what is asked for

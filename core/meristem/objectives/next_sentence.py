@@ -9,10 +9,11 @@ from torchmetrics import Metric
 from meristem.data.parts import RunData
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import TransformerConfig
-from meristem.model.model import Model
+from meristem.model.model import SYMBOLS
+from meristem.model.outputs import Outputs, Wanted
 from meristem.model.readout import Readout
 from meristem.objectives.masked import Masked
-from meristem.objectives.symbols import HitRate, require_fractions
+from meristem.objectives.symbols import HitRate, request_symbols, require_fractions
 from meristem.objectives.text_column import TextColumn
 from meristem.types import LossOut, PackedBatch, Record, Term, Tokens
 
@@ -133,11 +134,14 @@ class NextSentence(Masked):
         behind = self._num_special[1]
         return np.concatenate([ids[: length - behind], ids[len(ids) - behind :]]) if length < len(ids) else ids
 
-    def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
-        hidden = model.trunk(batch)
-        out = self._masked_loss(model, hidden, batch)
+    def wanted(self, batch: PackedBatch) -> Wanted:
+        symbols = request_symbols(batch, self.label_smoothing)
+        return Wanted((NEXT_SENTENCE,), num_special=self._num_special, requests={SYMBOLS: symbols})
+
+    def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
+        out = super().loss(outputs, extra, batch)
         wanted_S = batch.labels[NEXT_SENTENCE]
-        logits_SC = model.label_outputs(NEXT_SENTENCE, hidden.final, batch.layout, self._num_special).float()
+        logits_SC = outputs.heads[NEXT_SENTENCE].float()
         nats_S = F.cross_entropy(logits_SC, wanted_S, reduction="none")
         hits_S = (logits_SC.detach().argmax(-1) == wanted_S).float()
         count = torch.tensor(float(len(wanted_S)), device=nats_S.device)

@@ -10,9 +10,10 @@ from torch import nn
 from meristem.data.parts import RunData
 from meristem.model.config import TransformerConfig
 from meristem.model.model import Model
+from meristem.model.outputs import Outputs, Wanted
 from meristem.model.readout import Readout
 from meristem.objectives.routing import routing_counts, routing_figures, routing_terms
-from meristem.types import IGNORE, Hidden, LossOut, PackedBatch, Record, Tokens
+from meristem.types import IGNORE, LossOut, PackedBatch, Record, Tokens
 
 if TYPE_CHECKING:  # it imports scipy and torchvision, for seconds, and verbs that only read models need none of it
     from torchmetrics import Metric
@@ -22,8 +23,8 @@ class Objective(ABC):
     """What a model is trained for.
 
     The order of calls: `bind` and `bind_model` once when data, tokenizer and architecture are known, `prepare` in
-    the data path for each record, `counts` for each pack, `build` and `start` once with the model, then `loss` and
-    `after_step` at each step.
+    the data path for each record, `counts` for each pack, `build` and `start` once with the model, then at each step
+    `loss_of`, which calls `seen`, `wanted`, the model and `loss`, and `after_step`.
     An objective is a plain value that travels to loader workers; tensors and modules live in what `build` gives.
     """
 
@@ -85,18 +86,6 @@ class Objective(ABC):
         """How much each term of expert layers counts in this pack; part of all `counts`."""
         return {} if self.config is None else routing_counts(batch, self.config)
 
-    def with_routers(self, out: LossOut, hidden: Hidden) -> LossOut:
-        """Add what expert layers are asked for, whatever the model is trained for; every `loss` returns this."""
-        if self.config is None:
-            assert not hidden.routing, "a model with expert layers is trained after bind_model"
-            return out
-        predictions, targets = routing_figures(hidden, self.config)
-        return LossOut(
-            terms={**out.terms, **routing_terms(hidden, self.config)},
-            predictions={**out.predictions, **predictions},
-            targets={**out.targets, **targets},
-        )
-
     @property
     def heads(self) -> tuple[str, ...]:
         """Heads of the model that this objective trains and that are no label's, such as `tokens`."""
@@ -120,13 +109,45 @@ class Objective(ABC):
             total_steps: steps that the run takes; where what rises or falls over a run ends.
         """
 
-    @abstractmethod
-    def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
-        """Loss terms as sums and counts; each count equals that of `counts`.
+    def loss_of(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
+        """Run a model over a pack and give its loss, with the terms of its expert layers.
 
         Args:
-            model: trunk and heads.
             extra: what `build` gave.
+        """
+        seen = self.seen(batch, model.training)
+        outputs = model(seen, self.wanted(seen))
+        out = self.loss(outputs, extra, seen)
+        if self.config is None:
+            assert not outputs.hidden.routing, "a model with expert layers is trained after bind_model"
+            return out
+        predictions, targets = routing_figures(outputs.hidden, self.config)
+        return LossOut(
+            terms={**out.terms, **routing_terms(outputs.hidden, self.config)},
+            predictions={**out.predictions, **predictions},
+            targets={**out.targets, **targets},
+        )
+
+    def seen(self, batch: PackedBatch, is_training: bool) -> PackedBatch:
+        """The pack as the model reads it, such as with its records mixed."""
+        return batch
+
+    @abstractmethod
+    def wanted(self, batch: PackedBatch) -> Wanted:
+        """What the model is asked for.
+
+        Args:
+            batch: as `seen` gave it.
+        """
+
+    @abstractmethod
+    def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
+        """Loss terms as sums and counts; each count equals that of `counts`. Those of expert layers are added later.
+
+        Args:
+            outputs: what the model gave for `wanted`.
+            extra: what `build` gave.
+            batch: as `seen` gave it.
         """
 
     def metrics(self) -> "dict[str, Metric]":

@@ -23,14 +23,18 @@ from torchmetrics.regression import MeanAbsoluteError, R2Score, SpearmanCorrCoef
 from meristem.data.labels import MAX_NAMED, Label, LabelColumn, first_with, named, sort_classes, summarize
 from meristem.data.parts import RunData
 from meristem.errors import ConfigError, DataError
-from meristem.model.attention import first_rows
 from meristem.model.config import Max, Mean, Pool, Prefix
-from meristem.model.model import SYMBOLS, Model
+from meristem.model.model import SYMBOLS
+from meristem.model.outputs import Outputs, Wanted
 from meristem.model.readout import Readout
-from meristem.objectives.mixing import Mixed, Mixing, mix
+from meristem.objectives.mixing import Mixing, mix
 from meristem.objectives.objective import Objective
 from meristem.shapes import Float, Int, Tensor
 from meristem.types import IGNORE, LossOut, PackedBatch, Record, Term, Tokens
+
+PARTNER, SHARE = "mixed.partner", "mixed.share"
+"""Labels of a pack whose records are mixed: the sequence each is mixed with, and its share of itself. No column's name
+has a dot."""
 
 POOLS: dict[str, Pool | None] = {"mean": Mean(), "max": Max(), "cls": Prefix(), "own": None}
 
@@ -212,22 +216,28 @@ class Supervised(Objective):
         """`[S]` or `[T]` targets in a pack."""
         return (batch.labels if bound.target.level == "record" else batch.targets)[bound.target.name]
 
-    def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
-        mixed = self._mix(batch) if model.training and self.mixing.is_on else None
-        seen = batch if mixed is None else mixed.batch
-        num_first = model.num_first(list(self._bound))
-        hidden = model.trunk(seen, **({} if num_first is None else {"wanted": first_rows(seen.layout, num_first)}))
-        terms, predictions, targets, outputs = {}, {}, {}, {}
+    def seen(self, batch: PackedBatch, is_training: bool) -> PackedBatch:
+        """In training with its records mixed in pairs, but for those that lack a label."""
+        if not (is_training and self.mixing.is_on):
+            return batch
+        may_S = torch.stack([batch.labels[name] != IGNORE for name in self._bound]).all(0)
+        mixed = mix(batch, self.mixing, self._grid, may_S)
+        return replace(mixed.batch, labels={**batch.labels, PARTNER: mixed.partners, SHARE: mixed.shares})
+
+    def wanted(self, batch: PackedBatch) -> Wanted:
+        return Wanted(tuple(self._bound), num_special=self._num_special, num_first=0)
+
+    def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
+        terms, predictions, targets = {}, {}, {}
         for name, bound in self._bound.items():
             labels_R = self._of(batch, bound)
             rows_M, wanted_M = _known(labels_R)
-            out_RC = outputs[name] = model.label_outputs(name, hidden.final, hidden.layout, self._num_special)
-            out_MC = out_RC.index_select(0, rows_M).float()
+            out_MC = outputs.heads[name].index_select(0, rows_M).float()
             if bound.is_classes:
-                nats_M = _class_nats(out_MC, wanted_M, bound, model.training)
-                if mixed is not None:
-                    others_M, shares_M = labels_R[mixed.partners[rows_M]], mixed.shares[rows_M]
-                    nats_M = torch.lerp(_class_nats(out_MC, others_M, bound, model.training), nats_M, shares_M)
+                nats_M = _class_nats(out_MC, wanted_M, bound, outputs.is_training)
+                if PARTNER in batch.labels:
+                    others_M, shares_M = labels_R[batch.labels[PARTNER][rows_M]], batch.labels[SHARE][rows_M]
+                    nats_M = torch.lerp(_class_nats(out_MC, others_M, bound, outputs.is_training), nats_M, shares_M)
                 terms[name] = _class_term(nats_M, wanted_M, bound)
                 predictions[name], targets[name] = out_MC.detach(), wanted_M
             else:
@@ -235,23 +245,18 @@ class Supervised(Objective):
                 terms[name] = Term(total, torch.tensor(float(len(rows_M)), device=total.device), bound.target.weight)
                 mean, std = bound.readout.mean[0], bound.readout.std[0]
                 predictions[name], targets[name] = out_MC.detach()[:, 0] * std + mean, wanted_M * std + mean
-        if model.training:
-            terms |= self.more_terms(seen, outputs)
-        return self.with_routers(LossOut(terms, predictions, targets), hidden)
+        if outputs.is_training:
+            terms |= self.more_terms(batch, outputs)
+        return LossOut(terms, predictions, targets)
 
-    def more_terms(self, seen: PackedBatch, outputs: Mapping[str, Tensor]) -> dict[str, Term]:
+    def more_terms(self, batch: PackedBatch, outputs: Outputs) -> dict[str, Term]:
         """What else training asks of the heads' outputs: nothing here.
 
         Args:
-            seen: the pack as the trunk saw it.
-            outputs: `[S, C]` or `[T, C]` of each target.
+            batch: as the model read it.
+            outputs: of the model, those of each target among them.
         """
         return {}
-
-    def _mix(self, batch: PackedBatch) -> Mixed:
-        """Records mixed in pairs, but for those that lack a label."""
-        may_S = torch.stack([batch.labels[name] != IGNORE for name in self._bound]).all(0)
-        return mix(batch, self.mixing, self._grid, may_S)
 
     def metrics(self) -> dict[str, Metric]:
         found = super().metrics()

@@ -9,17 +9,17 @@ from torch import nn
 from torchmetrics import Metric
 
 from meristem.errors import ConfigError
-from meristem.model.heads import SymbolHead
-from meristem.model.model import SYMBOLS, Model
-from meristem.objectives.cross_entropy import linear_cross_entropy
+from meristem.model.heads.symbols import SymbolLoss
+from meristem.model.model import SYMBOLS
+from meristem.model.outputs import HeadRequest, Outputs, Wanted
 from meristem.objectives.objective import Objective
 from meristem.shapes import Float, Int, Tensor
-from meristem.types import IGNORE, Hidden, LossOut, PackedBatch, Term
+from meristem.types import IGNORE, LossOut, PackedBatch, Term
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The rows of a pack that have a symbol to predict.
+    """The rows of a pack that have a symbol to predict, and how they were predicted.
 
     Attributes:
         term: of the loss.
@@ -34,8 +34,8 @@ class Scored:
     figures: Float[Tensor, "M 2"]
 
 
-def score_symbols(model: Model, hidden: Hidden, batch: PackedBatch, label_smoothing: float = 0.0) -> Scored:
-    """Cross-entropy of the symbols that `targets["tokens"]` asks for.
+def request_symbols(batch: PackedBatch, label_smoothing: float = 0.0) -> HeadRequest:
+    """Ask the head of symbols for its loss at the rows that `targets["tokens"]` scores.
 
     Args:
         label_smoothing: share of the target's probability that is spread evenly over all symbols, the target among
@@ -43,16 +43,15 @@ def score_symbols(model: Model, hidden: Hidden, batch: PackedBatch, label_smooth
     """
     targets_T = batch.targets[SYMBOLS]
     rows_M = (targets_T != IGNORE).nonzero().squeeze(1)
-    targets_M = targets_T.index_select(0, rows_M)
-    # only scored rows reach the head: with a large vocabulary it costs as much as several blocks
-    scored_MD = hidden.final.index_select(0, rows_M)
-    head = model.heads[SYMBOLS]
-    assert isinstance(head, SymbolHead)
-    weight_VD, bias_V = head.onto_symbols(model.trunk.embedding.symbols.weight)
-    found = linear_cross_entropy(head.features(scored_MD), weight_VD, bias_V, targets_M, label_smoothing)
-    count = torch.tensor(float(len(rows_M)), device=targets_T.device)
+    return HeadRequest(rows_M, targets_T.index_select(0, rows_M), label_smoothing)
+
+
+def score_symbols(outputs: Outputs) -> Scored:
+    """The loss of a model that was asked by `request_symbols`."""
+    found: SymbolLoss = outputs.losses[SYMBOLS]
+    count = torch.tensor(float(len(found.targets)), device=found.total.device)
     figures_M2 = torch.stack([found.is_hit.float(), found.nats], dim=1)
-    return Scored(Term(found.total, count), rows_M, targets_M, figures_M2)
+    return Scored(Term(found.total, count), found.rows, found.targets, figures_M2)
 
 
 class SymbolObjective(Objective):
@@ -71,11 +70,12 @@ class SymbolObjective(Objective):
     def heads(self) -> tuple[str, ...]:
         return (SYMBOLS,)
 
-    def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
-        hidden = model.trunk(batch)
-        scored = score_symbols(model, hidden, batch, self.label_smoothing)
-        out = LossOut({SYMBOLS: scored.term}, {SYMBOLS: scored.figures}, {SYMBOLS: scored.targets})
-        return self.with_routers(out, hidden)
+    def wanted(self, batch: PackedBatch) -> Wanted:
+        return Wanted(requests={SYMBOLS: request_symbols(batch, self.label_smoothing)})
+
+    def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
+        scored = score_symbols(outputs)
+        return LossOut({SYMBOLS: scored.term}, {SYMBOLS: scored.figures}, {SYMBOLS: scored.targets})
 
     def metrics(self) -> dict[str, Metric]:
         return {

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from meristem.model.config import Init, TransformerConfig
 from meristem.model.init import init_weights
 from meristem.model.model import Model
+from meristem.model.outputs import Wanted
 from meristem.shapes import Float, Tensor
 from meristem.types import PackedBatch
 
@@ -125,9 +126,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def scores(self, batch: PackedBatch, num_special: tuple[int, int]) -> Float[Tensor, "S C"]:
         """Scores of the sequences of a pack, in its order, as they come out of the head."""
-        assert self.model.pool is not None
-        vectors_SD = self.model.pool(self.model.trunk(batch).final, batch.layout, num_special)
-        scores: Tensor = self.head(vectors_SD)
+        scores: Tensor = self.head(self.model(batch, Wanted(is_pooled=True, num_special=num_special)).pooled)
         return scores.float()
 
     @torch.no_grad()

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.model.model import SYMBOLS, Model
-from meristem.model.transformer import Encoder, EncoderDecoder
+from meristem.model.outputs import HeadRequest, Wanted
 from meristem.shapes import Float, Float64, Int, Tensor
-from meristem.types import PackedBatch
+from meristem.types import Hidden, PackedBatch
 
 ROWS_PER_CALL = 128
 """Rows that the symbol head gets in one call, no more and no fewer. Log-probabilities of all rows of a pack at once
@@ -23,15 +23,13 @@ class RunningModel:
     """A model in evaluation mode on its device, and how it is run.
 
     Attributes:
-        model: its heads are used, in the precision that they have.
-        trunk: the model's own trunk, or a copy of it in another precision or with pre-packed weights.
+        model: as it runs fastest, such as with a trunk of pre-packed weights.
         tokenizer: of the model.
         tokens_per_batch: tokens that a pack holds at most, unless a single sequence is longer.
         advance: called with the number of tokens that were run since the last call.
     """
 
     model: Model
-    trunk: Encoder | EncoderDecoder
     tokenizer: Tokenizer
     tokens_per_batch: int = 4096
     advance: Callable[[int], None] = lambda count: None
@@ -51,15 +49,16 @@ class RunningModel:
             rows: of the batch; of the decoder's side where there are two.
             symbols: the id asked for at each row.
         """
-        device = self.trunk.device
-        final = self.trunk(batch.to(device)).final[rows.to(device)].to(self.model.trunk.embedding.symbols.weight.dtype)
-        found = []
-        for part, wanted in zip(final.split(ROWS_PER_CALL), symbols.to(device).split(ROWS_PER_CALL)):
-            logits = self.symbol_logits(F.pad(part, (0, 0, 0, ROWS_PER_CALL - len(part))))[: len(part)]
-            found.append(logits.double().log_softmax(-1).gather(1, wanted[:, None]).squeeze(1))
+        device = self.model.device
+        batch, found = batch.to(device), []
+        hidden = self.model(batch, Wanted()).hidden
+        for part, asked in zip(rows.to(device).split(ROWS_PER_CALL), symbols.to(device).split(ROWS_PER_CALL)):
+            logits = self.symbol_logits(batch, hidden, F.pad(part, (0, ROWS_PER_CALL - len(part))))[: len(part)]
+            found.append(logits.double().log_softmax(-1).gather(1, asked[:, None]).squeeze(1))
         return torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.float64)
 
-    def symbol_logits(self, rows: Float[Tensor, "M D"]) -> Float[Tensor, "M V"]:
-        """Logits of every symbol for some rows of the trunk's output."""
-        logits: Tensor = self.model.heads[SYMBOLS](rows, self.model.trunk.embedding.symbols.weight)
+    def symbol_logits(self, batch: PackedBatch, hidden: Hidden, rows: Int[Tensor, "M"]) -> Float[Tensor, "M V"]:
+        """Logits of every symbol for some rows of a pack that the trunk has run."""
+        wanted = Wanted(requests={SYMBOLS: HeadRequest(rows)}).behind(hidden)
+        logits: Tensor = self.model(batch, wanted).heads[SYMBOLS]
         return logits

@@ -107,8 +107,8 @@ class DataModule(L.LightningDataModule):
         more = validation_sources or []
         self.validation_sources = [more] if isinstance(more, str) else list(more)
         self.payload_column, self.id_column = payload_column, id_column
-        self._tokenizer_options = tuple(tokenizer or {})
-        self.tokenizer: Tokenizer = build_tokenizer(self.domain, tokenizer or {})
+        self._tokenizer_options = dict(tokenizer or {})
+        self.tokenizer: Tokenizer = self.domain.build_tokenizer(**self._tokenizer_options)
         self.augment = augment
         self.views: Views | None = None if augment is None else build_views(self.domain, self.tokenizer, augment)
         self.split = split
@@ -137,7 +137,7 @@ class DataModule(L.LightningDataModule):
         """
         objective, given = task.objective, task.init_card
         if given is not None:
-            self.tokenizer = given.tokenizer.adapted(self.tokenizer, self._tokenizer_options)
+            self.tokenizer = given.tokenizer.adapted(self.domain.build_tokenizer, self._tokenizer_options)
             task.architecture = with_grid(task.architecture, self.tokenizer.grid)
             if self.augment is not None:
                 self.views = build_views(self.domain, self.tokenizer, self.augment)
@@ -266,18 +266,6 @@ class DataModule(L.LightningDataModule):
             # an evaluation takes whole records wherever the model can
             max_tokens_per_record=self._position_limit,
         )
-
-
-def build_tokenizer(domain: Domain, options: Mapping[str, Any]) -> Tokenizer:
-    """The domain's tokenizer with these options.
-
-    Raises:
-        ConfigError: an option that it does not take.
-    """
-    try:
-        return domain.tokenizer(**options)
-    except TypeError as error:
-        raise ConfigError(f"data.tokenizer: the tokenizer of {domain.name} does not take that: {error}") from error
 
 
 def build_views(domain: Domain, tokenizer: Tokenizer, options: Mapping[str, Any]) -> Views:

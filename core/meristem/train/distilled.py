@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from meristem.data.parts import RunData
 from meristem.errors import ConfigError
 from meristem.model.model import Model
+from meristem.model.outputs import Outputs
 from meristem.model_directory import load_any
 from meristem.objectives.mixing import Mixing
 from meristem.objectives.supervised import Supervised, Target
-from meristem.shapes import Tensor
 from meristem.types import PackedBatch, Term
 
 
@@ -81,18 +81,14 @@ class Distilled(Supervised):
         num = float(batch.layout.num_sequences)
         return {**super().counts(batch), **{f"{target.name}_teacher": num for target in self.targets}}
 
-    def more_terms(self, seen: PackedBatch, outputs: Mapping[str, Tensor]) -> dict[str, Term]:
+    def more_terms(self, batch: PackedBatch, outputs: Outputs) -> dict[str, Term]:
         assert self._teacher is not None, "a student is trained after bind"
-        teacher = self._teacher.to(seen.ids.device)
+        teacher = self._teacher.to(batch.ids.device)
         terms = {}
         with torch.no_grad():
-            hidden = teacher.trunk(seen)
-            answers = {
-                name: teacher.label_outputs(name, hidden.final, seen.layout, self._num_special).float()
-                for name in outputs
-            }
+            answers = teacher(batch, self.wanted(batch)).heads
         for target in self.targets:
-            own_SC, given_SC = outputs[target.name].float(), answers[target.name]
+            own_SC, given_SC = (heads[target.name].float() for heads in (outputs.heads, answers))
             if self.is_hard:
                 total = F.cross_entropy(own_SC, given_SC.argmax(-1), reduction="sum")
             else:

@@ -203,7 +203,7 @@ class Task(L.LightningModule):
             self._sums, self._num_tokens = {}, 0
             self._totals = self._count_over_ranks(batch.step_counts)
         self._reseed(micro)
-        out = self.objective.loss(self.model, self.extra, batch)
+        out = self.objective.loss_of(self.model, self.extra, batch)
         loss = torch.zeros((), device=self.device)
         for name, term in out.terms.items():
             # a step without a target of this term adds nothing, but a gradient of zero
@@ -250,7 +250,7 @@ class Task(L.LightningModule):
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         extra = self.extra if self.average is None else self.average.extra
-        out = self.objective.loss(self.evaluated, extra, batch)
+        out = self.objective.loss_of(self.evaluated, extra, batch)
         self._add(out.terms)
         self._num_tokens += batch.layout.num_tokens
         for name, metric in (*self._metrics.items(), *self._confusions.items()):

@@ -9,8 +9,9 @@ import torch
 from meristem.data.pack import pack_column
 from meristem.errors import ConfigError
 from meristem.figures.canvas import new_figure
-from meristem.model.heads import correct_average_product
-from meristem.model.model import CONTACTS, Model, payload_maps
+from meristem.model.heads.contacts import correct_average_product, payload_maps
+from meristem.model.model import CONTACTS, Model
+from meristem.model.outputs import Wanted
 from meristem.scoring.running import RunningModel
 from meristem.scoring.scorer import NoOptions, Scorer
 from meristem.types import TokenColumn
@@ -27,13 +28,13 @@ def contact_maps(running: RunningModel, column: TokenColumn, options: NoOptions)
     num_special = running.tokenizer.num_special
     for row in range(len(column)):
         with torch.inference_mode():
-            batch = pack_column(column, np.array([row]), [row]).to(running.trunk.device)
-            hidden = running.trunk(batch, attentions=range(running.model.config.num_layers))
+            batch = pack_column(column, np.array([row]), [row]).to(running.model.device)
             if has_contact_weights(running.model):
-                [logits] = running.model.contact_logits(hidden, num_special)
+                [logits] = running.model(batch, Wanted((CONTACTS,), num_special=num_special)).heads[CONTACTS]
                 values = logits.sigmoid()
             else:
-                [maps] = payload_maps(hidden, num_special)
+                wanted = Wanted(attentions=range(running.model.config.num_layers))
+                [maps] = payload_maps(running.model(batch, wanted).hidden, num_special)
                 values = torch.stack([correct_average_product(m + m.transpose(1, 2)).mean(0) for m in maps]).mean(0)
         running.advance(batch.layout.num_tokens)
         yield values.float().cpu().numpy()

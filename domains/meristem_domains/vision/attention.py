@@ -10,6 +10,7 @@ import torch
 from meristem.data.pack import pack_column
 from meristem.errors import ConfigError
 from meristem.figures.canvas import new_figure
+from meristem.model.outputs import Wanted
 from meristem.scoring.running import RunningModel
 from meristem.scoring.scorer import Scorer, option
 from meristem.shapes import Int, Tensor
@@ -48,8 +49,8 @@ def attention_maps(running: RunningModel, column: TokenColumn, options: Attentio
     layer = options.layer % running.model.config.num_layers
     for row in range(len(column)):
         with torch.inference_mode():
-            batch = pack_column(column, np.array([row]), [row]).to(running.trunk.device)
-            hidden = running.trunk(batch, attentions=(layer,))
+            batch = pack_column(column, np.array([row]), [row]).to(running.model.device)
+            hidden = running.model(batch, Wanted(attentions=(layer,))).hidden
             [maps] = maps_of(hidden, batch.positions, layer, options.query)
         running.advance(batch.layout.num_tokens)
         yield maps

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from meristem.data.patches import PatchTokenizer
-from meristem.data.pictures import read_pixels
 from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
 from meristem.errors import ConfigError
 from meristem.types import Tokens
+from meristem_domains.vision.patches import PatchTokenizer
+from meristem_domains.vision.pictures import read_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image

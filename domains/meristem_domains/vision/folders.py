@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from meristem.data.pictures import SUFFIXES
 from meristem.data.records import Source
 from meristem.errors import DataError
+from meristem_domains.vision.pictures import SUFFIXES
 
 LABEL = "label"
 """The label that a folder gives."""

@@ -14,11 +14,11 @@ import pyarrow as pa
 
 from meristem.data.labels import text_column
 from meristem.data.open import BLOCK_BYTES, open_source
-from meristem.data.pictures import SUFFIXES, NoPicture, check_picture, looks_like_picture
 from meristem.data.records import LABEL_PREFIX, SCHEMA, SPLIT, ReadOptions, Refusal, Source
 from meristem.data.tables import TableFormat, read_table, table_format
 from meristem.errors import DataError
 from meristem_domains.vision.folders import LABEL, Found, find_pictures
+from meristem_domains.vision.pictures import SUFFIXES, NoPicture, check_picture, looks_like_picture
 from meristem_domains.vision.shards import is_tar, read_members
 
 PAYLOAD_COLUMNS = (

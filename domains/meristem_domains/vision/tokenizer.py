@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from meristem.data.patches import PatchTokenizer
 from meristem.errors import ConfigError
+from meristem_domains.vision.patches import PatchTokenizer
 
 CLASS = "<class>"
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meristem.data.patches import INTERPOLATIONS, PatchTokenizer
 from meristem.errors import CheckpointError, ConfigError
+from meristem_domains.vision.patches import INTERPOLATIONS, PatchTokenizer
 
 FILE = "preprocessor_config.json"
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from meristem.data.patches import PatchTokenizer
 from meristem.data.tokenizer import Tokenizer
 from meristem.interop.runners import Results, Runner, load_transformers
 from meristem.model.model import Model
 from meristem.shapes import Tensor
 from meristem.types import Tokens
 from meristem_domains.vision.families.labels import LABEL
+from meristem_domains.vision.patches import PatchTokenizer
 
 NUM_IMAGES = 3
 

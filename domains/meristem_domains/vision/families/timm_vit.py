@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 
-from meristem.data.patches import PatchTokenizer
-from meristem.data.picture_sizes import resized_px
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig
@@ -59,6 +57,8 @@ from meristem_domains.vision.families.timm_facts import (
 )
 from meristem_domains.vision.families.timm_library import TIMM
 from meristem_domains.vision.families.vit import patches_of
+from meristem_domains.vision.patches import PatchTokenizer
+from meristem_domains.vision.picture_sizes import resized_px
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",

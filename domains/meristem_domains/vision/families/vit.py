@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meristem.data.patches import PatchTokenizer
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig
@@ -33,6 +32,7 @@ from meristem_domains.vision.families.labels import LABEL, classes_of, label_of,
 from meristem_domains.vision.families.processor import read_processor, write_processor
 from meristem_domains.vision.families.rows import embedding_rows
 from meristem_domains.vision.families.runners import HF_IMAGES
+from meristem_domains.vision.patches import PatchTokenizer
 
 DEFAULTS = {
     "hidden_size": 768,

@@ -8,18 +8,19 @@ import torch
 from torch import nn
 
 from meristem.data.parts import RunData
-from meristem.data.picture_grid import picture_grid
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import Attention, Embedding, FeedForward, Init, SinCos2D, TransformerConfig
 from meristem.model.init import init_weights
 from meristem.model.model import Model
+from meristem.model.outputs import Outputs, Wanted
 from meristem.model.position import SinCos2DLayer
 from meristem.model.transformer import Stack
 from meristem.objectives.objective import Objective
 from meristem.objectives.symbols import require_fractions
 from meristem.shapes import Bool, Float, Tensor
-from meristem.types import IGNORE, Hidden, LossOut, PackedBatch, Record, Term, Tokens
+from meristem.types import IGNORE, LossOut, PackedBatch, Record, Term, Tokens
+from meristem_domains.vision.picture_grid import picture_grid
 
 PIXELS = "pixels"
 """Name of the target (0 where a patch is hidden), and of the term."""
@@ -145,22 +146,22 @@ class MaskedPatches(Objective):
         )
         return nn.ModuleDict({DECODER: PatchDecoder(light, config.width, config.embedding.patch_features)})
 
-    def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
-        hidden, predicted_TP, is_hidden_T = self._paint(model, extra, batch)
-        errors_T = (predicted_TP.float() - self._wanted(batch)).square().mean(1)
-        term = Term((errors_T * is_hidden_T).sum(), is_hidden_T.sum())
-        return self.with_routers(LossOut({PIXELS: term}), hidden)
+    def wanted(self, batch: PackedBatch) -> Wanted:
+        return Wanted(is_source_only=True)
+
+    def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
+        predicted_TP, is_hidden_T = self._paint(outputs, extra, batch)
+        errors_T = (predicted_TP.float() - self._values(batch)).square().mean(1)
+        return LossOut({PIXELS: Term((errors_T * is_hidden_T).sum(), is_hidden_T.sum())})
 
     def _paint(
-        self, model: Model, extra: nn.ModuleDict, batch: PackedBatch
-    ) -> tuple[Hidden, Float[Tensor, "T P"], Bool[Tensor, "T"]]:
-        """What the trunk gives, what the decoder predicts at every row, and which rows are asked for."""
-        assert batch.source is not None, "the trunk reads the source side"
-        hidden = model.trunk(batch.source)
+        self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch
+    ) -> tuple[Float[Tensor, "T P"], Bool[Tensor, "T"]]:
+        """What the decoder predicts at every row, and which rows are scored."""
         is_hidden_T = batch.targets[PIXELS] == SCORED
-        return hidden, extra[DECODER](hidden.final, batch, is_hidden_T), is_hidden_T
+        return extra[DECODER](outputs.hidden.final, batch, is_hidden_T), is_hidden_T
 
-    def _wanted(self, batch: PackedBatch) -> Float[Tensor, "T P"]:
+    def _values(self, batch: PackedBatch) -> Float[Tensor, "T P"]:
         """The values of each patch as they are to be predicted."""
         assert batch.features is not None
         if not self.is_normalised:
@@ -177,7 +178,7 @@ class MaskedPatches(Objective):
         """
         assert self._tokenizer is not None
         assert batch.features is not None
-        _, predicted_TP, is_hidden_T = self._paint(model, extra, batch)
+        predicted_TP, is_hidden_T = self._paint(model(batch, self.wanted(batch)), extra, batch)
         predicted_TP = predicted_TP.float()
         if self.is_normalised:
             mean, deviation = _moments(batch.features)

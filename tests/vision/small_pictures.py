@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from meristem.data.multi_crop import MultiCrop
 from meristem.data.pack import pack
 from meristem.data.parts import RunData
-from meristem.data.patches import PatchTokenizer
 from meristem.model.config import Attention, Embedding, FeedForward, Init, Prefix, SinCos2D, TransformerConfig
 from meristem.model.model import Model
-from meristem.objectives.self_distillation import SelfDistillation
 from meristem.types import PackedBatch, Record
+from meristem_domains.vision.multi_crop import MultiCrop
+from meristem_domains.vision.objectives.self_distillation import SelfDistillation
+from meristem_domains.vision.patches import PatchTokenizer
 
 TOKENIZER = PatchTokenizer((16, 16), 4)
 
@@ -83,7 +83,7 @@ def take_step(
     optimizer: torch.optim.Optimizer,
 ) -> float:
     """One step as the task takes it: sums divided by counts."""
-    out = objective.loss(model, extra, batch)
+    out = objective.loss_of(model, extra, batch)
     counts = objective.counts(batch)
     loss = sum(term.weight * term.sum / counts[name] for name, term in out.terms.items() if counts[name])
     optimizer.zero_grad()

@@ -24,7 +24,7 @@ from torch import nn
 
 from meristem.cli.main import main
 from meristem.model.config import Init
-from meristem.objectives.self_distillation import (
+from meristem_domains.vision.objectives.self_distillation import (
     DISTILLATION,
     SelfDistillation,
     by_record,
@@ -67,10 +67,10 @@ def test_the_centre_is_that_of_all_packs_of_a_step_and_of_none_in_evaluation(rng
     packs = [packed_views(objective, picture_records(rng, count), seed) for seed, count in enumerate((2, 5))]
     scores = torch.cat([extra["teacher"].scores(large_views(batch, 17), (1, 0)) for batch in packs])
     extra.eval()
-    objective.loss(model, extra, packs[0])
+    objective.loss_of(model, extra, packs[0])
     extra.train()
     for batch in packs:
-        objective.loss(model, extra, batch)
+        objective.loss_of(model, extra, batch)
     assert not extra["teacher"].center.any()
     objective.after_step(model, extra)
     torch.testing.assert_close(extra["teacher"].center, scores.mean(0), atol=1e-6, rtol=1e-5)
@@ -92,7 +92,7 @@ def trained(rng: np.random.Generator, init: Init = CONFIG.init, without_center: 
     extra.eval()
     batch = packed_views(objective, records, 99)
     with torch.no_grad():
-        out = objective.loss(model, extra, batch)
+        out = objective.loss_of(model, extra, batch)
         vectors = by_record(model.pool(model.trunk(batch).final, batch.layout), batch, 4)[:, 0]
     metrics = objective.metrics()
     for metric in metrics.values():
@@ -141,7 +141,7 @@ def test_figures_are_those_of_the_distributions(rng):
     model, extra = built(objective)
     with_life(extra)
     batch = packed_views(objective, picture_records(rng, 5))
-    out = objective.loss(model, extra, batch)
+    out = objective.loss_of(model, extra, batch)
     figures = {}
     for name, metric in objective.metrics().items():
         half = len(out.targets[DISTILLATION]) // 2

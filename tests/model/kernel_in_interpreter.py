@@ -6,7 +6,7 @@ import sys
 import torch
 from torch.nn import functional as F
 
-from meristem.objectives import cross_entropy_kernel as kernel
+from meristem.model.heads import cross_entropy_kernel as kernel
 
 M, C = 23, 37
 

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image, ImageOps
 
-from meristem.data.patches import PatchTokenizer
-from meristem.data.picture_sizes import native_px
-from meristem.data.pictures import NoPicture, check_picture, looks_like_picture, picture_px, read_pixels
 from meristem.data.tokenizer import RefusedSymbol
 from meristem.errors import ConfigError
+from meristem_domains.vision.patches import PatchTokenizer
+from meristem_domains.vision.picture_sizes import native_px
+from meristem_domains.vision.pictures import NoPicture, check_picture, looks_like_picture, picture_px, read_pixels
 
 LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}, "BMP": {}, "PPM": {}}
 

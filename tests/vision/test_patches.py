@@ -15,11 +15,11 @@ from timm.data import create_transform
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from meristem.data.pack import pack_column
-from meristem.data.patches import PatchTokenizer
-from meristem.data.picture_sizes import resized_px
 from meristem.data.tokenizer import RefusedSymbol
 from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.registry import find
+from meristem_domains.vision.patches import PatchTokenizer
+from meristem_domains.vision.picture_sizes import resized_px
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

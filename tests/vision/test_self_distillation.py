@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_objectives import TOKENIZER as RESIDUES
 from small_pictures import (
     CONFIG,
     CROPS,
@@ -21,11 +20,13 @@ from small_pictures import (
 from torch import nn
 
 from meristem.data.parts import RunData
-from meristem.data.pictures import read_pixels
+from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import Learned
-from meristem.objectives import self_distillation
-from meristem.objectives.self_distillation import (
+from meristem.objectives.teacher import Teacher
+from meristem.train.optim import parameter_groups
+from meristem_domains.vision.objectives import self_distillation
+from meristem_domains.vision.objectives.self_distillation import (
     DISTILLATION,
     KOLEO_EPS,
     SPREAD,
@@ -36,8 +37,7 @@ from meristem.objectives.self_distillation import (
     pair_losses,
     spread_term,
 )
-from meristem.objectives.teacher import Teacher
-from meristem.train.optim import parameter_groups
+from meristem_domains.vision.pictures import read_pixels
 
 
 def test_views_lie_in_one_pack_without_padding(rng):
@@ -100,7 +100,7 @@ def test_loss_is_that_of_two_loops_over_views_and_records(rng, monkeypatch):
     batch = shuffled(packed_views(objective, picture_records(rng, 6)), rng)
     model, extra = built(objective)
     with_life(extra)
-    out = objective.loss(model, extra, batch)
+    out = objective.loss_of(model, extra, batch)
     expected = slow_loss(objective, model, extra, batch)
     found = float(out.terms[DISTILLATION].sum.detach())
     assert found == pytest.approx(expected, rel=1e-4)  # float32, and products of other shapes
@@ -118,7 +118,7 @@ def test_loss_is_that_of_two_loops_over_views_and_records(rng, monkeypatch):
 
     for mutant in (with_itself, of_others, swapped):
         monkeypatch.setattr(self_distillation, "pair_losses", mutant)
-        wrong = float(objective.loss(model, extra, batch).terms[DISTILLATION].sum.detach())
+        wrong = float(objective.loss_of(model, extra, batch).terms[DISTILLATION].sum.detach())
         assert wrong != pytest.approx(expected, rel=1e-4)
 
 
@@ -179,14 +179,14 @@ def test_spread_is_safe_with_few_records_and_with_equal_ones(rng):
     assert math.isfinite(loss)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     without = objective_of(spread_weight=0.0)
-    assert set(without.loss(model, extra, batch).terms) == set(without.counts(batch)) == {DISTILLATION}
+    assert set(without.loss_of(model, extra, batch).terms) == set(without.counts(batch)) == {DISTILLATION}
 
 
 def test_gradient_reaches_the_student_and_never_the_teacher(rng):
     objective = objective_of()
     batch = packed_views(objective, picture_records(rng, 4))
     model, extra = built(objective)
-    out = objective.loss(model, extra, batch)
+    out = objective.loss_of(model, extra, batch)
     sum(term.sum for term in out.terms.values()).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in extra["head"].parameters())
     # of the keys' bias softmax takes no notice; that of queries and values in the same vector is moved
@@ -205,7 +205,7 @@ def test_gradient_reaches_the_student_and_never_the_teacher(rng):
 
     extra["teacher"].__class__ = Leaky
     extra["teacher"].requires_grad_(True)
-    objective.loss(model, extra, batch).terms[DISTILLATION].sum.backward()
+    objective.loss_of(model, extra, batch).terms[DISTILLATION].sum.backward()
     assert any(parameter.grad is not None for parameter in extra["teacher"].parameters())
 
 
@@ -221,7 +221,7 @@ def test_what_is_optimised_is_trunk_and_head_and_not_the_teacher():
 
 def test_what_cannot_be_trained_is_refused():
     with pytest.raises(ConfigError, match="needs pictures; got a tokenizer of alphabet"):
-        SelfDistillation(CROPS).bind(RunData(RESIDUES))
+        SelfDistillation(CROPS).bind(RunData(AlphabetTokenizer(("A", "B"))))
     with pytest.raises(ConfigError, match="multiples of a patch, 3; got 16"):
         SelfDistillation(CROPS).bind(RunData(replace(TOKENIZER, image_px=(6, 6), patch_px=3)))
     with pytest.raises(ConfigError, match=r"pool: \{kind: Prefix\}"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from meristem.data.tokenizer import RefusedSymbol
 from meristem.errors import ConfigError, DataError, UserError
 
 SUFFIXES = (
@@ -42,6 +43,23 @@ _MAGICS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\x0
 
 class NoPicture(DataError):
     """Bytes that are no picture that can be used."""
+
+
+class RefusedImage(RefusedSymbol):
+    """A payload that is no image, or none that the tokenizer takes."""
+
+    def __init__(self, row: int, reason: str):
+        Exception.__init__(self, reason)
+        self.row, self.offset, self.symbol = row, 0, ""
+
+
+@contextmanager
+def of_row(row: int) -> Iterator[None]:
+    """Names the row of a column whose payload is no picture."""
+    try:
+        yield
+    except NoPicture as error:
+        raise RefusedImage(row, str(error)) from error
 
 
 def looks_like_picture(head: bytes) -> bool:

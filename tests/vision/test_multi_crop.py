@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from meristem.data.multi_crop import LUMA, MultiCrop, blur, random_part, resize, turn_hue
 from meristem.errors import ConfigError
+from meristem_domains.vision.multi_crop import LUMA, MultiCrop, blur, random_part, resize, turn_hue
 
 PLAIN = MultiCrop(
     global_px=16, local_px=8, num_local=3, flip_rate=0, jitter_rate=0, grey_rate=0, blur_rates=(0, 0, 0),

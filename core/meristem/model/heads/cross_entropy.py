@@ -126,7 +126,7 @@ Differentiated = tuple[Float[Tensor, "m"], Float[Tensor, "m"], Bool[Tensor, "m"]
 def _differentiate_in_kernel(
     logits_mP: Float[Tensor, "m P"], wanted_m: Int[Tensor, "m"], num_classes: int, smoothing: float
 ) -> Differentiated:
-    from meristem.objectives.cross_entropy_kernel import differentiate_rows
+    from meristem.model.heads.cross_entropy_kernel import differentiate_rows
 
     return *differentiate_rows(logits_mP, wanted_m, num_classes, smoothing), logits_mP
 

@@ -9,18 +9,19 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from meristem.data.multi_crop import NUM_GLOBAL, MultiCrop
 from meristem.data.parts import RunData
-from meristem.data.patches import PatchTokenizer
-from meristem.data.pictures import read_pixels
 from meristem.errors import ConfigError
 from meristem.model.config import Learned, TransformerConfig
 from meristem.model.model import Model
+from meristem.model.outputs import Outputs, Wanted
 from meristem.objectives.objective import Objective
 from meristem.objectives.teacher import PrototypeHead, Teacher
-from meristem.objectives.teacher_metrics import TeacherEntropy, UsedEntropy, ViewGap
 from meristem.shapes import Float, Tensor
 from meristem.types import Layout, LossOut, PackedBatch, Record, Term, Tokens
+from meristem_domains.vision.multi_crop import NUM_GLOBAL, MultiCrop
+from meristem_domains.vision.objectives.teacher_metrics import TeacherEntropy, UsedEntropy, ViewGap
+from meristem_domains.vision.patches import PatchTokenizer
+from meristem_domains.vision.pictures import read_pixels
 
 VIEW = "view"
 """Label that says which view of its record a sequence is."""
@@ -173,12 +174,13 @@ class SelfDistillation(Objective):
         teacher, head = _parts(extra)
         teacher.follow(model, head)
 
-    def loss(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
+    def wanted(self, batch: PackedBatch) -> Wanted:
+        return Wanted(is_pooled=True, num_special=self.tokenizers[0].num_special)
+
+    def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
         teacher, head = _parts(extra)
-        num_special, num_views = self.tokenizers[0].num_special, self.crops.num_views
-        hidden = model.trunk(batch)
-        assert model.pool is not None, "bind_model refuses a model without a pool"
-        vectors_SD = model.pool(hidden.final, batch.layout, num_special)
+        num_special, num_views, vectors_SD = self.tokenizers[0].num_special, self.crops.num_views, outputs.pooled
+        assert vectors_SD is not None, "the model was asked for its pool"
         student_NVC = by_record(head(vectors_SD).float(), batch, num_views)
         large = large_views(batch, self.view_lengths[0])
         teacher_NGC = by_record(teacher.scores(large, num_special), large, NUM_GLOBAL)
@@ -191,7 +193,7 @@ class SelfDistillation(Objective):
         if self.spread_weight:
             large_NGD = by_record(vectors_SD.float(), batch, num_views)[:, :NUM_GLOBAL]
             terms[SPREAD] = spread_term(large_NGD, self.spread_weight)
-        return self.with_routers(self._out(terms, nats_NGV.detach(), targets_NGC), hidden)
+        return self._out(terms, nats_NGV.detach(), targets_NGC)
 
     def _out(
         self, terms: Mapping[str, Term], nats_NGV: Float[Tensor, "N G V"], targets_NGC: Float[Tensor, "N G C"]

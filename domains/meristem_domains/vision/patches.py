@@ -6,8 +6,7 @@ like.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,21 +14,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.picture_sizes import CROPS, native_px, resized_px, resized_size
-from meristem.data.pictures import NoPicture, load_pillow, picture_px, pixels_of, read_pixels
-from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
+from meristem.data.tokenizer import Tokenizer, column_bytes
 from meristem.errors import CheckpointError, ConfigError
 from meristem.types import TokenColumn, Tokens
+from meristem_domains.vision.picture_sizes import CROPS, native_px, resized_px, resized_size
+from meristem_domains.vision.pictures import RefusedImage, load_pillow, of_row, picture_px, pixels_of, read_pixels
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-
-
-class RefusedImage(RefusedSymbol):
-    """A payload that is no image, or none that the tokenizer takes."""
-
-    def __init__(self, row: int, reason: str):
-        Exception.__init__(self, reason)
-        self.row, self.offset, self.symbol = row, 0, ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +33,7 @@ class PatchTokenizer(Tokenizer):
         image_px: height and width that every image is brought to; None for native resolution: each keeps its size and
             shape, but for what `max_patches` asks for and sides that are no multiple of a patch (`native_px`).
         patch_px: side of a patch; an image with a shorter side is refused.
-        num_channels: of the images; how encoded ones are brought to it is in `meristem.data.pictures`.
+        num_channels: of the images; how encoded ones are brought to it is in `meristem_domains.vision.pictures`.
         mean: of each channel, subtracted from values between 0 and 1.
         std: of each channel, that the difference is divided by.
         resize_px: height and width that an image is resized to before `image_px` is cut out of its centre, where no
@@ -180,24 +171,29 @@ class PatchTokenizer(Tokenizer):
             resize_px = (round(resize_px[0] * image_px[0] / old[0]), round(resize_px[1] * image_px[1] / old[1]))
         return replace(self, image_px=image_px, resize_px=resize_px)
 
-    def adapted(self, wanted: Tokenizer, asked: Collection[str]) -> Tokenizer:
-        """What the model was trained with, for images of the size and the crop asked for; the rest must stay."""
-        if asked or not isinstance(wanted, PatchTokenizer):
-            super().adapted(wanted, asked)
-        if not asked or not isinstance(wanted, PatchTokenizer):
-            return self
+    def adapted(self, build: Callable[..., Tokenizer], options: Mapping[str, Any]) -> Tokenizer:
+        """This tokenizer for the size and the crop of images that are asked for; all else must be as in the model."""
+        if not isinstance(build(), PatchTokenizer):
+            return super().adapted(build, options)
+        wanted = build(**{"patch_px": self.patch_px, **options})
+        assert isinstance(wanted, PatchTokenizer)
         for name in ("patch_px", "num_channels", "mean", "std", "interpolation"):
-            own, other = getattr(self, name), getattr(wanted, name)
-            if name in asked and own != other:
-                raise ConfigError(f"data.tokenizer.{name} must be {own}, as of model.init_from; got {other}")
-        if "image_px" in asked and wanted.image_px is None:
+            own, got = getattr(self, name), getattr(wanted, name)
+            if name in options and own != got:
+                raise ConfigError(f"tokenizer option {name} must be {own}, as of the model; got {got}")
+        if {"has_class", "num_registers"} & set(options) and len(wanted.prefix) != len(self.prefix):
+            raise ConfigError(
+                f"tokenizer options has_class and num_registers must give {len(self.prefix)} special rows, as of the "
+                f"model; got {len(wanted.prefix)}"
+            )
+        if "image_px" in options and wanted.image_px is None:
             return replace(
                 self, image_px=None, resize_px=None, crop_frac=1.0, crop="squash", max_patches=wanted.max_patches
             )
-        changed = self.of_size(wanted.image_px) if "image_px" in asked and wanted.image_px else self
-        if "crop_frac" in asked:
+        changed = self.of_size(wanted.image_px) if "image_px" in options and wanted.image_px else self
+        if "crop_frac" in options:
             changed = replace(changed, resize_px=None, crop_frac=wanted.crop_frac)
-        return replace(changed, crop=wanted.crop) if "crop" in asked else changed
+        return replace(changed, crop=wanted.crop) if "crop" in options else changed
 
     def encode(self, payload: bytes | np.ndarray) -> Tokens:
         """Encode one image.
@@ -246,7 +242,7 @@ class PatchTokenizer(Tokenizer):
             if self.num_channels > 4:  # pages, which the header does not tell of
                 found[row] = math.prod(self._grid_of_size(self._pixels(encoded, row).shape))
                 continue
-            with _of_row(row):
+            with of_row(row):
                 size = picture_px(encoded)
             self._check_size(size, row)
             found[row] = math.prod(self._grid_of_size(size))
@@ -301,7 +297,7 @@ class PatchTokenizer(Tokenizer):
         if isinstance(payload, np.ndarray):
             pixels = self._values_of(payload, row)
         else:
-            with _of_row(row):
+            with of_row(row):
                 if isinstance(payload, bytes):
                     pixels = read_pixels(payload, self.num_channels)
                 else:
@@ -313,7 +309,9 @@ class PatchTokenizer(Tokenizer):
         if array.ndim == 2 and self.num_channels == 1:
             array = array[..., None]
         if array.ndim != 3 or array.shape[2] != self.num_channels or not array.size:
-            raise RefusedImage(row, f"an image must be [height, width, {self.num_channels}]; got {list(array.shape)}")
+            raise RefusedImage(
+                row, f"an image must be [height, width, {self.num_channels}]; got {list(array.shape)} (several: a list)"
+            )
         if array.dtype == np.uint8:
             return array
         if array.dtype == np.uint16:
@@ -387,12 +385,3 @@ def _payload_of(value: Any, row: int) -> Any:
         return value
     kinds = "a path, encoded bytes, an image of Pillow or an array [height, width, channels]"
     raise RefusedImage(row, f"an image must be {kinds}; got {type(value).__name__}")
-
-
-@contextmanager
-def _of_row(row: int) -> Iterator[None]:
-    """Names the row of a column that is no picture."""
-    try:
-        yield
-    except NoPicture as error:
-        raise RefusedImage(row, str(error)) from error

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meristem.data.pictures import load_pillow
 from meristem.errors import ConfigError
+from meristem_domains.vision.pictures import load_pillow
 
 NUM_GLOBAL = 2
 """Large crops of a picture."""

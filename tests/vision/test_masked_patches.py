@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_objectives import TOKENIZER as RESIDUES
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from meristem.data.pack import pack
 from meristem.data.parts import RunData
-from meristem.data.patches import PatchTokenizer
-from meristem.data.picture_grid import GAP_PX, picture_grid
+from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import (
     Attention,
@@ -27,8 +25,10 @@ from meristem.model.config import (
     TransformerConfig,
 )
 from meristem.model.model import Model
-from meristem.objectives.masked_patches import DECODER, PIXELS, MaskedPatches
 from meristem.types import IGNORE, PackedBatch, Record
+from meristem_domains.vision.objectives.masked_patches import DECODER, PIXELS, MaskedPatches
+from meristem_domains.vision.patches import PatchTokenizer
+from meristem_domains.vision.picture_grid import GAP_PX, picture_grid
 
 SIDE = 16
 PATCH = 4
@@ -71,7 +71,7 @@ def packed(objective, tokenizer: PatchTokenizer, images: list[np.ndarray], seeds
 
 
 def loss_of(objective, model: Model, extra, batch: PackedBatch) -> torch.Tensor:
-    return objective.loss(model, extra, batch).terms[PIXELS].sum
+    return objective.loss_of(model, extra, batch).terms[PIXELS].sum
 
 
 def copy_weights(other: ViTMAEForPreTraining, model: Model, extra: torch.nn.ModuleDict) -> None:
@@ -143,7 +143,7 @@ def test_loss_and_gradients_are_those_of_another_masked_autoencoder(is_normalise
     noise = is_hidden.float() + torch.arange(is_hidden.shape[1]) / 1000
     values = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 * 2 - 1
     out = other(pixel_values=values, noise=noise)
-    term = objective.loss(model, extra, batch).terms[PIXELS]
+    term = objective.loss_of(model, extra, batch).terms[PIXELS]
     ours = term.sum / term.count
     # fp32 sums in another order
     torch.testing.assert_close(ours, out.loss, atol=1e-5, rtol=1e-5)
@@ -225,7 +225,7 @@ def test_packing_pictures_of_any_sizes_does_not_change_their_loss(position, rng)
     sizes = [(PATCH * int(rng.integers(1, 8)), PATCH * int(rng.integers(1, 8))) for _ in range(6)]
     images = pictures(rng, sizes)
     batch = packed(objective, NATIVE, images)
-    term = objective.loss(model, extra, batch).terms[PIXELS]
+    term = objective.loss_of(model, extra, batch).terms[PIXELS]
     alone = [
         loss_of(objective, model, extra, packed(objective, NATIVE, [image], [seed]))
         for seed, image in enumerate(images)
@@ -238,7 +238,7 @@ def test_packing_pictures_of_any_sizes_does_not_change_their_loss(position, rng)
 def test_counts_of_expert_layers_are_those_of_what_the_trunk_read(rng):
     objective, model, extra = made(replace(CONFIG, experts=Experts(count=3, balance_weight=0.1, z_weight=0.1)))
     batch = packed(objective, FIXED, pictures(rng, [(SIDE, SIDE)] * 4))
-    terms = objective.loss(model, extra, batch).terms
+    terms = objective.loss_of(model, extra, batch).terms
     assert {name: float(term.count) for name, term in terms.items()} == objective.counts(batch)
     assert len(terms) == 3
 
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ConfigError, match=next(iter(options))):
             MaskedPatches(**options)
     with pytest.raises(ConfigError, match="domain of pictures"):
-        MaskedPatches().bind(RunData(RESIDUES))
+        MaskedPatches().bind(RunData(AlphabetTokenizer(("A", "B"))))
     with pytest.raises(ConfigError, match="patch_features"):
         MaskedPatches().bind_model(replace(CONFIG, embedding=Embedding(vocab_size=3)))
     with pytest.raises(ConfigError, match="one stack"):
@@ -260,7 +260,7 @@ def test_the_reconstruction_shows_the_picture_what_is_seen_and_what_is_painted(i
     objective, model, extra = made(tokenizer=NATIVE, is_normalised=is_normalised)
     images = pictures(rng, [(16, 24), (8, 28)])
     batch = packed(objective, NATIVE, images)
-    wanted = objective._wanted(batch)
+    wanted = objective._values(batch)
     monkeypatch.setattr(extra[DECODER], "forward", lambda *_: wanted)  # a decoder that knows it all
     sheet = objective.pictures(model, extra, batch)["reconstruction"]
     assert sheet.dtype == np.uint8

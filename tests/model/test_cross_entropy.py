@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from meristem.objectives import cross_entropy
-from meristem.objectives.cross_entropy import linear_cross_entropy
+from meristem.model.heads import cross_entropy
+from meristem.model.heads.cross_entropy import linear_cross_entropy
 
 M, D, C = 23, 8, 37
 
@@ -127,7 +127,7 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(kind):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from meristem.objectives.cross_entropy_kernel import BLOCK, _differentiate_row
+    from meristem.model.heads.cross_entropy_kernel import BLOCK, _differentiate_row
 
     pointers = {"logits": kind, "wanted": "*i64", "losses": "*fp32", "nats": "*fp32", "hits": "*i1"}
     numbers = {"width": "i32", "num_classes": "i32", "smoothing": "fp32", "block": "constexpr"}

@@ -1,0 +1,60 @@
+"""The head that predicts contacts from attention maps."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from meristem.model.config import TransformerConfig
+from meristem.model.heads.head import Head
+from meristem.model.init import init_weights
+from meristem.model.outputs import HeadRequest
+from meristem.shapes import Float, Tensor
+from meristem.types import Hidden, PackedBatch
+
+
+class ContactHead(Head):
+    """Contacts of a sequence from its attention maps: a logistic regression on all layers and heads.
+
+    Rao 2020 (doi 10.1101/2020.12.15.422761): maps are symmetrised, corrected for the average product
+    (Dunn 2008), and weighed by one coefficient a map. Its outputs are the logits of contact between the tokens of each
+    payload: one map `[n, n]` for each sequence.
+    """
+
+    needs_attentions = True
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.regression = nn.Linear(config.num_layers * config.attention.num_heads, 1)
+        init_weights(self, config.init, config.num_layers)
+
+    def forward(self, hidden: Hidden, batch: PackedBatch, request: HeadRequest) -> list[Float[Tensor, "n n"]]:
+        return [self._logits(maps) for maps in payload_maps(hidden, request.num_special)]
+
+    def _logits(self, maps: Sequence[Float[Tensor, "H n n"]]) -> Float[Tensor, "n n"]:
+        """Of one sequence, layer by layer, so that only the maps themselves are held for all of them."""
+        weights_LH = self.regression.weight.view(len(maps), -1)
+        logits_nn: Tensor = self.regression.bias
+        for weights_H, maps_Hnn in zip(weights_LH, maps):
+            maps_Hnn = maps_Hnn.to(weights_H.dtype)  # of a trunk in another precision
+            corrected_Hnn = correct_average_product(maps_Hnn + maps_Hnn.transpose(1, 2))
+            logits_nn = logits_nn + torch.einsum("h,hmn->mn", weights_H, corrected_Hnn)
+        return logits_nn
+
+
+def payload_maps(hidden: Hidden, num_special: tuple[int, int]) -> list[list[Float[Tensor, "H n n"]]]:
+    """Attention between the tokens of each payload: by sequence, the maps of each layer kept."""
+    before, behind = num_special
+    inner = [slice(before, length - behind) for length in hidden.layout.lengths]
+    return [
+        [hidden.attentions[layer][index][:, rows, rows] for layer in sorted(hidden.attentions)]
+        for index, rows in enumerate(inner)
+    ]
+
+
+def correct_average_product(maps: Float[Tensor, "X n n"]) -> Float[Tensor, "X n n"]:
+    """Take the background of each row and column from symmetric maps (APC; Dunn 2008, eq. 3)."""
+    rows_Xn1, columns_X1n = maps.sum(-1, keepdim=True), maps.sum(-2, keepdim=True)
+    # maps of nothing but zeros stay so
+    total_X11 = maps.sum((-1, -2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+    return maps - rows_Xn1 * columns_X1n / total_X11

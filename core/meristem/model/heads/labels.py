@@ -1,0 +1,106 @@
+"""The head that predicts a label of records or of tokens."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from meristem.errors import ConfigError
+from meristem.model.config import Prefix, TransformerConfig
+from meristem.model.embed import EmbeddingLayer
+from meristem.model.heads.head import Head
+from meristem.model.init import init_weights
+from meristem.model.outputs import HeadRequest
+from meristem.model.pool import PoolLayer, build_pool
+from meristem.model.readout import Readout
+from meristem.shapes import Float, Tensor
+from meristem.types import Hidden, PackedBatch
+
+ROWS_MULTIPLE = 16
+"""Rows are filled up to a multiple of this where outputs must round alike. On a CPU a map onto one output (a value)
+rounds the last few rows otherwise when their number is no multiple of 4, so a prediction would depend on how many are
+made at once."""
+
+
+class LabelHead(Head):
+    """Predicts what a `Readout` says, from one vector a record or from each row.
+
+    Its outputs are logits or scaled values: `[S, C]` of records, `[T, C]` of tokens.
+
+    Attributes:
+        pool: how rows become vectors; None at token level, and where the model's own pool does it.
+    """
+
+    def __init__(self, config: TransformerConfig, readout: Readout):
+        super().__init__()
+        self.readout = readout
+        is_pooled = readout.level == "record"
+        pool = readout.pool if is_pooled else None
+        self.pool = None if pool is None else build_pool(pool, config)
+        own = config.pool if is_pooled and pool is None else None
+        width = config.width
+        if is_pooled and isinstance(pool or own, Prefix):
+            width = PoolLayer(pool or own, width).width  # type: ignore[arg-type]
+        self.standardise = Standardise(width) if readout.is_standardised else None
+        self.hidden = nn.Linear(width, readout.hidden_width) if readout.hidden_width else None
+        self.dropout = nn.Dropout(readout.dropout)
+        self.out = nn.Linear(readout.hidden_width or width, readout.num_outputs)
+        init_weights(self, config.init, config.num_layers)
+
+    def tie(self, embedding: EmbeddingLayer, pool: PoolLayer | None) -> None:
+        if self.readout.level == "record" and self.pool is None:
+            if pool is None:
+                raise ConfigError(
+                    f"label {self.readout.name!r} takes the model's own pool (pool: null), and it has none"
+                )
+            self.shared = (pool,)
+
+    @property
+    def num_first(self) -> int | None:
+        pool = self._pool
+        return None if pool is None else pool.num_first
+
+    @property
+    def _pool(self) -> PoolLayer | None:
+        """What makes one vector of a record's rows; None at token level."""
+        pool = self.shared[0] if self.shared else self.pool
+        assert pool is None or isinstance(pool, PoolLayer)
+        return pool
+
+    def forward(self, hidden: Hidden, batch: PackedBatch, request: HeadRequest) -> Float[Tensor, "R C"]:
+        assert request.targets is None, "a head of labels gives no loss"
+        assert request.rows is None, "a head of labels gives all its outputs"
+        pool = self._pool
+        rows = hidden.final if pool is None else pool(hidden.final, hidden.layout, request.num_special)
+        num_rows = len(rows)
+        rows = rows.to(next((one.dtype for one in self.parameters()), rows.dtype))
+        if request.rounds_alike:
+            rows = F.pad(rows, (0, 0, 0, -num_rows % ROWS_MULTIPLE))
+        if self.standardise is not None:
+            rows = self.standardise(rows)
+        if self.hidden is not None:
+            rows = F.gelu(self.hidden(rows))
+        outputs: Tensor = self.out(self.dropout(rows))
+        return outputs[:num_rows]
+
+
+class Standardise(nn.Module):
+    """Batch normalisation without its affine part, as linear probes have it (He 2022, arXiv 2111.06377).
+
+    For records that differ little, such as the mutants of one protein: their pooled vectors share almost
+    everything, and a head would first have to amplify what they do not share. In training the figures are
+    those of the pack, and running ones where a pack holds one record; in evaluation always the running ones.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.1):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("var", torch.ones(width))
+
+    def forward(self, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
+        uses_pack = self.training and len(rows) > 1
+        # differences between mutants are small against the vectors: eps must be smaller still
+        return F.batch_norm(rows, self.mean, self.var, None, None, uses_pack, self.momentum, eps=1e-10)

@@ -1,0 +1,1 @@
+"""Objectives that train on pictures: masked patches and self-distillation."""
