@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import EsmConfig, EsmModel
 
 from meristem.data.order import plan_in_order
-from meristem.data.records import ReadOptions, Source
+from meristem.data.records import PAYLOAD, ReadOptions, Source
 from meristem.domain import load_domain
 from meristem.inference.engine import PRECISIONS, Embedder
 from meristem.inference.job import Engine
@@ -194,8 +194,8 @@ def proteins(options: Options, count: int) -> tuple[TokenColumn, str]:
     path = options.data("protein/uniref90_sample.fasta")
     payloads = [
         payload
-        for batch in domain.read(Source(str(path or domain.sample)), ReadOptions())
-        for payload in batch.column("payload").to_pylist()
+        for batch in domain.reader.read(Source(str(path or domain.sample)), ReadOptions())
+        for payload in batch.column(PAYLOAD).to_pylist()
         if len(payload) <= MAX_RESIDUES
     ]
     drawn = np.random.default_rng(0).permutation(len(payloads))[:count]

@@ -30,7 +30,7 @@ from transformers import EsmTokenizer
 from meristem.api import read_embeddings
 from meristem.data.loader import TrainLoader
 from meristem.data.parts import RunData
-from meristem.data.records import ReadOptions, Source
+from meristem.data.records import PAYLOAD, ReadOptions, Source
 from meristem.data.store import RecordStore
 from meristem.domain import load_domain
 from meristem.inference.chunks import ChunkReader
@@ -139,7 +139,7 @@ def slow_tokenizing(proteins: list[tuple[str, str]], size_mb: float, folder: Pat
 def loading(path: Path, folder: Path, options: Options) -> Finding:
     """Stored records to masked packs, and what the smallest model makes of the same packs."""
     num_packs = 2 if options.is_quick else 4
-    store = RecordStore.build(DOMAIN.read, [Source(str(path))], ReadOptions(), name=DOMAIN.name, cache_dir=folder)
+    store = RecordStore.build(DOMAIN.reader, [Source(str(path))], ReadOptions(), name=DOMAIN.name, cache_dir=folder)
     objective = Masked()
     objective.bind(RunData(TOKENIZER))
     loader = TrainLoader(
@@ -260,17 +260,17 @@ def write(path: Path, proteins: list[tuple[str, str]], size_mb: float, line_resi
 
 
 def count_of(path: Path) -> str:
-    batches = DOMAIN.read(Source(str(path)), ReadOptions())
+    batches = DOMAIN.reader.read(Source(str(path)), ReadOptions())
     return f"{sum(batch.num_rows for batch in batches):,} records, {path.stat().st_size / 1e6:,.0f} MB on disk"
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, str]]:
-    for batch in DOMAIN.read(Source(str(path)), ReadOptions()):
-        yield from zip(batch.column("id").to_pylist(), batch.column("payload").to_pylist())
+    for batch in DOMAIN.reader.read(Source(str(path)), ReadOptions()):
+        yield from zip(batch.column("id").to_pylist(), batch.column(PAYLOAD).to_pylist())
 
 
 def read_columns(path: Path) -> int:
-    return sum(batch.num_rows for batch in DOMAIN.read(Source(str(path)), ReadOptions()))
+    return sum(batch.num_rows for batch in DOMAIN.reader.read(Source(str(path)), ReadOptions()))
 
 
 def count_tokens(way: Callable[[Path], Iterator[np.ndarray]], path: Path) -> int:
@@ -279,8 +279,8 @@ def count_tokens(way: Callable[[Path], Iterator[np.ndarray]], path: Path) -> int
 
 
 def read_tokens(path: Path) -> Iterator[np.ndarray]:
-    for batch in DOMAIN.read(Source(str(path)), ReadOptions()):
-        yield TOKENIZER.encode_column(batch.column("payload")).ids
+    for batch in DOMAIN.reader.read(Source(str(path)), ReadOptions()):
+        yield TOKENIZER.encode_column(batch.column(PAYLOAD)).ids
 
 
 def read_chunks(path: Path) -> Iterator[np.ndarray]:

@@ -144,7 +144,7 @@ def packed(
     """
     rng = np.random.default_rng(0)
     prepared = [
-        objective.prepare(Record("", b"", one), (tokens,), rng)[0]
+        objective.prepare(Record.of("", b"", one), (tokens,), rng)[0]
         for tokens, one in zip(sequences, labels or [{}] * len(sequences), strict=True)
     ]
     batch = pack(prepared, range(len(prepared)))

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from meristem.data.order import plan_epoch
-from meristem.data.records import ReadOptions, Source
+from meristem.data.records import PAYLOAD, ReadOptions, Source
 from meristem.domain import load_domain
 from meristem.interop.families.gpt2 import TABLE
 from meristem.model.config import Init, TransformerConfig
@@ -188,8 +188,8 @@ def natural_lengths(options: Options, context: int) -> Iterator[tuple[str, np.nd
     domain = load_domain("protein")
     residues = [
         len(payload)
-        for batch in domain.read(Source(str(proteins or domain.sample)), ReadOptions())
-        for payload in batch.column("payload").to_pylist()
+        for batch in domain.reader.read(Source(str(proteins or domain.sample)), ReadOptions())
+        for payload in batch.column(PAYLOAD).to_pylist()
         if len(payload) <= limit
     ]
     yield f"proteins of {proteins.name if proteins else 'the bundled sample'}", _drawn(residues, limit), limit

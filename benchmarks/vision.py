@@ -256,7 +256,7 @@ def cast(pictures: Pictures, dtype: torch.dtype) -> Pictures:
 def our_step(architecture: TransformerConfig, tokenizer: PatchTokenizer, pool: str, options: Options) -> OurStep:
     """Our step of a classifier of pictures, with its first weights."""
     objective = Supervised([Target(name=LABEL, pool=pool)])  # type: ignore[arg-type]
-    records = [Record("", b"", {LABEL: name}) for name in class_names(options)]
+    records = [Record.of("", b"", {LABEL: name}) for name in class_names(options)]
     objective.bind(RunData(tokenizer, {"train": Part.of(records)}))
     objective.bind_model(architecture)
     return OurStep(Task(architecture, objective, OPTIMIZER), options)

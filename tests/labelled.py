@@ -11,7 +11,7 @@ def records_of(payloads: list[str] | None = None, start: int = 2, **columns: lis
     columns = {name: [*values, *[None] * (count - len(values))] for name, values in columns.items()}
     payloads = payloads or ["M"] * count
     return [
-        Record(
+        Record.of(
             f"r{row}",
             payloads[row],
             {name: values[row] for name, values in columns.items() if values[row] is not None},

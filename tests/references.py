@@ -102,7 +102,7 @@ class PlainIds(Tokenizer):
     def encode(self, payload: Any) -> Tokens:
         assert not payload, "payloads of plain ids are drawn, not read"
         ids = np.array([*self.prefix, *self.suffix], np.int64)
-        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids)
+        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, is_special=np.ones(len(ids), bool))
 
     def encode_column(self, payloads: pa.Array) -> TokenColumn:
         raise NotImplementedError

@@ -118,5 +118,5 @@ def test_an_unknown_option_of_embed_is_an_error(tmp_path: Path, model_directory:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="must be a run directory"):
+    with pytest.raises(CheckpointError, match="must be the directory of a run"):
         meristem.load(tmp_path)

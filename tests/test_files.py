@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from meristem.errors import CheckpointError, DataError
-from meristem.files import TEMPORARY, read_json, replacing, write_file, write_json
+from meristem.files import TEMPORARY, read_json, replacing, replacing_folder, write_file, write_json
 
 
 def test_a_file_is_replaced_only_when_the_block_ends_well(tmp_path):
@@ -28,6 +28,34 @@ def test_a_file_is_replaced_only_when_the_block_ends_well(tmp_path):
         temporary.write_bytes(b"new")
     assert path.read_bytes() == b"new"
     assert [item.name for item in tmp_path.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("was_there", [True, False])
+def test_a_folder_is_replaced_only_when_the_block_ends_well(tmp_path, was_there):
+    path = tmp_path / "above" / "folder"
+    if was_there:
+        path.mkdir(parents=True)
+        (path / "old").write_bytes(b"old")
+
+    def fail() -> None:
+        with replacing_folder(path) as temporary:
+            (temporary / "half").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [item.name for item in path.parent.rglob("*")] == (["folder", "old"] if was_there else [])
+    (path.parent / "folder.part").mkdir()  # as a killed writer leaves it
+    (path.parent / "folder.part/rest").write_bytes(b"rest")
+    old = os.umask(0o027)
+    try:
+        with replacing_folder(path) as temporary:
+            (temporary / "new").write_bytes(b"new")
+            (temporary / "new").chmod(0o600)
+    finally:
+        os.umask(old)
+    assert [item.name for item in path.parent.rglob("*")] == ["folder", "new"]
+    assert stat.S_IMODE((path / "new").stat().st_mode) == 0o640
 
 
 def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):

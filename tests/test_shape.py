@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from meristem.data.pack import pack, pack_column
 from meristem.data.parts import Part, RunData
-from meristem.data.records import SCHEMA, ReadOptions, Source, record_at
+from meristem.data.reading.reader import Reader
+from meristem.data.records import PAYLOAD, ReadOptions, Source, batch_of, record_at
 from meristem.data.tokenizer import Tokenizer
 from meristem.domain import Domain
 from meristem.inference.dedupe import Seen
@@ -56,11 +57,17 @@ class DigitTokenizer(Tokenizer):
             offsets=np.arange(count + 1) * length,
             features=features.reshape(count * length, -1),
             positions=np.tile(places, (count, 1)),
+            is_special=np.tile(np.arange(length) == 0, count),
         )
 
     def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
         rows = slice(column.offsets[row], column.offsets[row + 1])
-        return Tokens(positions=column.positions[rows], ids=column.ids[rows], features=column.features[rows])
+        return Tokens(
+            positions=column.positions[rows],
+            ids=column.ids[rows],
+            features=column.features[rows],
+            is_special=column.is_special[rows],
+        )
 
     def decode(self, tokens: Tokens) -> bytes:
         patches = (tokens.features[1:] * 16).astype(np.uint8).reshape(GRID, GRID, PATCH, PATCH)
@@ -74,14 +81,12 @@ class DigitTokenizer(Tokenizer):
         return cls()
 
 
-def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
-    digits = load_digits()
-    payloads = [image.astype(np.uint8).tobytes() for image in digits.images]
-    ids = [str(i) for i in range(len(payloads))]
-    files = pa.array([source.name] * len(ids)).dictionary_encode()
-    columns = [pa.array(ids), pa.array(payloads, pa.large_binary()), files, pa.array(range(1, len(ids) + 1))]
-    labels = pa.array(digits.target)
-    yield pa.RecordBatch.from_arrays([*columns, labels], names=[*SCHEMA.names, "label:digit"])
+class DigitReader(Reader):
+    def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+        digits = load_digits()
+        payloads = pa.array([image.astype(np.uint8).tobytes() for image in digits.images], pa.large_binary())
+        ids, lines = pa.array([str(i) for i in range(len(payloads))]), range(1, len(payloads) + 1)
+        yield batch_of(ids, payloads, source.name, lines, {"label:digit": pa.array(digits.target)})
 
 
 TINY = TransformerConfig(
@@ -92,14 +97,14 @@ TINY = TransformerConfig(
     attention=Attention(num_heads=4),
     feedforward=FeedForward(width=64),
 )
-domain = Domain("digits", read, DigitTokenizer, {"tiny": TINY}, Path("digits"))
+domain = Domain("digits", DigitReader(), DigitTokenizer, {"tiny": TINY}, Path("digits"))
 
 # ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def batch_of_records() -> pa.RecordBatch:
-    [batch] = domain.read(Source("digits"), ReadOptions(label_columns=("digit",)))
+    [batch] = domain.reader.read(Source("digits"), ReadOptions(label_columns=("digit",)))
     return batch
 
 
@@ -158,7 +163,7 @@ def test_blank_images_teach_nothing(
 
 def test_a_column_of_images_packs_as_its_tokens_do(batch_of_records: pa.RecordBatch, rng: np.random.Generator) -> None:
     tokenizer = domain.tokenizer()
-    payloads = batch_of_records.column("payload").slice(0, 30)
+    payloads = batch_of_records.column(PAYLOAD).slice(0, 30)
     column = tokenizer.encode_column(payloads)
     rows = rng.permutation(30)[:11]
     by_column = pack_column(column, rows, rows.tolist())
@@ -171,7 +176,7 @@ def test_a_column_of_images_packs_as_its_tokens_do(batch_of_records: pa.RecordBa
 
 def test_an_embedding_of_an_image_does_not_depend_on_its_batch_mates(batch_of_records: pa.RecordBatch) -> None:
     tokenizer = domain.tokenizer()
-    column = tokenizer.encode_column(batch_of_records.column("payload").slice(0, 12))
+    column = tokenizer.encode_column(batch_of_records.column(PAYLOAD).slice(0, 12))
     model = Model(TINY)
     rows = {}
     for budget in (17, 17 * 5, 10_000):
@@ -188,7 +193,7 @@ def test_an_embedding_of_an_image_does_not_depend_on_its_batch_mates(batch_of_re
 
 def test_images_that_differ_are_never_taken_for_equal(batch_of_records: pa.RecordBatch) -> None:
     """All images have the same symbols; their patches tell them apart."""
-    payloads = batch_of_records.column("payload").slice(0, 9).to_pylist()
+    payloads = batch_of_records.column(PAYLOAD).slice(0, 9).to_pylist()
     column = domain.tokenizer().encode_column(pa.array([*payloads, payloads[3]], pa.large_binary()))
     sources = Seen().look_up(0, column)
     assert sources.rows.tolist() == [*range(9), 3]

@@ -127,7 +127,7 @@ def main() -> None:
     baseline, column = BASELINES[args.task]
     domain = load_domain("protein")
     options = ReadOptions(label_columns=(column,) if column else ())
-    store = RecordStore.build(domain.read, [Source(args.source)], options, name=domain.name)
+    store = RecordStore.build(domain.reader, [Source(args.source)], options, name=domain.name)
     # in the order of the data module: a hash falls into one share after another
     fractions = {"validation": args.validation, "test": args.test, "train": 1 - args.validation - args.test}
     split = {"hash": split_by_hash, "similarity": split_by_similarity}[args.method]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from meristem.data.records import ReadOptions
+from meristem.data.records import ReadOptions, columns_of
 from meristem.data.tokenizer import RefusedSymbol
 from meristem.errors import ConfigError, DataError
 from meristem.generation.text import Generator, check_options
@@ -17,11 +17,11 @@ from meristem.inference.formats import Embeddings, read_embeddings
 from meristem.inference.predictor import Prediction, Predictor
 from meristem.inference.run import Report
 from meristem.model.model import Model
-from meristem.model_directory import ModelCard, load_any, with_tokenizer_options
+from meristem.model_directory import ModelCard, load_any
 from meristem.types import TokenColumn
 
-IMAGES_AHEAD = 256
-"""Images that are held in memory at once."""
+FILES_AHEAD = 256
+"""Payloads other than texts that are held in memory at once."""
 
 __all__ = ["Embeddings", "LoadedModel", "embed", "generate", "load", "read_embeddings"]
 
@@ -48,8 +48,8 @@ class LoadedModel:
         """Vectors of sequences, in their order.
 
         Args:
-            sequences: texts; for a model of images: paths, encoded images, images of Pillow or arrays
-                `[height, width, channels]` of bytes, or of floats between 0 and 1.
+            sequences: payloads, as the tokenizer of the model's domain takes them from a program
+                (`Tokenizer.encode_values`): texts, or paths, encoded files and arrays.
             pool: mean, cls, max, own (the model's); `none` for one vector a token; None for own, else mean.
             layer: 0 is the embedding, -1 the last.
 
@@ -62,7 +62,6 @@ class LoadedModel:
 
         Example:
             >>> meristem.load("runs/sample").embed(["MKTAYIAKQR", "GSHMLEDP"]).shape
-            >>> meristem.load("runs/vit").embed(["a.jpg", np.zeros((224, 224, 3), np.uint8)]).shape
         """
         pool = default_pool(self.card) if pool is None else pool
         embedder = Embedder(self._trunk(layer, tokens_per_batch, precision), pool)
@@ -139,15 +138,13 @@ class LoadedModel:
         for kind, name in one.items():
             if isinstance(sequences, kind):
                 raise ConfigError(f"sequences must be a list; got {name}: put it in a list")
-        if isinstance(sequences, np.ndarray) and sequences.ndim == 3:
-            raise ConfigError("images must be a list, or an array [count, height, width, channels]; got one of 3 axes")
         held: list[Any] = []
         first = size = 0
         for sequence in sequences:
             if isinstance(sequence, str | bytes) and not sequence:
                 raise DataError(f"sequence {first + len(held)}: empty")
             held.append(sequence)
-            size += len(sequence) if isinstance(sequence, str) else CHUNK_SYMBOLS // IMAGES_AHEAD
+            size += len(sequence) if isinstance(sequence, str) else CHUNK_SYMBOLS // FILES_AHEAD
             if len(held) == CHUNK_RECORDS or size >= CHUNK_SYMBOLS:
                 yield first, self._encode(first, held)
                 first, held, size = first + len(held), [], 0
@@ -189,10 +186,9 @@ def load(path: Path | str, device: str | None = None, tokenizer: Mapping[str, An
 
     Example:
         >>> model = meristem.load("runs/sample")
-        >>> model = meristem.load("runs/vit", tokenizer={"image_px": (384, 384)})
+        >>> model = meristem.load("runs/sample", tokenizer={"nonstandard": "x"})
     """
-    card, model = with_tokenizer_options(*load_any(path), tokenizer or {})
-    return LoadedModel(card, model, device or best_device())
+    return LoadedModel(*load_any(path, tokenizer), device or best_device())
 
 
 def generate(model: Path | str, prompts: Iterable[str], **options: Any) -> "list[str] | list[list[str]]":
@@ -213,7 +209,7 @@ def embed(
     output: Path | str,
     *,
     on_error: str = "refuse",
-    sequence_column: str = "",
+    column: "str | Mapping[str, str]" = "",
     id_column: str = "",
     report: Report | None = None,
     **options: Any,
@@ -224,7 +220,7 @@ def embed(
         inputs: one file or several; `-` is standard input.
         output: a directory; a run that was stopped there goes on.
         on_error: refuse, or skip records that cannot be used.
-        sequence_column: column of a table that holds the sequences.
+        column: column of a table that holds the payloads, or a mapping of inputs to columns.
         id_column: column of a table that holds the ids.
         options: fields of `meristem.inference.embed.EmbedOptions`: pool, layer, format, precision ...
 
@@ -232,7 +228,7 @@ def embed(
         UserError: as the command would.
 
     Example:
-        >>> meristem.embed("runs/sample", "proteins.fasta", "vectors", pool="mean")["records"]
+        >>> meristem.embed("runs/sample", "records.csv", "vectors", pool="mean")["records"]
     """
     if on_error not in ("refuse", "skip"):
         raise ConfigError(f"on_error must be refuse or skip; got {on_error!r}")
@@ -240,7 +236,7 @@ def embed(
     try:
         chosen = EmbedOptions(
             is_skipping=on_error == "skip",
-            read=ReadOptions(payload_column=sequence_column, id_column=id_column),
+            read=ReadOptions(columns_of(column), id_column=id_column),
             **options,
         )
     except TypeError as error:

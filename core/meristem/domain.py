@@ -5,20 +5,18 @@ A domain is one folder and one value: a `Domain`. It is found through the entry-
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from meristem.data.records import ReadOptions, Source
-from meristem.data.store import Files
+from meristem.data.reading.reader import Reader
 from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
+from meristem.objectives.masked import Masked
 from meristem.objectives.objective import Objective
 from meristem.registry import find, installed
 from meristem.scoring.scorer import Scorer
@@ -32,30 +30,24 @@ class Domain:
 
     Attributes:
         name: as `--domain` and configs say it.
-        read: from a source to Arrow record batches (`meristem.data.records.SCHEMA` and label columns).
-            It checks what it reads and refuses what is no record, by file and line.
+        reader: turns files into record batches.
         tokenizer: makes the tokenizer; its keyword arguments are the domain's tokenizer options.
         presets: architectures by name.
         sample: a small file of real records that ships with the domain.
-        objectives: what core has not; core's own are there for all.
-        metrics: torchmetrics that core has not, by name.
-        sample_tokenizer: options of the tokenizer that suit the sample.
-        files: gives the files that a source names beside itself, such as those in a folder; None where a source is one
-            file. A change in one of them is a change of the source.
+        sample_options: the part `data` of a config that suits the sample, but for `domain` and `sources`.
+        sample_objective: makes an objective that a model can be trained for on the sample.
         augment: makes the views that training takes of a record, of the tokenizer and the options of `data.augment`;
             None for a domain that has none.
         scorers: ways of scoring records that core has not, by the names that `meristem score --scorer` takes.
     """
 
     name: str
-    read: Callable[[Source, ReadOptions], Iterator[pa.RecordBatch]]
+    reader: Reader
     tokenizer: Callable[..., Tokenizer]
     presets: Mapping[str, TransformerConfig]
     sample: Path
-    objectives: Mapping[str, type[Objective]] = field(default_factory=dict)
-    metrics: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    sample_tokenizer: Mapping[str, Any] = field(default_factory=dict)
-    files: Files | None = None
+    sample_options: Mapping[str, Any] = field(default_factory=dict)
+    sample_objective: Callable[[], Objective] = Masked
     augment: Callable[..., Views] | None = None
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
 
@@ -75,7 +67,7 @@ class Domain:
 
 
 def load_domain(name: str) -> Domain:
-    """The installed domain of that name, or the one at a dotted path.
+    """The domain that a user asks for: an installed one by its name, or the one at a dotted path.
 
     A dotted path names a module with an attribute `domain`, or that attribute itself
     (`my_lab.rna` or `my_lab.rna:domain`). It is imported, so it is code that you trust.
@@ -85,18 +77,43 @@ def load_domain(name: str) -> Domain:
     """
     points = installed(GROUP)
     if name in points:
-        found = find(GROUP, name)
-    elif "." in name or ":" in name:
-        module_name, _, attribute = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module_name), attribute or "domain")
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"domain {name!r} cannot be imported: {error}") from error
-    else:
+        return _checked(find(GROUP, name), name)
+    if not ("." in name or ":" in name):
         known = ", ".join(points) or "none"
         raise ConfigError(
             f"domain must be installed or a dotted path; got {name!r}; installed: {known} (meristem domains list)"
         )
+    module_name, _, attribute = name.partition(":")
+    try:
+        return _checked(getattr(importlib.import_module(module_name), attribute or "domain"), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"domain {name!r} cannot be imported: {error}") from error
+
+
+def domain_of_model(asked: str, named: str) -> Domain:
+    """The domain that reads the inputs of a model.
+
+    Args:
+        asked: by the user, as `load_domain` takes it; empty for the model's own.
+        named: by the model directory. Only an installed domain is found by it: a directory never names what is
+            imported.
+
+    Raises:
+        ConfigError: no such domain, or neither names one.
+    """
+    if asked:
+        return load_domain(asked)
+    if not named:
+        raise ConfigError("the model names no domain; say which one reads its inputs (--domain)")
+    try:
+        return _checked(find(GROUP, named), named)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; the model was trained with it: install it, or say another with --domain"
+        ) from error
+
+
+def _checked(found: Any, name: str) -> Domain:
     if not isinstance(found, Domain):
         raise ConfigError(f"domain {name!r} must be a meristem.domain.Domain; got {type(found).__name__}")
     return found

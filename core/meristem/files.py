@@ -1,7 +1,8 @@
-"""Files that are written as a whole or not at all, and JSON objects that are read strictly."""
+"""Files and folders that are written as a whole or not at all, and JSON objects that are read strictly."""
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,30 @@ def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a new temporary folder for files; it takes the place of `path` when the block ends without an error.
+
+    Its files are on the disk before it is renamed. After an error it is removed, and `path` stays as it was.
+    """
+    part, old = (path.with_name(path.name + ending) for ending in (".part", ".old"))
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for file in part.iterdir():
+            file.chmod(0o666 & ~_umask())  # safetensors lets nobody else read what it writes
+            _sync(file)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    if path.exists():
+        path.rename(old)
+    part.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_file(path: Path, content: bytes, folder: Path | None = None) -> None:

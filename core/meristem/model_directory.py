@@ -7,8 +7,6 @@ another shape is an error that lists them.
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from meristem.data.tokenizer import Tokenizer
+from meristem.domain import domain_of_model
 from meristem.errors import CheckpointError, ConfigError
+from meristem.files import replacing_folder
 from meristem.interop.directory import Imported, read_config_file, read_directory
 from meristem.interop.weights import read_safetensors, refuse_tensors
 from meristem.model.config import TransformerConfig
@@ -67,28 +67,15 @@ def save_model(path: Path | str, card: ModelCard, model: Model) -> None:
     path = Path(path)
     if path.exists() and any(path.iterdir()) and not (path / CONFIG).exists():
         raise CheckpointError(f"{path} must be new, empty or a model directory; it holds something else")
-    part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-        _write_json(part / TOKENIZER, {"kind": card.tokenizer.kind, **card.tokenizer.to_json()})
-        (part / README).write_text(_readme(card, model), encoding="utf-8")
-        _write_json(part / CONFIG, card_to_json(card))
-        # safetensors lets nobody else read what it writes; the rest obeys the user's umask
-        shutil.copymode(part / CONFIG, part / WEIGHTS)
-        for file in part.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+        with replacing_folder(path) as part:
+            tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+            save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+            _write_json(part / TOKENIZER, {"kind": card.tokenizer.kind, **card.tokenizer.to_json()})
+            (part / README).write_text(_readme(card, model), encoding="utf-8")
+            _write_json(part / CONFIG, card_to_json(card))
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
-    if path.exists():
-        path.rename(old)
-    part.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_card(path: Path | str) -> ModelCard:
@@ -169,14 +156,19 @@ def find_model(path: Path | str) -> Path:
     raise CheckpointError(f"{path} must be the directory of a run, a model or another library ({known}); got {got}")
 
 
-def load_any(path: Path | str) -> tuple[ModelCard, Model]:
+def load_any(path: Path | str, tokenizer: Mapping[str, Any] | None = None) -> tuple[ModelCard, Model]:
     """Read a run directory, a model directory or one of another library, strictly.
+
+    Args:
+        tokenizer: options of the domain's tokenizer that are to differ from the model's.
 
     Raises:
         CheckpointError: as `load_model`, or of no supported family.
+        ConfigError: as `with_tokenizer_options`.
     """
     place = find_model(path)
-    return load_model(place) if is_own(place) else import_model(place)[:2]
+    card, model = load_model(place) if is_own(place) else import_model(place)[:2]
+    return with_tokenizer_options(card, model, tokenizer or {})
 
 
 def with_tokenizer_options(card: ModelCard, model: Model, options: Mapping[str, Any]) -> tuple[ModelCard, Model]:
@@ -192,7 +184,7 @@ def with_tokenizer_options(card: ModelCard, model: Model, options: Mapping[str, 
     """
     if not options:
         return card, model
-    tokenizer = card.tokenizer.adapted(find("meristem.domains", card.domain).build_tokenizer, options)
+    tokenizer = card.tokenizer.adapted(domain_of_model("", card.domain).build_tokenizer, options)
     changed = replace(card, tokenizer=tokenizer, architecture=with_grid(card.architecture, tokenizer.grid))
     with without_weights():
         other = changed.build()

@@ -3,7 +3,7 @@
 A package lists a piece in its own `pyproject.toml`, and nothing else is needed for Meristem to know it:
 
     [project.entry-points."meristem.tokenizers"]
-    codons = "lab_rna.codons:CodonTokenizer"
+    syllables = "lab_speech.syllables:SyllableTokenizer"
 
 The pieces that come with Meristem are listed the same way. Names are read from the metadata of the installed packages;
 a piece is imported when it is asked for. A model directory names pieces by group and name, never by an import path, so

@@ -2,14 +2,13 @@
 
     file -> Record -> Tokens -> (objective.prepare) Tokens -> PackedBatch -> Hidden -> LossOut, or rows of a file
 
-A protein, a text and an image differ in `Tokens` alone. From `PackedBatch` on there is no padding and
+Domains differ in `Tokens` alone. From `PackedBatch` on there is no padding and
 no batch axis: sequences lie end to end along `T`, and a `Layout` says where each begins.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,20 +24,74 @@ below 14 rows at a width of 320 and below 16 from 640 on; with spare rows a lone
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """A part of a file that is read when it is needed, such as a stretch of a long sequence.
+
+    Attributes:
+        file: path of the file.
+        start: first symbol; what a symbol is (a byte, a letter of a sequence in the file) the domain's reader knows.
+        stop: the symbol behind the last.
+        strand: 1 to read as the file has it, -1 to read from the end, as the reader of the domain does that.
+    """
+
+    file: str
+    start: int
+    stop: int
+    strand: int = 1
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def part(self, start: int, stop: int) -> "Slice":
+        """A part of the slice, counted from where reading begins."""
+        assert 0 <= start <= stop <= len(self)
+        if self.strand < 0:
+            return replace(self, start=self.stop - stop, stop=self.stop - start)
+        return replace(self, start=self.start + start, stop=self.start + stop)
+
+
+Payload = str | bytes | Slice
+"""What a tokenizer reads: a text, or the bytes of a file; or a part of a file that is to be fetched first."""
+
+INPUT = "input"
+"""Name of the input of records that have one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One record of a domain, as its file states it.
 
     Attributes:
         id: the name the file gives it; need not be unique.
-        payload: residues, bases, text, source code (`str`) or an encoded image (`bytes`).
-        labels: what is to be predicted, by name; a missing label is absent.
+        inputs: payloads by name: most domains have one, `INPUT`; a pair of sentences has two.
+        labels: what is to be predicted, by name: a word, or a list of words, one a token. A missing label is absent.
         source: where it came from, `file:line`, for error messages.
+        group: what must stay in one part of a split, such as a patient; empty for none.
     """
 
     id: str
-    payload: str | bytes
-    labels: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Payload]
+    labels: Mapping[str, str | Sequence[str | None]] = field(default_factory=dict)
     source: str = ""
+    group: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        id: str,
+        payload: Payload,
+        labels: Mapping[str, str | Sequence[str | None]] | None = None,
+        source: str = "",
+        group: str = "",
+    ) -> "Record":
+        """A record of one input."""
+        return cls(id, {INPUT: payload}, labels or {}, source, group)
+
+    @property
+    def payload(self) -> Payload:
+        """The payload of a record that has one input."""
+        (payload,) = self.inputs.values()
+        return payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +100,7 @@ class Tokens:
 
     Attributes:
         positions: `[n, A]` integer coordinates of each token on each position axis (A is 1 for a
-            sequence, 2 for an image); -1 for a row that has no place, such as a register.
+            sequence, 2 for a grid); -1 for a row that has no place, such as a register.
         ids: `[n]` symbol of each row, -1 where the row is a patch.
         features: `[n, P]` float32 features of each patch, rows of symbols are zero; None without patches.
         spans: `[n, 2]` start and end of each token in the payload (empty spans for special rows).
@@ -56,6 +109,8 @@ class Tokens:
         token_types: `[n]` kind of each token (0 for the first sentence, 1 for the second); None: all 0.
         prefix_length: first tokens that every token may see, under a pattern that has a prefix.
         is_source: the sequence is read by an encoder and attended to by a decoder.
+        is_special: `[n]` whether a row stands for no part of the payload, such as a class token or a separator. Means
+            and maxima leave these rows out. None: no row does.
     """
 
     positions: np.ndarray
@@ -67,9 +122,21 @@ class Tokens:
     token_types: np.ndarray | None = None
     prefix_length: int = 0
     is_source: bool = False
+    is_special: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def payload_rows(self) -> np.ndarray:
+        """Rows that stand for a part of the payload, in order."""
+        return np.arange(len(self)) if self.is_special is None else np.flatnonzero(~self.is_special)
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Special rows before the first row of the payload, and behind its last; all are before where there is none."""
+        rows = self.payload_rows
+        return (int(rows[0]), len(self) - 1 - int(rows[-1])) if len(rows) else (len(self), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +149,7 @@ class TokenColumn:
         replaced: how many symbols of the payloads were replaced, by `"old>new"`.
         features: `[sum of n, P]` float32 features of patches; None without patches.
         positions: `[sum of n, A]` as in `Tokens`; None where they count from 0 in each sequence.
+        is_special: `[sum of n]` as in `Tokens`; None where no row is special.
     """
 
     ids: np.ndarray
@@ -89,6 +157,7 @@ class TokenColumn:
     replaced: Mapping[str, int] = field(default_factory=dict)
     features: np.ndarray | None = None
     positions: np.ndarray | None = None
+    is_special: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -98,6 +167,13 @@ class TokenColumn:
         """`[N]` tokens of each sequence."""
         return np.diff(self.offsets)
 
+    @property
+    def payload_lengths(self) -> np.ndarray:
+        """`[N]` rows of each sequence that are not special."""
+        if self.is_special is None:
+            return self.lengths
+        return np.diff(np.concatenate([[0], np.cumsum(~self.is_special)])[self.offsets])
+
     def take(self, rows: np.ndarray) -> "TokenColumn":
         """The sequences at `rows`, in that order; what was replaced is not counted anew."""
         index, offsets = self.index_of(np.asarray(rows))
@@ -106,6 +182,7 @@ class TokenColumn:
             offsets=offsets,
             features=None if self.features is None else self.features[index],
             positions=None if self.positions is None else self.positions[index],
+            is_special=None if self.is_special is None else self.is_special[index],
         )
 
     def index_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -127,18 +204,30 @@ class Layout:
         num_spare: rows at the end that belong to no sequence; they are computed and never read.
         device: where `cu_seqlens` lives.
         prefix_lengths: tokens of each sequence's prefix; empty where there is none.
+        special_rows: rows of the pack that stand for no part of a payload, ascending.
     """
 
     lengths: tuple[int, ...]
     num_spare: int = 0
     device: torch.device = torch.device("cpu")
     prefix_lengths: tuple[int, ...] = ()
+    special_rows: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, lengths: "list[int] | tuple[int, ...] | np.ndarray", min_rows: int = MIN_ROWS) -> "Layout":
-        """Lay out sequences of these lengths, with spare rows up to `min_rows`."""
+    def of(
+        cls,
+        lengths: "list[int] | tuple[int, ...] | np.ndarray",
+        min_rows: int = MIN_ROWS,
+        is_special: np.ndarray | None = None,
+    ) -> "Layout":
+        """Lay out sequences of these lengths, with spare rows up to `min_rows`.
+
+        Args:
+            is_special: `[num_tokens]` whether a row is one of `special_rows`.
+        """
         host = tuple(int(n) for n in lengths)
-        return cls(lengths=host, num_spare=max(0, min_rows - sum(host)))
+        special = () if is_special is None else tuple(np.flatnonzero(is_special).tolist())
+        return cls(lengths=host, num_spare=max(0, min_rows - sum(host)), special_rows=special)
 
     def to(self, device: torch.device) -> "Layout":
         return self if device == self.device else replace(self, device=device)
@@ -171,6 +260,28 @@ class Layout:
     def starts(self) -> tuple[int, ...]:
         """First row of each segment."""
         return tuple(np.concatenate([[0], np.cumsum(self.segments)[:-1]]).astype(int).tolist())
+
+    @cached_property
+    def payload_parts(self) -> "tuple[slice | np.ndarray, ...]":
+        """Rows of each sequence that are not special, counted from its first row: a slice, or an index with gaps.
+
+        Of a sequence that has special rows only, all.
+        """
+        is_payload = np.ones(self.num_tokens, bool)
+        is_payload[list(self.special_rows)] = False
+        rows = np.flatnonzero(is_payload)
+        bounds = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+        stops = np.searchsorted(rows, bounds).tolist()
+        parts: list[slice | np.ndarray] = []
+        for first, last, start, length in zip(stops, stops[1:], bounds.tolist(), self.lengths):
+            own = rows[first:last] - start
+            if not len(own):
+                parts.append(slice(0, length))
+            elif own[-1] - own[0] < len(own):
+                parts.append(slice(int(own[0]), int(own[-1]) + 1))
+            else:
+                parts.append(own)
+        return tuple(parts)
 
     @cached_property
     def is_even(self) -> bool:

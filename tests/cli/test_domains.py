@@ -10,7 +10,12 @@ import pyarrow as pa
 import pytest
 
 from meristem.cli.main import main
-from meristem.domain import Domain, load_domain
+from meristem.data.reading.reader import Reader
+from meristem.domain import Domain, domain_of_model, load_domain
+from meristem.errors import ConfigError
+from meristem.objectives.causal import Causal
+from meristem.objectives.masked import Masked
+from meristem.objectives.supervised import Supervised, Target
 from meristem.scaffold import write_domain
 from meristem.testing import BrokenContract, run_contract
 
@@ -54,16 +59,16 @@ def test_a_new_domain_comes_with_a_package_and_an_entry_point(tmp_path):
 
 
 def test_a_new_domain_refuses_a_foreign_base_by_file_and_line(lab_rna, tmp_path):
-    from meristem.data.records import ReadOptions, Source
+    from meristem.data.records import PAYLOAD, ReadOptions, Source
     from meristem.errors import DataError
 
     path = tmp_path / "reads.fa"
     path.write_text(">a\nACGU\nAC\n>b\nAC7U\n>c\nGGG\n")
     with pytest.raises(DataError, match=r"reads\.fa:4: '7'"):
-        list(lab_rna.read(Source(str(path)), ReadOptions()))
+        list(lab_rna.reader.read(Source(str(path)), ReadOptions()))
     refused = []
-    batches = list(lab_rna.read(Source(str(path)), ReadOptions(on_error=refused.append)))
-    assert pa.Table.from_batches(batches).column("payload").to_pylist() == ["ACGUAC", "GGG"]
+    batches = list(lab_rna.reader.read(Source(str(path)), ReadOptions(on_error=refused.append)))
+    assert pa.Table.from_batches(batches).column(PAYLOAD).to_pylist() == ["ACGUAC", "GGG"]
     assert [refusal.id for refusal in refused] == ["b"]
 
 
@@ -109,16 +114,21 @@ def test_the_fixture_of_the_plugin_raises_what_is_broken(check_domain, lab_rna, 
         check_domain(broken(lab_rna, monkeypatch, sample=tmp_path / "absent.fa"))
 
 
-def _lost_record(read, good_reads):
+def _reader(read):
+    """A reader whose `read` is this."""
+    return type("Mutant", (Reader,), {"read": lambda self, source, options: read(source, options)})()
+
+
+def _lost_record(reader, good_reads):
     """A reader that gives a record less after so many calls: state leaks from one to the next."""
     calls = []
 
     def mutant(source, options):
         calls.append(1)
-        for batch in read(source, options):
+        for batch in reader.read(source, options):
             yield batch.slice(len(calls) > good_reads)
 
-    return mutant
+    return _reader(mutant)
 
 
 def _with(tokenizer, **methods):
@@ -126,6 +136,38 @@ def _with(tokenizer, **methods):
     base = tokenizer()
     mutant = type("Mutant", (type(base),), methods)
     return lambda: mutant.from_json(base.to_json())
+
+
+def _shifted(by):
+    """An `encode` whose spans of payload symbols lie beside them."""
+
+    def encode(self, payload):
+        tokens = super(type(self), self).encode(payload)
+        spans = tokens.spans + (by if by > 0 else np.array([0, by]))
+        return dataclasses.replace(tokens, spans=np.sort(np.maximum(spans, 0)))
+
+    return encode
+
+
+def _turned(self, tokens):
+    """A `decode` that gives the symbols in reverse."""
+    return super(type(self), self).decode(tokens)[::-1]
+
+
+def _with_symbols(config, num_symbols=9, **parts):
+    return dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, vocab_size=num_symbols, **parts))
+
+
+class _Unlearned(Masked):
+    def loss_of(self, model, extra, batch):
+        out = super().loss_of(model, extra, batch)
+        terms = {name: dataclasses.replace(term, sum=-term.sum) for name, term in out.terms.items()}
+        return dataclasses.replace(out, terms={n: dataclasses.replace(t, sum=t.sum * 0 + 1) for n, t in terms.items()})
+
+
+class _Miscounting(Masked):
+    def counts(self, batch):
+        return {name: count + 1 for name, count in super().counts(batch).items()}
 
 
 def _truncated_column(self, payloads):
@@ -137,19 +179,45 @@ def _truncated_column(self, payloads):
 
 
 MUTANTS = {
-    "a reader that forgets": ("records", lambda d: {"read": _lost_record(d.read, 1)}),
-    "a reader that forgets later": ("embed", lambda d: {"read": _lost_record(d.read, 2)}),
-    "a reader that raises": ("records", lambda d: {"read": lambda source, options: iter([1 / 0])}),
+    "a reader that forgets": ("records", lambda d: {"reader": _lost_record(d.reader, 1)}),
+    "a reader that forgets later": ("embed", lambda d: {"reader": _lost_record(d.reader, 2)}),
+    "a reader that raises": ("records", lambda d: {"reader": _reader(lambda source, options: iter([1 / 0]))}),
     "a column that differs": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode_column=_truncated_column)}),
+    "spans beyond the payload": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode=_shifted(2))}),
+    "a tokenizer of no installed kind": (
+        "tokens",
+        lambda d: {"tokenizer": _with(d.tokenizer, kind="mutant")},
+    ),
     "a decoder that loses the end": (
         "decode",
         lambda d: {"tokenizer": _with(d.tokenizer, decode=lambda self, tokens: "ACGU")},
     ),
+    "a decoder that drifts": ("decode", lambda d: {"tokenizer": _with(d.tokenizer, decode=_turned)}),
+    "symbols in no span": ("decode", lambda d: {"tokenizer": _with(d.tokenizer, encode=_shifted(-1))}),
     "no preset": ("presets", lambda d: {"presets": {}}),
+    "a preset of another vocabulary": (
+        "presets",
+        lambda d: {"presets": {"small": _with_symbols(d.presets["small"], 5)}},
+    ),
+    "a preset that reads patches": (
+        "presets",
+        lambda d: {"presets": {"small": _with_symbols(d.presets["small"], patch_features=4)}},
+    ),
     "no mask": (
         "train",
         lambda d: {"tokenizer": lambda: dataclasses.replace(d.tokenizer(), mask="")},
     ),
+    "options that a run does not take": ("sample", lambda d: {"sample_options": {"colour": "red"}}),
+    "options that the tokenizer does not take": ("sample", lambda d: {"sample_options": {"tokenizer": {"k": 3}}}),
+    "an objective that is none": ("sample", lambda d: {"sample_objective": lambda: "Masked"}),
+    "an objective that cannot be made": ("sample", lambda d: {"sample_objective": lambda: Masked(rate=3)}),
+    "an objective without its labels": (
+        "records",
+        lambda d: {"sample_objective": lambda: Supervised([Target(name="x")])},
+    ),
+    "an objective that the presets are not for": ("train", lambda d: {"sample_objective": Causal}),
+    "an objective that learns nothing": ("train", lambda d: {"sample_objective": _Unlearned}),
+    "an objective that miscounts": ("train", lambda d: {"sample_objective": _Miscounting}),
     "symbols that the loss never sees right": (
         "train",
         lambda d: {"tokenizer": _with(d.tokenizer, random_ids=property(lambda self: np.array([99])))},
@@ -165,6 +233,15 @@ def test_the_contract_catches(what, lab_rna, monkeypatch):
     with pytest.raises(BrokenContract, match=f"domain lab_rna:mutant: {stage}: "):
         passed.extend(kept.name for kept in stages)  # keeps those before the one that raises
     assert passed == STAGES[: STAGES.index(stage)]
+
+
+@pytest.mark.parametrize("name", ["lab_rna:domain", "lab_rna", "os:system", "json", ""])
+def test_a_model_directory_finds_only_installed_domains(name, lab_rna):
+    """Here `lab_rna` can be imported and is not installed; a user may ask for it by a dotted path."""
+    with pytest.raises(ConfigError, match=r"no installed package offers|names no domain"):
+        domain_of_model("", name)
+    assert domain_of_model("lab_rna:domain", name) is lab_rna
+    assert domain_of_model("", "protein") is load_domain("protein")
 
 
 @pytest.mark.parametrize("name", ["protein"])

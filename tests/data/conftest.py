@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lines import read_lines
+from lines import LinesReader
 
 from meristem.data.records import ReadOptions, Source
 from meristem.data.store import RecordStore
@@ -24,6 +24,7 @@ def make_store(tmp_path: Path) -> Callable[..., RecordStore]:
             for i, (payload, *more) in enumerate(zip(payloads, *labels)):
                 file.write("\t".join([f"r{i}", payload, *map(str, more)]) + "\n")
         cache = tmp_path / "cache"
-        return RecordStore.build(read_lines, [Source(str(path))], ReadOptions(**options), name="lines", cache_dir=cache)
+        chosen = ReadOptions(**options)
+        return RecordStore.build(LinesReader(), [Source(str(path))], chosen, name="lines", cache_dir=cache)
 
     return make

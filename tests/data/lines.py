@@ -1,4 +1,4 @@
-"""A domain in one function, for tests of the data path: one `id TAB payload TAB label ...` a line."""
+"""A reader, for tests of the data path: one `id TAB payload ... TAB label ...` a line."""
 
 from collections.abc import Iterator
 
@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.data.labels import text_column
-from meristem.data.records import LABEL_PREFIX, SPLIT, ReadOptions, Refusal, Source
-from meristem.data.tables import batch_of
+from meristem.data.reading.reader import Reader
+from meristem.data.records import GROUP, LABEL_PREFIX, SPLIT, ReadOptions, Refusal, Source, batch_of
 from meristem.data.tokenizer import AlphabetTokenizer
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
@@ -20,28 +20,32 @@ TOKENIZER = AlphabetTokenizer(
 )
 
 
-def read_lines(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
-    """Batches of three records; a label with `|` in it is a list; a record without a payload is refused."""
-    rows = []
-    with open(source.path) as file:
-        for number, line in enumerate(file, start=1):
-            name, payload, *labels = line.rstrip("\n").split("\t")
-            if not payload:
-                options.refuse(Refusal(source.name, number, name, "empty record"))
-                continue
-            rows.append((name, payload, number, labels))
-    names = [LABEL_PREFIX + name for name in options.label_columns]
-    names += [SPLIT] if options.split_column else []
-    for start in range(0, len(rows), 3):
-        part = rows[start : start + 3]
-        extra = {name: text_column([_label(row[3][i]) for row in part]) for i, name in enumerate(names)}
-        yield batch_of(
-            pa.array([row[0] for row in part], pa.string()),
-            pa.array([row[1] for row in part], pa.large_string()),
-            source,
-            np.array([row[2] for row in part]),
-            extra,
-        )
+class LinesReader(Reader):
+    """Batches of three records; an empty label is missing; one with `|` is a list; an empty payload is refused."""
+
+    def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+        rows = []
+        with open(source.path) as file:
+            for number, line in enumerate(file, start=1):
+                name, *more = line.rstrip("\n").split("\t")
+                payloads, labels = more[: len(options.columns)], more[len(options.columns) :]
+                if not all(payloads):
+                    options.refuse(Refusal(source.name, number, name, "empty record"))
+                    continue
+                rows.append((name, payloads, number, labels))
+        names = [GROUP] if options.group_column else []
+        names += [SPLIT] if options.split_column else []
+        names = [LABEL_PREFIX + name for name in options.label_columns] + names
+        for start in range(0, len(rows), 3):
+            part = rows[start : start + 3]
+            inputs = {
+                name: pa.array([row[1][i] for row in part], pa.large_string()) for i, name in enumerate(options.columns)
+            }
+            extra = {name: text_column([_label(row[3][i]) for row in part]) for i, name in enumerate(names)}
+            yield batch_of(pa.array([row[0] for row in part]), inputs, source.name, [row[2] for row in part], extra)
+
+    def canonical(self, payload: str | bytes) -> bytes:
+        return super().canonical(payload).upper()
 
 
 def _label(word: str) -> str | list[str] | None:

@@ -104,8 +104,10 @@ def test_at_least_one_target_where_anything_is_maskable(rng):
 def test_a_window_is_a_stretch_of_the_payload_between_the_special_tokens(seed, max_tokens, body, before, behind):
     n = before + body + behind
     places = np.arange(n)
-    whole = Tokens(places[:, None], ids=places + 100, spans=np.stack([places, places + 1], 1) - before)
-    window = crop_window(whole, max_tokens, (before, behind), np.random.default_rng(seed))
+    is_special = (places < before) | (places >= n - behind)
+    spans = np.stack([places, places + 1], 1) - before
+    whole = Tokens(places[:, None], ids=places + 100, spans=spans, is_special=is_special)
+    window = crop_window(whole, max_tokens, np.random.default_rng(seed))
     assert len(window) == min(n, max_tokens)
     assert window.positions[:, 0].tolist() == list(range(len(window)))
     own = window.ids[before : len(window) - behind]
@@ -114,12 +116,13 @@ def test_a_window_is_a_stretch_of_the_payload_between_the_special_tokens(seed, m
     assert window.ids[:before].tolist() == whole.ids[:before].tolist()
     assert window.ids[len(window) - behind :].tolist() == whole.ids[n - behind :].tolist()
     assert (window.spans[:, 0] + before + 100 == window.ids).all()
+    assert window.is_special.tolist() == is_special[window.ids - 100].tolist()
 
 
 def test_every_window_is_equally_likely(rng):
     places = np.arange(12)
-    whole = Tokens(places[:, None], ids=places)
-    starts = [crop_window(whole, 9, (1, 1), rng).ids[1] for _ in range(4_000)]
+    whole = Tokens(places[:, None], ids=places, is_special=np.isin(places, [0, 11]))
+    starts = [crop_window(whole, 9, rng).ids[1] for _ in range(4_000)]
     counts = np.bincount(starts, minlength=5)[1:]
     # 5 standard deviations of a binomial
     assert (np.abs(counts - 1_000) < 5 * np.sqrt(4_000 * 0.25 * 0.75)).all()

@@ -36,7 +36,7 @@ def build(tmp_path: Path, words: list[str], kind: str, rng: np.random.Generator)
         mark = {"csv": ",", "tsv": "\t"}[kind]
         path.write_text("".join(f"{a}{mark}{b}\n" for a, b in zip(["sequence", *payloads], ["y", *words])))
     options = ReadOptions(label_columns=("y",), batch_bytes=200)
-    return RecordStore.build(protein.read, [Source(str(path))], options, name="protein", cache_dir=tmp_path / "cache")
+    return RecordStore.build(protein.reader, [Source(str(path))], options, name="protein", cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
@@ -62,7 +62,7 @@ def test_merging_words_would_be_seen(merged, tmp_path, rng, monkeypatch):
     """The mutants: numbers without their zeros, and booleans of every case as one."""
     real = labels_module.as_text
     monkeypatch.setattr(
-        "meristem.data.tables.as_text",
+        "meristem.data.reading.tables.as_text",
         lambda column: pa.array([None if word is None else merged(word) for word in real(column).to_pylist()]),
     )
     with pytest.raises(AssertionError):
@@ -105,7 +105,7 @@ def test_what_cannot_be_a_label_is_refused(column, tmp_path):
         as_text(column)
     pq.write_table(pa.table({"sequence": ["MKV"], "y": column}), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"x\.parquet:?.*'y'"):
-        list(protein.read(Source(str(tmp_path / "x.parquet")), ReadOptions(label_columns=("y",))))
+        list(protein.reader.read(Source(str(tmp_path / "x.parquet")), ReadOptions(label_columns=("y",))))
 
 
 def test_labels_of_python_become_text():
@@ -151,7 +151,7 @@ def test_labels_of_tokens_are_digits_or_lists_and_declared_words_are_missing(as_
     payloads = random_payloads(rng, 30)
     labels = random_token_labels(rng, payloads, as_lists)
     records = [
-        Record(str(i), payload, {} if label is None else {"y": label}, f"x.csv:{i}")
+        Record.of(str(i), payload, {} if label is None else {"y": label}, f"x.csv:{i}")
         for i, (payload, label) in enumerate(zip(payloads, labels))
     ]
     objective = Supervised([Target(name="y", level="token")])

@@ -7,6 +7,7 @@ from lines import RESIDUES, random_payloads
 import meristem.data.similarity as similarity
 from meristem.data.similarity import similarity_clusters
 from meristem.data.split import split_by_column, split_by_hash, split_by_similarity
+from meristem.data.store import RecordStore
 from meristem.errors import ConfigError, DataError
 
 FRACTIONS = {"train": 0.7, "validation": 0.2, "test": 0.1}
@@ -67,12 +68,12 @@ def test_a_split_column_that_names_no_part_is_refused_by_file_and_line(make_stor
 
 
 def family_store(rng, make_store, families: int = 150):
-    """Families of a founder, copies with up to 8 % mutations, copies with ends cut off, and an equal one."""
+    """Families of a founder, copies with up to 5 % mutations, copies with ends cut off, and an equal one."""
     payloads, family = [], []
     for i in range(families):
         founder = random_payloads(rng, 1, 150, 300)[0]
         members = [founder, founder.lower()]
-        members += [mutated(founder, rate, rng) for rate in rng.uniform(0, 0.08, rng.integers(0, 6))]
+        members += [mutated(founder, rate, rng) for rate in rng.uniform(0, 0.05, rng.integers(0, 6))]
         members.append(founder[rng.integers(0, 20) : len(founder) - int(rng.integers(0, 20))])
         payloads += members
         family += [i] * len(members)
@@ -129,6 +130,61 @@ def test_a_sketch_is_the_smallest_hashes_of_the_distinct_kmers(rng, make_store):
 def test_payloads_shorter_than_a_kmer_are_clustered_when_equal(make_store):
     clusters = similarity_clusters(make_store(["MK", "MKV", "mk", "M", "MK", "MKVAC"]), 5, 0.5)
     assert clusters.tolist() == [0, 1, 0, 2, 0, 3]
+
+
+def grouped_store(rng, make_store, count: int = 400):
+    """Records of which some are copies of others, and some lie in a group."""
+    payloads = random_payloads(rng, count, 60, 90)
+    payloads[: count // 4] = [mutated(payload, 0.02, rng) for payload in payloads[-(count // 4) :]]
+    groups = [str(rng.integers(0, count // 5)) if rng.random() < 0.5 else "" for _ in range(count)]
+    return make_store(payloads, groups, group_column="g"), groups
+
+
+def parted(parts: dict[str, np.ndarray], groups: list[str]) -> list[str]:
+    """Groups that lie in several parts."""
+    found = part_of(parts)
+    members = {group: [row for row, its in enumerate(groups) if its == group] for group in set(groups) - {""}}
+    return [group for group, rows in members.items() if len({found[row] for row in rows}) > 1]
+
+
+@pytest.mark.parametrize("split", [split_by_hash, split_by_similarity])
+def test_a_group_is_never_parted(split, rng, make_store, monkeypatch):
+    store, groups = grouped_store(rng, make_store)
+    assert store.groups() == [group or None for group in groups]
+    parts = split(store, FRACTIONS, seed=5)
+    assert_is_partition(parts, len(store))
+    assert not parted(parts, groups)
+    assert part_of(split(store, FRACTIONS, seed=5)) == part_of(parts)
+    # the mutant: a split that overlooks groups
+    monkeypatch.setattr(RecordStore, "groups", lambda self: [None] * len(self))
+    assert parted(split(store, FRACTIONS, seed=5), groups)
+
+
+def test_clusters_that_a_group_joins_stay_together(rng, make_store):
+    """A is like B, B is in a group with C, C is like D: all four share a part."""
+    a, c = random_payloads(rng, 2, 100, 120)
+    payloads = [a, mutated(a, 0.02, rng), c, mutated(c, 0.02, rng), *random_payloads(rng, 200, 60, 90)]
+    store = make_store(payloads, ["", "g", "g", "", *[""] * 200], group_column="g")
+    for seed in range(5):
+        found = part_of(split_by_similarity(store, FRACTIONS, seed=seed))
+        assert len({found[row] for row in range(4)}) == 1
+
+
+def test_a_record_without_a_group_keeps_the_part_of_its_payload(rng, make_store):
+    payloads = random_payloads(rng, 300, 20, 40)
+    groups = ["g" if i % 3 else "" for i in range(300)]
+    plain = part_of(split_by_hash(make_store(payloads), FRACTIONS, seed=2))
+    mixed = part_of(split_by_hash(make_store(payloads, groups, group_column="g"), FRACTIONS, seed=2))
+    assert all(plain[row] == mixed[row] for row in range(300) if not groups[row])
+
+
+def test_a_column_that_parts_a_group_is_refused_with_both_lines(make_store):
+    rows = (["MK"] * 5, ["a", "b", "a", "", ""], ["train", "test", "val", "train", "test"])
+    with pytest.raises(DataError, match=r"\.txt:3: the group 'a' .* is in validation, and .*\.txt:1 in train"):
+        split_by_column(make_store(*rows, group_column="g", split_column="part"))
+    whole = (["MK"] * 5, ["a", "b", "a", "", ""], ["train", "test", "train", "train", "test"])
+    parts = split_by_column(make_store(*whole, group_column="g", split_column="part"))
+    assert {name: rows.tolist() for name, rows in parts.items()} == {"train": [0, 2, 3], "test": [1, 4]}
 
 
 def test_fractions_that_are_none_and_empty_parts_are_refused(make_store):

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from lines import TOKENIZER, random_payloads, read_lines
+from lines import TOKENIZER, LinesReader, random_payloads
 
 import meristem.data.store_writer as store_writer
-from meristem.data.records import ReadOptions, Source
+from meristem.data.records import PAYLOAD, ReadOptions, Source
 from meristem.data.store import RecordStore, default_cache_dir
 from meristem.errors import DataError
 
@@ -22,12 +22,15 @@ def write(path: Path, *lines: str) -> Source:
     return Source(str(path))
 
 
-def build(sources, cache: Path, options: ReadOptions | None = None, read=read_lines, **more) -> RecordStore:
-    return RecordStore.build(read, sources, options or ReadOptions(), name="lines", cache_dir=cache, **more)
+def build(sources, cache: Path, options: ReadOptions | None = None, reader=None, **more) -> RecordStore:
+    return RecordStore.build(
+        reader or LinesReader(), sources, options or ReadOptions(), name="lines", cache_dir=cache, **more
+    )
 
 
-def never(source, options):
-    raise AssertionError("read again")
+class Never(LinesReader):
+    def read(self, source, options):
+        raise AssertionError("read again")
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def test_records_come_back_as_they_were_in_any_order(rng, tmp_path, make_store):
     scores = rng.random(200).round(6)
     store = make_store(payloads, scores, label_columns=("score",))
     assert len(store) == 200
-    assert len(store.column("payload").chunks) > 10
+    assert len(store.column(PAYLOAD).chunks) > 10
     rows = rng.integers(0, 200, 77)  # with repeats
     assert store.payloads(rows).to_pylist() == [payloads[i] for i in rows]
     assert store.labels("score", rows).to_pylist() == [str(scores[i]) for i in rows]
@@ -50,7 +53,7 @@ def test_records_come_back_as_they_were_in_any_order(rng, tmp_path, make_store):
     assert [record.id for record in records] == [f"r{i}" for i in rows]
     assert [record.labels["score"] for record in records] == [str(scores[i]) for i in rows]
     assert records[0].source.endswith(f".txt:{rows[0] + 1}")
-    assert store.column("payload").to_pylist() == payloads
+    assert store.column(PAYLOAD).to_pylist() == payloads
     assert store.column("score").to_pylist() == list(map(str, scores))
     assert store.label_columns == ("score",)
     assert store[199].payload == payloads[199]
@@ -65,7 +68,7 @@ def test_token_lengths_are_those_of_the_tokenizer_and_are_kept(rng, make_store, 
     store = make_store(payloads)
     expected = [len(TOKENIZER.encode(payload)) for payload in payloads]
     assert store.token_lengths(TOKENIZER).tolist() == expected
-    monkeypatch.setattr(type(TOKENIZER), "encode_column", never)
+    monkeypatch.setattr(type(TOKENIZER), "encode_column", Never.read)
     assert store.token_lengths(TOKENIZER).tolist() == expected
 
 
@@ -81,14 +84,14 @@ def test_a_store_is_built_once_and_again_when_anything_that_matters_changes(tmp_
     cache = tmp_path / "cache"
     source = write(tmp_path / "a.txt", "x\tMKV\t1", "y\tMKKV\t2")
     first = build([source], cache)
-    assert build([source], cache, read=never).path == first.path
-    assert build([source], cache, ReadOptions(batch_bytes=7), read=never).path == first.path
+    assert build([source], cache, reader=Never()).path == first.path
+    assert build([source], cache, ReadOptions(batch_bytes=7), reader=Never()).path == first.path
     others = {
         build([source], cache, ReadOptions(label_columns=("n",))).path,
         build([source], cache, ReadOptions(on_error=lambda refusal: None)).path,
         build([source, source], cache).path,
         build([Source(shutil.copy(source.path, str(tmp_path / "a.a3m")))], cache).path,
-        RecordStore.build(read_lines, [source], ReadOptions(), name="other", cache_dir=cache).path,
+        RecordStore.build(LinesReader(), [source], ReadOptions(), name="other", cache_dir=cache).path,
         build([write(tmp_path / "a.txt", "x\tMKV\t1", "y\tMKKA\t2")], cache).path,
     }
     assert len(others | {first.path}) == 7
@@ -100,7 +103,7 @@ def test_the_same_content_under_another_name_is_named_as_the_user_names_it(tmp_p
     options = ReadOptions(on_error=skipped.append)
     build([write(tmp_path / "old.txt", "x\tMKV", "y\t")], cache, options)
     (tmp_path / "old.txt").rename(tmp_path / "new.txt")
-    store = build([Source(str(tmp_path / "new.txt"))], cache, options, read=never)
+    store = build([Source(str(tmp_path / "new.txt"))], cache, options, reader=Never())
     assert store[0].source == f"{tmp_path}/new.txt:1"
     assert [str(refusal) for refusal in store.refused] == [f"{tmp_path}/new.txt:2: empty record"]
     assert [refusal.file for refusal in skipped] == [f"{tmp_path}/old.txt", f"{tmp_path}/new.txt"]
@@ -144,7 +147,7 @@ def test_a_damaged_store_is_refused_and_rebuilt(tmp_path, damage):
     else:
         path.write_bytes({"cut": whole[:-40], "empty": b"", "foreign": b"hello" * 100}[damage])
     with pytest.raises(DataError, match="not a complete record store; delete it"):
-        RecordStore.open(path)
+        RecordStore.open(path, LinesReader())
     assert build([source], tmp_path / "cache").column("id").to_pylist() == ["x", "y"]
     assert path.read_bytes() == whole
 
@@ -219,7 +222,7 @@ def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MERISTEM_CACHE", str(tmp_path / "here"))
     assert default_cache_dir() == tmp_path / "here"
     source = write(tmp_path / "a.txt", "x\tMKV")
-    store = RecordStore.build(read_lines, [source], ReadOptions(), name="lines")
+    store = RecordStore.build(LinesReader(), [source], ReadOptions(), name="lines")
     assert store.path.parent == tmp_path / "here"
     monkeypatch.delenv("MERISTEM_CACHE")
     assert default_cache_dir() == Path.home() / ".cache" / "meristem"

@@ -168,3 +168,19 @@ def test_a_record_that_cannot_be_used_leaves_nothing(
     with pytest.raises(DataError, match=r"in\.fa:82"):
         predict_files(model, [source], tmp_path / "l.csv")
     assert not list(tmp_path.glob("l.csv*"))
+
+
+@pytest.mark.parametrize("is_skipping", [False, True])
+def test_encoding_in_processes_gives_what_one_process_gives(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator, is_skipping: bool
+) -> None:
+    model = make_model_directory(readouts=READOUTS)
+    records = [(f"p{i}", random_protein(rng) + ("1" if is_skipping and i % 7 == 3 else "")) for i in range(60)]
+    source = str(write_fasta(tmp_path / "in.fa", records))
+    done = [
+        embed_files(model, [source], tmp_path / f"w{n}", EmbedOptions(num_workers=n, is_skipping=is_skipping))
+        for n in (0, 2)
+    ]
+    assert content(tmp_path / "w0") == content(tmp_path / "w2")
+    assert done[0]["refused"] == done[1]["refused"]
+    assert done[0]["run"] == done[1]["run"]

@@ -42,7 +42,7 @@ LLAMA_SHAPE = {
 
 FAMILIES: dict[str, tuple[Reader, Writer, dict[str, Any]]] = {
     "GPT2Config": (gpt2.read_config, gpt2.write_config, GPT2_SHAPE),
-    "GPTBigCodeConfig": (gpt2.read_bigcode_config, gpt2.write_bigcode_config, GPT2_SHAPE),
+    "GPTBigCodeConfig": (gpt2.read_bigcode, gpt2.write_bigcode, GPT2_SHAPE),
     "GPTJConfig": (gptj.read_config, gptj.write_config, {**GPT2_SHAPE, "rotary_dim": 4}),
     "CodeGenConfig": (gptj.read_codegen_config, gptj.write_codegen_config, {**GPT2_SHAPE, "rotary_dim": 4}),
     "LlamaConfig": (llama.LLAMA_KIND.read_config, llama.LLAMA_KIND.write_config, LLAMA_SHAPE),

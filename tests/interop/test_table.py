@@ -12,7 +12,6 @@ from meristem.interop.table import (
     AS_IS,
     HEADS,
     STACKED,
-    SWAPPED,
     TRANSPOSED,
     Constant,
     Ignored,
@@ -45,10 +44,8 @@ CONFIG = TransformerConfig(
         (TRANSPOSED, (3,), [(3,)]),
         (HEADS, (40, 12), [(20, 12), (10, 12), (10, 12)]),
         (HEADS, (40,), [(20,), (10,), (10,)]),
-        (SWAPPED, (6, 4), [(6, 4)]),
         (STACKED, (3, 8, 12), [(8, 12)] * 3),
         (joined(2), (16, 12), [(8, 12), (8, 12)]),
-        (TRANSPOSED.then(SWAPPED), (6, 4), [(4, 6)]),
     ],
 )
 def test_a_transform_undoes_itself(

@@ -91,14 +91,14 @@ def random_records(rng: np.random.Generator, count: int = 8, low: int = 3, high:
     def residues() -> str:
         return "".join(rng.choice(list(RESIDUES), rng.integers(low, high)))
 
-    return [Record(str(i), residues(), {"other": residues()}, f"x.csv:{i + 2}") for i in range(count)]
+    return [Record.of(str(i), residues(), {"other": residues()}, f"x.csv:{i + 2}") for i in range(count)]
 
 
 def bound(objective: Objective, config: TransformerConfig | None, records: list[Record], tokenizer=TOKENIZER):
     """The objective, after all that comes before training."""
     if config is not None:
         objective.bind_model(config)
-    objective.bind(RunData(tokenizer, {"train": Part.of(records)}))
+    objective.bind(RunData(tokenizer, {"train": Part.of(records)} if records else {}))
     return objective
 
 

@@ -28,7 +28,7 @@ from meristem.model.config import LayerRule
 from meristem.model.model import SYMBOLS
 from meristem.objectives.causal import Causal
 from meristem.objectives.prefix import Prefix
-from meristem.types import IGNORE, Record, Tokens
+from meristem.types import IGNORE, INPUT, Record, Tokens
 from model_runs import outputs_of
 
 
@@ -43,7 +43,7 @@ def test_each_row_is_scored_by_the_next_one_up_to_the_closing_row(rng):
 def test_special_rows_before_the_payload_are_not_asked_for(prefix, suffix):
     tokenizer = replace(TOKENIZER, prefix=prefix, suffix=suffix)
     objective = bound(Causal(), DECODER, [], tokenizer)
-    (tokens,) = prepared(objective, [Record("a", "MKV")], tokenizer)
+    (tokens,) = prepared(objective, [Record.of("a", "MKV")], tokenizer)
     ids = tokens.ids.tolist()
     asked = [i + 1 for i, target in enumerate(tokens.targets[SYMBOLS]) if target != IGNORE]
     assert [ids[i] for i in asked] == [target for target in tokens.targets[SYMBOLS] if target != IGNORE]
@@ -55,8 +55,8 @@ def test_a_window_neither_begins_nor_ends_where_its_record_does_not(rng):
     payload = "ACDEFGHIKLMNPQRSTVWY"
     seen = set()
     for seed in range(60):
-        window = crop_window(TOKENIZER.encode(payload), 18, TOKENIZER.num_special, np.random.default_rng(seed))
-        (tokens,) = objective.prepare(Record("a", payload), (window,), rng)
+        window = crop_window(TOKENIZER.encode(payload), 18, np.random.default_rng(seed))
+        (tokens,) = objective.prepare(Record.of("a", payload), (window,), rng)
         text, targets = TOKENIZER.decode(window), tokens.targets[SYMBOLS]
         assert (targets[0] != IGNORE) == payload.startswith(text)
         assert (targets[-2] != IGNORE) == payload.endswith(text)
@@ -105,7 +105,7 @@ def test_a_later_token_never_changes_an_earlier_loss(make, config, rng):
 
     def losses(model, token: int) -> tuple[torch.Tensor, Tokens]:
         changed = record.payload[:token] + ("A" if record.payload[token] != "A" else "C") + record.payload[token + 1 :]
-        (tokens,) = prepared(objective, [replace(record, payload=changed)])
+        (tokens,) = prepared(objective, [replace(record, inputs={INPUT: changed})])
         return row_losses(model, pack([tokens], [0])), tokens
 
     before = row_losses(model, packed(objective, [record]))
@@ -152,7 +152,7 @@ def with_symbol(ids: torch.Tensor, at: int, symbol: int) -> torch.Tensor:
 
 
 def test_every_split_of_a_payload_is_equally_likely(rng):
-    record = Record("a", "ACDEFG")
+    record = Record.of("a", "ACDEFG")
     objective = bound(Prefix(), PREFIX_DECODER, [record])
     tokens = TOKENIZER.encode(record.payload)
     repeats = 4_000

@@ -34,7 +34,7 @@ def _batch(rng: np.random.Generator, objective: Supervised, labels: list) -> Pac
     tokens = []
     for i, label in enumerate(labels):
         image = rng.random((12, 20, 1)).astype(np.float32)
-        record = Record(str(i), b"", {} if label is None else {"kind": label}, f"x:{i}")
+        record = Record.of(str(i), b"", {} if label is None else {"kind": label}, f"x:{i}")
         tokens += objective.prepare(record, (TOKENIZER.encode(image),), rng)
     return pack(tokens, range(len(labels)))
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_mixed_is_refused():
         with pytest.raises(ConfigError, match="mixing needs targets that are classes of whole records"):
             Supervised([target], Mixing(mixup=0.2))
     residues = load_domain("protein").tokenizer()
-    with pytest.raises(ConfigError, match="pictures of one size"):
+    with pytest.raises(ConfigError, match="patches on one grid"):
         Supervised([Target(name="kind")], Mixing(cutmix=1.0)).bind(run_data(residues, kind=["a", "b"]))
     for wrong in ({"mixup": -1}, {"rate": 1.5}, {"cutmix_frac": -0.1}):
         with pytest.raises(ConfigError, match="mixing"):

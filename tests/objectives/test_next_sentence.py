@@ -31,7 +31,7 @@ WORDS = ("ACD", "EFG", "HIK", "LMN", "PQR", "STV")
 
 
 def records_of(words, first="WYWYWY") -> list[Record]:
-    return [Record(str(i), first, {"other": word}, f"x.csv:{i + 2}") for i, word in enumerate(words)]
+    return [Record.of(str(i), first, {"other": word}, f"x.csv:{i + 2}") for i, word in enumerate(words)]
 
 
 def shown(tokens) -> str:
@@ -79,15 +79,15 @@ def test_half_of_the_seconds_are_another_records_each_equally_likely(rng):
 def test_a_record_of_validation_may_have_a_second_that_training_has_not(rng):
     objective = bound(NextSentence("other", random_second_frac=1.0), PAIRS, records_of(WORDS))
     for _ in range(20):
-        (tokens,) = objective.prepare(Record("v", "WY", {"other": "AAAA"}, "v:1"), (TOKENIZER.encode("WY"),), rng)
+        (tokens,) = objective.prepare(Record.of("v", "WY", {"other": "AAAA"}, "v:1"), (TOKENIZER.encode("WY"),), rng)
         assert shown(tokens).split("<sep>")[1] in WORDS
 
 
 def test_a_pair_is_cut_to_what_the_model_can_place(rng):
     limit = PAIRS.max_length
     for first, second in ((10, 100), (100, 10), (80, 90), (31, 30), (30, 31)):
-        record = Record("a", "A" * first, {"other": "C" * second}, "x:1")
-        other = Record("b", "A", {"other": "D"}, "x:2")
+        record = Record.of("a", "A" * first, {"other": "C" * second}, "x:1")
+        other = Record.of("b", "A", {"other": "D"}, "x:2")
         objective = bound(NextSentence("other", random_second_frac=0), PAIRS, [record, other])
         # the loader has cropped the payload to what the model can place already
         tokens = TOKENIZER.encode("A" * min(first, limit - 2))

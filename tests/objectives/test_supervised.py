@@ -14,7 +14,7 @@ from meristem.errors import ConfigError, DataError
 from meristem.model.config import Attention, Embedding, FeedForward, TransformerConfig
 from meristem.model.model import Model
 from meristem.model.transformer import Encoder
-from meristem.objectives import supervised
+from meristem.objectives import targets
 from meristem.objectives.supervised import Supervised, Target
 from meristem.types import IGNORE, Record
 from model_runs import outputs_of
@@ -36,7 +36,7 @@ def _bound(targets: list[Target], payloads: list[str] | None = None, **columns) 
 
 
 def _prepare(objective, sequence: str, **labels):
-    record = Record("p1", sequence, labels, "file.csv:7")
+    record = Record.of("p1", sequence, labels, "file.csv:7")
     return objective.prepare(record, (TOKENIZER.encode(sequence),), np.random.default_rng(0))[0]
 
 
@@ -100,8 +100,8 @@ def test_token_labels_follow_the_window_that_a_record_is_cropped_to(rng):
     objective = _bound([Target(name="ss", level="token")], [sequence], ss=["ABCDEFGHIJKLMNOPQRST"])
     labels = "ABCDEFGHIJKLMNOPQRST"
     for seed in range(20):
-        window = crop_window(TOKENIZER.encode(sequence), 9, TOKENIZER.num_special, np.random.default_rng(seed))
-        record = Record("p", sequence, {"ss": labels}, "file.csv:1")
+        window = crop_window(TOKENIZER.encode(sequence), 9, np.random.default_rng(seed))
+        record = Record.of("p", sequence, {"ss": labels}, "file.csv:1")
         (tokens,) = objective.prepare(record, (window,), rng)
         residues = TOKENIZER.decode(tokens)
         expected = [ord(labels[sequence.index(residue)]) - ord("A") for residue in residues]
@@ -169,7 +169,7 @@ def test_labels_of_every_part_are_checked_before_the_first_step(part, target, la
 @pytest.mark.parametrize("skipped", ["_require_known", "_numbers"])
 def test_a_part_that_is_not_checked_would_be_seen(skipped, monkeypatch):
     """The mutants: only the training records are looked at."""
-    real = getattr(supervised, skipped)
+    real = getattr(targets, skipped)
     is_first = [True]
 
     def first_only(*arguments):
@@ -178,7 +178,7 @@ def test_a_part_that_is_not_checked_would_be_seen(skipped, monkeypatch):
             return real(*arguments)
         return np.zeros(1)
 
-    monkeypatch.setattr(supervised, skipped, first_only)
+    monkeypatch.setattr(targets, skipped, first_only)
     target = {} if skipped == "_require_known" else {"task": "regression"}
     _bind_parts(target, train=["1", "2"], validation=["1", "x"])
 
@@ -193,7 +193,9 @@ def test_labels_are_counted_in_every_part_and_declared_words_are_missing(task):
         f"label y: train 3 with a label, 2 without ({shown[0]}); validation 1 with a label, 1 without ({shown[1]}); "
         f"test 1 with a label, 2 without ({shown[2]})"
     )
-    (tokens,) = objective.prepare(Record("a", "M", {"y": "NA"}, ""), (TOKENIZER.encode("M"),), np.random.default_rng(0))
+    (tokens,) = objective.prepare(
+        Record.of("a", "M", {"y": "NA"}, ""), (TOKENIZER.encode("M"),), np.random.default_rng(0)
+    )
     assert np.isnan(tokens.labels["y"]) if task == "regression" else tokens.labels["y"] == IGNORE
 
 

@@ -35,7 +35,7 @@ from meristem.model.model import SYMBOLS
 from meristem.objectives.denoising import Denoising
 from meristem.objectives.sequence_to_sequence import SequenceToSequence
 from meristem.objectives.spans import SpanCorruption
-from meristem.types import IGNORE, Record
+from meristem.types import IGNORE, INPUT, Record
 from model_runs import outputs_of
 
 
@@ -100,7 +100,7 @@ def test_sentinels_may_be_named_and_run_out_gracefully(rng):
     (record,) = random_records(rng, 1, low=29)
     objective = bound(make_spans(sentinels=["A", "C", "D"], rate=0.5, mean_span=1), BOTH, [record], CLOSED)
     assert [VOCAB[i] for i in objective._sentinel_ids] == ["A", "C", "D"]
-    no_letters = replace(record, payload=record.payload.translate(str.maketrans("ACD", "EEE")))
+    no_letters = replace(record, inputs={INPUT: record.payload.translate(str.maketrans("ACD", "EEE"))})
     source, _ = prepared(objective, [no_letters], CLOSED)
     kept = [VOCAB[i] for i in source.ids if VOCAB[i] in "ACD"]
     assert kept == ["A", "C"]  # the third ends the target
@@ -191,7 +191,7 @@ def test_a_later_target_never_changes_an_earlier_loss_but_a_source_does(rng):
         after = losses(model, labels={"other": with_other(target, at)})
         torch.testing.assert_close(after[:at], before[:at], rtol=1e-5, atol=1e-5)  # fp32 in another order
         assert abs(after[at] - before[at]) > 1e-4
-    assert (losses(model, payload=with_other(record.payload, 9)) - before).abs().max() > 1e-4
+    assert (losses(model, inputs={INPUT: with_other(record.payload, 9)}) - before).abs().max() > 1e-4
     # the mutant: a decoder that sees the future
     leaky = built(objective, replace(BOTH, layers=()))
     leaky.load_state_dict(model.state_dict())
@@ -209,7 +209,7 @@ def test_a_later_target_never_changes_an_earlier_loss_but_a_source_does(rng):
 )
 def test_a_record_without_a_text_to_write_is_named_by_file_and_line(labels, said, rng):
     (good,) = random_records(rng, 1)
-    bad = Record("b", "MKV", labels, "x.csv:2")
+    bad = Record.of("b", "MKV", labels, "x.csv:2")
     objective = bound(make_translation(), BOTH, [good])
     with pytest.raises(DataError, match=said):
         prepared(objective, [bad])
@@ -248,7 +248,7 @@ def test_start_symbol_is_the_tokenizers_padding_unless_named():
         pad_id = PAD
 
     padded = Padded(**{name: getattr(TOKENIZER, name) for name in ("vocab", "prefix", "suffix", "mask", "random")})
-    record = Record("a", "MKV")
+    record = Record.of("a", "MKV")
     for tokenizer, start_id, first in ((TOKENIZER, None, 0), (padded, None, PAD), (padded, 5, 5)):
         objective = bound(Denoising(start_id=start_id), BOTH, [record], tokenizer)
         assert prepared(objective, [record], tokenizer)[1].ids[0] == first

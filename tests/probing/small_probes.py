@@ -38,7 +38,7 @@ def save_protein_model(folder: Path) -> Path:
     return folder
 
 
-def image_card(domain: str = "image_table:domain") -> ModelCard:
+def image_card() -> ModelCard:
     tokens = image_table.tokenizer()
     config = TransformerConfig(
         width=32,
@@ -48,11 +48,11 @@ def image_card(domain: str = "image_table:domain") -> ModelCard:
         attention=Attention(num_heads=4),
         feedforward=FeedForward(width=64),
     )
-    return ModelCard(config, tokens, domain=domain)
+    return ModelCard(config, tokens, domain="vision")
 
 
-def save_image_model(folder: Path, domain: str = "image_table:domain") -> tuple[Path, Model]:
-    card = image_card(domain)
+def save_image_model(folder: Path) -> tuple[Path, Model]:
+    card = image_card()
     model = _redraw(card.build())
     save_model(folder, card, model)
     return folder, model

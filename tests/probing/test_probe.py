@@ -1,6 +1,5 @@
 """`meristem probe` from files to figures, for proteins and for pictures."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,41 +15,10 @@ from sklearn.preprocessing import StandardScaler
 from small_probes import protein_of, read_rows, write_table
 
 import meristem
-from meristem.cli.main import main
 from meristem.probing import vectors as vectors_module
 from meristem_domains.protein import domain as protein_domain
 
 Probe = Callable[..., dict]
-
-
-@pytest.fixture
-def probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Probe:
-    """Runs the verb; gives what `metrics.json` says, and what was said under `said`."""
-
-    def run(model: Path, *arguments: object, code: int = 0, output: str = "probe") -> dict:
-        command = ["probe", str(model), *map(str, arguments), "--output", str(tmp_path / output)]
-        if "--label" not in arguments:
-            command += ["--label", "kind"]
-        assert main([*command, "--cache", str(tmp_path / "cache")]) == code
-        said = capsys.readouterr()
-        if code:
-            assert len(said.err.splitlines()) == 1, said.err
-            return {"said": said.err}
-        return json.loads((tmp_path / output / "metrics.json").read_text()) | {"said": said.out, "progress": said.err}
-
-    return run
-
-
-@pytest.fixture
-def model(tmp_path: Path, rng: np.random.Generator) -> Path:
-    return small_probes.save_protein_model(tmp_path / "model")
-
-
-@pytest.fixture
-def table(tmp_path: Path, rng: np.random.Generator) -> Path:
-    kinds = rng.integers(0, 3, 300)
-    rows = [{"id": f"p{i}", "sequence": protein_of(rng, kind), "kind": f"k{kind}"} for i, kind in enumerate(kinds)]
-    return write_table(tmp_path / "in.csv", rows)
 
 
 def test_figures_and_predictions_are_those_of_scikit_learn_on_the_same_vectors(
@@ -176,31 +144,6 @@ def test_labels_that_are_missing_are_left_out_and_counted(
     assert not left_out & {row["id"] for row in read_rows(tmp_path / "probe" / "predictions.csv")}
 
 
-def test_declared_words_are_missing_and_others_are_classes_or_errors(
-    tmp_path: Path, model: Path, table: Path, probe: Probe
-) -> None:
-    rows = read_rows(table)
-    for i, row in enumerate(rows):
-        row["kind"] = "NA" if i % 5 == 0 else row["kind"]
-    write_table(table, rows)
-    assert probe(model, table)["classes"] == ["NA", "k0", "k1", "k2"]
-    found = probe(model, table, "--missing-label", "NA", "--missing-label", "?")
-    assert found["classes"] == ["k0", "k1", "k2"]
-    assert found["records"]["without_label"] == 60
-    numbers = write_table(
-        tmp_path / "numbers.csv", [row | {"kind": i / 7 if i % 5 else "NA"} for i, row in enumerate(rows)]
-    )
-    assert "other words: NA 60; say --missing-label WORD" in probe(model, numbers, code=2)["said"]
-    assert "numbers.csv:" in probe(model, numbers, "--task", "regression", code=2)["said"]
-    assert probe(model, numbers, "--missing-label", "NA")["task"] == "regression"
-
-
-def test_classes_are_told_apart_by_their_text(tmp_path: Path, model: Path, table: Path, probe: Probe) -> None:
-    names = {"k0": "01", "k1": "1", "k2": "12345678901234567890"}
-    write_table(table, [row | {"kind": names[row["kind"]]} for row in read_rows(table)])
-    assert probe(model, table)["classes"] == ["01", "1", "12345678901234567890"]
-
-
 def test_a_split_column_deals_and_classes_that_training_lacks_are_named(
     tmp_path: Path, model: Path, table: Path, probe: Probe, rng: np.random.Generator
 ) -> None:
@@ -299,7 +242,7 @@ def test_pictures_are_probed_by_the_same_code(tmp_path: Path, probe: Probe, rng:
 def test_a_folder_of_class_folders_is_probed(tmp_path: Path, probe: Probe, rng: np.random.Generator) -> None:
     from PIL import Image
 
-    model, _ = small_probes.save_image_model(tmp_path / "images", "meristem_domains.vision")
+    model, _ = small_probes.save_image_model(tmp_path / "images")
     for part, count in (("train", 40), ("test", 15)):
         for kind, low in (("dark", 0), ("light", 150)):
             (tmp_path / part / kind).mkdir(parents=True)

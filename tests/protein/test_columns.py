@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from meristem.data.records import ReadOptions, Source
+from meristem.data.records import PAYLOAD, ReadOptions, Source
 from meristem.inference.chunks import CHUNK_RECORDS, ChunkReader
 from meristem.model_directory import ModelCard, save_model
 from meristem_domains.protein import domain
@@ -47,8 +47,8 @@ def num_steps(work: Callable[[], object]) -> int:
 
 def read_and_encode(path: str) -> list[np.ndarray]:
     tokenizer = domain.tokenizer()
-    batches = domain.read(Source(path), ReadOptions())
-    return [tokenizer.encode_column(batch.column("payload")).ids for batch in batches]
+    batches = domain.reader.read(Source(path), ReadOptions())
+    return [tokenizer.encode_column(batch.column(PAYLOAD)).ids for batch in batches]
 
 
 def read_chunks(path: str) -> list[np.ndarray]:
@@ -74,9 +74,9 @@ def test_a_loop_over_records_is_noticed(tmp_path: Path, monkeypatch: pytest.Monk
     def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
         yield from map(looping, whole(source, options))
 
-    whole = domain.read
+    whole = domain.reader.read
     few, many = write_proteins(tmp_path / "few.fa", FEW), write_proteins(tmp_path / "many.fa", MANY)
-    monkeypatch.setitem(domain.__dict__, "read", read)
+    monkeypatch.setattr(domain.reader, "read", read)
     assert num_steps(lambda: read_and_encode(many)) > num_steps(lambda: read_and_encode(few)) + MANY - FEW
 
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from meristem.data.open import open_source, read_text_blocks
-from meristem.data.records import SCHEMA, ReadOptions, Refusal, Source, record_at
+from meristem.data.reading.open import open_source, read_text_blocks
+from meristem.data.records import PAYLOAD, SCHEMA, ReadOptions, Refusal, Source, record_at
 from meristem.errors import DataError
 from meristem_domains.protein import fasta
 from meristem_domains.protein.fasta import read
@@ -26,11 +26,9 @@ Row = tuple[str, str, int]
 def read_rows(path: Path | str, options: ReadOptions | None = None) -> list[Row]:
     rows = []
     for batch in read(Source(str(path)), options or ReadOptions()):
-        assert batch.schema.names[:4] == SCHEMA.names
+        assert batch.schema.names == [*SCHEMA.names, PAYLOAD]
         batch.validate(full=True)
-        rows += zip(
-            batch.column("id").to_pylist(), batch.column("payload").to_pylist(), batch.column("line").to_pylist()
-        )
+        rows += zip(batch.column("id").to_pylist(), batch.column(PAYLOAD).to_pylist(), batch.column("line").to_pylist())
         assert set(batch.column("file").to_pylist()) == {str(path)}
     return rows
 
@@ -262,7 +260,7 @@ def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch, some_fasta: byt
         rows = [
             row
             for batch in read(Source("-"), ReadOptions())
-            for row in zip(batch.column("id").to_pylist(), batch.column("payload").to_pylist())
+            for row in zip(batch.column("id").to_pylist(), batch.column(PAYLOAD).to_pylist())
         ]
         assert rows == [row[:2] for row in slow_rows(some_fasta[:120_000].decode())[0]]
 
@@ -363,7 +361,7 @@ def test_a_byte_order_mark_and_duplicate_ids_do_no_harm(tmp_path: Path) -> None:
 
 def test_batches_hold_about_what_is_asked_for(tmp_path: Path, some_fasta: bytes) -> None:
     path = write(tmp_path / "x.fa", some_fasta)
-    sizes = [batch.column("payload").nbytes for batch in read(Source(str(path)), ReadOptions(batch_bytes=1_200_000))]
+    sizes = [batch.column(PAYLOAD).nbytes for batch in read(Source(str(path)), ReadOptions(batch_bytes=1_200_000))]
     assert len(sizes) == 2
     assert sizes[0] >= 1_200_000
     first = next(read(Source(str(path)), ReadOptions(batch_bytes=100_000)))

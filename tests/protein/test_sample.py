@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from Bio.Align import PairwiseAligner, substitution_matrices
 
-from meristem.data.records import ReadOptions, Source
+from meristem.data.records import PAYLOAD, ReadOptions, Source
 from meristem_domains.protein import domain
 
 # residues of each UniProt entry, by accession
@@ -63,8 +63,8 @@ def sample() -> dict[str, tuple[str, str]]:
     assert all(found), headers[found.index(None)]
     sequences = [
         payload
-        for batch in domain.read(Source(str(domain.sample)), ReadOptions())
-        for payload in batch.column("payload").to_pylist()
+        for batch in domain.reader.read(Source(str(domain.sample)), ReadOptions())
+        for payload in batch.column(PAYLOAD).to_pylist()
     ]
     records = {match[1]: (match[4], sequence) for match, sequence in zip(found, sequences, strict=True) if match}
     assert len(records) == len(sequences), "an accession stands twice"
@@ -122,8 +122,8 @@ def test_real_data_has_the_same_sequences(sample: dict[str, tuple[str, str]], sh
             for number, row in enumerate(csv.DictReader(handle)):
                 by_name[path.name, row.get("accession") or row.get("id") or str(number)] = row["sequence"]
     for path in sorted((shared_data / "protein").glob("*.fasta")):
-        for batch in domain.read(Source(str(path)), ReadOptions()):
-            for name, sequence in zip(batch.column("id").to_pylist(), batch.column("payload").to_pylist()):
+        for batch in domain.reader.read(Source(str(path)), ReadOptions()):
+            for name, sequence in zip(batch.column("id").to_pylist(), batch.column(PAYLOAD).to_pylist()):
                 by_name[path.name, name.partition("_")[2]] = sequence
     for (_, name), sequence in by_name.items():
         if name in sample:

@@ -10,9 +10,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from meristem.data.records import SCHEMA, ReadOptions, Refusal, Source
-from meristem.data.tables import table_format
+from meristem.data.reading.tables import table_format
+from meristem.data.records import PAYLOAD, SCHEMA, ReadOptions, Refusal, Source
 from meristem.errors import DataError
+from meristem.types import INPUT
 from meristem_domains.protein.fasta import PAYLOAD_COLUMNS, read
 
 
@@ -56,12 +57,12 @@ AS_WRITTEN = pyarrow.csv.ConvertOptions(
 def test_each_format_gives_the_same_columns_with_labels_as_text(tmp_path: Path, data: bytes) -> None:
     path = write(tmp_path / "data.bin", data)
     table = table_of(path, label_columns=("score", "n", "kind"), split_column="part")
-    assert table.schema.names == [*SCHEMA.names, "label:score", "label:n", "label:kind", "split"]
-    assert table.schema.field("payload").type == pa.large_string()
+    assert table.schema.names == [*SCHEMA.names, PAYLOAD, "split", "label:score", "label:n", "label:kind"]
+    assert table.schema.field(PAYLOAD).type == pa.large_string()
     assert {str(table.schema.field(f"label:{name}").type) for name in ("score", "n", "kind")} == {"string"}
     columns = table.to_pydict()
     assert columns["id"] == ["a", "b", "c"]
-    assert columns["payload"] == ["MKV", "mkl*", "NA"]  # asparagine and alanine, no missing value
+    assert columns[PAYLOAD] == ["MKV", "mkl*", "NA"]  # asparagine and alanine, no missing value
     is_parquet = b"PAR1" in (data, gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)[1]
     assert columns["label:score"] == ["0.5", None, "-1000" if is_parquet else "-1e3"]  # Parquet has a number
     assert columns["label:n"] == ["1", "2", None]
@@ -92,7 +93,7 @@ def test_bad_rows_are_refused_by_file_and_line_and_the_rest_comes(tmp_path: Path
     refused: list[Refusal] = []
     table = table_of(path, on_error=refused.append)
     assert table.column("id").to_pylist() == ["a", "e", "9", "h"]
-    assert table.column("payload").to_pylist() == ["MKV", "MK", "MKL", "M-.*"]
+    assert table.column(PAYLOAD).to_pylist() == ["MKV", "MK", "MKL", "M-.*"]
     assert table.column("line").to_pylist() == [2, 7, 12, 13]
     reasons = {
         4: "'7' is no residue",
@@ -117,7 +118,7 @@ def test_a_bad_row_is_an_error_with_its_line(tmp_path: Path, row: str) -> None:
     ("options", "name"),
     [
         ({"label_columns": ("score",)}, "'score'"),
-        ({"payload_column": "Sequence"}, "'Sequence'"),
+        ({"columns": {INPUT: "Sequence"}}, "'Sequence'"),
         ({"id_column": "acc"}, "'acc'"),
         ({"split_column": "fold"}, "'fold'"),
         ({"label_columns": ("twice",)}, "more than one column 'twice'"),
@@ -139,14 +140,14 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, options:
 
 def test_a_table_without_sequences_lists_its_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", "name,residues\na,MKV\n")
-    with pytest.raises(DataError, match=r"x\.csv:1: .*payload column.*columns: name, residues"):
+    with pytest.raises(DataError, match=r"x\.csv:1: .* the input 'input', named seq.*columns: name, residues"):
         table_of(path)
-    assert table_of(path, payload_column="residues").column("id").to_pylist() == ["1"]
+    assert table_of(path, columns={INPUT: "residues"}).column("id").to_pylist() == ["1"]
 
 
 def test_the_usual_names_are_found_in_any_case_and_order(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", "Seq,Protein_Sequence,SEQUENCE\nA,C,M\n")
-    assert table_of(path).column("payload").to_pylist() == ["M"]
+    assert table_of(path).column(PAYLOAD).to_pylist() == ["M"]
     assert table_of(write(path, "sequence\nMKV\nMKL\n")).column("id").to_pylist() == ["1", "2"]
 
 
@@ -220,7 +221,7 @@ def test_real_tables_are_read_as_the_csv_module_reads_them(shared_data: Path, na
     table = table_of(path, **options)
     with path.open(newline="") as handle:
         rows = list(csv.DictReader(handle))
-    assert table.column("payload").to_pylist() == [row["sequence"] for row in rows]
+    assert table.column(PAYLOAD).to_pylist() == [row["sequence"] for row in rows]
     assert table.column("line").to_pylist() == list(range(2, len(rows) + 2))
     for label in options["label_columns"]:
         assert table.column(f"label:{label}").to_pylist() == [row[label] or None for row in rows]

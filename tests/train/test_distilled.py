@@ -53,7 +53,7 @@ def _bound(path: Path, **options) -> Distilled:
 def _batch(rng: np.random.Generator, objective: Distilled, labels: list) -> PackedBatch:
     tokens = []
     for i, (sequence, label) in enumerate(zip(random_proteins(rng, len(labels)), labels)):
-        record = Record(str(i), sequence, {} if label is None else {"place": label}, f"x:{i}")
+        record = Record.of(str(i), sequence, {} if label is None else {"place": label}, f"x:{i}")
         tokens += objective.prepare(record, (TOKENIZER.encode(sequence),), rng)
     return pack(tokens, range(len(labels)))
 

@@ -56,7 +56,7 @@ def _prepared(objective, rng, labels=None) -> list:
     sequences = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(3, 60))) for _ in range(9)]
     tokens = []
     for i, sequence in enumerate(sequences):
-        record = Record(str(i), sequence, labels(i, sequence) if labels else {}, f"x:{i}")
+        record = Record.of(str(i), sequence, labels(i, sequence) if labels else {}, f"x:{i}")
         tokens += objective.prepare(record, (TOKENIZER.encode(sequence),), np.random.default_rng(i))
     return tokens
 

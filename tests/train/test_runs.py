@@ -150,3 +150,24 @@ def test_a_label_column_that_is_not_there_is_named_with_those_that_are(table):
     assert "charge" in done.err
     assert "place" in done.err
     assert not (table.path / "run").exists()
+
+
+def test_sources_are_mixed_by_weight_and_weights_that_cannot_be_are_refused(bench, rng):
+    more = "".join(f">other{i}\n{sequence}\n" for i, sequence in enumerate(random_proteins(rng, 12)))
+    (bench.path / "others.fasta").write_text(more)
+    bench.replace("sources: proteins.fasta", "sources: [proteins.fasta, others.fasta]")
+    few = ("--trainer.max_steps", "4")
+    mixed = bench.run("--run_dir", "mixed", "--data.weights", "[1, 3]", *few)
+    assert mixed.code == 0, mixed.err
+    assert "; tokens of proteins.fasta 25.0%, others.fasta 75.0%" in mixed.out + mixed.err
+    assert bench.run("--run_dir", "plain", *few).code == 0
+    assert bench.rows("mixed")[0]["loss"] != bench.rows("plain")[0]["loss"]
+    for weights in ("[1]", "[1, 0]", "[1, -2]", "[1, .inf]"):
+        done = bench.run("--run_dir", "wrong", "--data.weights", weights)
+        assert done.code == 2
+        assert "data.weights must be one finite number above 0 for each of data.sources (2)" in done.err
+    (bench.path / "others.fasta").write_text(">one\nMK1V\n")
+    done = bench.run("--run_dir", "wrong", "--data.weights", "[1, 3]", "--data.on_error", "skip")
+    assert done.code == 2
+    assert "others.fasta: no record of this source is left for training" in done.err
+    assert not (bench.path / "wrong").exists()

@@ -53,7 +53,7 @@ def classes(rng: np.random.Generator, count: int = 4) -> dict[str, bytes]:
 
 def read_all(path: Path | str, **options: object) -> list[Record]:
     """Records of a source."""
-    batches = domain.read(Source(str(path)), ReadOptions(**options))  # type: ignore[arg-type]
+    batches = domain.reader.read(Source(str(path)), ReadOptions(**options))  # type: ignore[arg-type]
     return [record_at(batch, row) for batch in batches for row in range(batch.num_rows)]
 
 

@@ -56,7 +56,7 @@ def picture_records(rng: np.random.Generator, count: int) -> list[Record]:
         pixels = (pixels + rng.normal(0, 20, pixels.shape)).clip(0, 255).astype(np.uint8)
         stream = io.BytesIO()
         Image.fromarray(pixels).save(stream, "PNG")
-        records.append(Record(str(i), stream.getvalue(), {"kind": kind}))
+        records.append(Record.of(str(i), stream.getvalue(), {"kind": kind}))
     return records
 
 

@@ -115,9 +115,7 @@ def test_at_native_resolution_a_view_has_as_many_patches_as_the_picture(rng):
 def store(rng, tmp_path: Path) -> RecordStore:
     root = write_folder(tmp_path / "pictures", {f"{'ab'[i % 2]}/{i}.png": encoded(rng, shade=i % 2) for i in range(12)})
     options = ReadOptions(label_columns=("label",))
-    return RecordStore.build(
-        domain.read, [Source(str(root))], options, name="vision", files=domain.files, cache_dir=tmp_path / "cache"
-    )
+    return RecordStore.build(domain.reader, [Source(str(root))], options, name="vision", cache_dir=tmp_path / "cache")
 
 
 def _objective(store: RecordStore) -> Supervised:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from pictures import as_json, classes, column, encoded, labels, read_all, write_folder, write_tar
 
-from meristem.data.records import ReadOptions, Refusal, Source
+from meristem.data.reading.reader import Reader
+from meristem.data.records import PAYLOAD, ReadOptions, Refusal, Source
 from meristem.data.store import RecordStore
 from meristem.errors import DataError
 from meristem_domains.vision import domain
@@ -44,12 +46,14 @@ def test_a_flat_folder_needs_no_labels_and_has_none(rng: np.random.Generator, tm
 def test_folders_of_parts_deal_out_the_records(rng: np.random.Generator, tmp_path: Path):
     contents = {f"{part}/{name}": data for part in ("test", "train") for name, data in classes(rng, 2).items()}
     write_folder(tmp_path, contents)
-    records = list(domain.read(Source(str(tmp_path)), ReadOptions(label_columns=("label",), split_column="split")))
+    records = list(
+        domain.reader.read(Source(str(tmp_path)), ReadOptions(label_columns=("label",), split_column="split"))
+    )
     assert records[0].column("split").to_pylist() == ["test"] * 4 + ["train"] * 4
     assert records[0].column("label:label").to_pylist() == ["cat", "cat", "dog", "dog"] * 2
     tar = write_tar(tmp_path / "all.tar", contents)
-    again = list(domain.read(Source(str(tar)), ReadOptions(label_columns=("label",), split_column="split")))
-    for name in ("id", "payload", "split", "label:label"):
+    again = list(domain.reader.read(Source(str(tar)), ReadOptions(label_columns=("label",), split_column="split")))
+    for name in ("id", PAYLOAD, "split", "label:label"):
         assert again[0].column(name).equals(records[0].column(name))
 
 
@@ -217,14 +221,22 @@ def test_a_class_folder_without_a_picture_is_refused_where_classes_matter(rng: n
     assert len(refused) == 1
 
 
-@pytest.mark.parametrize("said", ["no such file", "is a directory", "a table needs a payload column", "no column"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "no such file",
+        "is a directory",
+        "named image or path or file",
+        "no column",
+    ],
+)
 def test_tables_that_name_no_picture_are_refused(said: str, rng: np.random.Generator, tmp_path: Path):
     write_folder(tmp_path, classes(rng))
     table = tmp_path / "t.csv"
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "no such file": ("path,label\ncat/000.png,1\ncat/9.png,1\n", {}),
         "is a directory": ("path,label\ncat/000.png,1\ncat,1\n", {}),
-        "a table needs a payload column": ("name,label\na,1\nb,2\n", {}),
+        "named image or path or file": ("name,label\na,1\nb,2\n", {}),
         "no column": ("path,kind\ncat/000.png,1\n", {"label_columns": ("label",)}),
     }
     text, options = cases[said]
@@ -274,9 +286,7 @@ def test_what_is_no_source_of_pictures_is_refused(tmp_path: Path):
 
 def build(path: Path, cache: Path, **options: Any) -> RecordStore:
     source = Source(str(path))
-    return RecordStore.build(
-        domain.read, [source], ReadOptions(**options), name="vision", files=domain.files, cache_dir=cache
-    )
+    return RecordStore.build(domain.reader, [source], ReadOptions(**options), name="vision", cache_dir=cache)
 
 
 def test_a_store_of_a_folder_is_built_once_and_anew_when_a_picture_changes(rng: np.random.Generator, tmp_path: Path):
@@ -310,10 +320,19 @@ def test_pictures_that_differ_in_the_case_of_a_byte_are_two(rng: np.random.Gener
     assert hashes[0] != hashes[1]
 
 
+class SingleFiles(Reader):
+    """Of a domain whose sources are files, never folders."""
+
+    def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+        yield from domain.reader.read(source, options)
+
+
 def test_a_store_needs_the_domain_to_know_folders(rng: np.random.Generator, tmp_path: Path):
     folder = write_folder(tmp_path / "pets", classes(rng))
     with pytest.raises(DataError, match="pets: is a directory; name the files in it"):
-        RecordStore.build(domain.read, [Source(str(folder))], ReadOptions(), name="other", cache_dir=tmp_path / "cache")
+        RecordStore.build(
+            SingleFiles(), [Source(str(folder))], ReadOptions(), name="other", cache_dir=tmp_path / "cache"
+        )
 
 
 def test_records_that_the_tokenizer_refuses_are_named_and_have_no_length(rng: np.random.Generator, tmp_path: Path):

@@ -235,9 +235,12 @@ def test_the_package_embeds_paths_and_arrays(trained: None, rng: np.random.Gener
     assert model.predict([paths[0], arrays[1]])["label"].values.shape == (2, 2)
     with pytest.raises(DataError, match=r"sequence 1: nowhere\.jpg: cannot be read: No such file"):
         model.embed([paths[0], "nowhere.jpg"])
-    for wrong in (str(paths[0]), paths[0], arrays[0], b"x"):
+    for wrong in (str(paths[0]), paths[0], b"x"):
         with pytest.raises(ConfigError, match="must be a list"):
             model.embed(wrong)
+    _, width, channels = arrays[0].shape
+    with pytest.raises(DataError, match=rf"sequence 0: an image must be .*; got \[{width}, {channels}\]"):
+        model.embed(arrays[0])
 
 
 def test_a_model_goes_on_at_another_size(trained: None, rng: np.random.Generator):

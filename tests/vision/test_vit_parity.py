@@ -259,6 +259,7 @@ def test_hidden_patches_are_those_of_the_reference(
     tokens = tokenizer.encode(pixels)
     is_hidden = rng.random(len(tokens)) < 0.4
     is_hidden[: tokenizer.num_special[0]] = False
+    is_hidden[-1] = True
     ids = np.where(is_hidden, tokenizer.mask_id, tokens.ids)
     hidden = Tokens(positions=tokens.positions, ids=ids, features=tokens.features)
     image = (pixels - np.array(tokenizer.mean, np.float32)) / np.array(tokenizer.std, np.float32)

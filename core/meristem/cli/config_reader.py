@@ -1,7 +1,7 @@
 """Config files with the line of every key, so that an error can say where it comes from."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from meristem.errors import ConfigError
+from meristem.model.plain import merge
 
 
 @dataclass
@@ -76,21 +77,6 @@ NumberLoader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
-
-
-def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Put `over` on `base`, key by key; a part of another kind replaces the old one as a whole."""
-    for key, value in over.items():
-        old = base.get(key)
-        is_other_kind = isinstance(value, Mapping) and any(
-            name in value and isinstance(old, Mapping) and value[name] != old.get(name)
-            for name in ("kind", "class_path")
-        )
-        if isinstance(value, Mapping) and isinstance(old, dict) and not is_other_kind:
-            merge(old, value)
-        else:
-            base[key] = merge({}, value) if isinstance(value, Mapping) else value
-    return base
 
 
 def _take_places(node: yaml.Node, path: Path, prefix: str, places: dict[str, str]) -> None:

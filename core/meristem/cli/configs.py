@@ -1,4 +1,4 @@
-"""Finds configs: files of the user's own, and those that ship with Meristem (`protein/sample`)."""
+"""Finds configs: files of the user's own, and those that ship with Meristem (`<domain>/sample`)."""
 
 import difflib
 from importlib import resources

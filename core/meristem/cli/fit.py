@@ -119,7 +119,7 @@ def _evaluate(config: "RunConfig", verb: str) -> int:
         print(f"  {name:<{width}}  {value:.5g}")
     classes = {readout.name: readout.classes for readout in task.objective.readouts}
     for name, counts in task.confusion_values().items():
-        drawn = run.picture(f"confusion_{name}_{part}")
-        draw_confusion(drawn, {name: counts.numpy()}, classes[name])
+        drawn = run.figure(f"confusion_{name}_{part}")
+        draw_confusion(drawn, {f"{name}, {part}": counts.numpy()}, classes[name])
         _say(f"confusion matrix: {drawn}")
     return 0

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
     )
     prompts = args.prompt or list(_read_prompts(args.prompts))
-    card, model = load_any(args.model)
+    card, model = load_any(args.model, args.tokenizer)
     generator = Generator(model.to(best_device()).eval(), card.tokenizer)
     if args.output:
         _write(args.output, generator, prompts, options)

@@ -19,13 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="the model directory to write; must be new or empty")
     parser.add_argument("--domain", default="", help="domain that reads its inputs; the family's own by default")
     parser.add_argument(
-        "--image-px",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="size of pictures that the model is to read, another than its own: its table of positions is resampled",
-    )
-    parser.add_argument(
         "--random-weights",
         action="store_true",
         help="with LIBRARY:MODEL: draw the weights; otherwise they must be on this machine, as nothing is downloaded",
@@ -79,8 +72,7 @@ def _import(args: argparse.Namespace, source: "Path", out: "Path", notes: list[s
     if notes:
         card = replace(card, facts={**card.facts, "weights": "; ".join(notes)})
     own = card, model
-    if args.image_px:
-        card, model = with_tokenizer_options(card, model, {"image_px": args.image_px})
+    card, model = with_tokenizer_options(card, model, args.tokenizer)
     save_model(out, card, model)
 
     config = card.architecture

@@ -116,12 +116,11 @@ def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
 
     from meristem.cli.config_reader import read_configs
     from meristem.cli.configs import find_config
-    from meristem.cli.run_config import resolve_architecture
+    from meristem.domain import load_domain
     from meristem.errors import ConfigError
-    from meristem.model.config import TransformerConfig
     from meristem.model.init import without_weights
     from meristem.model.model import SYMBOLS, Model
-    from meristem.model.plain import from_json
+    from meristem.train.architecture import resolve_architecture
 
     file = find_config(args.model)
     values = read_configs([file]).values
@@ -130,8 +129,9 @@ def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
         return {**_facts_of_model(model["init_from"], args.length), "config": str(file)}
     if not data.get("domain"):
         raise ConfigError(f"{file}: data.domain must be set, as it gives presets and vocabulary")
-    source = {"domain": data["domain"], "tokenizer": data.get("tokenizer")}
-    architecture = from_json(TransformerConfig, resolve_architecture(model.get("architecture") or {}, source))
+    domain = load_domain(data["domain"])
+    tokenizer = domain.build_tokenizer(**(data.get("tokenizer") or {}))
+    architecture = resolve_architecture(model.get("architecture") or {}, domain, tokenizer)
     with without_weights():
         built = Model(architecture, (SYMBOLS,) if architecture.head else ())
     facts = _facts_of_architecture(architecture, built, args.length)

@@ -38,7 +38,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["refuse", "skip"],
         help="a record that cannot be used: refuse everything, or leave it out, name it and count it",
     )
-    parser.add_argument("--sequence-column", default="", help="column of a table that holds the payloads")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="column of a table that holds the payloads; where records have several inputs, INPUT=COLUMN for each",
+    )
     parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
 
 
@@ -49,7 +55,7 @@ def add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
 
 def job_options(args: argparse.Namespace) -> dict[str, Any]:
     """What the arguments of `add_engine_arguments` say, as fields of `JobOptions`."""
-    from meristem.data.records import ReadOptions
+    from meristem.data.records import ReadOptions, columns_of
 
     return {
         "tokens_per_batch": args.tokens_per_batch,
@@ -58,9 +64,10 @@ def job_options(args: argparse.Namespace) -> dict[str, Any]:
         "num_workers": args.workers,
         "is_compiled": args.compile,
         "domain": args.domain,
+        "tokenizer": args.tokenizer,
         "is_skipping": args.on_error == "skip",
         "is_overwriting": getattr(args, "overwrite", False),
-        "read": ReadOptions(payload_column=args.sequence_column, id_column=args.id_column),
+        "read": ReadOptions(columns_of(args.column), id_column=args.id_column),
     }
 
 

@@ -18,12 +18,20 @@ from types import FrameType
 from typing import Any
 
 from meristem import __version__
+from meristem.cli.configs import shipped_configs
+from meristem.cli.tokenizer_options import take_tokenizer_options
 from meristem.errors import ConfigError, PackageWarning, UserError
 
 DONE, FAULT, WRONG_INPUT, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 
 REFUSALS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 """Errors of the operating system that the user can mend and we cannot, as is a full disk."""
+
+
+TOKENIZER_HELP = """Options of the tokenizer of the model's domain are taken as well, where it is to be another
+than the model's (see the documentation of the domain).
+
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,24 +49,29 @@ class Verb:
         module: imported when the verb is called, not before.
         help: one line.
         example: a command that works as typed, but for file names.
+        reads_model: it takes options of the tokenizer of the model's domain as well.
     """
 
     module: str
     help: str
     example: str
+    reads_model: bool = False
 
     def call(self, name: str, argv: list[str]) -> int:
         """Parse what stands behind the verb and run it."""
         module, parser = importlib.import_module(self.module), self.parser(name)
         module.add_arguments(parser)
-        return int(module.run(parser.parse_args(argv)))
+        if not self.reads_model:
+            return int(module.run(parser.parse_args(argv)))
+        argv, tokenizer = take_tokenizer_options(parser, argv)
+        return int(module.run(parser.parse_args(argv, argparse.Namespace(tokenizer=tokenizer))))
 
     def parser(self, name: str) -> Parser:
         """A parser that has no arguments yet."""
         return Parser(
             prog=f"meristem {name}",
             description=self.help,
-            epilog=f"example:\n  {self.example}",
+            epilog=f"{TOKENIZER_HELP if self.reads_model else ''}example:\n  {self.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
@@ -79,11 +92,14 @@ class OpenVerb(Verb):
         return int(importlib.import_module(self.module).run_argv(argv, self.parser(name)))
 
 
+SAMPLE = next((name for name in shipped_configs() if name.endswith("/sample")), "config.yaml")
+"""A config that trains on the sample of its domain."""
+
 VERBS: dict[str, Verb] = {
     "fit": ConfiguredVerb(
         "meristem.cli.fit",
         "train a model from a config, or go on where the run stopped",
-        "meristem fit --config protein/sample --trainer.max_steps 200",
+        f"meristem fit --config {SAMPLE} --trainer.max_steps 200",
     ),
     "validate": ConfiguredVerb(
         "meristem.cli.fit",
@@ -93,37 +109,43 @@ VERBS: dict[str, Verb] = {
     "test": ConfiguredVerb(
         "meristem.cli.fit",
         "measure a trained model on the test part of its data",
-        "meristem test --config runs/localization/config.yaml",
+        "meristem test --config runs/tuned/config.yaml",
     ),
     "embed": Verb(
         "meristem.cli.embed",
         "write one vector a record, or one a token, in input order",
-        "meristem embed runs/sample/model proteins.fasta --output vectors",
+        "meristem embed runs/sample/model records.csv --output vectors",
+        reads_model=True,
     ),
     "predict": Verb(
         "meristem.cli.predict",
         "write labels, probabilities or values from a fine-tuned model",
-        "meristem predict runs/localization/model proteins.fasta --output labels.csv",
+        "meristem predict runs/tuned/model records.csv --output labels.csv",
+        reads_model=True,
     ),
     "probe": Verb(
         "meristem.cli.probe",
         "measure what the vectors of a model tell about a label: linear map and nearest neighbours",
-        "meristem probe runs/sample/model proteins.csv --label location --output probe",
+        "meristem probe runs/sample/model records.csv --label kind --output probe",
+        reads_model=True,
     ),
     "generate": Verb(
         "meristem.cli.generate",
         "go on from prompts: greedy, drawn, or by beam search",
         "meristem generate runs/decoder/model --prompt MKT --temperature 0.8 --top-p 0.95",
+        reads_model=True,
     ),
     "score": OpenVerb(
         "meristem.cli.score",
         "write how likely records are, or what a scorer of a domain says of them",
-        "meristem score runs/sample/model proteins.fasta --output likelihoods.csv",
+        "meristem score runs/sample/model records.csv --output scores.csv",
+        reads_model=True,
     ),
     "import": Verb(
         "meristem.cli.import_model",
         "turn a foreign checkpoint into a model directory, with a parity report",
         "meristem import path/to/esm2_t6_8M_UR50D esm2_8m",
+        reads_model=True,
     ),
     "export": Verb(
         "meristem.cli.export_model",

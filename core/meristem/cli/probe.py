@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", metavar="DATA", nargs="+", help="files of records with labels")
     parser.add_argument("--test", metavar="DATA", nargs="+", default=[], help="files of the test; DATA is for training")
     parser.add_argument("--label", required=True, metavar="COLUMN", help="column of the label: classes or numbers")
-    parser.add_argument("--output", required=True, help="folder of metrics.json, predictions.csv and a picture")
+    parser.add_argument("--output", required=True, help="folder of metrics.json, predictions.csv and a figure")
     parser.add_argument(
         "--method",
         default="both",
@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="hash",
         choices=["hash", "similarity"],
         help="how records are dealt: by hash, equal payloads together; or by similarity, similar ones together",
+    )
+    parser.add_argument(
+        "--group-column", default="", metavar="COLUMN", help="column of what must stay on one side of the split"
     )
     parser.add_argument("--split-column", default="", metavar="COLUMN", help="column of train, validation or test")
     parser.add_argument("--test-frac", type=float, help="of the records, for the test; 0.2 by default")
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         split=args.split,
         split_column=args.split_column,
+        group_column=args.group_column,
         test_frac=args.test_frac,
         validation_frac=args.validation_frac,
         seed=args.seed,
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     )
     metrics = probe_files(args.model, args.inputs, args.output, options, args.test, _Shown())
     _print_summary(metrics)
-    print(f"metrics.json, predictions.csv and a picture in {args.output}")
+    print(f"metrics.json, predictions.csv and a figure in {args.output}")
     return 0
 
 

@@ -13,17 +13,16 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from meristem.cli.architecture import check_fit, fill_in
 from meristem.cli.config_errors import explain, placed
-from meristem.cli.config_reader import NumberLoader, ReadConfig, merge, read_configs
+from meristem.cli.config_reader import NumberLoader, ReadConfig, read_configs
 from meristem.cli.configs import find_config
 from meristem.cli.objective_names import GROUP, name_in_arguments, name_in_config
 from meristem.cli.run_keys import ARCHITECTURE, FREE_KEYS, OBJECTIVE, TRAINER_DEFAULTS, TRAINER_KEYS, build_task
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
-from meristem.model.config import TransformerConfig
-from meristem.model.plain import from_json, to_json
+from meristem.model.plain import merge, to_json
 from meristem.registry import find_all
+from meristem.train.architecture import resolve_architecture
 from meristem.train.datamodule import DataModule
 from meristem.train.task import Task
 from meristem.train.watch import Watch
@@ -180,7 +179,10 @@ def parse(argv: list[str], verb: str) -> RunConfig | None:
         resolved["model"]["architecture"] = None
     else:
         try:
-            resolved["model"]["architecture"] = resolve_architecture(wanted, resolved["data"])
+            data = resolved["data"]
+            domain = load_domain(data["domain"])
+            tokenizer = domain.build_tokenizer(**(data["tokenizer"] or {}))
+            resolved["model"]["architecture"] = to_json(resolve_architecture(wanted, domain, tokenizer))
         except ConfigError as error:
             raise placed(error, read) from error
     if resolved["run_dir"] is None:
@@ -205,35 +207,6 @@ def _quietly(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return call(*args, **options)
-
-
-def resolve_architecture(wanted: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """The whole architecture as plain values: a preset, what goes over it, and the tokenizer's vocabulary.
-
-    Raises:
-        ConfigError: a preset that the domain does not have, or fields that do not fit.
-    """
-    domain = load_domain(data["domain"])
-    tokenizer = domain.build_tokenizer(**(data["tokenizer"] or {}))
-    wanted = merge({}, wanted)
-    preset = wanted.pop("preset", None)
-    values: dict[str, Any] = {}
-    if preset is not None:
-        if preset not in domain.presets:
-            raise ConfigError(
-                f"architecture.preset must be one of {', '.join(domain.presets) or 'none'}; got {preset!r}"
-            )
-        values = merge({}, to_json(domain.presets[preset]))
-    elif not wanted:
-        raise ConfigError(
-            f"model.architecture must be set (a preset: {', '.join(domain.presets)}; or width, num_layers ...), "
-            "or model.init_from a model directory"
-        )
-    merge(values, wanted)
-    fill_in(values, tokenizer, wanted)
-    config = from_json(TransformerConfig, values)
-    check_fit(config, tokenizer, domain.name)
-    return to_json(config)
 
 
 def _sort_arguments(argv: list[str]) -> tuple[list[str], dict[str, Any], list[str], bool]:

@@ -12,6 +12,7 @@ from meristem.cli.jobs import (
 )
 from meristem.cli.main import Parser
 from meristem.cli.options import add_options, flags_of, options_of
+from meristem.cli.tokenizer_options import take_tokenizer_options
 from meristem.errors import ConfigError
 
 
@@ -39,13 +40,12 @@ def run_argv(argv: list[str], parser: argparse.ArgumentParser) -> int:
     if {"-h", "--help"} & set(argv):
         listed = "\n".join(f"  {name:<14}{one.help}" for name, one in find_scorers(asked.domain).items())
         parser.epilog = f"scorers (--scorer NAME --help shows the options of one):\n{listed}\n\n{parser.epilog}"
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
+    try:
+        rest, tokenizer = take_tokenizer_options(parser, argv)
+    except ConfigError as error:
         there = ", ".join(flags_of(scorer.options)) or "none"
-        raise ConfigError(
-            f"unrecognized arguments: {' '.join(unknown)}; options of the scorer {asked.scorer}: {there} "
-            f"(see {parser.prog} --scorer {asked.scorer} --help)"
-        )
+        raise ConfigError(f"{error}; options of the scorer {asked.scorer}: {there}") from error
+    args = parser.parse_args(rest, argparse.Namespace(tokenizer=tokenizer))
     options = ScoreOptions(
         scorer=asked.scorer,
         scorer_options=options_of(args, scorer.options),

@@ -165,8 +165,8 @@ def delete_tokens(ids: np.ndarray, rng: np.random.Generator, *, rate: float) -> 
     return ids[np.sort(rng.choice(len(ids), num_kept, replace=False, shuffle=False))]
 
 
-def crop_window(tokens: Tokens, max_tokens: int, num_special: tuple[int, int], rng: np.random.Generator) -> Tokens:
-    """A random window of a sequence that is too long; special tokens stay at its ends.
+def crop_window(tokens: Tokens, max_tokens: int, rng: np.random.Generator) -> Tokens:
+    """A random window of a sequence that is too long; the special tokens before and behind the payload stay.
 
     Positions count from 0 again, as if the window were all there is; spans still point into the whole
     payload. The generator is drawn from only where something is cut.
@@ -174,13 +174,12 @@ def crop_window(tokens: Tokens, max_tokens: int, num_special: tuple[int, int], r
     Args:
         tokens: before corruption: without targets.
         max_tokens: special tokens included; more than those.
-        num_special: special tokens before and behind the payload's own.
         rng: decides where the window begins; each place is equally likely.
     """
     if len(tokens) <= max_tokens:
         return tokens
     assert not tokens.targets
-    before, behind = num_special
+    before, behind = tokens.frame
     length = max_tokens - before - behind
     start = before + int(rng.integers(len(tokens) - before - behind - length + 1))
     kept = np.r_[:before, start : start + length, len(tokens) - behind : len(tokens)]
@@ -190,6 +189,7 @@ def crop_window(tokens: Tokens, max_tokens: int, num_special: tuple[int, int], r
         ids=tokens.ids[kept],
         features=None if tokens.features is None else tokens.features[kept],
         spans=None if tokens.spans is None else tokens.spans[kept],
+        is_special=None if tokens.is_special is None else tokens.is_special[kept],
     )
 
 

@@ -3,16 +3,18 @@
 What comes out is a pure function of (seed, step) and the records. Worker processes only change who computes it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from meristem.data.corrupt import crop_window
-from meristem.data.order import PackStream, Plan, plan_in_order, record_rng
+from meristem.data.order import MixedStream, PackStream, Plan, Stream, plan_in_order, record_rng
 from meristem.data.pack import pack
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import Tokenizer
@@ -87,24 +89,79 @@ class PackMaker:
     def make(self, epoch: int, members: np.ndarray) -> PackedBatch:
         """The pack of these `members` of `rows`, as they are in `epoch`."""
         rows = self.rows[members]
-        records = self.store.records(rows)
-        column = None if self.views else self.tokenizer.encode_column(self.store.payloads(rows))
+        rngs = [record_rng(self.seed, epoch, row) for row in rows.tolist()]
+        cuts = self._cuts(rows, members, rngs)
+        records = self.store.records(rows, cuts.stops < 0)
+        column = None if self.views else self.tokenizer.encode_column(cuts.payloads(self.store, rows))
         sequences: list[Tokens] = []
         indices: list[int] = []
-        for record, row, i in zip(records, rows.tolist(), range(len(rows))):
-            rng = record_rng(self.seed, epoch, row)
+        for i, (record, row, rng) in enumerate(zip(records, rows.tolist(), rngs)):
             for _ in range(self.views.repeats if self.views else 1):
                 if column is None:
                     assert self.views is not None
                     tokens = self.views.encode_view(record.payload, rng)
                 else:
-                    tokens = self.tokenizer.tokens_at(column, i)
+                    tokens = cuts.placed(self.tokenizer.tokens_at(column, i), i)
                 if self.max_tokens_per_record is not None:
-                    tokens = crop_window(tokens, self.max_tokens_per_record, self.tokenizer.num_special, rng)
+                    tokens = crop_window(tokens, self.max_tokens_per_record, rng)
                 prepared = self.objective.prepare(record, (tokens,), rng)
                 sequences += prepared
                 indices += [row] * len(prepared)
         return pack(sequences, indices)
+
+    def _cuts(self, rows: np.ndarray, members: np.ndarray, rngs: Sequence[np.random.Generator]) -> "Cuts":
+        """Where records that are too long are cut before they are encoded, each place equally likely."""
+        cuts = Cuts(np.zeros(len(rows), np.int64), np.full(len(rows), -1, np.int64), np.zeros(len(rows), np.int64))
+        per_token, most = self.tokenizer.symbols_per_token, self.max_tokens_per_record
+        if most is None or per_token is None or self.views is not None:
+            return cuts
+        long = np.flatnonzero(self._lengths[members] > most)
+        if len(long):
+            cuts.sizes[long] = self.store.sizes(rows[long])
+            width = (most - sum(self.tokenizer.num_special)) * per_token
+            for i in long.tolist():
+                cuts.starts[i] = rngs[i].integers(max(int(cuts.sizes[i]) - width, 0) + 1)
+            cuts.stops[long] = np.minimum(cuts.starts[long] + width, cuts.sizes[long])
+        return cuts
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return self.full_lengths()
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Windows of the records of a pack.
+
+    Attributes:
+        starts: `[N]` first symbol of each window.
+        stops: `[N]` the symbol behind its last; -1 where the record is taken whole.
+        sizes: `[N]` symbols of the record, where it is cut.
+    """
+
+    starts: np.ndarray
+    stops: np.ndarray
+    sizes: np.ndarray
+
+    def payloads(self, store: RecordStore, rows: np.ndarray) -> pa.Array:
+        """The payloads of `rows`, of those that are cut their windows alone."""
+        is_cut = self.stops >= 0
+        if not is_cut.any():
+            return store.payloads(rows)
+        whole = store.payloads(rows[~is_cut])
+        cut = store.stretches(rows[is_cut], self.starts[is_cut], self.stops[is_cut])
+        order = np.argsort(np.concatenate([np.flatnonzero(~is_cut), np.flatnonzero(is_cut)]))
+        return pa.concat_arrays([whole, cut.cast(whole.type)]).take(pa.array(order))
+
+    def placed(self, tokens: Tokens, i: int) -> Tokens:
+        """The tokens of record `i`, with the places that they have in the whole record."""
+        if self.stops[i] < 0 or tokens.spans is None:
+            return tokens
+        before, behind = tokens.frame
+        spans = tokens.spans + self.starts[i]
+        spans[:before] = 0
+        spans[len(spans) - behind :] = self.sizes[i]
+        return replace(tokens, spans=spans)
 
 
 class TrainLoader:
@@ -125,6 +182,8 @@ class TrainLoader:
         num_workers: processes that prepare steps ahead; 0 prepares in this one. Without effect on what comes.
         max_tokens_per_record: longer records are cropped to a random window each epoch (`num_cropped`).
         views: what is seen of a record; None for the record as it is.
+        weights: share of the tokens of each source of the store (`MixedStream`); None: records come in random order,
+            whatever their source, each once an epoch.
         start_step: asked when iteration begins: the optimiser step to begin with.
 
     Raises:
@@ -147,6 +206,7 @@ class TrainLoader:
         num_workers: int = 0,
         max_tokens_per_record: int | None = None,
         views: Views | None = None,
+        weights: Sequence[float] | None = None,
         start_step: Callable[[], int] = lambda: 0,
     ):
         _check_shares(rank, world_size, num_workers)
@@ -157,9 +217,15 @@ class TrainLoader:
                 f"got {packs_per_step}; nearest: {nearest}"
             )
         self.maker = PackMaker(store, np.asarray(rows), tokenizer, objective, seed, max_tokens_per_record, views)
-        self.stream = PackStream(
-            self.maker.lengths(), tokens_per_pack=tokens_per_pack, packs_per_step=packs_per_step, seed=seed
-        )
+        lengths = self.maker.lengths()
+        self.stream: Stream
+        if weights is None:
+            self.stream = PackStream(lengths, tokens_per_pack=tokens_per_pack, packs_per_step=packs_per_step, seed=seed)
+        else:
+            sources = store.source_of(self.maker.rows)
+            self.stream = MixedStream(
+                lengths, sources, weights, tokens_per_pack=tokens_per_pack, packs_per_step=packs_per_step, seed=seed
+            )
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         self.start_step = start_step
 
@@ -230,7 +296,7 @@ class _Steps(IterableDataset):
     Worker w of W has each W-th step from the w-th on; the loader takes from the workers in turn.
     """
 
-    def __init__(self, maker: PackMaker, stream: PackStream, rank: int, world_size: int, start: int):
+    def __init__(self, maker: PackMaker, stream: Stream, rank: int, world_size: int, start: int):
         self.maker, self.stream, self.start = maker, stream, start
         self.rank, self.world_size = rank, world_size
 

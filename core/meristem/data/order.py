@@ -7,6 +7,7 @@ records never share a stream, and making one costs microseconds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -87,6 +88,14 @@ def plan_in_order(lengths: np.ndarray, tokens_per_pack: int) -> Plan:
     return Plan(order, *_fill(lengths[order], tokens_per_pack))
 
 
+class Stream(Protocol):
+    """An endless sequence of packs, cut into optimiser steps."""
+
+    def step(self, n: int) -> list[tuple[int, np.ndarray]]:
+        """The packs of optimiser step `n`, each as its epoch and its records."""
+        ...
+
+
 class PackStream:
     """The endless sequence of packs that a run trains on, cut into optimiser steps.
 
@@ -138,6 +147,75 @@ class PackStream:
                 self.lengths, tokens_per_pack=self.tokens_per_pack, seed=self.seed, epoch=epoch
             )
         return self._plans[epoch]
+
+
+class MixedStream:
+    """The endless sequence of packs of several sources, of which each has its share of the tokens.
+
+    Each source has a `PackStream` of its own, whose packs are taken in their order: no record of a source comes again
+    before all of them have come. The next pack is one of the source that lacks most tokens of its share (the first of
+    equals), so the tokens of a source are never further from its share than two packs, and step n is a function of the
+    seed, the lengths and n alone.
+
+    Args:
+        lengths: `[N]` tokens of each record.
+        source_of: `[N]` source of each record, counted from 0.
+        weights: share of the tokens of each source; they need not add up to 1.
+        tokens_per_pack: as in `plan_epoch`.
+        packs_per_step: packs of a step over all ranks and accumulation.
+        seed: random seed of the run.
+
+    Raises:
+        ConfigError: a source without a record, or a weight that is not above 0; or as `PackStream`.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        source_of: np.ndarray,
+        weights: Sequence[float],
+        *,
+        tokens_per_pack: int,
+        packs_per_step: int,
+        seed: int,
+    ):
+        counts = np.bincount(source_of, minlength=len(weights))
+        if len(counts) != len(weights) or not counts.all() or min(weights) <= 0:
+            raise ConfigError(
+                "weights must be one number above 0 for each source, and each source must have a record for training; "
+                f"got weights {list(weights)} for sources of {counts.tolist()} records"
+            )
+        self.packs_per_step = packs_per_step
+        self._shares = np.array(weights, float) / sum(weights)
+        self._lengths, self._rows = lengths, [np.flatnonzero(source_of == i) for i in range(len(weights))]
+        # another seed for each source: two of equal size are not in step
+        self._streams = [
+            PackStream(lengths[rows], tokens_per_pack=tokens_per_pack, packs_per_step=1, seed=(seed + i) % 2**64)
+            for i, rows in enumerate(self._rows)
+        ]
+        self._order: list[int] = []  # source of each pack, as far as it is known
+        self._num_packs = [0] * len(weights)
+        self._num_tokens = np.zeros(len(weights))
+        self._places: list[int] = []  # number of each pack among those of its source
+
+    def step(self, n: int) -> list[tuple[int, np.ndarray]]:
+        """The packs of optimiser step `n`, each as the epoch of its source and its records."""
+        return [self._pack(i) for i in range(n * self.packs_per_step, (n + 1) * self.packs_per_step)]
+
+    def _pack(self, i: int) -> tuple[int, np.ndarray]:
+        while len(self._order) <= i:
+            lacking = self._shares * (self._num_tokens.sum() + 1) - self._num_tokens
+            source = int(np.argmax(lacking))
+            _, members = self._members(source, self._num_packs[source])
+            self._num_tokens[source] += self._lengths[members].sum()
+            self._order.append(source)
+            self._places.append(self._num_packs[source])
+            self._num_packs[source] += 1
+        return self._members(self._order[i], self._places[i])
+
+    def _members(self, source: int, place: int) -> tuple[int, np.ndarray]:
+        [(epoch, members)] = self._streams[source].step(place)
+        return epoch, self._rows[source][members]
 
 
 def _fill(lengths: np.ndarray, tokens_per_pack: int) -> tuple[np.ndarray, np.ndarray]:

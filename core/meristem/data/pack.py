@@ -63,7 +63,7 @@ def pack_column(
     order = np.argsort(column.lengths[rows], kind="stable")
     index, offsets = column.index_of(rows[order])
     lengths = np.diff(offsets)
-    layout = Layout.of(lengths, min_rows)
+    layout = Layout.of(lengths, min_rows, None if column.is_special is None else column.is_special[index])
     if column.positions is None:
         positions = (np.arange(layout.num_tokens) - np.repeat(offsets[:-1], lengths))[:, None]
     else:
@@ -95,7 +95,9 @@ def pack_column(
 
 def _lay(sequences: list[Tokens], min_rows: int) -> dict[str, Any]:
     """The fields of one side of a pack, in the order of `sequences`."""
-    layout = Layout.of([len(tokens) for tokens in sequences], min_rows)
+    no = np.zeros(max(map(len, sequences)), bool)
+    is_special = [no[: len(tokens)] if tokens.is_special is None else tokens.is_special for tokens in sequences]
+    layout = Layout.of([len(tokens) for tokens in sequences], min_rows, np.concatenate(is_special))
     if any(tokens.prefix_length for tokens in sequences):
         layout = replace(layout, prefix_lengths=tuple(tokens.prefix_length for tokens in sequences))
 

@@ -43,7 +43,7 @@ class Part:
         return found
 
     def payload_lengths(self) -> np.ndarray:
-        """`[N]` characters of each payload, or bytes where payloads are bytes."""
+        """`[N]` characters of each payload of the first input, or bytes where payloads are bytes."""
         return np.concatenate([np.zeros(0, np.int64), *(_lengths(block) for block in self._payloads())])
 
     def where(self, row: int) -> str:
@@ -52,7 +52,7 @@ class Part:
 
     def _payloads(self) -> Iterator[pa.Array]:
         for start in range(0, len(self), BLOCK_ROWS):
-            yield self.store.payloads(self.rows[start : start + BLOCK_ROWS])
+            yield self.store.payloads(self.rows[start : start + BLOCK_ROWS], self.store.inputs[0])
 
 
 def _lengths(payloads: pa.Array) -> np.ndarray:

@@ -1,16 +1,25 @@
-"""Records as columns: what a domain's `read` takes and yields.
+"""Records as columns: what a domain's reader takes and yields.
 
-Large inputs move as Arrow record batches; a `Record` is a row of one.
+Large inputs move as Arrow record batches; a `Record` is a row of one. Its columns are those of `SCHEMA`, one column
+`input:<name>` for each input, then `group` and `split` where they were asked for, and `label:<name>` for each label.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from meristem.data.labels import as_text
-from meristem.errors import DataError
-from meristem.types import Record
+from meristem.errors import ConfigError, DataError
+from meristem.types import INPUT, Record
+
+INPUT_PREFIX = "input:"
+"""The payloads of an input `source` are the column `input:source` of a record batch."""
+
+PAYLOAD = INPUT_PREFIX + INPUT
+"""The column of payloads where records have one input."""
 
 LABEL_PREFIX = "label:"
 """A label column `score` of the user's file is the column `label:score` of a record batch."""
@@ -18,16 +27,18 @@ LABEL_PREFIX = "label:"
 SPLIT = "split"
 """The column of a record batch that names the part a record belongs to, where a split column was asked for."""
 
+GROUP = "group"
+"""The column of a record batch that names what must stay in one part of a split, where a group column was asked for."""
+
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("payload", pa.large_string(), nullable=False),  # or large_binary
         # where it ends in "/", it holds a file for each record, under its id
         pa.field("file", pa.dictionary(pa.int32(), pa.string()), nullable=False),
         pa.field("line", pa.int64(), nullable=False),  # from 1; the row of a Parquet file; 0 for none
     ]
 )
-"""The columns that every record batch begins with; label columns follow."""
+"""The columns that every record batch begins with. Columns of inputs (`large_string` or `large_binary`) follow."""
 
 
 @dataclass(frozen=True)
@@ -78,24 +89,54 @@ class ReadOptions:
     """How to read a source; the same for every domain.
 
     Attributes:
-        payload_column: column of a table (CSV, TSV, Parquet) that holds the payload; empty for the
-            domain's usual name.
+        columns: the inputs that each record has, and the column of a table (CSV, TSV, Parquet) that holds each; empty
+            for a column of the input's own name, or for the first input the domain's usual name.
+        foreign: inputs that another domain's tokenizer reads; they are taken as they stand in the file.
         id_column: column of a table that holds the id; empty for `id` where there is one, else the row number.
         label_columns: columns of a table to carry along as labels.
         split_column: column of a table that names the part a record belongs to (train, validation, test).
+        group_column: column of a table that names what must stay in one part of a split.
         on_error: called with each refused record when set; when None a refusal is a `DataError`.
         batch_bytes: payload bytes that a record batch holds, about.
         is_checking: payloads are looked at as closely as the tokenizer will, so that none is refused later on; False
             where all are encoded next, in any case.
     """
 
-    payload_column: str = ""
+    columns: Mapping[str, str] = field(default_factory=lambda: {INPUT: ""})
+    foreign: tuple[str, ...] = ()
     id_column: str = ""
     label_columns: tuple[str, ...] = ()
     split_column: str = ""
+    group_column: str = ""
     on_error: Callable[[Refusal], None] | None = field(default=None, compare=False)
     batch_bytes: int = 4 << 20
     is_checking: bool = True
+
+    @property
+    def main(self) -> str:
+        """Name of the first input: the only one of most domains."""
+        return next(iter(self.columns))
+
+    @property
+    def named_columns(self) -> tuple[str, ...]:
+        """Columns of a table that the user named."""
+        extra = (*self.label_columns, self.split_column, self.group_column, self.id_column)
+        return tuple(name for name in (*self.columns.values(), *extra) if name)
+
+    def require_bare(self, where: str, reason: str) -> None:
+        """Refuse to read labels, splits, groups or a second input from a file that has no columns.
+
+        Args:
+            reason: why there are none, for the message.
+
+        Raises:
+            DataError: one of them is asked for.
+        """
+        for name in (*self.label_columns, self.split_column, self.group_column):
+            if name:
+                raise DataError(f"{where}: no column {name!r}: {reason}")
+        if len(self.columns) > 1:
+            raise DataError(f"{where}: no column for the input {list(self.columns)[1]!r}: {reason}")
 
     def refuse(self, refusal: Refusal) -> None:
         """Report a refused record to `on_error`.
@@ -121,6 +162,40 @@ def labels_of(batch: pa.RecordBatch, column: str) -> pa.Array:
         raise DataError(f"{file}: column {column.removeprefix(LABEL_PREFIX)!r}: {error}") from error
 
 
+def columns_of(said: str | Mapping[str, str] | Sequence[str], inputs: Sequence[str] = (INPUT,)) -> dict[str, str]:
+    """The column of a table that each input is in, as `ReadOptions.columns` has it.
+
+    Args:
+        said: by a user: a column, a mapping of inputs to columns, or words `COLUMN` and `INPUT=COLUMN`. An input that
+            is not named has the empty column.
+        inputs: names of the inputs there are.
+
+    Raises:
+        ConfigError: an unknown input, an input twice, or a column of no input where there are several.
+    """
+    words = [said] if isinstance(said, str) else [] if isinstance(said, Mapping) else list(said)
+    pairs = list(said.items()) if isinstance(said, Mapping) else []
+    for word in filter(None, words):
+        name, is_pair, column = word.partition("=")
+        if is_pair and name in inputs:
+            pairs.append((name, column))
+        elif len(inputs) == 1:
+            pairs.append((inputs[0], word))
+        else:
+            raise ConfigError(
+                f"column must say which input it is of, one of {', '.join(inputs)} (as in --column {inputs[0]}=COLUMN; "
+                f"in a config data.column: {{{inputs[0]}: COLUMN}}); got {word!r}"
+            )
+    columns = dict.fromkeys(inputs, "")
+    for name, column in pairs:
+        if name not in columns:
+            raise ConfigError(f"column must be of an input, one of {', '.join(inputs)}; got {name!r}")
+        if columns[name]:
+            raise ConfigError(f"column of the input {name!r} must be said once; got {columns[name]!r} and {column!r}")
+        columns[name] = column
+    return columns
+
+
 def place_of(file: str, line: int, id: str) -> str:
     """Where a record stands, as messages say it: `file:line`, or the name of its own file."""
     if line:
@@ -128,17 +203,62 @@ def place_of(file: str, line: int, id: str) -> str:
     return f"{file}{id}" if file.endswith("/") else file
 
 
+def batch_of(
+    ids: pa.Array,
+    inputs: pa.Array | Mapping[str, pa.Array],
+    file: str,
+    lines: np.ndarray | Sequence[int],
+    extra: Mapping[str, pa.Array] | None = None,
+) -> pa.RecordBatch:
+    """A record batch of one file.
+
+    Args:
+        ids: names of the records.
+        inputs: payloads by the name of the input, or those of the one input.
+        file: column `file`.
+        lines: `[N]` line of each record.
+        extra: columns that follow: `group`, `split` and labels, by their names in a batch.
+    """
+    named = inputs if isinstance(inputs, Mapping) else {INPUT: inputs}
+    files = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(ids), np.int32)), pa.array([file]))
+    columns = [ids.cast(pa.string()), files, pa.array(lines, pa.int64()), *named.values(), *(extra or {}).values()]
+    fields = [pa.field(INPUT_PREFIX + name, column.type, nullable=False) for name, column in named.items()]
+    fields += [pa.field(name, column.type) for name, column in (extra or {}).items()]
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema([*SCHEMA, *fields]))
+
+
+def input_names(schema: pa.Schema) -> tuple[str, ...]:
+    """Names of the inputs that records of a batch have, in their order."""
+    return tuple(name.removeprefix(INPUT_PREFIX) for name in schema.names if name.startswith(INPUT_PREFIX))
+
+
+def label_names(schema: pa.Schema) -> tuple[str, ...]:
+    """Names of the labels that records of a batch have, in their order."""
+    return tuple(name.removeprefix(LABEL_PREFIX) for name in schema.names if name.startswith(LABEL_PREFIX))
+
+
 def record_at(batch: pa.RecordBatch, row: int) -> Record:
-    """Row `row` of a record batch as a `Record`; missing labels are left out."""
-    labels = {
-        name.removeprefix(LABEL_PREFIX): labels_of(batch.slice(row, 1), name)[0].as_py()
-        for name in batch.schema.names
-        if name.startswith(LABEL_PREFIX)
-    }
-    id, payload, file, line = (batch.column(name)[row].as_py() for name in ("id", "payload", "file", "line"))
-    return Record(
-        id=id,
-        payload=payload,
-        labels={name: value for name, value in labels.items() if value is not None},
-        source=place_of(file, line, id),
+    """Row `row` of a record batch as a `Record`."""
+    one = batch.slice(row, 1)
+    columns = {name: one.column(name) for name in one.schema.names}
+    columns |= {name: labels_of(one, name) for name in columns if name.startswith(LABEL_PREFIX)}
+    return records_of({name: column.to_pylist() for name, column in columns.items()})[0]
+
+
+def records_of(columns: Mapping[str, list[Any]]) -> list[Record]:
+    """Columns of a record batch, as Python lists by name, as records; missing labels are left out."""
+    inputs, labels = (
+        {name.removeprefix(prefix): values for name, values in columns.items() if name.startswith(prefix)}
+        for prefix in (INPUT_PREFIX, LABEL_PREFIX)
     )
+    groups = columns.get(GROUP) or [None] * len(columns["id"])
+    return [
+        Record(
+            id=id,
+            inputs={name: values[i] for name, values in inputs.items()},
+            labels={name: values[i] for name, values in labels.items() if values[i] is not None},
+            source=place_of(file, line, id),
+            group=groups[i] or "",
+        )
+        for i, (id, file, line) in enumerate(zip(columns["id"], columns["file"], columns["line"]))
+    ]

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 
 from meristem.data.store import RecordStore
 from meristem.data.store_writer import Progress
@@ -30,16 +31,13 @@ PIECE_BYTES = 1 << 21
 HASH_BITS = np.uint64(40)
 """Of a k-mer; the other 24 bits of a key are the row within a piece, which is under `PIECE_BYTES` or alone."""
 
-_UPPER = np.arange(256, dtype=np.uint8)
-_UPPER[ord("a") : ord("z") + 1] -= 32
-
 
 def similarity_clusters(store: RecordStore, k: int, threshold: float, progress: Progress | None = None) -> np.ndarray:
     """`[N]` cluster of each record, numbered from 0 in order of first records.
 
     Args:
-        store: of records whose payloads are text or bytes; letters of both cases are alike.
-        k: length of a k-mer in bytes: 5 for proteins, 15 or more for DNA.
+        store: of records whose canonical payloads (`Reader.canonical`) are compared.
+        k: length of a k-mer in bytes (`Similarity.k`).
         threshold: share of the sketch that joins two records, in (0, 1].
         progress: called with records done and records in all, now and then.
 
@@ -90,11 +88,10 @@ def similarity_clusters(store: RecordStore, k: int, threshold: float, progress: 
 
 def _sketches(store: RecordStore, k: int) -> Iterator[list[int]]:
     """The sketch of each record in order, never empty: a payload without a k-mer is hashed whole."""
-    payloads = store.column("payload")
-    for chunk in payloads.chunks:
-        text, bounds = column_bytes(chunk)
+    for payloads in store.canonical():
+        text, bounds = column_bytes(pa.array(payloads, pa.large_binary()))
         first = 0
-        while first < len(chunk):
+        while first < len(payloads):
             # as many whole payloads as fit, at least one, and no more than a key can number
             last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + PIECE_BYTES, side="right")) - 1)
             last = min(last, first + PIECE_BYTES)
@@ -105,7 +102,7 @@ def _sketches(store: RecordStore, k: int) -> Iterator[list[int]]:
 def _sketch(text: np.ndarray, bounds: np.ndarray, k: int) -> Iterator[list[int]]:
     keys = np.zeros(0, np.uint64)  # row and hash in one number: one fast sort
     for start in range(0, max(1, len(text) - k + 1), PIECE_BYTES):  # more than one for a long payload alone
-        piece = _UPPER[text[start : start + PIECE_BYTES + k - 1]]
+        piece = text[start : start + PIECE_BYTES + k - 1]
         begins = start + np.arange(len(piece) - k + 1)
         row = np.searchsorted(bounds, begins, side="right") - 1
         is_whole = begins + k <= bounds[row + 1]
@@ -122,7 +119,7 @@ def _sketch(text: np.ndarray, bounds: np.ndarray, k: int) -> Iterator[list[int]]
         if start < stop:
             yield hashes[start:stop].tolist()
         else:  # shorter than k; the sign keeps it apart from hashes of k-mers
-            yield [-1 - int.from_bytes(_UPPER[text[bounds[i] : bounds[i + 1]]].tobytes(), "little")]
+            yield [-1 - int.from_bytes(text[bounds[i] : bounds[i + 1]].tobytes(), "little")]
 
 
 def _hash_kmers(text: np.ndarray, k: int) -> np.ndarray:

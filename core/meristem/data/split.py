@@ -1,12 +1,15 @@
-"""Parts of a store: by a hash of the payload, by a column, or by clusters of similar payloads."""
+"""Parts of a store: by a hash of the payload, by a column, or by clusters of similar payloads.
 
-from collections.abc import Mapping
+Records of one group (`ReadOptions.group_column`) always share a part.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from meristem.data.order import record_rng
-from meristem.data.records import SPLIT
+from meristem.data.records import GROUP, SPLIT
 from meristem.data.similarity import similarity_clusters
 from meristem.data.store import RecordStore
 from meristem.data.store_writer import Progress
@@ -24,9 +27,10 @@ PART_NAMES = {
 
 
 def split_by_hash(store: RecordStore, fractions: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:
-    """Give each record a part that depends on its payload and the seed alone.
+    """Give each record a part that depends on the seed and on its group alone, or on its payload where it has no group.
 
-    Equal payloads share a part, and a record keeps its part when others come or go.
+    Records of a group share a part, and so do equal payloads without a group. A record keeps its part when others come
+    or go.
 
     Args:
         store: of the records.
@@ -41,7 +45,7 @@ def split_by_hash(store: RecordStore, fractions: Mapping[str, float], seed: int)
         DataError: a part would be empty.
     """
     ends = np.cumsum(_checked(fractions))
-    place = store.payload_hashes(seed) / 2.0**64
+    place = store.group_hashes(seed) / 2.0**64
     return _parts(np.searchsorted(ends[:-1], place, side="right"), fractions)
 
 
@@ -53,7 +57,7 @@ def split_by_similarity(
     threshold: float = 0.25,
     progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:
-    """Keep records that share many k-mers together: whole clusters go to one part.
+    """Keep records that share many k-mers together: whole clusters, and those that a group joins, go to one part.
 
     Args:
         store: of the records.
@@ -71,7 +75,7 @@ def split_by_similarity(
         DataError: a part would be empty.
     """
     shares = _checked(fractions)
-    clusters = similarity_clusters(store, k, threshold, progress)
+    clusters = _joined(similarity_clusters(store, k, threshold, progress), store.groups())
     sizes = np.bincount(clusters)
     wanted = shares * len(store)
     missing = wanted.copy()
@@ -93,7 +97,7 @@ def split_by_column(store: RecordStore) -> dict[str, np.ndarray]:
 
     Raises:
         ConfigError: the records were read without a split column.
-        DataError: a value that names no part, by file and line.
+        DataError: a value that names no part, or a group in two parts, by file and line.
     """
     if SPLIT not in store.column_names:
         raise ConfigError("a split by column needs data.split_column, the column that names each record's part")
@@ -109,11 +113,58 @@ def split_by_column(store: RecordStore) -> dict[str, np.ndarray]:
                 f"{store.where(row)}: the split column must be one of {', '.join(PART_NAMES)}; got {value or ''!r}"
             )
         parts.setdefault(part, []).append(code)
-    return {
+    found = {
         part: np.flatnonzero(np.isin(codes, parts[part]))
         for part in dict.fromkeys(PART_NAMES.values())
         if part in parts
     }
+    require_whole_groups([(part, store, rows) for part, rows in found.items()])
+    return found
+
+
+def require_whole_groups(parts: Sequence[tuple[str, RecordStore, np.ndarray]]) -> None:
+    """Refuse parts that share a group.
+
+    Args:
+        parts: name, store and rows of each.
+
+    Raises:
+        DataError: names two records of the group, by file and line.
+    """
+    seen: dict[str, tuple[str, RecordStore, int]] = {}
+    for part, store, rows in parts:
+        if GROUP not in store.column_names:
+            continue
+        groups = store.groups()
+        for row in rows.tolist():
+            group = groups[row]
+            if group is None:
+                continue
+            other, its_store, its_row = seen.setdefault(group, (part, store, row))
+            if other != part:
+                raise DataError(
+                    f"{store.where(row)}: the group {group!r} must lie in one part; this record is in {part}, and "
+                    f"{its_store.where(its_row)} in {other}"
+                )
+
+
+def _joined(clusters: np.ndarray, groups: Sequence[str | None]) -> np.ndarray:
+    """Clusters, numbered from 0, with those joined that share a group."""
+    parents = np.arange(clusters.max() + 1)
+
+    def root(cluster: int) -> int:
+        while parents[cluster] != cluster:
+            parents[cluster] = parents[parents[cluster]]
+            cluster = int(parents[cluster])
+        return cluster
+
+    first: dict[str, int] = {}
+    for cluster, group in zip(clusters.tolist(), groups):
+        if group is not None:
+            one, two = sorted((root(first.setdefault(group, cluster)), root(cluster)))
+            parents[two] = one
+    roots = np.array([root(cluster) for cluster in range(len(parents))])
+    return np.unique(roots, return_inverse=True)[1][clusters]
 
 
 def _checked(fractions: Mapping[str, float]) -> np.ndarray:

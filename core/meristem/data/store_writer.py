@@ -1,8 +1,8 @@
 """Writing the file of a record store.
 
-It is an Arrow IPC file: chunks of `records.SCHEMA` and label columns, then an empty chunk that marks the end
-and carries, as JSON, what is known only there (names of files, refused records). File names are numbers in
-it, since an Arrow file takes no dictionary that grows.
+It is an Arrow IPC file: chunks of record batches (`records`), then an empty chunk that marks the end
+and carries, as JSON, what is known only there (names of files, records of each source, refused records). File names
+are numbers in it, since an Arrow file takes no dictionary that grows.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from meristem.data.reading.reader import Reader
 from meristem.data.records import LABEL_PREFIX, ReadOptions, Refusal, Source, labels_of
 from meristem.errors import DataError
 from meristem.files import replacing
@@ -23,7 +24,6 @@ CHUNK_BYTES = 32 << 20
 END = b"meristem.end"
 """Key of what the last chunk carries."""
 
-Read = Callable[[Source, ReadOptions], Iterator[pa.RecordBatch]]
 Progress = Callable[[int, int], None]
 
 
@@ -36,7 +36,7 @@ class _Wider(Exception):
 
 def write_store(
     path: Path,
-    read: Read,
+    reader: Reader,
     sources: Sequence[Source],
     options: ReadOptions,
     progress: Progress | None,
@@ -51,7 +51,7 @@ def write_store(
     while True:
         try:
             with replacing(path) as temporary:
-                return _write_chunks(temporary, schema, read, sources, options, progress, sizes)
+                return _write_chunks(temporary, schema, reader, sources, options, progress, sizes)
         except _Wider as wider:  # rare: begin again; types only widen, so this ends
             schema = wider.schema
 
@@ -59,7 +59,7 @@ def write_store(
 def _write_chunks(
     path: Path,
     schema: pa.Schema | None,
-    read: Read,
+    reader: Reader,
     sources: Sequence[Source],
     options: ReadOptions,
     progress: Progress | None,
@@ -69,11 +69,12 @@ def _write_chunks(
     if options.on_error is not None:
         options = replace(options, on_error=refused.append)
     codes = {source.name: i for i, source in enumerate(sources)}
+    counts = [0] * len(sources)
     held: list[pa.RecordBatch] = []
     held_bytes = 0
     writer: pa.ipc.RecordBatchFileWriter | None = None
     with pa.OSFile(os.fspath(path), "wb") as sink:
-        for batch in _with_progress(read, sources, options, progress, sizes):
+        for batch in _with_progress(reader, sources, options, progress, sizes, counts):
             plain = _plain(batch, codes)
             schema = schema or plain.schema
             if plain.schema != schema:
@@ -90,7 +91,7 @@ def _write_chunks(
         writer = writer or pa.ipc.new_file(sink, schema)
         if held:
             writer.write_batch(_joined(held))
-        end = {"files": list(codes), "refused": [asdict(one) for one in refused]}
+        end = {"files": list(codes), "counts": counts, "refused": [asdict(one) for one in refused]}
         nothing = pa.RecordBatch.from_pylist([], schema=schema)
         writer.write_batch(nothing, custom_metadata={END: json.dumps(end).encode()})
         writer.close()
@@ -101,12 +102,19 @@ def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
 
 
 def _with_progress(
-    read: Read, sources: Sequence[Source], options: ReadOptions, progress: Progress | None, sizes: Sequence[int]
+    reader: Reader,
+    sources: Sequence[Source],
+    options: ReadOptions,
+    progress: Progress | None,
+    sizes: Sequence[int],
+    counts: list[int],
 ) -> Iterator[pa.RecordBatch]:
+    """The batches of all sources; `counts` is filled with the records of each."""
     before = 0
-    for source, size in zip(sources, sizes):
+    for number, (source, size) in enumerate(zip(sources, sizes)):
         done = 0
-        for batch in read(source, options):
+        for batch in reader.read(source, options):
+            counts[number] += batch.num_rows
             if batch.num_rows:
                 yield batch
             done += batch.nbytes

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
+from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes, frame_of
 from meristem.errors import CheckpointError, ConfigError
 from meristem.types import TokenColumn, Tokens
 
@@ -37,7 +37,7 @@ class TextColumn(TokenColumn):
     def take(self, rows: np.ndarray) -> "TextColumn":
         taken = TokenColumn.take(self, rows)
         texts = None if self.texts is None else self.texts.take(pa.array(np.asarray(rows)))
-        return TextColumn(ids=taken.ids, offsets=taken.offsets, texts=texts)
+        return TextColumn(ids=taken.ids, offsets=taken.offsets, is_special=taken.is_special, texts=texts)
 
 
 @dataclass(frozen=True)
@@ -102,22 +102,6 @@ class SubwordTokenizer(Tokenizer):
             raise CheckpointError("a definition of subwords must have a symbol for one of a, A, 0 and .; it has none")
         return 0, 0
 
-    @property
-    def mask_id(self) -> int | None:
-        return self.id_of("mask")
-
-    @property
-    def pad_id(self) -> int | None:
-        return self.id_of("pad")
-
-    @property
-    def bos_id(self) -> int | None:
-        return self.id_of("bos")
-
-    @property
-    def eos_id(self) -> int | None:
-        return self.id_of("eos")
-
     def id_of(self, role: str) -> int | None:
         """The special symbol of a role (`ROLES`); None where there is none."""
         symbol = self.special.get(role)
@@ -145,7 +129,8 @@ class SubwordTokenizer(Tokenizer):
         spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         spans[:before] = 0
         spans[len(ids) - behind :] = len(payload)
-        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans)
+        is_special = frame_of(np.array([0, len(ids)]), self.num_special)
+        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans, is_special=is_special)
 
     def encode_column(self, payloads: pa.Array) -> TextColumn:
         texts = _as_texts(payloads)
@@ -158,14 +143,17 @@ class SubwordTokenizer(Tokenizer):
             lengths += map(len, rows)
         ids = np.concatenate(parts)
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        return TextColumn(ids=ids, offsets=offsets, replaced=self._count_unknown(ids), texts=texts)
+        is_special = frame_of(offsets, self.num_special)
+        return TextColumn(ids, offsets, self._count_unknown(ids), is_special=is_special, texts=texts)
 
     def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
         """Row `row` of a column of `encode_column`; a column that lost its texts gives tokens without spans."""
         if isinstance(column, TextColumn) and column.texts is not None:
             return self.encode(column.texts[row].as_py())
-        ids = column.ids[column.offsets[row] : column.offsets[row + 1]].astype(np.int64)
-        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids)
+        own = slice(column.offsets[row], column.offsets[row + 1])
+        ids = column.ids[own].astype(np.int64)
+        is_special = None if column.is_special is None else column.is_special[own]
+        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, is_special=is_special)
 
     def decode(self, tokens: Tokens | np.ndarray | Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of tokens, or of ids as they are generated.

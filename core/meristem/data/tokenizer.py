@@ -1,7 +1,7 @@
 """From payloads to symbols and back.
 
 `Tokenizer` is what every domain gives; `AlphabetTokenizer` serves each alphabet in which one byte is one
-token (residues, bases): encoding a column is one table look-up over bytes, whatever the number of records.
+token: encoding a column is one table look-up over bytes, whatever the number of records.
 """
 
 import hashlib
@@ -20,6 +20,9 @@ from meristem.types import TokenColumn, Tokens
 
 _REFUSED = 255
 """In the table of an alphabet: a byte that is no symbol."""
+
+PIECE_BYTES = 1 << 22
+"""Bytes that are looked through at once."""
 
 PAYLOAD_COLUMN_ERROR = "payloads must be an Arrow column of strings or bytes; got {}"
 
@@ -58,13 +61,17 @@ class Tokenizer(ABC):
 
         Here each token but the special ones is one symbol of the payload; another tokenizer overrides this.
         """
-        ids = column.ids[column.offsets[row] : column.offsets[row + 1]].astype(np.int64)
-        before, behind = self.num_special
-        # of a token at place i, spans run from i to i + 1, but for the special ones at the ends
-        spans = np.arange(-before, len(ids) - before)[:, None] + np.array([0, 1])
-        spans[:before] = 0
-        spans[len(ids) - behind :] = len(ids) - before - behind
-        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans)
+        own = slice(column.offsets[row], column.offsets[row + 1])
+        ids = column.ids[own].astype(np.int64)
+        is_special = None if column.is_special is None else column.is_special[own]
+        stops = np.arange(1, len(ids) + 1) if is_special is None else np.cumsum(~is_special)
+        starts = np.append(0, stops[:-1])
+        return Tokens(
+            positions=np.arange(len(ids))[:, None],
+            ids=ids,
+            spans=np.stack([starts, stops], axis=1),
+            is_special=is_special,
+        )
 
     def encode_values(self, values: Sequence[Any]) -> TokenColumn:
         """Encode payloads that a program hands over, as `encode_column`."""
@@ -81,6 +88,30 @@ class Tokenizer(ABC):
     def estimate_lengths(self, payloads: pa.Array) -> np.ndarray:
         """`[N]` tokens of each payload without the special ones, about, without a look at what is in it."""
         return np.diff(column_bytes(payloads)[1])
+
+    @property
+    def symbols_per_token(self) -> int | None:
+        """Bytes of a payload that a token stands for at most, where any part of a payload can be encoded alone.
+
+        A record that is too long is then cut before it is encoded, and what lies beside the window is not read. None
+        where the place of a token in the payload cannot be told without encoding what lies before it.
+        """
+        return None
+
+    def length_of(self, sizes: np.ndarray) -> np.ndarray:
+        """`[N]` tokens of payloads of so many symbols, special ones included, which are not looked at.
+
+        Args:
+            sizes: `[N]` symbols of each payload.
+
+        Raises:
+            ConfigError: the tokenizer cannot tell.
+        """
+        if self.symbols_per_token is None:
+            raise ConfigError(
+                f"slices of files need a tokenizer that can encode any part of a payload alone; {self.kind} cannot"
+            )
+        return -(-sizes // self.symbols_per_token) + sum(self.num_special)
 
     @property
     def num_features(self) -> int:
@@ -140,10 +171,14 @@ class Tokenizer(ABC):
     def num_special(self) -> tuple[int, int]:
         """Special rows before and behind the payload's own tokens."""
 
+    def id_of(self, role: str) -> int | None:
+        """The special symbol of a role, such as `mask`, `pad`, `bos`, `eos`; None where there is none."""
+        return None
+
     @property
-    @abstractmethod
     def mask_id(self) -> int | None:
         """The symbol that hides a token in masked modelling; None where there is none."""
+        return self.id_of("mask")
 
     @property
     @abstractmethod
@@ -158,17 +193,34 @@ class Tokenizer(ABC):
     @property
     def pad_id(self) -> int | None:
         """The symbol of padding, which is in no pack, but from which encoder-decoders start; None for none."""
-        return None
+        return self.id_of("pad")
 
     @property
     def bos_id(self) -> int | None:
         """The symbol that a generated text starts from; None where there is none."""
-        return None
+        return self.id_of("bos")
 
     @property
     def eos_id(self) -> int | None:
         """The symbol that ends a generated text; None where there is none."""
-        return None
+        return self.id_of("eos")
+
+
+def frozen_symbols(tokenizer: Any) -> dict[str, int]:
+    """Make tuples of a tokenizer's `vocab`, `prefix` and `suffix`, which JSON gives as lists, and number the symbols.
+
+    Returns:
+        Ids by symbol.
+
+    Raises:
+        ConfigError: a symbol that stands twice in the vocabulary.
+    """
+    for name in ("vocab", "prefix", "suffix"):
+        object.__setattr__(tokenizer, name, tuple(getattr(tokenizer, name)))
+    index = {symbol: i for i, symbol in enumerate(tokenizer.vocab)}
+    if len(index) != len(tokenizer.vocab):
+        raise ConfigError("vocab must hold each symbol once")
+    return index
 
 
 class RefusedSymbol(DataError):
@@ -212,21 +264,9 @@ class AlphabetTokenizer(Tokenizer):
     random: str = ""
 
     def __post_init__(self) -> None:
-        # JSON gives lists; the tokenizer compares and hashes by value
-        for name in ("vocab", "prefix", "suffix"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        index = {symbol: i for i, symbol in enumerate(self.vocab)}
-        if len(index) != len(self.vocab):
-            raise ConfigError("vocab must hold each symbol once")
-        named = [
-            *self.prefix,
-            *self.suffix,
-            *self.random,
-            *self.replace.values(),
-            *([self.mask] * bool(self.mask)),
-        ]
-        unknown = [symbol for symbol in named if symbol not in index]
-        if unknown:
+        index = frozen_symbols(self)
+        named = (*self.prefix, *self.suffix, *self.random, *self.replace.values(), *([self.mask] * bool(self.mask)))
+        if unknown := [symbol for symbol in named if symbol not in index]:
             raise ConfigError(f"every symbol that is named must be in the vocab; got {unknown[0]!r}")
         if len(index) > _REFUSED:
             raise ConfigError(f"vocab must hold {_REFUSED} symbols at most, as an id is a byte; got {len(index)}")
@@ -254,21 +294,25 @@ class AlphabetTokenizer(Tokenizer):
     def num_special(self) -> tuple[int, int]:
         return len(self.prefix), len(self.suffix)
 
-    @property
-    def mask_id(self) -> int | None:
-        return self._index[self.mask] if self.mask else None
+    def id_of(self, role: str) -> int | None:
+        symbols = {"mask": self.mask, "bos": "".join(self.prefix[-1:]), "eos": "".join(self.suffix[:1])}
+        return self._index[symbols[role]] if symbols.get(role) else None
 
     @property
     def random_ids(self) -> np.ndarray:
         return np.array([self._index[symbol] for symbol in self.random], dtype=np.int64)
 
     @property
-    def bos_id(self) -> int | None:
-        return self._index[self.prefix[-1]] if self.prefix else None
+    def symbols_per_token(self) -> int:
+        return 1
 
-    @property
-    def eos_id(self) -> int | None:
-        return self._index[self.suffix[0]] if self.suffix else None
+    def lengths(self, payloads: pa.Array) -> np.ndarray:
+        text, bounds = column_bytes(payloads)
+        for first in range(0, len(text), PIECE_BYTES):  # in pieces, since each is copied
+            refused = bytearray(text[first : first + PIECE_BYTES]).translate(self._table).find(_REFUSED)
+            if refused >= 0:
+                self._raise_refused(text, bounds, first + refused)
+        return self.length_of(np.diff(bounds))
 
     def encode(self, payload: str) -> Tokens:
         return self.tokens_at(self.encode_column(pa.array([payload], pa.large_string())), 0)
@@ -287,12 +331,15 @@ class AlphabetTokenizer(Tokenizer):
         frame = [pa.scalar(ids, pa.large_binary()) for ids in (self._prefix_ids, self._suffix_ids, b"")]
         joined = pc.binary_join_element_wise(frame[0], body, frame[1], frame[2])
         ids, offsets = column_bytes(joined)
-        return TokenColumn(ids=ids.astype(np.int16), offsets=offsets, replaced=self._count_replaced(letters))
+        return TokenColumn(
+            ids=ids.astype(np.int16),
+            offsets=offsets,
+            replaced=self._count_replaced(letters),
+            is_special=frame_of(offsets, self.num_special),
+        )
 
     def decode(self, tokens: Tokens) -> str:
-        before, behind = self.num_special
-        body = tokens.ids[before : len(tokens.ids) - behind]
-        return "".join(self.vocab[i] for i in body)
+        return "".join(self.vocab[i] for i in tokens.ids[tokens.payload_rows])
 
     def to_json(self) -> dict[str, Any]:
         values = {key: value for key, value in asdict(self).items() if not key.startswith("_")}
@@ -320,6 +367,22 @@ class AlphabetTokenizer(Tokenizer):
         reason = "is refused here" if symbol.upper() in self.refuse else "is not in the alphabet"
         allowed = "".join(symbol for symbol in self.vocab if len(symbol) == 1 and symbol not in self.refuse)
         raise RefusedSymbol(row, at - int(bounds[row]), symbol, f"{symbol!r} {reason} ({allowed})")
+
+
+def frame_of(offsets: np.ndarray, num_special: tuple[int, int]) -> np.ndarray:
+    """`[sum of n]` whether a row is special, where each sequence of a column has so many before and behind its payload.
+
+    Args:
+        offsets: `[N + 1]` where each sequence begins.
+        num_special: special rows before and behind each payload.
+    """
+    before, behind = num_special
+    is_special = np.zeros(int(offsets[-1]), bool)
+    for i in range(before):
+        is_special[offsets[:-1] + i] = True
+    for i in range(behind):
+        is_special[offsets[1:] - 1 - i] = True
+    return is_special
 
 
 def _count(text: bytearray, byte: int) -> int:

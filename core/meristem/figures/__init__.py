@@ -1,1 +1,1 @@
-"""Figures as PNG files: what they share, and those that more than one verb draws."""
+"""Figures of results, as PNG files."""

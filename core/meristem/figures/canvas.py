@@ -1,19 +1,26 @@
-"""An empty figure, and a figure written to a file."""
+"""Empty figures, and how they are written."""
 
-from contextlib import nullcontext
+import io
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from meristem.files import replacing
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure without axes, which needs no window system and changes no global state.
+DPI = 120
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, without a window system and without global state.
 
     Args:
-        width, height: in inches.
+        width: in inches.
+        height: in inches.
     """
-    # imported where a figure is drawn: it takes a second
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -22,7 +29,22 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def save_figure(figure: Any, target: Path | BinaryIO) -> None:
-    """Write a figure as a PNG, into a stream or a file; a file of that name is replaced as a whole."""
-    with replacing(target) if isinstance(target, Path) else nullcontext(target) as opened:
-        figure.savefig(opened, format="png", dpi=120)
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure as a PNG, which replaces a file that is there as a whole."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
+
+
+def encode_figure(figure: "Figure") -> bytes:
+    """A figure as the bytes of a PNG."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI)
+    return stream.getvalue()
+
+
+def save_array(colours: np.ndarray, path: Path) -> None:
+    """Write `[H, W, 3]` bytes of red, green and blue as a PNG, which replaces a file that is there as a whole."""
+    from matplotlib.image import imsave  # it takes a second, and most runs have nothing to show
+
+    with replacing(path) as temporary:
+        imsave(temporary, colours, format="png")

@@ -1,4 +1,4 @@
-"""Figures of predictions: confusion of classes, predicted values against true ones."""
+"""Figures of predictions: confusion of classes, values against values."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ MAX_LETTERS = 24
 
 
 def draw_confusion(path: Path, confusions: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
-    """Draw confusion matrices side by side: rows are true classes, columns predicted ones, colour the share of the row.
+    """Draw confusion matrices side by side: rows are true classes, columns predicted ones, colour the share of a row.
 
     Args:
         path: a PNG; replaced as a whole.
@@ -37,7 +37,7 @@ def draw_confusion(path: Path, confusions: Mapping[str, np.ndarray], names: Sequ
     size = 9 if count <= MAX_NUMBERED else 7
     for axes, (title, counts) in zip(panels, confusions.items()):
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(gamma, 0, 1), interpolation="nearest")
+        shown = axes.imshow(shares, cmap="Blues", norm=PowerNorm(gamma, 0, 1), interpolation="nearest")
         labels = [short[tick] for tick in ticks]
         axes.set_xticks(list(ticks), labels, rotation=90, fontsize=size)
         axes.set_yticks(list(ticks), labels, fontsize=size)
@@ -47,17 +47,17 @@ def draw_confusion(path: Path, confusions: Mapping[str, np.ndarray], names: Sequ
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 text = str(counts[row, column])
                 axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
-    figure.colorbar(image, ax=list(panels), label="share of the class", shrink=0.8)
+    figure.colorbar(shown, ax=list(panels), label="share of the class", shrink=0.8)
     save_figure(figure, path)
 
 
 def draw_values(path: Path, true: np.ndarray, predicted: Mapping[str, np.ndarray], name: str) -> None:
-    """Draw predicted against true values, one panel a method, with the line on which they are equal.
+    """Draw predicted against true values, a panel for each method, with the line on which they are equal.
 
     Args:
         path: a PNG; replaced as a whole.
-        true: `[N]` true values.
-        predicted: `[N]` predicted values by title.
+        true: `[N]`.
+        predicted: `[N]` by title.
         name: of the label.
     """
     figure = new_figure(4.6 * len(predicted), 4.4)

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.records import SCHEMA, ReadOptions, Refusal, Source, place_of
-from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
+from meristem.data.records import PAYLOAD, SCHEMA, ReadOptions, Refusal, Source, place_of
+from meristem.data.stretches import is_sliced, slices_of
+from meristem.data.tokenizer import Tokenizer, column_bytes
 from meristem.domain import Domain
 from meristem.errors import DataError
+from meristem.inference.encoding import Encoded, encode_tables
 from meristem.types import TokenColumn
 
 CHUNK_RECORDS = 1024
@@ -67,6 +69,7 @@ class ChunkReader:
         options: how to read; its `on_error` is replaced.
         is_skipping: refused records are counted and left out; else they are errors.
         max_symbols: payload symbols of a chunk at most.
+        num_workers: processes that encode payloads; 0 for this one.
         max_tokens: of a record, special ones included; longer ones are refused. None for no bound.
 
     Attributes:
@@ -86,10 +89,11 @@ class ChunkReader:
         options: ReadOptions,
         is_skipping: bool = False,
         max_symbols: int = CHUNK_SYMBOLS,
+        num_workers: int = 0,
         max_tokens: int | None = None,
     ):
+        self._num_workers, self._max_tokens = num_workers, max_tokens
         self._domain, self._tokenizer, self._max_symbols = domain, tokenizer, max_symbols
-        self._max_tokens = max_tokens
         self._inputs, self._is_skipping = tuple(inputs), is_skipping
         # every payload is encoded here, which finds what is wrong with it; a chunk anew for each that is left out
         self._options = replace(options, on_error=self._refuse if is_skipping else None, is_checking=is_skipping)
@@ -105,13 +109,14 @@ class ChunkReader:
         Raises:
             DataError: an input or a record that cannot be used, or no record at all.
         """
-        for index, table in enumerate(self._cut()):
+        tables = encode_tables(self._cut(), self._tokenizer, self._is_skipping, self._num_workers)
+        for index, (table, encoded) in enumerate(tables):
             self._digest.add(table)
             digest = self._digest.value()
-            table, column = self._encode(table)
+            table, column = self._kept(table, encoded)
             self.num_records += table.num_rows
             self.num_symbols += int(column.lengths.sum()) - len(column) * sum(self._tokenizer.num_special)
-            self.replaced.update(column.replaced)
+            self.replaced.update(encoded.column.replaced)
             yield Chunk(index, table["id"], column, table["file"], table["line"], digest)
         if not self.num_records:
             refused = f": all {self.num_refused} were refused, {self.refused[0]}" if self.num_refused else ""
@@ -126,7 +131,7 @@ class ChunkReader:
         held: list[pa.RecordBatch] = []
         num_records = num_symbols = 0
         for batch in self._batches():
-            ends = np.cumsum(self._tokenizer.estimate_lengths(batch.column("payload")))
+            ends = np.cumsum(self._tokenizer.estimate_lengths(batch.column(PAYLOAD)))
             at = 0
             while at < batch.num_rows:
                 used = int(ends[at - 1]) if at else 0
@@ -146,37 +151,36 @@ class ChunkReader:
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         for number, name in enumerate(self._inputs):
-            for batch in self._domain.read(Source(name), self._options):
+            for batch in self._domain.reader.read(Source(name), self._options):
                 self.per_input[number] += batch.num_rows
-                columns = [batch.column(field.name) for field in SCHEMA]
-                columns[2] = columns[2].cast(pa.string())  # dictionaries of two files do not go together
-                yield pa.RecordBatch.from_arrays(columns, names=SCHEMA.names)
+                columns = {name: batch.column(name) for name in (*SCHEMA.names, PAYLOAD)}
+                if is_sliced(columns[PAYLOAD].type):
+                    columns[PAYLOAD] = self._domain.reader.fetch(slices_of(columns[PAYLOAD]))
+                columns["file"] = columns["file"].cast(pa.string())  # dictionaries of two files do not go together
+                yield pa.RecordBatch.from_pydict(columns)
 
-    def _encode(self, table: pa.RecordBatch) -> tuple[pa.RecordBatch, TokenColumn]:
-        while True:
-            try:
-                column = self._tokenizer.encode_column(table["payload"])
-            except RefusedSymbol as error:
-                table = self._without(table, error.row, str(error))
-                continue
-            limit = self._max_tokens
-            if limit is None or not (column.lengths > limit).any():
-                return table, column
-            special, row = sum(self._tokenizer.num_special), int(np.argmax(column.lengths > limit))
-            table = self._without(
-                table,
-                row,
-                f"must be {limit - special} tokens or fewer, as the model's positions allow; "
-                f"got {column.lengths[row] - special}",
-            )
+    def _kept(self, table: pa.RecordBatch, encoded: Encoded) -> tuple[pa.RecordBatch, TokenColumn]:
+        """The records of a table that the tokenizer takes and that are no longer than allowed; others are refused."""
+        for row, reason in encoded.refused:
+            self._leave_out(table, row, reason)
+        table = table.filter(pa.array(encoded.is_kept)) if encoded.refused else table
+        column, limit = encoded.column, self._max_tokens
+        if limit is None or not (column.lengths > limit).any():
+            return table, column
+        special = sum(self._tokenizer.num_special)
+        is_short = column.lengths <= limit
+        for row in np.flatnonzero(~is_short).tolist():
+            got = column.lengths[row] - special
+            must = f"must be {limit - special} tokens or fewer, as the model's positions allow; got {got}"
+            self._leave_out(table, row, must)
+        return table.filter(pa.array(is_short)), column.take(np.flatnonzero(is_short))
 
-    def _without(self, table: pa.RecordBatch, row: int, reason: str) -> pa.RecordBatch:
-        """The records but one, which is refused."""
-        refusal = Refusal(table["file"][row].as_py(), table["line"][row].as_py(), table["id"][row].as_py(), reason)
+    def _leave_out(self, table: pa.RecordBatch, row: int, reason: str) -> None:
+        file, line, id = (table[name][row].as_py() for name in ("file", "line", "id"))
+        refusal = Refusal(file, line, id, reason)
         if not self._is_skipping:
-            raise DataError(f"{refusal.where}: record {refusal.id!r}: {reason}")
+            raise DataError(f"{refusal.where}: record {id!r}: {reason}")
         self._refuse(refusal)
-        return table.filter(pa.array(np.arange(table.num_rows) != row))
 
     def _refuse(self, refusal: Refusal) -> None:
         self.num_refused += 1
@@ -191,7 +195,7 @@ class _Digest:
         self._parts = [hashlib.blake2b(digest_size=16) for _ in range(3)]
 
     def add(self, table: pa.RecordBatch) -> None:
-        texts = [column_bytes(table[name]) for name in ("id", "payload")]
+        texts = [column_bytes(table[name]) for name in ("id", PAYLOAD)]
         for digest, (text, _) in zip(self._parts, texts):
             digest.update(text.data)
         self._parts[2].update(np.stack([np.diff(bounds) for _, bounds in texts], axis=1).tobytes())

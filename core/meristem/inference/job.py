@@ -33,6 +33,7 @@ class JobOptions:
         num_workers: processes that turn payloads into tokens, which takes long for encoded files; 0 for a thread.
         is_compiled: torch compiles the blocks, where it can; results then agree within rounding.
         domain: name of the domain that reads the inputs; the model's own where empty.
+        tokenizer: options of the domain's tokenizer that are to differ from the model's.
         is_skipping: refused records are counted and named in the manifest; else they are errors.
         is_overwriting: an output file that is there already is replaced.
         read: how to read tables.
@@ -44,6 +45,7 @@ class JobOptions:
     num_workers: int = 0
     is_compiled: bool = False
     domain: str = ""
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
     is_skipping: bool = False
     is_overwriting: bool = False
     read: ReadOptions = field(default_factory=ReadOptions)

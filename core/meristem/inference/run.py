@@ -17,7 +17,7 @@ import torch
 
 from meristem import __version__
 from meristem.data.records import Source
-from meristem.domain import load_domain
+from meristem.domain import domain_of_model
 from meristem.errors import ConfigError, DataError
 from meristem.files import read_json, write_json
 from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS, Chunk, ChunkReader
@@ -116,8 +116,8 @@ class _Run:
         self.parts.check_foreign()
         if self.summary is not None and not self.summary.exists():
             self._refuse_existing()
-        self.card, model = load_any(self.model_path)
-        self.domain = load_domain(self.options.domain or self.card.domain)
+        self.card, model = load_any(self.model_path, self.options.tokenizer)
+        self.domain = domain_of_model(self.options.domain, self.card.domain)
         self.engine = self.options.engine
         self.running = self.job.start(self.card, model, self.engine)
         self.config = model.config
@@ -129,6 +129,7 @@ class _Run:
         identity = {
             "model": hash_weights(self.model_path),
             "input": counted.digest if counted else "<stdin>",
+            **({"tokenizer": self.card.tokenizer.fingerprint} if self.options.tokenizer else {}),
             "job": self.job.verb,
             **self.running.identity,
             "precision": self.engine.precision,
@@ -178,7 +179,7 @@ class _Run:
     def _workers(self) -> "Workers | InProcess":
         if self.options.devices == 1:
             return InProcess(self.running)
-        return Workers(self.model_path, self.job, self.engine, self.options.devices)
+        return Workers(self.model_path, self.job, self.engine, self.options)
 
     def _chunk_symbols(self, num_parameters: int) -> int:
         """Tokens of a chunk: fewer where they cost much, or where each has a row that must fit in memory."""
@@ -196,6 +197,7 @@ class _Run:
             options.read,
             options.is_skipping,
             self.chunk_symbols,
+            options.num_workers,
             self.running.max_tokens,
         )
 
@@ -312,7 +314,7 @@ class _Run:
                 "threads": torch.get_num_threads(),
                 "tokens_per_batch": self.running.tokens_per_batch,
                 "on_error": "skip" if options.is_skipping else "refuse",
-                "sequence_column": options.read.payload_column,
+                "columns": dict(options.read.columns),
                 "id_column": options.read.id_column,
             },
             **self.running.facts,

@@ -1,6 +1,5 @@
 """Scores of records: a table with one row a record, or arrays by id and figures of them."""
 
-import io
 import re
 import zipfile
 from collections import Counter
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 
 from meristem.domain import GROUP, Domain, load_domain
 from meristem.errors import ConfigError
-from meristem.figures.canvas import save_figure
+from meristem.figures.canvas import encode_figure
 from meristem.files import replacing, write_file
 from meristem.inference.engine import Advance, NotFinite
 from meristem.inference.job import Engine, Job, JobOptions, Running
@@ -158,9 +157,7 @@ class RunningScore(Running):
     def _array(self, values: np.ndarray, column: TokenColumn, row: int) -> dict[str, Any]:
         plot = b""
         if self._has_plots and self.scorer.draw is not None:
-            stream = io.BytesIO()
-            save_figure(self.scorer.draw(values, self.model, column.take(np.array([row]))), stream)
-            plot = stream.getvalue()
+            plot = encode_figure(self.scorer.draw(values, self.model, column.take(np.array([row]))))
         return {"shape": list(values.shape), "values": values.astype(np.float32).ravel(), "plot": plot}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meristem.data.records import ReadOptions
-from meristem.domain import load_domain
+from meristem.domain import domain_of_model
 from meristem.inference.chunks import ChunkReader
 from meristem.inference.engine import Embedder
 from meristem.model_directory import ModelCard
@@ -76,7 +76,7 @@ def _tokens_per_second(embedder: Embedder, length: int, rounds: int) -> float:
 
 
 def _column(embedder: Embedder, length: int, count: int) -> TokenColumn:
-    """Sequences of any symbols, or of grey patches that all stand at the first place of their grid."""
+    """Sequences of any symbols, or of patches of zeros that all stand at the first place of their grid."""
     config = embedder.trunk.model.config
     ids = np.resize(np.arange(config.embedding.vocab_size), count * length)
     offsets = np.arange(count + 1) * length
@@ -101,7 +101,7 @@ def weigh(embedder: Embedder, card: ModelCard, inputs: Sequence[str], measured: 
     Raises:
         DataError: an input that cannot be used.
     """
-    reader = ChunkReader(load_domain(card.domain), card.tokenizer, inputs, ReadOptions())
+    reader = ChunkReader(domain_of_model("", card.domain), card.tokenizer, inputs, ReadOptions())
     seconds, num_vectors, id_bytes = 0.0, 0, 0
     for chunk in reader:
         seconds += measured.seconds(chunk.column.lengths)

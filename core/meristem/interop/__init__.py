@@ -6,10 +6,10 @@ or for close kin, and make a `Family` value, which a package lists among its ent
 family a model is of.
 
 * `weights.py`: tensors of a directory, in safetensors or `.bin`, whole or in shards, each read when it is asked for.
-* `table.py`: rows of a key table, read and written by one engine, strictly both ways.
+* `table.py`, `rows.py`: rows of a key table, read and written by one engine, strictly both ways.
 * `settings.py`: settings of a foreign config, read or refused.
 * `family.py`: what a family is, and how the family of a foreign config is found.
-* `library.py`: libraries that directories are of, and the models that one builds by name (`import timm:NAME`).
+* `library.py`: libraries that directories are of, and the models that one builds by name.
 * `families/`: families that several domains share; those of one domain lie in its package.
 * `runners.py`: how the same random input goes through our model and through the reference.
 * `directory.py`: a foreign directory to a model, and back.
@@ -25,12 +25,13 @@ A family can lie in any installed package, and no file of Meristem changes for i
    them: everything but the pool must be the same both times.
 2. A `KeyTable` (or a function of our config that gives one). A row says one tensor or module of ours:
 
-       Rename("trunk.final_norm", "transformer.ln_f")                       weight and bias, if there is one
-       Transposed("trunk.blocks.{}.feedforward.up", "h.{}.mlp.c_fc")        `{}`: the layer
-       FuseHeads("trunk.blocks.{}.attention.qkv", q, k, v)                  three foreign modules
-       Row(own, (gate, value), joined(2))                                   gate rows, then value rows
+       *block_rows("h.{}", attention_norm="ln_1", qkv=(q, k, v), up="mlp.c_fc")  parts of a block; `{}`: the layer
+       *head_rows(out="lm_head")                                                 parts of the symbol head
+       Rename("trunk.final_norm", "transformer.ln_f")                            weight and bias, if there is one
+       Transposed("trunk.blocks.{}.feedforward.up", "h.{}.mlp.c_fc")             a matrix kept the other way round
+       Row(own, (gate, value), joined(2))                                        gate rows, then value rows
        Row("trunk.blocks.{}.experts.up", ("..{}.experts.expert_{expert}.wi.weight",), STACKED)
-       Row(own, foreign, Transform(read, write))                            anything else
+       Row(own, foreign, Transform(read, write))                                 anything else
 
    `Transform.read(tensors, config) -> tensor` runs on the meta device first (shapes are checked before anything is
    read), so it must not look at values; `write(tensor, config)` gives one tensor a foreign name, or None for a name
@@ -38,12 +39,13 @@ A family can lie in any installed package, and no file of Meristem changes for i
    row of positions). A parameter without module has its full name on both sides
    (`trunk.blocks.{}.attention_scale` and `blocks.{}.ls1.gamma`). `Tied`, `Ignored` and `Constant` say what needs no
    row.
-3. A `Family` value: `read_heads` (`heads_by_prefix(tokens="lm_head.")`, or `symbols_by_class("GPT2LMHeadModel")` where
-   a tied head has no tensor), `read_readouts` / `write_readouts` for label heads (rows `heads.<label>.out`),
-   `spellings` for other names of the same tensors, `prefix` of a trunk within a whole model, `name_class` for
-   `architectures`, `library` for what is not `transformers` (an entry point of `meristem.libraries`), and a `runner`:
-   `SEQUENCES`, `PAIRS` of `runners.py`, or `replace(SEQUENCES, theirs=run_sequences(pooled="pooler_output"))`. A family
-   whose config another one recognises too, or that can say models of another one, names that one as `variant_of`.
+3. A `Family` value, by `sequence_family` where it is like most in `transformers`: `read_heads`
+   (`heads_by_prefix(tokens="lm_head.")`, or `symbols_by_class("GPT2LMHeadModel")` where a tied head has no tensor),
+   `read_readouts` / `write_readouts` for label heads (rows `heads.<label>.out`), `spellings` for other names of the
+   same tensors, `prefix` of a trunk within a whole model, `name_class` for `architectures`, `library` for what is not
+   `transformers` (an entry point of `meristem.libraries`), and a `runner`: `SEQUENCES`, `PAIRS` of `runners.py`, or
+   `replace(SEQUENCES, theirs=run_sequences(pooled="pooler_output"))`. A family whose config another one recognises
+   too, or that can say models of another one, is a `variant` of that one.
 4. An entry point in the package's `pyproject.toml`, and a parity test (`tests/references.py` and
    `tests/parity_checks.py` help):
 

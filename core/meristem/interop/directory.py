@@ -1,7 +1,6 @@
 """A foreign directory to a model, and back."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError, ConfigError, UserError
+from meristem.files import read_json, replacing_folder
 from meristem.interop.family import Family, find_family, installed_families
 from meristem.interop.weights import Weights, open_weights
 from meristem.model.config import TransformerConfig
@@ -114,22 +114,11 @@ def write_directory(
         reader = find("meristem.libraries", library)
         candidates = [other for other in installed_families() if other.library == reader]
     written = _first_that_can([family] if family else candidates, architecture, tokenizer, model)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with replacing_folder(folder) as part:
         save_file(written.tensors, part / "model.safetensors", metadata={"format": "pt"})
         for name, text in written.files.items():
             (part / name).write_text(text, encoding="utf-8")
         (part / "config.json").write_text(json.dumps(written.config, indent=2) + "\n", encoding="utf-8")
-        # safetensors lets nobody else read what it writes; the rest obeys the user's umask
-        shutil.copymode(part / "config.json", part / "model.safetensors")
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return written.notes
 
 
@@ -139,16 +128,9 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or no JSON object.
     """
-    file = folder / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{folder} must be a model directory; it has no config.json") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} must be JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} must be a JSON object; got {type(values).__name__}")
-    return values
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} must be a model directory; it has no config.json")
+    return read_json(folder / "config.json", CheckpointError)
 
 
 class _blamed:

@@ -7,15 +7,16 @@ they can say our config. The order in which packages list families decides neith
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError
 from meristem.interop.library import HUGGING_FACE, Library
-from meristem.interop.runners import Runner
+from meristem.interop.runners import SEQUENCES, Runner
 from meristem.interop.table import KeyTable
+from meristem.interop.vocabulary import read_subwords, write_subwords
 from meristem.model.config import TransformerConfig
 from meristem.model.model import SYMBOLS
 from meristem.model.readout import Readout
@@ -24,6 +25,9 @@ from meristem.shapes import Tensor
 
 ForeignConfig = Mapping[str, Any]
 """`config.json` of a foreign directory."""
+
+TENSORFLOW_SPELLINGS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+"""Names of TensorFlow, which checkpoints from before 2019 have."""
 
 HeadReader = Callable[[ForeignConfig, Collection[str]], tuple[str, ...]]
 
@@ -35,19 +39,20 @@ class Family:
     Attributes:
         name: as reports call it.
         domain: name of the domain that reads the inputs of its models.
-        recognises: whether a foreign config is of this family.
+        recognises: whether a foreign config is of this family (`of_type`).
         variant_of: a more general family. Where both recognise a config, this one is taken; where both can say a model
             that is exported, the general one is. Families that are not variants of each other must not recognise the
             same config.
         read_config: our config, of the foreign one and the tensors beside it (names of the table; read when asked
-            for). At export it is called with the tensors that are written.
+            for). At export it is called with the tensors that are written. It raises a `ConfigError` at a setting that
+            changes numbers and that no part of ours can say.
         write_config: the foreign config, of ours and the tokenizer; what it cannot say is found by reading it
             back, so it need not check.
-        read_tokenizer: the tokenizer of a foreign directory, and notes for the user.
-        write_tokenizer: texts of the foreign tokenizer's files by file name.
         table: every tensor; or a function of our config, the foreign one and the names of the tensors that are there
             (none at export), where the names of the table depend on them.
         read_heads: heads that are no label's, of the foreign config and the names of its tensors.
+        read_tokenizer: the tokenizer of a foreign directory, and notes for the user; of subwords by default.
+        write_tokenizer: texts of the foreign tokenizer's files by file name.
         read_readouts: labels that a foreign model predicts, of the same.
         write_readouts: settings of the foreign config about the labels that come along; the others stay behind.
         spellings: other spellings of foreign names, a regular expression and what to write in its place, in order.
@@ -65,10 +70,10 @@ class Family:
     recognises: Callable[[ForeignConfig], bool]
     read_config: Callable[[ForeignConfig, Mapping[str, Tensor]], TransformerConfig]
     write_config: Callable[[TransformerConfig, Tokenizer], dict[str, Any]]
-    read_tokenizer: Callable[[Path, ForeignConfig], tuple[Tokenizer, list[str]]]
-    write_tokenizer: Callable[[Tokenizer], dict[str, str]]
     table: KeyTable | Callable[[TransformerConfig, ForeignConfig, Collection[str]], KeyTable]
     read_heads: HeadReader
+    read_tokenizer: Callable[[Path, ForeignConfig], tuple[Tokenizer, list[str]]] = read_subwords
+    write_tokenizer: Callable[[Tokenizer], dict[str, str]] = write_subwords
     read_readouts: Callable[[ForeignConfig, Collection[str]], tuple[Readout, ...]] = lambda config, names: ()
     write_readouts: Callable[[Sequence[Readout]], dict[str, Any]] = lambda readouts: {}
     spellings: tuple[tuple[str, str], ...] = ()
@@ -85,6 +90,10 @@ class Family:
         """The families that this one is a variant of, the nearest first."""
         return () if self.variant_of is None else (self.variant_of, *self.variant_of.general)
 
+    def variant(self, **changes: Any) -> "Family":
+        """A variant of this family, which differs in the fields that are given."""
+        return replace(self, variant_of=self, **changes)
+
     def table_of(self, config: TransformerConfig, foreign: ForeignConfig, names: Collection[str] = ()) -> KeyTable:
         """The key table of models of our config.
 
@@ -99,6 +108,11 @@ class Family:
         for pattern, plain in self.spellings:
             name = re.sub(pattern, plain, name)
         return name
+
+
+def of_type(*model_types: str) -> Callable[[ForeignConfig], bool]:
+    """Recognises configs by `model_type`."""
+    return lambda config: config.get("model_type") in model_types
 
 
 def heads_by_prefix(**prefixes: str) -> HeadReader:
@@ -135,6 +149,42 @@ def symbols_but_for(trunk: str) -> HeadReader:
 def classes_by_head(with_symbols: str, without: str) -> Callable[[Collection[str]], str]:
     """One class for models with a symbol head, one for trunks alone."""
     return lambda heads: with_symbols if SYMBOLS in heads else without
+
+
+def sequence_family(
+    name: str,
+    domain: str,
+    model_type: str,
+    stem: str,
+    table: KeyTable,
+    read_config: Callable[[ForeignConfig, Mapping[str, Tensor]], TransformerConfig],
+    write_config: Callable[[TransformerConfig, Tokenizer], dict[str, Any]],
+    prefix: str = "transformer.",
+    suffix: str = "ForCausalLM",
+    read_heads: HeadReader | None = None,
+    variant_of: Family | None = None,
+) -> Family:
+    """A family of encoders or decoders of `transformers`; arguments that are not named here are fields of it.
+
+    Args:
+        model_type: by which its configs are recognised.
+        stem: of the names of its classes: `<stem>Model` is a trunk alone.
+        suffix: of the class with a symbol head, `<stem><suffix>`.
+        read_heads: by default a model has a symbol head unless its config names the class of a trunk alone.
+    """
+    return Family(
+        name=name,
+        domain=domain,
+        recognises=of_type(model_type),
+        read_config=read_config,
+        write_config=write_config,
+        table=table,
+        read_heads=read_heads or symbols_but_for(f"{stem}Model"),
+        prefix=prefix,
+        name_class=classes_by_head(stem + suffix, f"{stem}Model"),
+        runner=SEQUENCES,
+        variant_of=variant_of,
+    )
 
 
 def installed_families() -> list[Family]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from meristem.errors import ConfigError
-from meristem.registry import find, installed
+from meristem.registry import find, find_all
 
 GROUP = "meristem.libraries"
 
@@ -73,6 +73,6 @@ def fetch_model(source: str, folder: Path, options: FetchOptions) -> list[str]:
     key, _, name = source.partition(":")
     library: Library = find(GROUP, key)
     if library.fetch is None:
-        known = ", ".join(key for key in installed(GROUP) if find(GROUP, key).fetch) or "none"
+        known = ", ".join(name for name, other in find_all(GROUP).items() if other.fetch) or "none"
         raise ConfigError(f"{source}: {key} must be a library that builds models by name ({known}); give a directory")
     return library.fetch(name, folder, options)

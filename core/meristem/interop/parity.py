@@ -43,10 +43,6 @@ class Parity:
         """Of the probabilities of contact."""
         return self.differences.get("contacts")
 
-    @property
-    def largest(self) -> float:
-        return max(self.differences.values())
-
 
 def compare(model: Model, tokenizer: Tokenizer, reference: Any, rng: np.random.Generator, runner: Runner) -> Parity:
     """Run both on random inputs: here packed, there padded with an attention mask."""

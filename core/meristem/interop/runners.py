@@ -42,7 +42,7 @@ class Runner:
     Attributes:
         library: package that holds the reference.
         load: the reference of a directory, in evaluation mode and fp32, with explicit attention weights.
-        draw: random inputs; what the reference wants as an image is kept in `Tokens.labels["image"]`.
+        draw: random inputs; what the reference takes in another form is kept in `Tokens.labels`.
         theirs: results of the reference, of the same inputs.
     """
 

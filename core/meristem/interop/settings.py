@@ -95,10 +95,15 @@ def foreign_activation(activation: Activation) -> str:
     return next(name for name, ours in ACTIVATIONS.items() if ours == activation)
 
 
-def special_ids(tokenizer: object) -> dict[str, int | None]:
-    """Settings that name special symbols: ids, by `bos_token_id` and its like; null where there is none."""
+def special_ids(tokenizer: object, *roles: str) -> dict[str, int | None]:
+    """Settings that name special symbols: ids, by `bos_token_id` and its like; null where there is none.
+
+    Args:
+        roles: of the symbols; `bos`, `eos` and `pad` by default.
+    """
     special: Mapping[str, str] = getattr(tokenizer, "special", {})
     vocab: tuple[str, ...] = getattr(tokenizer, "vocab", ())
     return {
-        f"{role}_token_id": vocab.index(special[role]) if role in special else None for role in ("bos", "eos", "pad")
+        f"{role}_token_id": vocab.index(special[role]) if role in special else None
+        for role in roles or ("bos", "eos", "pad")
     }

@@ -32,24 +32,10 @@ class Transform:
     read: Callable[[Sequence[Tensor], TransformerConfig], Tensor]
     write: Callable[[Tensor, TransformerConfig], Sequence[Tensor | None]]
 
-    def then(self, other: "Transform") -> "Transform":
-        """This one, then another one of a single tensor."""
-
-        def write(tensor: Tensor, config: TransformerConfig) -> Sequence[Tensor | None]:
-            (inner,) = other.write(tensor, config)
-            assert inner is not None
-            return self.write(inner, config)
-
-        return Transform(lambda tensors, config: other.read([self.read(tensors, config)], config), write)
-
 
 def _split_heads(tensor: Tensor, config: TransformerConfig) -> Sequence[Tensor]:
     queries, keys = (heads * config.head_width for heads in (config.attention.num_heads, config.num_kv_heads))
     return tensor.split([queries, keys, keys])
-
-
-def _swap(tensor: Tensor) -> Tensor:
-    return torch.cat(list(tensor.chunk(2))[::-1])
 
 
 AS_IS = Transform(lambda tensors, _: tensors[0], lambda tensor, _: [tensor])
@@ -60,9 +46,6 @@ TRANSPOSED = Transform(lambda tensors, _: tensors[0].t(), lambda tensor, _: [ten
 
 HEADS = Transform(lambda tensors, _: torch.cat(list(tensors)), _split_heads)
 """Maps to queries, keys and values, one after the other in one tensor of ours."""
-
-SWAPPED = Transform(lambda tensors, _: _swap(tensors[0]), lambda tensor, _: [_swap(tensor)])
-"""One tensor whose first half of rows is our second: gate and value in the other order."""
 
 STACKED = Transform(lambda tensors, _: torch.stack(list(tensors)), lambda tensor, _: tensor.unbind())
 """A tensor an expert, along a new first axis of ours."""
@@ -108,11 +91,6 @@ class Row:
 def Rename(own: str, foreign: str) -> Row:
     """The same tensor under another name."""
     return Row(own, (foreign,))
-
-
-def FuseHeads(own: str, query: str, key: str, value: str) -> Row:
-    """Maps to queries, keys and values, one after the other in one tensor of ours."""
-    return Row(own, (query, key, value), HEADS)
 
 
 def Transposed(own: str, foreign: str) -> Row:

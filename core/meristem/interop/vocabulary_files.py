@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from meristem.errors import CheckpointError
+from meristem.files import read_json
 from meristem.interop.sentencepiece_file import read_pieces, unigrams
 
 DEFINITION, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -192,15 +193,7 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} must be JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} must be a JSON object; got {type(values).__name__}")
-    return values
+    return read_json(file, CheckpointError) if file.is_file() else {}
 
 
 def read_lines(file: Path) -> list[str]:

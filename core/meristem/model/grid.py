@@ -1,4 +1,4 @@
-"""A model of images for another grid of patches than it was trained for."""
+"""A model of patches for another grid than it was trained for."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ def with_grid(config: TransformerConfig, grid: tuple[int, ...]) -> TransformerCo
     """The config for another grid; positions without a table serve any.
 
     Args:
-        grid: rows and columns of patches; empty where each image has its own.
+        grid: rows and columns of patches; empty where each payload has its own.
 
     Raises:
         ConfigError: a table of positions, and no grid that it could be brought to.
@@ -29,8 +29,8 @@ def with_grid(config: TransformerConfig, grid: tuple[int, ...]) -> TransformerCo
         return config
     if len(grid) != len(position.grid):
         raise ConfigError(
-            f"a table of positions for {position.grid} places cannot serve images that each have a grid of their own; "
-            "use SinCos2D, or Rotary with two axes, or bring images to one size"
+            f"a table of positions for {position.grid} places serves no payloads with a grid of their own each: "
+            "use SinCos2D, or Rotary with two axes, or one grid for all"
         )
     places = position.offset + math.prod(grid)
     return replace(config, position=replace(position, max_positions=places, grid=tuple(grid)))

@@ -48,6 +48,21 @@ def from_json(part_type: type[ConfigPart], values: Mapping[str, Any], where: str
     return chosen(**{name: _read_value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
+def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Put `over` on `base`, key by key; a part of another kind replaces the old one as a whole."""
+    for key, value in over.items():
+        old = base.get(key)
+        is_other_kind = isinstance(value, Mapping) and any(
+            name in value and isinstance(old, Mapping) and value[name] != old.get(name)
+            for name in ("kind", "class_path")
+        )
+        if isinstance(value, Mapping) and isinstance(old, dict) and not is_other_kind:
+            merge(old, value)
+        else:
+            base[key] = merge({}, value) if isinstance(value, Mapping) else value
+    return base
+
+
 def _kinds_of(base: type[Any]) -> dict[str, type[Any]]:
     """Subclasses by name, of a part that comes in kinds."""
     return {kind.__name__: kind for kind in base.__subclasses__()} if ABC in base.__bases__ else {}

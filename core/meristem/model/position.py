@@ -328,8 +328,8 @@ def resample_grid(table: Float[Tensor, "N D"], old: tuple[int, int], new: tuple[
     assert len(table) == old[0] * old[1], f"{len(table)} rows for a grid of {old}"
     if tuple(old) == tuple(new):
         return table
-    image = table.float().unflatten(0, old).permute(2, 0, 1)[None]
-    resized = nn.functional.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
+    places = table.float().unflatten(0, old).permute(2, 0, 1)[None]
+    resized = nn.functional.interpolate(places, size=new, mode="bicubic", antialias=True, align_corners=False)
     return resized[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
 
 

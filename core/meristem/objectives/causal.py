@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from meristem.data.parts import RunData
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig, sees_the_future
 from meristem.model.model import SYMBOLS
@@ -23,14 +22,6 @@ class Causal(SymbolObjective):
     Args:
         label_smoothing: share of each target's probability that is spread evenly over all symbols.
     """
-
-    def __init__(self, label_smoothing: float = 0.0):
-        super().__init__(label_smoothing)
-        self._num_special = (0, 0)
-
-    def bind(self, data: RunData) -> None:
-        tokenizer = data.tokenizer
-        self._num_special = tokenizer.num_special
 
     def bind_model(self, config: TransformerConfig) -> None:
         super().bind_model(config)
@@ -53,7 +44,7 @@ class Causal(SymbolObjective):
 
     def _next_symbols(self, tokens: Tokens) -> np.ndarray:
         """`[n]` the symbol behind each row, where it is asked for."""
-        before, behind = self._num_special
+        before, behind = tokens.frame
         symbols = np.array(tokens.ids, np.int64)
         symbols[symbols < 0] = IGNORE  # patches
         symbols[:before] = IGNORE

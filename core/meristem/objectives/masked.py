@@ -64,15 +64,10 @@ class Masked(SymbolObjective):
             raise ConfigError("objective.random_frac must be 0 where the tokenizer names no random symbols")
 
     def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        before, behind = self._num_special
-        prepared = []
-        for one in tokens:
-            is_maskable = np.zeros(len(one), bool)
-            is_maskable[before : len(one) - behind] = True
-            prepared.append(self._mask(one, is_maskable, rng))
-        return tuple(prepared)
+        return tuple(self._mask(one, rng) for one in tokens)
 
-    def _mask(self, tokens: Tokens, is_maskable: np.ndarray, rng: np.random.Generator) -> Tokens:
+    def _mask(self, tokens: Tokens, rng: np.random.Generator) -> Tokens:
+        is_maskable = np.ones(len(tokens), bool) if tokens.is_special is None else ~tokens.is_special
         ids, targets = mask_tokens(
             tokens.ids,
             is_maskable,

@@ -100,19 +100,20 @@ class NextSentence(Masked):
         is_random = bool(rng.random() < self.random_second_frac)
         if is_random:
             second = self._another(second, rng)
-        before, behind = self._num_special
-        firsts, seconds = self._trim(first.ids, self._column.encode(second, record.source))
+        before, behind = first.frame
+        firsts, seconds = self._trim(first.ids, self._column.encode(second, record.source), behind)
         ids = np.concatenate([firsts, seconds]).astype(np.int64)
-        is_maskable = np.ones(len(ids), bool)
+        is_special = np.zeros(len(ids), bool)
         for start, stop in ((0, before), (len(firsts) - behind, len(firsts)), (len(ids) - behind, len(ids))):
-            is_maskable[start:stop] = False
+            is_special[start:stop] = True
         pair = Tokens(
             positions=np.arange(len(ids))[:, None],
             ids=ids,
             token_types=np.repeat([0, 1], [len(firsts), len(seconds)]),
             labels={NEXT_SENTENCE: np.array(IS_RANDOM if is_random else IS_NEXT)},
+            is_special=is_special,
         )
-        return self._mask(pair, is_maskable, rng)
+        return self._mask(pair, rng)
 
     def _another(self, second: str, rng: np.random.Generator) -> str:
         """A sentence that differs from `second`, each of them equally likely."""
@@ -122,17 +123,13 @@ class NextSentence(Masked):
         drawn = int(rng.integers(len(self._seconds) - 1))
         return self._seconds[drawn + (drawn >= own)]
 
-    def _trim(self, firsts: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Both sentences within the model's positions; special rows stay."""
+    def _trim(self, firsts: np.ndarray, seconds: np.ndarray, num_closing: int) -> tuple[np.ndarray, np.ndarray]:
+        """Both sentences within the model's positions; the special rows that close each stay."""
         limit = None if self.config is None else self.config.max_length
         if limit is None or len(firsts) + len(seconds) <= limit:
             return firsts, seconds
         num_second = min(len(seconds), max(limit // 2, limit - len(firsts)))
-        return self._shorten(firsts, limit - num_second), self._shorten(seconds, num_second)
-
-    def _shorten(self, ids: np.ndarray, length: int) -> np.ndarray:
-        behind = self._num_special[1]
-        return np.concatenate([ids[: length - behind], ids[len(ids) - behind :]]) if length < len(ids) else ids
+        return _shorten(firsts, limit - num_second, num_closing), _shorten(seconds, num_second, num_closing)
 
     def wanted(self, batch: PackedBatch) -> Wanted:
         symbols = request_symbols(batch, self.label_smoothing)
@@ -153,3 +150,8 @@ class NextSentence(Masked):
 
     def metrics(self) -> dict[str, Metric]:
         return {**super().metrics(), f"{NEXT_SENTENCE}/accuracy": HitRate()}
+
+
+def _shorten(ids: np.ndarray, length: int, num_closing: int) -> np.ndarray:
+    """The first symbols and the closing ones, `length` at most."""
+    return np.concatenate([ids[: length - num_closing], ids[len(ids) - num_closing :]]) if length < len(ids) else ids

@@ -13,7 +13,7 @@ from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted
 from meristem.model.readout import Readout
 from meristem.objectives.routing import routing_counts, routing_figures, routing_terms
-from meristem.types import IGNORE, LossOut, PackedBatch, Record, Tokens
+from meristem.types import IGNORE, INPUT, LossOut, PackedBatch, Record, Tokens
 
 if TYPE_CHECKING:  # it imports scipy and torchvision, for seconds, and verbs that only read models need none of it
     from torchmetrics import Metric
@@ -27,6 +27,9 @@ class Objective(ABC):
     `loss_of`, which calls `seen`, `wanted`, the model and `loss`, and `after_step`.
     An objective is a plain value that travels to loader workers; tensors and modules live in what `build` gives.
     """
+
+    inputs: tuple[str, ...] = (INPUT,)
+    """Inputs of the records that this objective reads, the first one first."""
 
     label_columns: tuple[str, ...] = ()
     """Label columns of the records that this objective reads."""
@@ -168,8 +171,8 @@ class Objective(ABC):
         """
         return {}
 
-    def pictures(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> Mapping[str, np.ndarray]:
-        """What there is to see of a pack: `[H, W, 3]` bytes by name, kept in the run directory at each validation."""
+    def figures(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> Mapping[str, np.ndarray]:
+        """Figures of a pack by name, `[H, W, 3]` bytes of red, green and blue; written at each validation."""
         return {}
 
     def after_step(self, model: Model, extra: nn.ModuleDict) -> None:

@@ -34,7 +34,7 @@ class Prefix(Causal):
         return tuple(self._split(one, rng) for one in tokens)
 
     def _split(self, tokens: Tokens, rng: np.random.Generator) -> Tokens:
-        before, behind = self._num_special
+        before, behind = tokens.frame
         num_payload = len(tokens) - before - behind
         prefix_length = before + (int(rng.integers(1, num_payload)) if num_payload > 1 else 0)
         targets = self._next_symbols(tokens)

@@ -40,6 +40,7 @@ class SpanCorruption(TwoSided):
             raise ConfigError(f"objective.mean_span must be 1 token or more; got {mean_span}")
         self.rate, self.mean_span, self.sentinels = rate, mean_span, tuple(sentinels or ())
         self._sentinel_ids = np.zeros(0, np.int64)
+        self._num_closing = 0
 
     def bind(self, data: RunData) -> None:
         super().bind(data)
@@ -61,12 +62,12 @@ class SpanCorruption(TwoSided):
                 f"and so on, or other symbols named by objective.sentinels; got {len(names)}"
             )
         self._sentinel_ids = np.array([index[name] for name in names], np.int64)
+        self._num_closing = tokenizer.num_special[1]
 
     def lengths(self, lengths: np.ndarray) -> np.ndarray:
         # what is cut out goes to the other side; each span adds a sentinel on both
         num_spans = np.clip(self.rate * lengths / self.mean_span, 1, len(self._sentinel_ids) - 1)
-        num_closing = self._num_special[1]
-        return np.ceil(lengths + 2 * num_spans + num_closing + 1).astype(lengths.dtype)
+        return np.ceil(lengths + 2 * num_spans + self._num_closing + 1).astype(lengths.dtype)
 
     def sides_of(
         self, record: Record, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator

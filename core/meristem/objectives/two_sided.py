@@ -29,11 +29,9 @@ class TwoSided(SymbolObjective):
         super().__init__(label_smoothing)
         self.start_id = start_id
         self._start_id = 0
-        self._num_special = (0, 0)
 
     def bind(self, data: RunData) -> None:
         tokenizer = data.tokenizer
-        self._num_special = tokenizer.num_special
         self._start_id = (tokenizer.pad_id or 0) if self.start_id is None else self.start_id
         last = len(tokenizer.vocab) - 1
         if not 0 <= self._start_id <= last:
@@ -56,19 +54,19 @@ class TwoSided(SymbolObjective):
                 )
 
     def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        before, behind = self._num_special
         sides: list[Tokens] = []
         for one in tokens:
             if one.features is not None:
                 raise ConfigError(f"objective {type(self).__name__} needs a domain of symbols; got patches")
+            before, behind = one.frame
             stop = len(one) - behind
             payload, closing = one.ids[before:stop], one.ids[stop:]
             source, target = self.sides_of(record, payload, closing, rng)
             target = np.array(target, np.int64)
             read = np.append([self._start_id], target[:-1])
             sides += [
-                _sequence(np.concatenate([one.ids[:before], source, closing]), is_source=True),
-                _sequence(read, targets={SYMBOLS: target}),
+                _sequence([one.ids[:before], closing], source, is_source=True),
+                _sequence([read[:1], read[:0]], read[1:], targets={SYMBOLS: target}),
             ]
         return tuple(sides)
 
@@ -84,5 +82,8 @@ class TwoSided(SymbolObjective):
         """
 
 
-def _sequence(ids: np.ndarray, **fields: Any) -> Tokens:
-    return Tokens(positions=np.arange(len(ids))[:, None], ids=ids.astype(np.int64), **fields)
+def _sequence(special: list[np.ndarray], own: np.ndarray, **fields: Any) -> Tokens:
+    """Symbols between the special ones before and behind them."""
+    ids = np.concatenate([special[0], own, special[1]]).astype(np.int64)
+    is_special = np.repeat([True, False, True], [len(special[0]), len(own), len(special[1])])
+    return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, is_special=is_special, **fields)

@@ -25,6 +25,7 @@ class ProbeOptions:
         temperature: of their votes.
         split: hash or similarity: how records are dealt that no column and no file deals.
         split_column: column that says train, validation or test.
+        group_column: column of what must stay on one side of the split.
         test_frac: of the records, where neither a column nor files give the test; None for 0.2.
         validation_frac: of the records for training, to choose the penalty of the linear probe by.
         seed: another one deals anew.
@@ -40,6 +41,7 @@ class ProbeOptions:
     temperature: float = 0.07
     split: str = "hash"
     split_column: str = ""
+    group_column: str = ""
     test_frac: float | None = None
     validation_frac: float = 0.1
     seed: int = 0

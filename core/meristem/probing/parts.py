@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from meristem.data.records import PAYLOAD
 from meristem.data.split import split_by_column, split_by_hash, split_by_similarity
 from meristem.data.store import RecordStore
 from meristem.errors import ConfigError, DataError
@@ -56,7 +57,7 @@ def deal(
         if not test_frac and "test" in parts:
             raise ConfigError("the split column names records for the test and --test gives files; keep one of the two")
     elif method == "similarity":
-        if pa.types.is_large_binary(store.column("payload").type):
+        if pa.types.is_large_binary(store.column(PAYLOAD).type):
             raise ConfigError("--split similarity compares texts and these records are bytes; use --split hash")
         fractions = {"train": 1 - test_frac - validation_frac, "validation": validation_frac, "test": test_frac}
         parts = split_by_similarity(store, fractions, seed)
@@ -79,7 +80,7 @@ def _held_out(store: RecordStore, rows: np.ndarray, frac: float, seed: int) -> t
     count = int(np.ceil(frac * len(rows)))
     if not count or count >= len(rows):
         return rows, np.zeros(0, np.int64)
-    hashes = store.payload_hashes(seed + 1)[rows]  # not those that dealt the test
+    hashes = store.group_hashes(seed + 1)[rows]  # not those that dealt the test
     is_out = hashes <= np.partition(hashes, count - 1)[count - 1]
     return rows[~is_out], rows[is_out]
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from meristem.data.records import ReadOptions, Refusal, Source
+from meristem.data.split import require_whole_groups
 from meristem.data.store import RecordStore, default_cache_dir
-from meristem.domain import load_domain
+from meristem.domain import domain_of_model
 from meristem.errors import ConfigError, DataError
 from meristem.figures.predictions import draw_confusion, draw_values
 from meristem.files import replacing, write_json
@@ -40,7 +41,7 @@ def probe_files(
     Args:
         model: a run directory, a model directory or a foreign one.
         inputs: files of labelled records.
-        output: folder of `metrics.json`, `predictions.csv` and a picture.
+        output: folder of `metrics.json`, `predictions.csv` and a figure.
         tests: files of the test; then all of `inputs` is for training.
 
     Returns:
@@ -99,9 +100,12 @@ class _Probe:
 
     def go(self) -> dict[str, Any]:
         options = self.options
-        self.domain = load_domain(options.embed.domain or self._domain_of_model())
+        self.domain = domain_of_model(options.embed.domain, self._domain_of_model())
         main_store, main_refused = self._read(self.inputs, options.split_column)
         test_store, test_refused = self._read(self.tests, "") if self.tests else (main_store, [])
+        if self.tests:
+            stores = (("training", main_store), ("test", test_store))
+            require_whole_groups([(name, store, np.arange(len(store))) for name, store in stores])
         # labels and split are looked at before the hours of embedding
         labels = read_labels(main_store, options.label, options.missing_labels)
         test_labels = read_labels(test_store, options.label, options.missing_labels) if self.tests else labels
@@ -157,11 +161,10 @@ class _Probe:
     def _read(self, sources: list[str], split_column: str) -> tuple[RecordStore, list[Refusal]]:
         refused: list[Refusal] = []
         store = RecordStore.build(
-            self.domain.read,
+            self.domain.reader,
             [Source(name) for name in sources],
             self._read_options(split_column, refused),
             name=self.domain.name,
-            files=self.domain.files,
             cache_dir=self.cache_dir,
         )
         return store, refused
@@ -172,6 +175,7 @@ class _Probe:
             options.embed.read,
             label_columns=(options.label,),
             split_column=split_column,
+            group_column=options.group_column,
             on_error=refused.append if options.embed.is_skipping and refused is not None else None,
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from meristem.data.records import Source
+from meristem.data.records import PAYLOAD, Source
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import column_bytes
 from meristem.errors import DataError
@@ -67,13 +67,13 @@ def _key(store: RecordStore, model: Path, inputs: Sequence[str], options: EmbedO
     """A hash of all that the vectors depend on; of labels and splits they do not."""
     device = best_device()
     wanted = asdict(replace(options, precision=best_precision(options.precision, device)))
-    wanted["read"] = {name: wanted["read"][name] for name in ("payload_column", "id_column")}
+    wanted["read"] = {name: wanted["read"][name] for name in ("columns", "id_column")}
     wanted |= {"model": hash_weights(model), "device": device}
     wanted.pop("tokens_per_batch")
     # refused records are known by their files
     wanted["inputs"] = [Source(name).name for name in inputs] if options.is_skipping else []
     digest = hashlib.blake2b(json.dumps(wanted, sort_keys=True, default=str).encode(), digest_size=16)
-    for name in ("id", "payload"):
+    for name in ("id", PAYLOAD):
         for chunk in store.column(name).chunks:
             text, bounds = column_bytes(chunk)
             digest.update(np.diff(bounds).tobytes())

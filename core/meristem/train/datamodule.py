@@ -9,8 +9,8 @@ import numpy as np
 
 from meristem.data.loader import EvalLoader, TrainLoader
 from meristem.data.parts import Part, RunData
-from meristem.data.records import ReadOptions, Refusal, Source
-from meristem.data.split import split_by_column, split_by_hash, split_by_similarity
+from meristem.data.records import ReadOptions, Refusal, Source, columns_of
+from meristem.data.split import require_whole_groups, split_by_column, split_by_hash, split_by_similarity
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
@@ -66,9 +66,13 @@ class DataModule(L.LightningDataModule):
     Args:
         domain: name of an installed domain, or a dotted path to one.
         sources: file or files to train on; `@sample` is the sample that ships with the domain.
+        weights: share of the training tokens of each of `sources`, one number above 0 for each; they need not add up
+            to 1. A small source with a large share comes again sooner. Null: each record once an epoch.
         validation_sources: file or files to validate on; then nothing of `sources` is kept for that.
-        payload_column: column of a table that holds the payload; empty for the domain's usual name.
+        column: column of a table that holds the payload, or a mapping of the objective's inputs to columns; empty for a
+            column of the input's name, or for the first input the domain's usual name.
         id_column: column of a table that holds the ids; empty for `id` where there is one.
+        group_column: column of a table that names what must stay in one part of the split, such as a patient.
         tokenizer: options of the domain's tokenizer.
         augment: options of the domain's views of a record, in training only; none where nothing is said.
         split: how records are dealt to training, validation and test.
@@ -86,9 +90,11 @@ class DataModule(L.LightningDataModule):
         self,
         domain: str,
         sources: list[str] | str,
+        weights: list[float] | None = None,
         validation_sources: list[str] | str | None = None,
-        payload_column: str = "",
+        column: str | dict[str, str] = "",
         id_column: str = "",
+        group_column: str = "",
         tokenizer: dict[str, Any] | None = None,
         augment: dict[str, Any] | None = None,
         split: Split = DEFAULT_SPLIT,
@@ -106,7 +112,7 @@ class DataModule(L.LightningDataModule):
         self.sources = [str(self.domain.sample) if path == SAMPLE else path for path in self.sources]
         more = validation_sources or []
         self.validation_sources = [more] if isinstance(more, str) else list(more)
-        self.payload_column, self.id_column = payload_column, id_column
+        self.column, self.id_column, self.group_column = column, id_column, group_column
         self._tokenizer_options = dict(tokenizer or {})
         self.tokenizer: Tokenizer = self.domain.build_tokenizer(**self._tokenizer_options)
         self.augment = augment
@@ -121,6 +127,12 @@ class DataModule(L.LightningDataModule):
         self.build_progress: Callable[[int, int], None] | None = None
         if not self.sources:
             raise ConfigError("data.sources must name one file or more; got none (--data.sources FILE)")
+        if weights is not None and (len(weights) != len(self.sources) or not all(0 < one < np.inf for one in weights)):
+            raise ConfigError(
+                f"data.weights must be one finite number above 0 for each of data.sources ({len(self.sources)}); "
+                f"got {weights}"
+            )
+        self.weights = weights
 
     @property
     def objective(self) -> Objective:
@@ -141,11 +153,12 @@ class DataModule(L.LightningDataModule):
             task.architecture = with_grid(task.architecture, self.tokenizer.grid)
             if self.augment is not None:
                 self.views = build_views(self.domain, self.tokenizer, self.augment)
-        store = self._store(self.sources, objective.label_columns, self.split.column)
+        store = self._store(self.sources, self.read_options(objective, self.split.column))
         parts = {name: Part(store, rows) for name, rows in self._deal(store).items()}
         if self.validation_sources:
-            other = self._store(self.validation_sources, objective.label_columns, "")
+            other = self._store(self.validation_sources, self.read_options(objective))
             parts["validation"] = Part(other, np.arange(len(other)))
+            require_whole_groups([(name, part.store, part.rows) for name, part in parts.items()])
         parts = {name: Part(part.store, self._usable(part.store, part.rows)) for name, part in parts.items()}
         self.parts = {name: part for name, part in parts.items() if len(part)}
         if self.refused:
@@ -153,30 +166,38 @@ class DataModule(L.LightningDataModule):
             self.remarks.append(f"{listed}, the first: {self.refused[0]}")
         if "train" not in self.parts:
             raise DataError(f"{', '.join(self.sources)}: no record is left for training; see data.split")
+        self._require_sources(store)
         objective.bind_model(task.architecture)
         objective.bind(RunData(self.tokenizer, self.parts, self.missing_labels))
         self.remarks += objective.remarks
         self._position_limit = task.architecture.max_length
-        # a window of the rows of an image would be no image
+        # a window of the rows of patches would not be a grid
         wanted = None if self.tokenizer.num_features else self.max_tokens_per_record
         limits = [limit for limit in (wanted, self._position_limit) if limit]
         self.max_tokens_per_record = min(limits, default=None)
         self.remarks.append(self._summary())
 
-    def _store(self, sources: list[str], labels: tuple[str, ...], split_column: str) -> RecordStore:
-        options = ReadOptions(
-            payload_column=self.payload_column,
+    def read_options(self, objective: Objective, split_column: str = "") -> ReadOptions:
+        """How the sources are read for an objective.
+
+        Args:
+            split_column: column that names the part of each record; empty for none.
+        """
+        return ReadOptions(
+            columns=columns_of(self.column, objective.inputs),
             id_column=self.id_column,
-            label_columns=labels,
+            label_columns=objective.label_columns,
             split_column=split_column,
+            group_column=self.group_column,
             on_error=self.refused.append if self.on_error == "skip" else None,
         )
+
+    def _store(self, sources: list[str], options: ReadOptions) -> RecordStore:
         return RecordStore.build(
-            self.domain.read,
+            self.domain.reader,
             [Source(path) for path in sources],
             options,
             name=self.domain.name,
-            files=self.domain.files,
             cache_dir=self.cache_dir,
             progress=self.build_progress,
         )
@@ -207,6 +228,15 @@ class DataModule(L.LightningDataModule):
                 )
         return {name: rows for name, rows in parts.items() if len(rows)}
 
+    def _require_sources(self, store: RecordStore) -> None:
+        """See that each source that has a weight has a record to train on."""
+        counts = np.bincount(store.source_of(self.parts["train"].rows), minlength=len(self.sources))
+        if self.weights is not None and not counts.all():
+            name = self.sources[int(np.argmin(counts))]
+            raise DataError(
+                f"{name}: no record of this source is left for training, and it has a weight; see data.split"
+            )
+
     def _summary(self) -> str:
         parts = []
         for name, part in self.parts.items():
@@ -215,7 +245,11 @@ class DataModule(L.LightningDataModule):
         train, limit = self.parts["train"], self.max_tokens_per_record
         num_cropped = int((train.store.token_lengths(self.tokenizer, train.rows) > limit).sum()) if limit else 0
         crops = f"; {num_cropped:,} are longer than {limit} tokens and trained on in random windows"
-        return f"data: {', '.join(parts)}{crops if num_cropped else ''}"
+        mixed = ""
+        if self.weights is not None:
+            shares = zip(self.sources, self.weights)
+            mixed = f"; tokens of {', '.join(f'{name} {one / sum(self.weights):.1%}' for name, one in shares)}"
+        return f"data: {', '.join(parts)}{crops if num_cropped else ''}{mixed}"
 
     def train_dataloader(self) -> TrainLoader:
         trainer = self.trainer
@@ -234,6 +268,7 @@ class DataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             max_tokens_per_record=self.max_tokens_per_record,
             views=self.views,
+            weights=self.weights,
             start_step=self.first_step,
         )
 

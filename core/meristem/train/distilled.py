@@ -29,7 +29,7 @@ class Distilled(Supervised):
         teacher_weight: of its loss beside that of the labels.
         temperature: divides the logits of both, where its answers are soft; the loss is multiplied by its square.
         is_hard: the teacher's likeliest class is the target (Touvron 2021, arXiv 2012.12877), not its probabilities.
-        mixing: of pictures in pairs, in training; the teacher sees them mixed.
+        mixing: of records of patches in pairs, in training; the teacher sees them mixed.
     """
 
     def __init__(

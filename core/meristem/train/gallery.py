@@ -1,18 +1,17 @@
-"""What an objective has to show: pictures in the run directory, drawn anew at each validation."""
+"""Figures of an objective, such as reconstructions, in the run directory; drawn anew at each validation."""
 
-import io
 from typing import Any
 
 import lightning as L
 
-from meristem.files import write_file
+from meristem.figures.canvas import save_array
 from meristem.train.run_directory import RunDirectory
 from meristem.train.task import Task
 from meristem.types import PackedBatch
 
 
 class Gallery(L.Callback):
-    """Asks the objective for pictures of the first pack of each validation.
+    """Writes the figures that the objective makes of the first pack of each validation.
 
     Args:
         run: where they are written, as `<name>.png`.
@@ -29,10 +28,6 @@ class Gallery(L.Callback):
             return
         with trainer.precision_plugin.val_step_context():
             extra = task.extra if task.average is None else task.average.extra
-            pictures = task.objective.pictures(task.evaluated, extra, batch)
-        for name, pixels in pictures.items():
-            from matplotlib.image import imsave  # it takes a second, and most objectives have nothing to show
-
-            encoded = io.BytesIO()
-            imsave(encoded, pixels, format="png")
-            write_file(self.run.picture(name), encoded.getvalue())
+            figures = task.objective.figures(task.evaluated, extra, batch)
+        for name, colours in figures.items():
+            save_array(colours, self.run.figure(name))

@@ -50,7 +50,7 @@ class RunDirectory:
     def refused(self) -> Path:
         return self.path / "refused.csv"
 
-    def picture(self, name: str) -> Path:
+    def figure(self, name: str) -> Path:
         return self.path / f"{name}.png"
 
     @property

@@ -8,11 +8,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.interop.families.bert import BERT, DEFAULTS, SPELLINGS, read_post_norm, trunk_rows, write_post_norm
-from meristem.interop.family import Family, ForeignConfig, classes_by_head, heads_by_prefix
+from meristem.interop.families.bert import (
+    BERT,
+    DECODER,
+    DEFAULTS,
+    EMBEDDING,
+    prediction_rows,
+    read_post_norm,
+    trunk_rows,
+    write_post_norm,
+)
+from meristem.interop.family import ForeignConfig, classes_by_head
+from meristem.interop.rows import block_rows
 from meristem.interop.settings import Settings, special_ids
-from meristem.interop.table import Ignored, KeyTable, Rename, Tied
-from meristem.interop.vocabulary import read_subwords, write_subwords
+from meristem.interop.table import Ignored, KeyTable, Tied
 from meristem.model.config import FeedForward, LinearBias, TokenHead, TransformerConfig
 from meristem.shapes import Tensor
 
@@ -28,21 +37,11 @@ LAYER = "bert.encoder.layer.{}"
 TABLE = KeyTable(
     rows=(
         *trunk_rows("bert.", positions=False),
-        Rename("trunk.blocks.{}.attention.qkv", f"{LAYER}.attention.self.Wqkv"),
-        Rename("trunk.blocks.{}.attention.out", f"{LAYER}.attention.output.dense"),
-        Rename("trunk.blocks.{}.attention_norm", f"{LAYER}.attention.output.LayerNorm"),
-        Rename("trunk.blocks.{}.feedforward.up", f"{LAYER}.mlp.gated_layers"),
-        Rename("trunk.blocks.{}.feedforward.down", f"{LAYER}.mlp.wo"),
-        Rename("trunk.blocks.{}.feedforward_norm", f"{LAYER}.mlp.layernorm"),
-        Rename("heads.tokens.dense", "cls.predictions.transform.dense"),
-        Rename("heads.tokens.norm", "cls.predictions.transform.LayerNorm"),
-        Rename("heads.tokens.out", "cls.predictions.decoder"),
-        Rename("heads.tokens.bias", "cls.predictions.decoder.bias"),
+        *block_rows(f"{LAYER}.attention", attention_norm="output.LayerNorm", qkv="self.Wqkv", out="output.dense"),
+        *block_rows(f"{LAYER}.mlp", feedforward_norm="layernorm", up="gated_layers", down="wo"),
+        *prediction_rows(bias=f"{DECODER}.bias"),
     ),
-    tied=(
-        Tied("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-        Tied("cls.predictions.bias", "cls.predictions.decoder.bias"),
-    ),
+    tied=(Tied(f"{DECODER}.weight", EMBEDDING), Tied("cls.predictions.bias", f"{DECODER}.bias")),
     ignored=(
         Ignored(r"bert\.embeddings\.(position_ids|token_type_ids)"),
         # slopes times distances, computed anew
@@ -59,11 +58,7 @@ def recognises(config: ForeignConfig) -> bool:
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a MosaicBERT's.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a MosaicBERT's."""
     found = Settings("a DNABERT-2", config, DEFAULTS)
     # whatever the config says, the feed-forward layer is gated by the exact GELU
     feedforward = FeedForward(width=found["intermediate_size"], is_gated=True, in_bias=False)
@@ -82,18 +77,14 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
     }
 
 
-DNABERT2 = Family(
+DNABERT2 = BERT.variant(
     name="DNABERT-2",
-    variant_of=BERT,
     domain="dna",
+    read_readouts=lambda config, names: (),
     recognises=recognises,
     read_config=read_config,
     write_config=write_config,
-    read_tokenizer=read_subwords,
-    write_tokenizer=write_subwords,
     table=TABLE,
-    read_heads=heads_by_prefix(tokens="cls.predictions."),
-    spellings=SPELLINGS,
-    prefix="bert.",
     name_class=classes_by_head("BertForMaskedLM", "BertModel"),
+    runner=None,
 )

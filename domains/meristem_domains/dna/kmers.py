@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
+from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes, frozen_symbols
 from meristem.errors import CheckpointError, ConfigError
 from meristem.types import TokenColumn, Tokens
 
@@ -60,12 +60,7 @@ class KmerTokenizer(Tokenizer):
     _widths: np.ndarray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # JSON gives lists; the tokenizer compares and hashes by value
-        for name in ("vocab", "prefix", "suffix"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        index = {symbol: i for i, symbol in enumerate(self.vocab)}
-        if len(index) != len(self.vocab):
-            raise ConfigError("vocab must hold each symbol once")
+        index = frozen_symbols(self)
         k = max((len(symbol) for symbol in index if set(symbol) <= set(BASES)), default=0)
         if not 1 <= k <= MAX_K:
             raise ConfigError(f"vocab must hold words of 1 to {MAX_K} of the bases {BASES}; the longest has {k}")
@@ -94,24 +89,7 @@ class KmerTokenizer(Tokenizer):
     def num_special(self) -> tuple[int, int]:
         return len(self.prefix), len(self.suffix)
 
-    @property
-    def mask_id(self) -> int | None:
-        return self.id_of("mask")
-
-    @property
-    def pad_id(self) -> int | None:
-        return self.id_of("pad")
-
-    @property
-    def bos_id(self) -> int | None:
-        return self.id_of("bos")
-
-    @property
-    def eos_id(self) -> int | None:
-        return self.id_of("eos")
-
     def id_of(self, role: str) -> int | None:
-        """The special symbol of a role; None where there is none."""
         return self._index[self.special[role]] if role in self.special else None
 
     @property
@@ -153,13 +131,14 @@ class KmerTokenizer(Tokenizer):
             ids[places] = self._index[symbol]
             is_payload[places] = False
         ids[is_payload] = body
-        return TokenColumn(ids=ids, offsets=offsets, replaced=self._count_replaced(text))
+        return TokenColumn(ids=ids, offsets=offsets, replaced=self._count_replaced(text), is_special=~is_payload)
 
     def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
         ids = column.ids[column.offsets[row] : column.offsets[row + 1]].astype(np.int64)
         stops = np.cumsum(self._widths[ids])
         spans = np.stack([stops - self._widths[ids], stops], axis=1)
-        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans)
+        is_special = self._widths[ids] == 0
+        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans, is_special=is_special)
 
     def decode(self, tokens: Tokens) -> str:
         return "".join(self.vocab[i] for i in tokens.ids if self._widths[i])

@@ -1,7 +1,7 @@
 """Nucleotide Transformer (Dalla-Torre 2024, doi 10.1038/s41592-024-02523-z) v1 and v2: ESM over words of six bases.
 
 v1 is an ESM-1b, which `transformers` has; v2 is an ESM-2 whose feed-forward layer is gated by SiLU and has no biases.
-v2 is kept in the layout of its own published code, which no library has: its config names no `model_type`.
+v2 is kept in the layout of its own published code, which no library has: many of its configs name no `model_type`.
 """
 
 from collections.abc import Mapping
@@ -27,11 +27,7 @@ CODE = {
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a v2's.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a v2's."""
     bias = bool(config["add_bias_fnn"])
     plain = {name: value for name, value in config.items() if name not in ("add_bias_fnn", "hidden_act")}
     architecture = esm.read_config(plain, tensors)
@@ -58,37 +54,24 @@ def derived(architecture: TransformerConfig) -> dict[str, Tensor]:
     }
 
 
-def recognises_v2(config: ForeignConfig) -> bool:
-    """Whether a config is a v2's: some published ones say that they are an ESM, and some nothing."""
-    return "add_bias_fnn" in config
+def _is_v1(config: ForeignConfig) -> bool:
+    size = config.get("vocab_size")
+    return ESM.recognises(config) and isinstance(size, int) and size > NUM_WORDS
 
 
-def _has_words(vocab_size: object) -> bool:
-    return isinstance(vocab_size, int) and vocab_size > NUM_WORDS
-
-
-NUCLEOTIDE_V1 = replace(
-    ESM,
+NUCLEOTIDE_V1 = ESM.variant(
     name="Nucleotide Transformer v1",
-    variant_of=ESM,
     domain="dna",
-    recognises=lambda config: (
-        ESM.recognises(config) and _has_words(config.get("vocab_size")) and not recognises_v2(config)
-    ),
+    recognises=_is_v1,
     read_tokenizer=read_kmers,
     write_tokenizer=write_kmers,
 )
 
-NUCLEOTIDE_V2 = replace(
-    ESM,
+NUCLEOTIDE_V2 = NUCLEOTIDE_V1.variant(
     name="Nucleotide Transformer v2",
-    variant_of=ESM,
-    domain="dna",
-    recognises=recognises_v2,
+    recognises=lambda config: "add_bias_fnn" in config,
     read_config=read_config,
     write_config=write_config,
-    read_tokenizer=read_kmers,
-    write_tokenizer=write_kmers,
     derived=derived,
     runner=None,
 )

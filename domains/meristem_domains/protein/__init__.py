@@ -5,12 +5,12 @@ from pathlib import Path
 from meristem.domain import Domain
 from meristem_domains.protein.alphabet import tokenizer
 from meristem_domains.protein.contacts import CONTACTS_SCORER
-from meristem_domains.protein.fasta import read
+from meristem_domains.protein.fasta import ProteinReader
 from meristem_domains.protein.presets import PRESETS
 
 domain = Domain(
     name="protein",
-    read=read,
+    reader=ProteinReader(),
     tokenizer=tokenizer,
     presets=PRESETS,
     sample=Path(__file__).parent / "sample.fasta",

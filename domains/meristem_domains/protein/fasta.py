@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from meristem.data.open import BLOCK_BYTES, BOM, open_source, read_text_blocks
-from meristem.data.records import ReadOptions, Refusal, Source
-from meristem.data.tables import TableFormat, batch_of, keep_rows, read_table, table_format
+from meristem.data.reading.open import BLOCK_BYTES, BOM, open_source, read_text_blocks
+from meristem.data.reading.reader import Reader
+from meristem.data.reading.tables import TableFormat, keep_rows, read_table, table_format
+from meristem.data.records import INPUT_PREFIX, ReadOptions, Refusal, Source, batch_of
 from meristem.data.tokenizer import column_bytes
 from meristem.errors import DataError
 
@@ -47,6 +48,16 @@ A3M_CLASSES = _classes(LETTERS + b"*-", LETTERS.lower() + b". \t\n")
 """What each byte of a sequence is. In A3M lower case and `.` are insertions against the first sequence."""
 
 
+class ProteinReader(Reader):
+    """Reads FASTA, A3M and tables. A protein is the same in either case of letters."""
+
+    def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+        return read(source, options)
+
+    def canonical(self, payload: str | bytes) -> bytes:
+        return super().canonical(payload).upper()
+
+
 def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
     """Read the proteins of a source.
 
@@ -64,12 +75,10 @@ def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
     with open_source(source) as stream:
         head = stream.peek(BLOCK_BYTES).removeprefix(BOM)
         if head.lstrip()[:1] == b">" or (is_a3m(source) and head.lstrip()[:1] == b"#"):
-            if options.label_columns or options.split_column:
-                name = (*options.label_columns, options.split_column)[0]
-                raise DataError(f"{source.name}:1: no column {name!r}: FASTA has none (labels and splits need a table)")
+            options.require_bare(f"{source.name}:1", "FASTA has none (labels and splits need a table)")
             yield from read_fasta(stream, source, options)
             return
-        form = table_format(head, (*PAYLOAD_COLUMNS, *options.label_columns, options.payload_column))
+        form = table_format(head, (*PAYLOAD_COLUMNS, *options.columns, *options.named_columns))
         if form is None:
             raise DataError(_not_fasta(head, source))
         yield from read_sequence_table(stream, source, options, form)
@@ -87,7 +96,7 @@ def read_fasta(stream: io.BufferedReader, source: Source, options: ReadOptions) 
     num_bytes = 0
     for batch in _pieces(stream, source, options):
         held.append(batch)
-        num_bytes += batch.column("payload").nbytes
+        num_bytes += batch.column(INPUT_PREFIX + options.main).nbytes
         if num_bytes >= options.batch_bytes:
             yield pa.concat_batches(held) if len(held) > 1 else batch
             held, num_bytes = [], 0
@@ -117,25 +126,35 @@ def read_sequence_table(
 ) -> Iterator[pa.RecordBatch]:
     """Read the records of a table; sequences are checked as those of a FASTA file are."""
     for batch in read_table(stream, source, options, form, PAYLOAD_COLUMNS):
-        payloads = batch.column("payload")
-        text, bounds = column_bytes(payloads)
-        bad = np.zeros(0, np.int64)
-        if not _is_plain(text):
-            if np.isin(text, (_SPACE, 9, 10, 13)).any():
-                payloads = pc.replace_substring_regex(payloads, r"[ \t\r\n]+", "")
-                batch = batch.set_column(1, batch.schema.field("payload"), payloads)
-                text, bounds = column_bytes(payloads)
-            bad = np.flatnonzero(_kinds(text, FASTA_CLASSES) == _FOREIGN)
-        reasons = {int(row): _EMPTY for row in np.flatnonzero(np.diff(bounds) == 0)}
-        rows, first = np.unique(np.searchsorted(bounds, bad, side="right") - 1, return_index=True)
-        for row, at in zip(rows.tolist(), bad[first].tolist()):
-            reasons[row] = _foreign(text[at : at + 4].tobytes())
+        reasons: dict[int, str] = {}
+        for name in options.columns:
+            if name not in options.foreign:
+                batch = _checked(batch, INPUT_PREFIX + name, reasons)
         lines, ids = batch.column("line"), batch.column("id")
         for row in sorted(reasons):
             options.refuse(Refusal(source.name, lines[row].as_py(), ids[row].as_py(), reasons[row]))
         batch = keep_rows(batch, np.array(sorted(reasons), np.int64))
         if batch.num_rows:
             yield batch
+
+
+def _checked(batch: pa.RecordBatch, column: str, reasons: dict[int, str]) -> pa.RecordBatch:
+    """The batch without white space in a column of sequences; rows that have something else go to `reasons`."""
+    payloads = batch.column(column)
+    text, bounds = column_bytes(payloads)
+    bad = np.zeros(0, np.int64)
+    if not _is_plain(text):
+        if np.isin(text, (_SPACE, 9, 10, 13)).any():
+            payloads = pc.replace_substring_regex(payloads, r"[ \t\r\n]+", "")
+            batch = batch.set_column(batch.schema.get_field_index(column), batch.schema.field(column), payloads)
+            text, bounds = column_bytes(payloads)
+        bad = np.flatnonzero(_kinds(text, FASTA_CLASSES) == _FOREIGN)
+    for row in np.flatnonzero(np.diff(bounds) == 0).tolist():
+        reasons.setdefault(row, _EMPTY)
+    rows, first = np.unique(np.searchsorted(bounds, bad, side="right") - 1, return_index=True)
+    for row, at in zip(rows.tolist(), bad[first].tolist()):
+        reasons.setdefault(row, _foreign(text[at : at + 4].tobytes()))
+    return batch
 
 
 def _is_plain(text: np.ndarray) -> bool:
@@ -228,7 +247,7 @@ def _parse(
         line, reason = reasons[row]
         options.refuse(Refusal(source.name, first_line + line, ids[row].as_py(), reason))
     payloads = pa.Array.from_buffers(pa.large_string(), len(ids), [None, pa.py_buffer(offsets), pa.py_buffer(residues)])
-    batch = batch_of(ids, payloads, source, first_line + header_lines)
+    batch = batch_of(ids, {options.main: payloads}, source.name, first_line + header_lines)
     return keep_rows(batch, np.array(sorted(reasons), np.int64)), len(newlines), len(ids)
 
 

@@ -3,20 +3,29 @@
 from pathlib import Path
 
 from meristem.domain import Domain
+from meristem.objectives.objective import Objective
 from meristem_domains.vision.attention import ATTENTION
 from meristem_domains.vision.augment import augment
 from meristem_domains.vision.presets import PRESETS
-from meristem_domains.vision.reading import files, read
+from meristem_domains.vision.reading import PictureReader
 from meristem_domains.vision.tokenizer import tokenizer
+
+
+def classify_digits() -> Objective:
+    """The objective of the sample."""
+    from meristem.objectives.supervised import Supervised, Target  # imports torchmetrics, which takes seconds
+
+    return Supervised([Target(name="label")])
+
 
 domain = Domain(
     name="vision",
-    read=read,
+    reader=PictureReader(),
     tokenizer=tokenizer,
     presets=PRESETS,
     sample=Path(__file__).parent / "digits.parquet",
-    sample_tokenizer={"image_px": 8, "patch_px": 2, "num_channels": 1},
-    files=files,
+    sample_options={"tokenizer": {"image_px": 8, "patch_px": 2, "num_channels": 1}},
+    sample_objective=classify_digits,
     augment=augment,
     scorers={"attention": ATTENTION},
 )

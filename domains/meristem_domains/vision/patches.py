@@ -255,7 +255,12 @@ class PatchTokenizer(Tokenizer):
         assert column.features is not None
         assert column.positions is not None
         rows = slice(column.offsets[row], column.offsets[row + 1])
-        return Tokens(positions=column.positions[rows], ids=column.ids[rows], features=column.features[rows])
+        return Tokens(
+            positions=column.positions[rows],
+            ids=column.ids[rows],
+            features=column.features[rows],
+            is_special=column.ids[rows] >= 0,
+        )
 
     def decode(self, tokens: Tokens) -> np.ndarray:
         """The image as the trunk saw it: `[H, W, C]` float32 values between 0 and 1, after resizing and cropping."""
@@ -290,7 +295,7 @@ class PatchTokenizer(Tokenizer):
             features[start + before : stop] = image.reshape(-1, self.num_features)
             ids[start : start + before] = np.arange(before)
             positions[start + before : stop] = np.indices(image.shape[:2]).reshape(2, -1).T
-        return TokenColumn(ids=ids, offsets=offsets, features=features, positions=positions)
+        return TokenColumn(ids=ids, offsets=offsets, features=features, positions=positions, is_special=ids >= 0)
 
     def _pixels(self, payload: Any, row: int = 0) -> np.ndarray:
         """`[H, W, C]` bytes or float32 of a payload."""

@@ -6,16 +6,18 @@ content. What is no picture that can be decoded is refused by the name of its fi
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from meristem.data.labels import text_column
-from meristem.data.open import BLOCK_BYTES, open_source
-from meristem.data.records import LABEL_PREFIX, SCHEMA, SPLIT, ReadOptions, Refusal, Source
-from meristem.data.tables import TableFormat, read_table, table_format
+from meristem.data.reading.open import BLOCK_BYTES, open_source
+from meristem.data.reading.reader import Reader
+from meristem.data.reading.tables import TableFormat, read_table, table_format
+from meristem.data.records import GROUP, INPUT_PREFIX, LABEL_PREFIX, SPLIT, ReadOptions, Refusal, Source, batch_of
 from meristem.errors import DataError
 from meristem_domains.vision.folders import LABEL, Found, find_pictures
 from meristem_domains.vision.pictures import SUFFIXES, NoPicture, check_picture, looks_like_picture
@@ -25,6 +27,16 @@ PAYLOAD_COLUMNS = (
     "image", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "img", "picture", "bytes",
 )  # fmt: skip
 """Usual names of the column of a table that holds pictures or their paths, lower case."""
+
+
+class PictureReader(Reader):
+    """Reads folders, tables and tar files of pictures, and single ones."""
+
+    def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+        return read(source, options)
+
+    def files(self, source: Source, options: ReadOptions) -> list[Path]:
+        return files(source, options)
 
 
 def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
@@ -46,16 +58,18 @@ def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
     with open_source(source) as stream:
         head = stream.peek(BLOCK_BYTES)
         if is_tar(head, source):
+            bare = replace(options, label_columns=(), split_column="", group_column="")
+            bare.require_bare(source.name, "a sample of a tar file is one picture")
             yield from _gather(source, options, read_members(stream, source, options))
         elif looks_like_picture(head) or source.path.lower().endswith(SUFFIXES):
-            _refuse_columns(source, options, "a single picture has none")
+            options.require_bare(source.name, "a single picture has none")
             id = source.name if source.is_stdin else source.path
             yield from _gather(source, options, [Found(id, stream.read(), {})], file=source.name)
         else:
             yield from _read_table(stream, source, options, _form(head, source, options))
 
 
-def files(source: Source, options: ReadOptions) -> Iterable[Path]:
+def files(source: Source, options: ReadOptions) -> list[Path]:
     """The files that a source names beside itself: those in a folder, and those at the paths of a table.
 
     Raises:
@@ -67,30 +81,30 @@ def files(source: Source, options: ReadOptions) -> Iterable[Path]:
         head = stream.peek(BLOCK_BYTES)
         if is_tar(head, source) or looks_like_picture(head) or source.path.lower().endswith(SUFFIXES):
             return []
-        plain = ReadOptions(options.payload_column, on_error=lambda refusal: None)
-        found: list[str] = []
+        plain = ReadOptions(options.columns, options.foreign, on_error=lambda refusal: None)
+        found: set[str] = set()
         for batch in read_table(stream, source, plain, _form(head, source, options), PAYLOAD_COLUMNS, True):
-            if not pa.types.is_large_string(batch.column("payload").type):
-                return []
-            found += batch.column("payload").to_pylist()
+            for name in _inputs_of(options):
+                payloads = batch.column(INPUT_PREFIX + name)
+                found.update(payloads.to_pylist() if pa.types.is_large_string(payloads.type) else ())
     root = Path(source.path).parent
-    return [root / path for path in set(found)]
+    return [root / path for path in found]
+
+
+def _inputs_of(options: ReadOptions) -> list[str]:
+    """Names of the inputs that are pictures."""
+    return [name for name in options.columns if name not in options.foreign]
 
 
 def _form(head: bytes, source: Source, options: ReadOptions) -> TableFormat:
-    form = table_format(head, (*PAYLOAD_COLUMNS, *options.label_columns, options.payload_column))
+    form = table_format(head, (*PAYLOAD_COLUMNS, *options.columns, *options.named_columns))
     if form is None:
         raise DataError(f"{source.name}: not a picture, a folder, a table (CSV, TSV, Parquet) or a tar file")
     return form
 
 
-def _refuse_columns(source: Source, options: ReadOptions, reason: str) -> None:
-    for name in (*options.label_columns, options.split_column):
-        if name:
-            raise DataError(f"{source.name}: no column {name!r}: {reason}")
-
-
 def _read_folder(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+    replace(options, label_columns=(), split_column="").require_bare(source.name, "a folder has none")
     wrong = [name for name in options.label_columns if name != LABEL]
     if wrong:
         raise DataError(
@@ -158,25 +172,18 @@ def _gather(source: Source, options: ReadOptions, found: Iterable[Found], file: 
 
 
 def _batch(found: list[Found], file: str, options: ReadOptions) -> pa.RecordBatch:
-    columns: dict[str, pa.Array] = {
-        "id": pa.array([one.id for one in found], pa.string()),
-        "payload": pa.array([one.payload for one in found], pa.large_binary()),
-        "file": pa.DictionaryArray.from_arrays(pa.array([0] * len(found), pa.int32()), pa.array([file])),
-        "line": pa.array([0] * len(found), pa.int64()),
-    }
+    extra: dict[str, pa.Array] = {}
+    for column, name in ((GROUP, options.group_column), (SPLIT, options.split_column)):
+        if name:
+            extra[column] = pa.array([one.labels.get(name) for one in found], pa.string())
     for name in options.label_columns:
         try:
-            columns[LABEL_PREFIX + name] = text_column([one.labels.get(name) for one in found])
+            extra[LABEL_PREFIX + name] = text_column([one.labels.get(name) for one in found])
         except DataError as error:
             raise DataError(f"{file}: label {name!r}: {error}") from error
-    if options.split_column:
-        columns[SPLIT] = pa.array([one.labels.get(options.split_column) for one in found], pa.string())
-    return pa.RecordBatch.from_arrays(list(columns.values()), schema=_schema(columns))
-
-
-def _schema(columns: Mapping[str, pa.Array]) -> pa.Schema:
-    is_required = set(SCHEMA.names)
-    return pa.schema([pa.field(name, column.type, name not in is_required) for name, column in columns.items()])
+    ids = pa.array([one.id for one in found], pa.string())
+    payloads = pa.array([one.payload for one in found], pa.large_binary())
+    return batch_of(ids, {options.main: payloads}, file, np.zeros(len(found), np.int64), extra)
 
 
 def _read_table(
@@ -184,27 +191,37 @@ def _read_table(
 ) -> Iterator[pa.RecordBatch]:
     root = Path() if source.is_stdin else Path(source.path).parent
     for batch in read_table(stream, source, options, form, PAYLOAD_COLUMNS, holds_files=True):
-        held: list[Any] = []
+        columns = {name: batch.column(INPUT_PREFIX + name) for name in _inputs_of(options)}
+        held: dict[str, list[bytes]] = {name: [] for name in columns}
         rows: list[int] = []
         num_bytes = 0
-        for row, value in enumerate(batch.column("payload")):
-            stored = value.as_py()
-            payload = stored if isinstance(stored, bytes) else _load(root / stored)
-            if fault := _fault(payload, options.is_checking):
-                line, id = (batch.column(name)[row].as_py() for name in ("line", "id"))
-                named = "" if isinstance(stored, bytes) else f"{stored}: "
-                options.refuse(Refusal(source.name, line, id, f"{named}{fault}"))
+        for row in range(batch.num_rows):
+            payloads: dict[str, bytes] = {}
+            for name, column in columns.items():
+                stored = column[row].as_py()
+                payload = stored if isinstance(stored, bytes) else _load(root / stored)
+                if fault := _fault(payload, options.is_checking):
+                    line, id = (batch.column(name)[row].as_py() for name in ("line", "id"))
+                    named = "" if isinstance(stored, bytes) else f"{stored}: "
+                    options.refuse(Refusal(source.name, line, id, f"{named}{fault}"))
+                    break
+                payloads[name] = payload  # type: ignore[assignment]
+            if len(payloads) < len(columns):
                 continue
             rows.append(row)
-            held.append(payload)
-            num_bytes += len(payload)
+            for name, payload in payloads.items():
+                held[name].append(payload)
+                num_bytes += len(payload)
             if num_bytes >= options.batch_bytes:
                 yield _with_payloads(batch, rows, held)
-                rows, held, num_bytes = [], [], 0
+                rows, held, num_bytes = [], {name: [] for name in columns}, 0
         if rows:
             yield _with_payloads(batch, rows, held)
 
 
-def _with_payloads(batch: pa.RecordBatch, rows: list[int], payloads: list[bytes]) -> pa.RecordBatch:
-    kind = pa.large_binary()
-    return batch.take(pa.array(rows)).set_column(1, pa.field("payload", kind, False), pa.array(payloads, kind))
+def _with_payloads(batch: pa.RecordBatch, rows: list[int], payloads: dict[str, list[bytes]]) -> pa.RecordBatch:
+    batch = batch.take(pa.array(rows))
+    for name, values in payloads.items():
+        field = pa.field(INPUT_PREFIX + name, pa.large_binary(), False)
+        batch = batch.set_column(batch.schema.get_field_index(field.name), field, pa.array(values, field.type))
+    return batch

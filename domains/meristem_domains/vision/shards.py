@@ -36,8 +36,8 @@ def read_members(stream: IO[bytes], source: Source, options: ReadOptions) -> Ite
     Raises:
         DataError: a damaged file, or a column that no sample has.
     """
-    texts = (*TEXTS, *options.label_columns, options.split_column)
-    wanted = [name for name in (*options.label_columns, options.split_column) if name]
+    wanted = [name for name in (*options.label_columns, options.split_column, options.group_column) if name]
+    texts = (*TEXTS, *wanted)
     known: set[str] = set()
     sample = _Sample("")
     try:

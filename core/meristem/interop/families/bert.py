@@ -11,11 +11,18 @@ from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.family import Family, ForeignConfig, heads_by_prefix
+from meristem.interop.family import (
+    TENSORFLOW_SPELLINGS,
+    Family,
+    ForeignConfig,
+    classes_by_head,
+    heads_by_prefix,
+    of_type,
+)
+from meristem.interop.rows import block_rows, head_rows, lm_head_rows
 from meristem.interop.runners import SEQUENCES, run_sequences
 from meristem.interop.settings import Settings, foreign_activation, special_ids
-from meristem.interop.table import FuseHeads, Ignored, KeyTable, Rename, Row, Tied
-from meristem.interop.vocabulary import read_subwords, write_subwords
+from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied
 from meristem.model.config import (
     Attention,
     Embedding,
@@ -51,9 +58,6 @@ DEFAULTS = {
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
 """Kinds that differ in their vocabulary alone."""
 
-SPELLINGS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
-"""Checkpoints from before 2019 have the names of TensorFlow."""
-
 
 def trunk_rows(prefix: str, positions: bool = True) -> tuple[Row, ...]:
     """Rows that BERT and its kin have in common, but those of blocks.
@@ -76,43 +80,44 @@ def _rows(prefix: str) -> tuple[Row, ...]:
     layer = f"{prefix}encoder.layer.{{}}"
     return (
         *trunk_rows(prefix),
-        FuseHeads(
-            "trunk.blocks.{}.attention.qkv",
-            f"{layer}.attention.self.query",
-            f"{layer}.attention.self.key",
-            f"{layer}.attention.self.value",
+        *block_rows(
+            f"{layer}.attention",
+            attention_norm="output.LayerNorm",
+            qkv=("self.query", "self.key", "self.value"),
+            out="output.dense",
         ),
-        Rename("trunk.blocks.{}.attention.out", f"{layer}.attention.output.dense"),
-        Rename("trunk.blocks.{}.attention_norm", f"{layer}.attention.output.LayerNorm"),
-        Rename("trunk.blocks.{}.feedforward.up", f"{layer}.intermediate.dense"),
-        Rename("trunk.blocks.{}.feedforward.down", f"{layer}.output.dense"),
-        Rename("trunk.blocks.{}.feedforward_norm", f"{layer}.output.LayerNorm"),
+        *block_rows(layer, feedforward_norm="output.LayerNorm", up="intermediate.dense", down="output.dense"),
     )
 
+
+def prediction_rows(bias: str) -> tuple[Row, ...]:
+    """Rows of BERT's symbol head.
+
+    Args:
+        bias: name of the tensor that is kept; another one repeats it.
+    """
+    head = "cls.predictions"
+    return head_rows(
+        dense=f"{head}.transform.dense", norm=f"{head}.transform.LayerNorm", out=f"{head}.decoder", bias=bias
+    )
+
+
+EMBEDDING, DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder"
 
 TABLE = KeyTable(
     rows=(
         *_rows("bert."),
-        Rename("heads.tokens.dense", "cls.predictions.transform.dense"),
-        Rename("heads.tokens.norm", "cls.predictions.transform.LayerNorm"),
-        Rename("heads.tokens.out", "cls.predictions.decoder"),
-        Rename("heads.tokens.bias", "cls.predictions.bias"),
+        *prediction_rows(bias="cls.predictions.bias"),
         Rename("heads.next_sentence.out", "cls.seq_relationship"),
     ),
-    tied=(
-        Tied("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-        Tied("cls.predictions.decoder.bias", "cls.predictions.bias"),
-    ),
+    tied=(Tied(f"{DECODER}.weight", EMBEDDING), Tied(f"{DECODER}.bias", "cls.predictions.bias")),
     ignored=(Ignored(r"bert\.embeddings\.position_ids"),),
 )
 
 ROBERTA_TABLE = KeyTable(
     rows=(
         *_rows("roberta."),
-        Rename("heads.tokens.dense", "lm_head.dense"),
-        Rename("heads.tokens.norm", "lm_head.layer_norm"),
-        Rename("heads.tokens.out", "lm_head.decoder"),
-        Rename("heads.tokens.bias", "lm_head.bias"),
+        *lm_head_rows(bias="lm_head.bias"),
     ),
     tied=(
         Tied("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
@@ -123,11 +128,7 @@ ROBERTA_TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `BertConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `BertConfig`."""
     found = Settings("a BERT", config, DEFAULTS)
     # the head has the activation of the trunk
     position = Learned(max_positions=found["max_position_embeddings"])
@@ -135,11 +136,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def read_roberta_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `RobertaConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `RobertaConfig`."""
     found = Settings("a RoBERTa", config, {**DEFAULTS, "pad_token_id": 1})
     if not isinstance(found["pad_token_id"], int):
         raise ConfigError(f"pad_token_id must be set in a RoBERTa config; got {found['pad_token_id']!r}")
@@ -237,15 +234,13 @@ def _name_class(heads: Collection[str]) -> str:
 BERT = Family(
     name="BERT",
     domain="text",
-    recognises=lambda config: config.get("model_type") == "bert",
+    recognises=of_type("bert"),
     read_config=read_config,
     write_config=write_config,
-    read_tokenizer=read_subwords,
-    write_tokenizer=write_subwords,
     table=TABLE,
     read_heads=heads_by_prefix(tokens="cls.predictions."),
     read_readouts=read_readouts,
-    spellings=SPELLINGS,
+    spellings=TENSORFLOW_SPELLINGS,
     prefix="bert.",
     name_class=_name_class,
     runner=replace(
@@ -256,19 +251,15 @@ BERT = Family(
     ),
 )
 
-ROBERTA = Family(
+ROBERTA = BERT.variant(
     name="RoBERTa",
-    variant_of=BERT,
-    domain="text",
-    recognises=lambda config: config.get("model_type") in ROBERTA_TYPES,
+    recognises=of_type(*ROBERTA_TYPES),
     read_config=read_roberta_config,
     write_config=write_roberta_config,
-    read_tokenizer=read_subwords,
-    write_tokenizer=write_subwords,
     table=ROBERTA_TABLE,
     read_heads=heads_by_prefix(tokens="lm_head."),
-    spellings=SPELLINGS,
+    read_readouts=lambda config, names: (),
     prefix="roberta.",
-    name_class=lambda heads: "RobertaForMaskedLM" if SYMBOLS in heads else "RobertaModel",
+    name_class=classes_by_head("RobertaForMaskedLM", "RobertaModel"),
     runner=replace(SEQUENCES, theirs=run_sequences(pooled="pooler_output")),
 )

@@ -4,7 +4,6 @@ As Hugging Face keeps them (`EsmModel`, `EsmForMaskedLM`): pre-norm, biases ever
 at inference; rotary positions (ESM-2) or a learned table whose first row is that of the padding symbol plus one.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,13 @@ import torch
 
 from meristem.data.tokenizer import AlphabetTokenizer, Tokenizer
 from meristem.errors import CheckpointError, ConfigError
-from meristem.interop.family import Family, ForeignConfig, classes_by_head, heads_by_prefix
+from meristem.interop.family import TENSORFLOW_SPELLINGS, ForeignConfig, heads_by_prefix, sequence_family
+from meristem.interop.rows import block_rows, lm_head_rows
 from meristem.interop.runners import SEQUENCES, Results, padded
-from meristem.interop.table import FuseHeads, Ignored, KeyTable, Rename, Tied
+from meristem.interop.table import Ignored, KeyTable, Rename, Tied
+from meristem.interop.vocabulary import SPECIAL as SPECIAL_MAP
+from meristem.interop.vocabulary import json_text, symbol_of
+from meristem.interop.vocabulary_files import DEFINITION, SETTINGS, WORDS, read_object
 from meristem.model.config import (
     Attention,
     Embedding,
@@ -51,22 +54,15 @@ TABLE = KeyTable(
         Rename("trunk.embedding.symbols", "esm.embeddings.word_embeddings"),
         Rename("trunk.embedding.position.table", "esm.embeddings.position_embeddings"),
         Rename("trunk.embedding.norm", "esm.embeddings.layer_norm"),
-        Rename("trunk.blocks.{}.attention_norm", f"{LAYER}.attention.LayerNorm"),
-        FuseHeads(
-            "trunk.blocks.{}.attention.qkv",
-            f"{LAYER}.attention.self.query",
-            f"{LAYER}.attention.self.key",
-            f"{LAYER}.attention.self.value",
+        *block_rows(
+            LAYER,
+            attention_norm="attention.LayerNorm",
+            qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+            out="attention.output.dense",
         ),
-        Rename("trunk.blocks.{}.attention.out", f"{LAYER}.attention.output.dense"),
-        Rename("trunk.blocks.{}.feedforward_norm", f"{LAYER}.LayerNorm"),
-        Rename("trunk.blocks.{}.feedforward.up", f"{LAYER}.intermediate.dense"),
-        Rename("trunk.blocks.{}.feedforward.down", f"{LAYER}.output.dense"),
+        *block_rows(LAYER, feedforward_norm="LayerNorm", up="intermediate.dense", down="output.dense"),
         Rename("trunk.final_norm", "esm.encoder.emb_layer_norm_after"),
-        Rename("heads.tokens.dense", "lm_head.dense"),
-        Rename("heads.tokens.norm", "lm_head.layer_norm"),
-        Rename("heads.tokens.out", "lm_head.decoder"),
-        Rename("heads.tokens.bias", "lm_head.bias"),
+        *lm_head_rows(bias="lm_head.bias"),
         Rename("heads.contacts.regression", "esm.contact_head.regression"),
     ),
     tied=(Tied("lm_head.decoder.weight", "esm.embeddings.word_embeddings.weight"),),
@@ -228,15 +224,15 @@ def read_residues(
 def _read_vocab(
     folder: Path, config: ForeignConfig, published: Sequence[str], num_rows: int, kind: str
 ) -> tuple[list[str], list[str]]:
-    if (folder / "vocab.txt").is_file():
-        return (folder / "vocab.txt").read_text(encoding="utf-8").split(), []
-    if (folder / "tokenizer.json").is_file():
+    if (folder / WORDS).is_file():
+        return (folder / WORDS).read_text(encoding="utf-8").split(), []
+    if definition := read_object(folder / DEFINITION):
         try:
-            ids = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+            ids = definition["model"]["vocab"]
             vocab = sorted(ids, key=ids.__getitem__)
             assert [ids[symbol] for symbol in vocab] == list(range(len(vocab))), "ids must count from 0"
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise CheckpointError(f"{folder / 'tokenizer.json'} must have model.vocab: {error}") from error
+        except (KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise CheckpointError(f"{folder / DEFINITION} must have model.vocab: {error}") from error
         return vocab, []
     if config["vocab_size"] != num_rows:
         raise CheckpointError(f"{folder} must hold vocab.txt or tokenizer.json; it holds neither")
@@ -245,19 +241,9 @@ def _read_vocab(
 
 def _read_special(folder: Path) -> dict[str, str]:
     """Special symbols by role, as the tokenizer's files name them."""
-    found: dict[str, str] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if not (folder / name).is_file():
-            continue
-        try:
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
-            for role in SPECIAL:
-                value = values.get(f"{role}_token")
-                if value:
-                    found[role] = value if isinstance(value, str) else value["content"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / name} must name special symbols: {error}") from error
-    return found
+    stated = {**read_object(folder / SETTINGS), **read_object(folder / SPECIAL_MAP)}
+    names = {role: stated.get(f"{role}_token") for role in SPECIAL}
+    return {role: symbol_of(folder, name)["content"] for role, name in names.items() if name}
 
 
 def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
@@ -270,11 +256,7 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
         raise ConfigError(f"a tokenizer of ESM must have {', '.join(SPECIAL.values())}, and one token a residue")
     names = {f"{role}_token": symbol for role, symbol in SPECIAL.items()}
     settings = {**names, "tokenizer_class": "EsmTokenizer", "clean_up_tokenization_spaces": False}
-    return {
-        "vocab.txt": "\n".join(tokenizer.vocab),
-        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(names, indent=2) + "\n",
-    }
+    return {WORDS: "\n".join(tokenizer.vocab), SETTINGS: json_text(settings), SPECIAL_MAP: json_text(names)}
 
 
 def ids_of_special(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -304,21 +286,16 @@ def _run_reference(reference: Any, sequences: Sequence[Tokens]) -> Results:
     return found
 
 
-ESM = Family(
-    name="ESM-1b and ESM-2",
-    domain="protein",
-    recognises=lambda config: config.get("model_type") == "esm",
-    read_config=read_config,
-    write_config=write_config,
+HEADS = heads_by_prefix(tokens="lm_head.", contacts="esm.contact_head.")
+ESM = replace(
+    sequence_family(
+        "ESM-1b and ESM-2", "protein", "esm", "Esm", TABLE, read_config, write_config, "esm.", "ForMaskedLM", HEADS
+    ),
     read_tokenizer=read_tokenizer,
     write_tokenizer=write_tokenizer,
-    table=TABLE,
-    read_heads=heads_by_prefix(tokens="lm_head.", contacts="esm.contact_head."),
     # transformers 5 writes the names of long ago, and the star of a pattern, when it saves; it reads both
-    spellings=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
-    prefix="esm.",
+    spellings=TENSORFLOW_SPELLINGS,
     derived=derived,
-    name_class=classes_by_head("EsmForMaskedLM", "EsmModel"),
     implied_heads=("contacts",),
     runner=replace(SEQUENCES, theirs=_run_reference),
 )

@@ -5,19 +5,22 @@ heads at once, each branch is divided by sqrt(layers / 36), and the head is not 
 queries and keys have no bias, the others have one: ours has one after the last block, which is zero.
 """
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from meristem.data.tokenizer import AlphabetTokenizer, Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.families.esm import RESIDUES, SPECIAL, ids_of_special, read_residues
-from meristem.interop.family import Family, ForeignConfig, classes_by_head, heads_by_prefix
+from meristem.interop.families.llama import decoder_rows, gated_rows
+from meristem.interop.family import ForeignConfig, heads_by_prefix, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
-from meristem.interop.runners import SEQUENCES
+from meristem.interop.rows import lm_head_rows
 from meristem.interop.settings import Settings, foreign_activation
-from meristem.interop.table import FuseHeads, KeyTable, Lacking, Rename, Row, joined
+from meristem.interop.table import KeyTable, Lacking, Rename
+from meristem.interop.vocabulary import json_text
+from meristem.interop.vocabulary_files import SETTINGS, WORDS
 from meristem.model.config import (
     Attention,
     Embedding,
@@ -51,40 +54,19 @@ DEFAULTS = {
     "mlp_bias": False,
 }
 
-LAYER = "esmc.layers.{}"
-
 TABLE = KeyTable(
     rows=(
-        Rename("trunk.embedding.symbols", "esmc.embed_tokens"),
-        Rename("trunk.blocks.{}.attention_norm", f"{LAYER}.input_layernorm"),
-        FuseHeads(
-            "trunk.blocks.{}.attention.qkv",
-            f"{LAYER}.self_attn.q_proj",
-            f"{LAYER}.self_attn.k_proj",
-            f"{LAYER}.self_attn.v_proj",
-        ),
-        Rename("trunk.blocks.{}.attention.q_norm", f"{LAYER}.self_attn.q_norm"),
-        Rename("trunk.blocks.{}.attention.k_norm", f"{LAYER}.self_attn.k_norm"),
-        Rename("trunk.blocks.{}.attention.out", f"{LAYER}.self_attn.o_proj"),
-        Rename("trunk.blocks.{}.feedforward_norm", f"{LAYER}.post_attention_layernorm"),
-        Row("trunk.blocks.{}.feedforward.up", (f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj"), joined(2)),
-        Rename("trunk.blocks.{}.feedforward.down", f"{LAYER}.mlp.down_proj"),
+        *decoder_rows("esmc"),
+        *gated_rows("esmc.layers.{}"),
         Rename("trunk.final_norm.weight", "esmc.norm.weight"),
         Lacking("trunk.final_norm.bias"),
-        Rename("heads.tokens.dense", "lm_head.dense"),
-        Rename("heads.tokens.norm", "lm_head.layer_norm"),
-        Rename("heads.tokens.out", "lm_head.decoder"),
-        Rename("heads.tokens.bias", "lm_head.decoder.bias"),
+        *lm_head_rows(bias="lm_head.decoder.bias"),
     ),
 )
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of an `EsmcConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of an `EsmcConfig`."""
     found = Settings("an ESM-C", config, DEFAULTS)
     width, heads, num_layers = found["hidden_size"], found["num_attention_heads"], found["num_hidden_layers"]
     found.require(num_key_value_heads=heads, head_dim=width // heads, tie_word_embeddings=False)
@@ -153,20 +135,14 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
     names = {f"{role}_token": symbol for role, symbol in SPECIAL.items()}
     settings = {**names, "tokenizer_class": "EsmcTokenizer", "clean_up_tokenization_spaces": False}
     # the foreign class reads no vocabulary; ours does
-    return {"vocab.txt": "\n".join(SYMBOLS), "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}
+    return {WORDS: "\n".join(SYMBOLS), SETTINGS: json_text(settings)}
 
 
-ESMC = Family(
-    name="ESM-C",
-    domain="protein",
-    recognises=lambda config: config.get("model_type") == "esmc",
-    read_config=read_config,
-    write_config=write_config,
+HEADS = heads_by_prefix(tokens="lm_head.")
+ESMC = replace(
+    sequence_family(
+        "ESM-C", "protein", "esmc", "Esmc", TABLE, read_config, write_config, "esmc.", "ForMaskedLM", HEADS
+    ),
     read_tokenizer=read_tokenizer,
     write_tokenizer=write_tokenizer,
-    table=TABLE,
-    read_heads=heads_by_prefix(tokens="lm_head."),
-    prefix="esmc.",
-    name_class=classes_by_head("EsmcForMaskedLM", "EsmcModel"),
-    runner=SEQUENCES,
 )

@@ -10,11 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.interop.family import Family, ForeignConfig, classes_by_head, symbols_but_for
-from meristem.interop.runners import SEQUENCES
+from meristem.interop.family import ForeignConfig, sequence_family
+from meristem.interop.rows import block_rows, head_rows
 from meristem.interop.settings import Settings, foreign_activation, special_ids
 from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied, Transform, Transposed
-from meristem.interop.vocabulary import read_subwords, write_subwords
 from meristem.model.config import (
     Attention,
     Causal,
@@ -24,6 +23,7 @@ from meristem.model.config import (
     LayerNorm,
     LayerRule,
     Learned,
+    Position,
     Residual,
     TokenHead,
     TransformerConfig,
@@ -52,14 +52,13 @@ def _by_head(tensor: Tensor, config: TransformerConfig) -> Sequence[Tensor]:
 COMMON = (
     Rename("trunk.embedding.symbols", "transformer.wte"),
     Rename("trunk.embedding.position.table", "transformer.wpe"),
-    Rename("trunk.blocks.{}.attention_norm", f"{LAYER}.ln_1"),
-    Rename("trunk.blocks.{}.feedforward_norm", f"{LAYER}.ln_2"),
+    *block_rows(LAYER, attention_norm="ln_1", feedforward_norm="ln_2"),
     Rename("trunk.final_norm", "transformer.ln_f"),
-    Rename("heads.tokens.out", "lm_head"),
+    *head_rows(out="lm_head"),
 )
 TIED = (Tied("lm_head.weight", "transformer.wte.weight"),)
 BUFFERS = (Ignored(r"transformer\.h\.\d+\.attn\.(bias|masked_bias|causal_mask)"),)
-"""Masks, which checkpoints of long ago hold."""
+"""Masks, which old checkpoints hold."""
 
 TABLE = KeyTable(
     rows=(
@@ -73,17 +72,12 @@ TABLE = KeyTable(
     ignored=BUFFERS,
 )
 
-BIGCODE_TABLE = KeyTable(
-    rows=(
-        *COMMON,
-        Row("trunk.blocks.{}.attention.qkv", (f"{LAYER}.attn.c_attn",), Transform(_by_kind, _by_head)),
-        Rename("trunk.blocks.{}.attention.out", f"{LAYER}.attn.c_proj"),
-        Rename("trunk.blocks.{}.feedforward.up", f"{LAYER}.mlp.c_fc"),
-        Rename("trunk.blocks.{}.feedforward.down", f"{LAYER}.mlp.c_proj"),
-    ),
-    tied=TIED,
-    ignored=BUFFERS,
+BIGCODE_ROWS = (
+    *COMMON,
+    Row("trunk.blocks.{}.attention.qkv", (f"{LAYER}.attn.c_attn",), Transform(_by_kind, _by_head)),
+    *block_rows(LAYER, out="attn.c_proj", up="mlp.c_fc", down="mlp.c_proj"),
 )
+BIGCODE_TABLE = KeyTable(BIGCODE_ROWS, TIED, BUFFERS)
 
 ALIASES = {
     "hidden_size": "n_embd",
@@ -129,12 +123,8 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
     return replace(architecture, layers=tuple(rules))
 
 
-def read_bigcode_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `GPTBigCodeConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+def read_bigcode(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """Our config of a `GPTBigCodeConfig`."""
     defaults = {**DEFAULTS, "activation_function": "gelu_pytorch_tanh", "multi_query": True}
     found = Settings("a GPTBigCode", config, defaults, ALIASES)
     found.require(scale_attn_by_inverse_layer_idx=False)
@@ -143,28 +133,37 @@ def read_bigcode_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) ->
 
 
 def _read(found: Settings, attention: Attention) -> TransformerConfig:
-    """What both have in common."""
+    """What GPT-2 and GPTBigCode have in common."""
     found.require(add_cross_attention=False)
+    return read_gpt(
+        found,
+        position=Learned(max_positions=found["n_positions"]),
+        attention=replace(attention, scale=None if found["scale_attn_weights"] else 1.0),
+        residual=Residual(),
+        head=TokenHead(activation=None, bias=False),
+        init=Init(is_depth_scaled=True),
+    )
+
+
+def read_gpt(
+    found: Settings, position: Position, attention: Attention, residual: Residual, head: TokenHead, init: Init
+) -> TransformerConfig:
+    """A causal stack whose config has the names of GPT-2; settings complete the parts that are given."""
     width = found["n_embd"]
     return TransformerConfig(
         width=width,
         num_layers=found["n_layer"],
         embedding=Embedding(vocab_size=found["vocab_size"], dropout=found["embd_pdrop"]),
-        position=Learned(max_positions=found["n_positions"]),
-        attention=replace(
-            attention,
-            scale=None if found["scale_attn_weights"] else 1.0,
-            pattern=Causal(),
-            dropout=found["attn_pdrop"],
-        ),
+        position=position,
+        attention=replace(attention, pattern=Causal(), dropout=found["attn_pdrop"]),
         feedforward=FeedForward(
             width=4 * width if found["n_inner"] is None else found["n_inner"],
             activation=found.activation("activation_function"),
         ),
         norm=LayerNorm(eps=found["layer_norm_epsilon"]),
-        residual=Residual(dropout=found["resid_pdrop"]),
-        head=TokenHead(activation=None, is_tied=found["tie_word_embeddings"], bias=False),
-        init=Init(std=found["initializer_range"], is_depth_scaled=True),
+        residual=replace(residual, dropout=found["resid_pdrop"]),
+        head=replace(head, is_tied=found["tie_word_embeddings"]),
+        init=replace(init, std=found["initializer_range"]),
     )
 
 
@@ -180,61 +179,42 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
     }
 
 
-def write_bigcode_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def write_bigcode(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """The `GPTBigCodeConfig` of ours, as far as one can say it."""
     is_multi_query = architecture.num_kv_heads == 1 and architecture.attention.num_heads > 1
     return {"model_type": "gpt_bigcode", **_write(architecture, tokenizer), "multi_query": is_multi_query}
 
 
 def _write(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    position, feedforward = architecture.position, architecture.feedforward
+    position = architecture.position
+    return {
+        **write_gpt(architecture, tokenizer),
+        "n_positions": position.max_positions if isinstance(position, Learned) else 1024,
+        "scale_attn_weights": architecture.attention.scale is None,
+        "add_cross_attention": False,
+    }
+
+
+def write_gpt(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Settings with the names of GPT-2 that say a causal stack, but its positions and scores."""
     return {
         "vocab_size": architecture.embedding.vocab_size,
-        "n_positions": position.max_positions if isinstance(position, Learned) else 1024,
         "n_embd": architecture.width,
         "n_layer": architecture.num_layers,
         "n_head": architecture.attention.num_heads,
-        "n_inner": feedforward.width,
-        "activation_function": foreign_activation(feedforward.activation),
+        "n_inner": architecture.feedforward.width,
+        "activation_function": foreign_activation(architecture.feedforward.activation),
         "resid_pdrop": architecture.residual.dropout,
         "embd_pdrop": architecture.embedding.dropout,
         "attn_pdrop": architecture.attention.dropout,
         "layer_norm_epsilon": getattr(architecture.norm, "eps", None),
         "initializer_range": architecture.init.std,
-        "scale_attn_weights": architecture.attention.scale is None,
         "tie_word_embeddings": architecture.head is None or architecture.head.is_tied,
-        "add_cross_attention": False,
         **special_ids(tokenizer),
     }
 
 
-GPT2 = Family(
-    name="GPT-2",
-    domain="text",
-    recognises=lambda config: config.get("model_type") == "gpt2",
-    read_config=read_config,
-    write_config=write_config,
-    read_tokenizer=read_subwords,
-    write_tokenizer=write_subwords,
-    table=TABLE,
-    read_heads=symbols_but_for("GPT2Model"),
-    prefix="transformer.",
-    name_class=classes_by_head("GPT2LMHeadModel", "GPT2Model"),
-    runner=SEQUENCES,
-)
-
-GPT_BIGCODE = Family(
-    name="GPTBigCode",
-    variant_of=GPT2,
-    domain="code",
-    recognises=lambda config: config.get("model_type") == "gpt_bigcode",
-    read_config=read_bigcode_config,
-    write_config=write_bigcode_config,
-    read_tokenizer=read_subwords,
-    write_tokenizer=write_subwords,
-    table=BIGCODE_TABLE,
-    read_heads=symbols_but_for("GPTBigCodeModel"),
-    prefix="transformer.",
-    name_class=classes_by_head("GPTBigCodeForCausalLM", "GPTBigCodeModel"),
-    runner=SEQUENCES,
+GPT2 = sequence_family("GPT-2", "text", "gpt2", "GPT2", TABLE, read_config, write_config, suffix="LMHeadModel")
+GPT_BIGCODE = sequence_family(
+    "GPTBigCode", "code", "gpt_bigcode", "GPTBigCode", BIGCODE_TABLE, read_bigcode, write_bigcode, variant_of=GPT2
 )

@@ -12,24 +12,12 @@ import torch
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.families.gpt2 import ALIASES, BUFFERS, TIED
-from meristem.interop.family import Family, ForeignConfig, classes_by_head, symbols_but_for
-from meristem.interop.runners import SEQUENCES
-from meristem.interop.settings import Settings, foreign_activation, special_ids
-from meristem.interop.table import FuseHeads, KeyTable, Rename, Row, Transform
-from meristem.interop.vocabulary import read_subwords, write_subwords
-from meristem.model.config import (
-    Attention,
-    Causal,
-    Embedding,
-    FeedForward,
-    Init,
-    LayerNorm,
-    Residual,
-    Rotary,
-    TokenHead,
-    TransformerConfig,
-)
+from meristem.interop.families.gpt2 import ALIASES, BUFFERS, TIED, read_gpt, write_gpt
+from meristem.interop.family import ForeignConfig, sequence_family
+from meristem.interop.rows import block_rows, head_rows
+from meristem.interop.settings import Settings
+from meristem.interop.table import KeyTable, Rename, Row, Transform
+from meristem.model.config import Attention, Init, Residual, Rotary, TokenHead, TransformerConfig
 from meristem.shapes import Tensor
 
 SHARES = 4
@@ -52,34 +40,13 @@ def _cut_shares(tensor: Tensor, config: TransformerConfig) -> Sequence[Tensor]:
 
 COMMON = (
     Rename("trunk.embedding.symbols", "transformer.wte"),
-    Rename("trunk.blocks.{}.attention_norm", f"{LAYER}.ln_1"),
-    Rename("trunk.blocks.{}.attention.out", f"{LAYER}.attn.out_proj"),
-    Rename("trunk.blocks.{}.feedforward.up", f"{LAYER}.mlp.fc_in"),
-    Rename("trunk.blocks.{}.feedforward.down", f"{LAYER}.mlp.fc_out"),
+    *block_rows(LAYER, attention_norm="ln_1", out="attn.out_proj", up="mlp.fc_in", down="mlp.fc_out"),
     Rename("trunk.final_norm", "transformer.ln_f"),
-    Rename("heads.tokens.out", "lm_head"),
-    Rename("heads.tokens.bias", "lm_head.bias"),
+    *head_rows(out="lm_head", bias="lm_head.bias"),
 )
-
-TABLE = KeyTable(
-    rows=(
-        *COMMON,
-        FuseHeads(
-            "trunk.blocks.{}.attention.qkv", f"{LAYER}.attn.q_proj", f"{LAYER}.attn.k_proj", f"{LAYER}.attn.v_proj"
-        ),
-    ),
-    tied=TIED,
-    ignored=BUFFERS,
-)
-
-CODEGEN_TABLE = KeyTable(
-    rows=(
-        *COMMON,
-        Row("trunk.blocks.{}.attention.qkv", (f"{LAYER}.attn.qkv_proj",), Transform(_joined_shares, _cut_shares)),
-    ),
-    tied=TIED,
-    ignored=BUFFERS,
-)
+TABLE = KeyTable((*COMMON, *block_rows(LAYER, qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"))), TIED, BUFFERS)
+SHARED_QKV = Row("trunk.blocks.{}.attention.qkv", (f"{LAYER}.attn.qkv_proj",), Transform(_joined_shares, _cut_shares))
+CODEGEN_TABLE = KeyTable((*COMMON, SHARED_QKV), TIED, BUFFERS)
 
 MAX_POSITIONS = 2048
 """Rows of the reference's table of rotations, as the published models have them: ours has no limit to write."""
@@ -98,20 +65,12 @@ DEFAULTS = {
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `GPTJConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `GPTJConfig`."""
     return _read(Settings("a GPT-J", config, DEFAULTS, ALIASES))
 
 
 def read_codegen_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `CodeGenConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `CodeGenConfig`."""
     found = Settings("a CodeGen", config, DEFAULTS, ALIASES)
     if found["n_head"] % SHARES:
         raise ConfigError(f"n_head must be a multiple of {SHARES} in a CodeGen config; got {found['n_head']}")
@@ -119,27 +78,19 @@ def read_codegen_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) ->
 
 
 def _read(found: Settings) -> TransformerConfig:
-    """What both have in common."""
-    width, turned = found["n_embd"], found["rotary_dim"]
+    """What GPT-J and CodeGen have in common."""
+    turned = found["rotary_dim"]
     if not turned:
         raise ConfigError(f"rotary_dim must be positive in a config of rotary positions; got {turned!r}")
-    attention = Attention(
-        num_heads=found["n_head"], qkv_bias=False, out_bias=False, pattern=Causal(), dropout=found["attn_pdrop"]
-    )
-    return TransformerConfig(
-        width=width,
-        num_layers=found["n_layer"],
-        embedding=Embedding(vocab_size=found["vocab_size"], dropout=found["embd_pdrop"]),
-        position=Rotary(width=None if turned == attention.width_of_heads(width) else turned, is_interleaved=True),
+    attention = Attention(num_heads=found["n_head"], qkv_bias=False, out_bias=False)
+    whole = turned == attention.width_of_heads(found["n_embd"])
+    return read_gpt(
+        found,
+        position=Rotary(width=None if whole else turned, is_interleaved=True),
         attention=attention,
-        feedforward=FeedForward(
-            width=4 * width if found["n_inner"] is None else found["n_inner"],
-            activation=found.activation("activation_function"),
-        ),
-        norm=LayerNorm(eps=found["layer_norm_epsilon"]),
-        residual=Residual(placement="parallel", dropout=found["resid_pdrop"]),
-        head=TokenHead(activation=None, is_tied=found["tie_word_embeddings"]),
-        init=Init(std=found["initializer_range"]),
+        residual=Residual(placement="parallel"),
+        head=TokenHead(activation=None),
+        init=Init(),
     )
 
 
@@ -154,54 +105,16 @@ def write_codegen_config(architecture: TransformerConfig, tokenizer: Tokenizer) 
 
 
 def _write(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    position, feedforward = architecture.position, architecture.feedforward
+    position = architecture.position
     turned = position.width if isinstance(position, Rotary) else None
     return {
-        "vocab_size": architecture.embedding.vocab_size,
+        **write_gpt(architecture, tokenizer),
         "n_positions": MAX_POSITIONS,
-        "n_embd": architecture.width,
-        "n_layer": architecture.num_layers,
-        "n_head": architecture.attention.num_heads,
-        "n_inner": feedforward.width,
         "rotary_dim": turned or architecture.head_width,
-        "activation_function": foreign_activation(feedforward.activation),
-        "resid_pdrop": architecture.residual.dropout,
-        "embd_pdrop": architecture.embedding.dropout,
-        "attn_pdrop": architecture.attention.dropout,
-        "layer_norm_epsilon": getattr(architecture.norm, "eps", None),
-        "initializer_range": architecture.init.std,
-        "tie_word_embeddings": architecture.head is None or architecture.head.is_tied,
-        **special_ids(tokenizer),
     }
 
 
-GPTJ = Family(
-    name="GPT-J",
-    domain="text",
-    recognises=lambda config: config.get("model_type") == "gptj",
-    read_config=read_config,
-    write_config=write_config,
-    read_tokenizer=read_subwords,
-    write_tokenizer=write_subwords,
-    table=TABLE,
-    read_heads=symbols_but_for("GPTJModel"),
-    prefix="transformer.",
-    name_class=classes_by_head("GPTJForCausalLM", "GPTJModel"),
-    runner=SEQUENCES,
-)
-
-CODEGEN = Family(
-    name="CodeGen",
-    variant_of=GPTJ,
-    domain="code",
-    recognises=lambda config: config.get("model_type") == "codegen",
-    read_config=read_codegen_config,
-    write_config=write_codegen_config,
-    read_tokenizer=read_subwords,
-    write_tokenizer=write_subwords,
-    table=CODEGEN_TABLE,
-    read_heads=symbols_but_for("CodeGenModel"),
-    prefix="transformer.",
-    name_class=classes_by_head("CodeGenForCausalLM", "CodeGenModel"),
-    runner=SEQUENCES,
+GPTJ = sequence_family("GPT-J", "text", "gptj", "GPTJ", TABLE, read_config, write_config)
+CODEGEN = sequence_family(
+    "CodeGen", "code", "codegen", "CodeGen", CODEGEN_TABLE, read_codegen_config, write_codegen_config, variant_of=GPTJ
 )

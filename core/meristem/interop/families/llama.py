@@ -12,12 +12,11 @@ from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.family import Family, ForeignConfig, classes_by_head, symbols_but_for
+from meristem.interop.family import Family, ForeignConfig, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
-from meristem.interop.runners import SEQUENCES
+from meristem.interop.rows import block_rows, head_rows
 from meristem.interop.settings import Settings, foreign_activation, special_ids
-from meristem.interop.table import FuseHeads, Ignored, KeyTable, Rename, Row, Tied, joined
-from meristem.interop.vocabulary import read_subwords, write_subwords
+from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied
 from meristem.model.config import (
     Attention,
     Both,
@@ -50,45 +49,38 @@ DEFAULTS = {
 
 LAYER = "model.layers.{}"
 
-COMMON = (
-    Rename("trunk.embedding.symbols", "model.embed_tokens"),
-    Rename("trunk.blocks.{}.attention_norm", f"{LAYER}.input_layernorm"),
-    FuseHeads(
-        "trunk.blocks.{}.attention.qkv",
-        f"{LAYER}.self_attn.q_proj",
-        f"{LAYER}.self_attn.k_proj",
-        f"{LAYER}.self_attn.v_proj",
-    ),
-    Rename("trunk.blocks.{}.attention.q_norm", f"{LAYER}.self_attn.q_norm"),
-    Rename("trunk.blocks.{}.attention.k_norm", f"{LAYER}.self_attn.k_norm"),
-    Rename("trunk.blocks.{}.attention.out", f"{LAYER}.self_attn.o_proj"),
-    Rename("trunk.blocks.{}.feedforward_norm", f"{LAYER}.post_attention_layernorm"),
-    Rename("trunk.final_norm", "model.norm"),
-    Rename("heads.tokens.out", "lm_head"),
-)
+
+def decoder_rows(model: str) -> tuple[Row, ...]:
+    """Rows of embedding, attention and norms of blocks.
+
+    Args:
+        model: foreign name of the trunk.
+    """
+    return (
+        Rename("trunk.embedding.symbols", f"{model}.embed_tokens"),
+        *block_rows(
+            f"{model}.layers.{{}}",
+            attention_norm="input_layernorm",
+            qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            q_norm="self_attn.q_norm",
+            k_norm="self_attn.k_norm",
+            out="self_attn.o_proj",
+            feedforward_norm="post_attention_layernorm",
+        ),
+    )
+
+
+def gated_rows(layer: str) -> tuple[Row, ...]:
+    """Rows of a feed-forward layer with a gate."""
+    return block_rows(layer, up=("mlp.gate_proj", "mlp.up_proj"), down="mlp.down_proj")
+
+
+COMMON = (*decoder_rows("model"), Rename("trunk.final_norm", "model.norm"), *head_rows(out="lm_head"))
 TIED = (Tied("lm_head.weight", "model.embed_tokens.weight"),)
 # computed from the config, by the reference too
 BUFFERS = (Ignored(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),)
-
-GATED_TABLE = KeyTable(
-    rows=(
-        *COMMON,
-        Row("trunk.blocks.{}.feedforward.up", (f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj"), joined(2)),
-        Rename("trunk.blocks.{}.feedforward.down", f"{LAYER}.mlp.down_proj"),
-    ),
-    tied=TIED,
-    ignored=BUFFERS,
-)
-
-PLAIN_TABLE = KeyTable(
-    rows=(
-        *COMMON,
-        Rename("trunk.blocks.{}.feedforward.up", f"{LAYER}.mlp.c_fc"),
-        Rename("trunk.blocks.{}.feedforward.down", f"{LAYER}.mlp.c_proj"),
-    ),
-    tied=TIED,
-    ignored=BUFFERS,
-)
+GATED_TABLE = KeyTable((*COMMON, *gated_rows(LAYER)), TIED, BUFFERS)
+PLAIN_TABLE = KeyTable((*COMMON, *block_rows(LAYER, up="mlp.c_fc", down="mlp.c_proj")), TIED, BUFFERS)
 
 WINDOWED = "sliding_attention"
 UNBOUNDED = "full_attention"
@@ -132,27 +124,13 @@ class Kind:
             domain: that reads its inputs.
             stem: of the names of its foreign classes.
         """
-        return Family(
-            name=name,
-            domain=domain,
-            recognises=lambda config: config.get("model_type") == self.model_type,
-            read_config=self.read_config,
-            write_config=self.write_config,
-            read_tokenizer=read_subwords,
-            write_tokenizer=write_subwords,
-            table=GATED_TABLE if self.is_gated else PLAIN_TABLE,
-            read_heads=symbols_but_for(f"{stem}Model"),
-            prefix="model.",
-            name_class=classes_by_head(f"{stem}ForCausalLM", f"{stem}Model"),
-            runner=SEQUENCES,
+        table = GATED_TABLE if self.is_gated else PLAIN_TABLE
+        return sequence_family(
+            name, domain, self.model_type, stem, table, self.read_config, self.write_config, prefix="model."
         )
 
     def read_config(self, config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-        """Our config of a foreign one.
-
-        Raises:
-            ConfigError: a setting that no part of ours can say.
-        """
+        """Our config of a foreign one."""
         found = Settings(f"a {self.model_type}", config, {**DEFAULTS, **self.defaults})
         width, heads, head_width = found["hidden_size"], found["num_attention_heads"], found["head_dim"]
         found.require(per_layer_config={})

@@ -10,12 +10,11 @@ from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.family import Family, ForeignConfig, classes_by_head, heads_by_prefix
+from meristem.interop.family import ForeignConfig, heads_by_prefix, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
-from meristem.interop.runners import SEQUENCES
+from meristem.interop.rows import block_rows, head_rows
 from meristem.interop.settings import Settings, foreign_activation, special_ids
 from meristem.interop.table import KeyTable, Rename, Tied
-from meristem.interop.vocabulary import read_subwords, write_subwords
 from meristem.model.config import (
     Attention,
     Embedding,
@@ -64,28 +63,17 @@ TABLE = KeyTable(
     rows=(
         Rename("trunk.embedding.symbols", "model.embeddings.tok_embeddings"),
         Rename("trunk.embedding.norm", "model.embeddings.norm"),
-        Rename("trunk.blocks.{}.attention_norm", f"{LAYER}.attn_norm"),
-        Rename("trunk.blocks.{}.attention.qkv", f"{LAYER}.attn.Wqkv"),
-        Rename("trunk.blocks.{}.attention.out", f"{LAYER}.attn.Wo"),
-        Rename("trunk.blocks.{}.feedforward_norm", f"{LAYER}.mlp_norm"),
-        Rename("trunk.blocks.{}.feedforward.up", f"{LAYER}.mlp.Wi"),
-        Rename("trunk.blocks.{}.feedforward.down", f"{LAYER}.mlp.Wo"),
+        *block_rows(LAYER, attention_norm="attn_norm", qkv="attn.Wqkv", out="attn.Wo"),
+        *block_rows(LAYER, feedforward_norm="mlp_norm", up="mlp.Wi", down="mlp.Wo"),
         Rename("trunk.final_norm", "model.final_norm"),
-        Rename("heads.tokens.dense", "head.dense"),
-        Rename("heads.tokens.norm", "head.norm"),
-        Rename("heads.tokens.out", "decoder"),
-        Rename("heads.tokens.bias", "decoder.bias"),
+        *head_rows(dense="head.dense", norm="head.norm", out="decoder", bias="decoder.bias"),
     ),
     tied=(Tied("decoder.weight", "model.embeddings.tok_embeddings.weight"),),
 )
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `ModernBertConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `ModernBertConfig`."""
     found = Settings("a ModernBERT", config, DEFAULTS)
     reach = found["local_attention"] // 2
     kinds = {
@@ -167,10 +155,6 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
         WINDOWED if isinstance(part.attention.pattern, Window) else UNBOUNDED: part.position for part in parts
     }
     head = architecture.head or TokenHead(dense_bias=False)
-    special: Mapping[str, str] = getattr(tokenizer, "special", {})
-    frame = {
-        f"{role}_token_id": tokenizer.vocab.index(special[role]) if role in special else None for role in ("cls", "sep")
-    }
     return {
         "model_type": "modernbert",
         "vocab_size": architecture.embedding.vocab_size,
@@ -198,22 +182,11 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
         "classifier_bias": head.dense_bias,
         "classifier_activation": foreign_activation(head.activation or "gelu"),
         "tie_word_embeddings": head.is_tied,
-        **special_ids(tokenizer),
-        **frame,
+        **special_ids(tokenizer, "bos", "eos", "pad", "cls", "sep"),
     }
 
 
-MODERNBERT = Family(
-    name="ModernBERT",
-    domain="text",
-    recognises=lambda config: config.get("model_type") == "modernbert",
-    read_config=read_config,
-    write_config=write_config,
-    read_tokenizer=read_subwords,
-    write_tokenizer=write_subwords,
-    table=TABLE,
-    read_heads=heads_by_prefix(tokens="head."),
-    prefix="model.",
-    name_class=classes_by_head("ModernBertForMaskedLM", "ModernBertModel"),
-    runner=SEQUENCES,
+HEADS = heads_by_prefix(tokens="head.")
+MODERNBERT = sequence_family(
+    "ModernBERT", "text", "modernbert", "ModernBert", TABLE, read_config, write_config, "model.", "ForMaskedLM", HEADS
 )

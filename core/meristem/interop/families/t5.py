@@ -15,9 +15,10 @@ import torch
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig, classes_by_head, symbols_by_class
+from meristem.interop.rows import block_rows
 from meristem.interop.runners import PAIRS, SEQUENCES
 from meristem.interop.settings import Settings, foreign_activation
-from meristem.interop.table import STACKED, FuseHeads, Ignored, KeyTable, Rename, Row, Tied, joined
+from meristem.interop.table import STACKED, Ignored, KeyTable, Rename, Row, Tied, joined
 from meristem.interop.vocabulary import read_subwords, write_subwords
 from meristem.model.config import (
     Attention,
@@ -80,11 +81,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def read_stacks(found: Settings, is_gated: bool, head: TokenHead | None) -> TransformerConfig:
-    """What all families of this kind have in common.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """What all families of this kind have in common."""
     found.require(is_decoder=False)
     num_layers, num_decoder_layers = found["num_layers"], 0
     if not is_encoder_alone(found):
@@ -232,23 +229,17 @@ def _rows_of_stack(architecture: TransformerConfig, own: str, foreign: str, feed
     block, layer = f"{own}.blocks.{{}}", f"{foreign}.block.{{}}.layer"
     is_decoder = foreign == "decoder"
     last = f"{layer}.{2 if is_decoder else 1}"
-    mlp, attention = f"{last}.{feedforward}", f"{layer}.0.SelfAttention"
+    up = (f"{feedforward}.wi_0", f"{feedforward}.wi_1") if architecture.feedforward.is_gated else f"{feedforward}.wi"
+    attention = ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v")
     rows = [
         Rename(f"{own}.positions.0.table", f"{foreign}.block.0.layer.0.SelfAttention.relative_attention_bias"),
-        Rename(f"{block}.attention_norm", f"{layer}.0.layer_norm"),
-        FuseHeads(f"{block}.attention.qkv", f"{attention}.q", f"{attention}.k", f"{attention}.v"),
-        Rename(f"{block}.attention.out", f"{attention}.o"),
-        Rename(f"{block}.feedforward_norm", f"{last}.layer_norm"),
-        Rename(f"{block}.feedforward.down", f"{mlp}.wo"),
-        Rename(f"{block}.experts.router", f"{mlp}.router.classifier"),
-        Row(f"{block}.experts.up", (f"{mlp}.experts.expert_{{expert}}.wi.weight",), STACKED),
-        Row(f"{block}.experts.down", (f"{mlp}.experts.expert_{{expert}}.wo.weight",), STACKED),
+        *block_rows(f"{layer}.0", block, attention_norm="layer_norm", qkv=attention, out="SelfAttention.o"),
+        *block_rows(last, block, feedforward_norm="layer_norm", up=up, down=f"{feedforward}.wo"),
+        Rename(f"{block}.experts.router", f"{last}.{feedforward}.router.classifier"),
+        Row(f"{block}.experts.up", (f"{last}.{feedforward}.experts.expert_{{expert}}.wi.weight",), STACKED),
+        Row(f"{block}.experts.down", (f"{last}.{feedforward}.experts.expert_{{expert}}.wo.weight",), STACKED),
         Rename(f"{own}.final_norm", f"{foreign}.final_layer_norm"),
     ]
-    if architecture.feedforward.is_gated:
-        rows.append(Row(f"{block}.feedforward.up", (f"{mlp}.wi_0", f"{mlp}.wi_1"), joined(2)))
-    else:
-        rows.append(Rename(f"{block}.feedforward.up", f"{mlp}.wi"))
     if is_decoder:
         source = f"{layer}.1.EncDecAttention"
         rows += [

@@ -86,7 +86,7 @@ class LabelHead(Head):
 class Standardise(nn.Module):
     """Batch normalisation without its affine part, as linear probes have it (He 2022, arXiv 2111.06377).
 
-    For records that differ little, such as the mutants of one protein: their pooled vectors share almost
+    For records that differ little, such as the variants of one text: their pooled vectors share almost
     everything, and a head would first have to amplify what they do not share. In training the figures are
     those of the pack, and running ones where a pack holds one record; in evaluation always the running ones.
     """

@@ -14,24 +14,24 @@ from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.family import Family, ForeignConfig
+from meristem.interop.family import ForeignConfig, of_type
+from meristem.interop.rows import block_rows
 from meristem.interop.settings import Settings, foreign_activation
-from meristem.interop.table import KeyTable, Rename, Row, joined
+from meristem.interop.table import KeyTable
 from meristem.model.config import FeedForward, Prefix, Residual, TransformerConfig
 from meristem.model.readout import Readout
 from meristem.shapes import Tensor
 from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
-from meristem_domains.vision.families.runners import HF_IMAGES
 from meristem_domains.vision.families.vit import (
     ATTENTION_SPELLINGS,
     DEFAULTS,
     LEFT_OUT,
+    VIT,
     pair,
     patches_of,
     read_patches,
     read_trunk,
     trunk_rows,
-    write_tokenizer,
     write_trunk,
 )
 
@@ -55,11 +55,7 @@ SPELLINGS = (*ATTENTION_SPELLINGS, (r"\.mlp\.down_proj\.", ".mlp.weights_out."))
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `Dinov2Config` or a `Dinov2WithRegistersConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `Dinov2Config` or a `Dinov2WithRegistersConfig`."""
     found = _settings(config)
     height, width = pair(found["image_size"])
     if height != width:
@@ -91,21 +87,15 @@ def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collec
     """The tensors of a `Dinov2Model`, under the names that it has on disk; gated layers of either layout."""
     prefix = f"{foreign['model_type']}."
     layer = prefix + "encoder.layer.{}"
-    rows: list[Row] = [
-        Rename("trunk.blocks.{}.attention_norm", f"{layer}.norm1"),
-        Rename("trunk.blocks.{}.attention_scale", f"{layer}.layer_scale1.lambda1"),
-        Rename("trunk.blocks.{}.feedforward_norm", f"{layer}.norm2"),
-        Rename("trunk.blocks.{}.feedforward_scale", f"{layer}.layer_scale2.lambda1"),
-    ]
-    if not architecture.feedforward.is_gated:
-        rows.append(Rename("trunk.blocks.{}.feedforward.up", f"{layer}.mlp.fc1"))
-    elif any(".mlp.gate_proj." in name for name in names):
-        halves = (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
-        rows.append(Row("trunk.blocks.{}.feedforward.up", halves, joined(2)))
-    else:
-        rows.append(Rename("trunk.blocks.{}.feedforward.up", f"{layer}.mlp.weights_in"))
-    down = "weights_out" if architecture.feedforward.is_gated else "fc2"
-    rows.append(Rename("trunk.blocks.{}.feedforward.down", f"{layer}.mlp.{down}"))
+    up: str | tuple[str, ...] = "mlp.fc1"
+    down = "mlp.fc2"
+    if architecture.feedforward.is_gated:
+        is_split = any(".mlp.gate_proj." in name for name in names)
+        up, down = ("mlp.gate_proj", "mlp.up_proj") if is_split else "mlp.weights_in", "mlp.weights_out"
+    rows = (
+        *block_rows(layer, attention_norm="norm1", attention_scale="layer_scale1.lambda1"),
+        *block_rows(layer, feedforward_norm="norm2", feedforward_scale="layer_scale2.lambda1", up=up, down=down),
+    )
     found = _settings(foreign)
     has_mask = architecture.embedding.vocab_size > 1 + found["num_register_tokens"]
     # a model with registers has this tensor in any case: it is written for one of ours that has no such symbol, too
@@ -160,29 +150,24 @@ def read_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, 
     return (label_of(classes_of(config), CLASS_MEAN),) if "classifier.weight" in names else ()
 
 
-DINO = Family(
+DINO = replace(
+    VIT,
     name="DINOv2",
-    domain="vision",
-    recognises=lambda config: config.get("model_type") == "dinov2",
+    recognises=of_type("dinov2"),
     read_config=read_config,
     write_config=write_config,
     read_tokenizer=read_tokenizer,
-    write_tokenizer=write_tokenizer,
-    table=table,
-    read_heads=lambda config, names: (),
     read_readouts=read_label,
     write_readouts=lambda readouts: write_classes(readouts, (CLASS_MEAN,)),
+    table=table,
     spellings=SPELLINGS,
     prefix="dinov2.",
     name_class=lambda kept: "Dinov2ForImageClassification" if LABEL in kept else "Dinov2Model",
-    runner=HF_IMAGES,
 )
 
-DINO_REGISTERS = replace(
-    DINO,
+DINO_REGISTERS = DINO.variant(
     name="DINOv2 with registers",
-    variant_of=DINO,
-    recognises=lambda config: config.get("model_type") == "dinov2_with_registers",
+    recognises=of_type("dinov2_with_registers"),
     write_config=write_register_config,
     prefix="dinov2_with_registers.",
     name_class=lambda kept: (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meristem.errors import CheckpointError, ConfigError
+from meristem.files import read_json
 from meristem_domains.vision.patches import INTERPOLATIONS, PatchTokenizer
 
 FILE = "preprocessor_config.json"
@@ -36,13 +37,8 @@ def read_processor(
         ConfigError: a step that no setting of ours can say.
     """
     file, notes = folder / FILE, []
-    values: Mapping[str, Any] = {}
-    if file.is_file():
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{file} must be JSON: {error}") from error
-    else:
+    values = read_json(file, CheckpointError) if file.is_file() else {}
+    if not file.is_file():
         notes.append(f"no {FILE}: pictures are bent to {image_px[0]} x {image_px[1]} px, with mean and std of 0.5")
     if not values.get("do_rescale", True) or abs(values.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise ConfigError(f"{FILE} must divide by 255 (do_rescale, rescale_factor); it does not")

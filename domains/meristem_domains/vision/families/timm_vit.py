@@ -21,6 +21,7 @@ import torch
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig
+from meristem.interop.rows import block_rows
 from meristem.interop.table import KeyTable, Rename, Row, Transform
 from meristem.interop.weights import open_weights
 from meristem.model.config import (
@@ -180,7 +181,6 @@ def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collec
         tokens["dist_token"] = 1
     if facts.registers:
         tokens["reg_token"] = facts.registers
-    block = "blocks.{}"
     rows: list[Row] = [
         *embedding_rows(
             architecture,
@@ -191,14 +191,8 @@ def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collec
             folded=(facts.num_prefix,) if facts.is_distilled else (0, facts.num_prefix),
         ),
         Rename("trunk.embedding.norm", "norm_pre"),
-        Rename("trunk.blocks.{}.attention_norm", f"{block}.norm1"),
-        Rename("trunk.blocks.{}.attention.qkv", f"{block}.attn.qkv"),
-        Rename("trunk.blocks.{}.attention.out", f"{block}.attn.proj"),
-        Rename("trunk.blocks.{}.attention_scale", f"{block}.ls1.gamma"),
-        Rename("trunk.blocks.{}.feedforward_norm", f"{block}.norm2"),
-        Rename("trunk.blocks.{}.feedforward.up", f"{block}.mlp.fc1"),
-        Rename("trunk.blocks.{}.feedforward.down", f"{block}.mlp.fc2"),
-        Rename("trunk.blocks.{}.feedforward_scale", f"{block}.ls2.gamma"),
+        *block_rows("blocks.{}", attention_norm="norm1", qkv="attn.qkv", out="attn.proj", attention_scale="ls1.gamma"),
+        *block_rows("blocks.{}", feedforward_norm="norm2", up="mlp.fc1", down="mlp.fc2", feedforward_scale="ls2.gamma"),
         Rename("trunk.final_norm", "norm"),
     ]
     if isinstance(architecture.pool, AttentionPool):

@@ -12,9 +12,10 @@ from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.family import Family, ForeignConfig
+from meristem.interop.family import Family, ForeignConfig, of_type
+from meristem.interop.rows import block_rows
 from meristem.interop.settings import Settings, foreign_activation
-from meristem.interop.table import FuseHeads, Ignored, KeyTable, Rename, Row
+from meristem.interop.table import Ignored, KeyTable, Rename, Row
 from meristem.model.config import (
     Attention,
     Embedding,
@@ -55,11 +56,7 @@ LEFT_OUT = (
 
 
 def read_vit_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `ViTConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-    """
+    """Our config of a `ViTConfig`."""
     found = Settings("a ViT", config, VIT_DEFAULTS)
     has_pooler = "vit.pooler.dense.weight" in tensors and "classifier.weight" not in tensors
     if has_pooler:
@@ -124,10 +121,8 @@ def vit_table(architecture: TransformerConfig, foreign: ForeignConfig, names: Co
     """The tensors of a `ViTModel`, under the names that it has on disk."""
     layer = "vit.encoder.layer.{}"
     rows = (
-        Rename("trunk.blocks.{}.attention_norm", f"{layer}.layernorm_before"),
-        Rename("trunk.blocks.{}.feedforward_norm", f"{layer}.layernorm_after"),
-        Rename("trunk.blocks.{}.feedforward.up", f"{layer}.intermediate.dense"),
-        Rename("trunk.blocks.{}.feedforward.down", f"{layer}.output.dense"),
+        *block_rows(layer, attention_norm="layernorm_before", feedforward_norm="layernorm_after"),
+        *block_rows(layer, up="intermediate.dense", down="output.dense"),
         Rename("pool.dense", "vit.pooler.dense"),
     )
     mask = "vit.embeddings.mask_token"
@@ -144,7 +139,6 @@ def trunk_rows(
     tokens = {f"{embeddings}.cls_token": 1}
     if num_registers:
         tokens[f"{embeddings}.register_tokens"] = num_registers
-    parts = (f"{layer}.attention.query", f"{layer}.attention.key", f"{layer}.attention.value")
     return (
         *embedding_rows(
             architecture,
@@ -156,8 +150,7 @@ def trunk_rows(
             mask=mask,
             mask_axes=mask_axes,
         ),
-        FuseHeads("trunk.blocks.{}.attention.qkv", *parts),
-        Rename("trunk.blocks.{}.attention.out", f"{layer}.output.dense"),
+        *block_rows(layer, qkv=("attention.query", "attention.key", "attention.value"), out="output.dense"),
         Rename("trunk.final_norm", f"{prefix}layernorm"),
         Rename(f"heads.{LABEL}.out", "classifier"),
     )
@@ -258,12 +251,12 @@ def read_vit_label(config: ForeignConfig, names: Collection[str]) -> tuple[Reado
 VIT = Family(
     name="ViT",
     domain="vision",
-    recognises=lambda config: config.get("model_type") == "vit",
+    table=vit_table,
+    recognises=of_type("vit"),
     read_config=read_vit_config,
     write_config=write_vit_config,
     read_tokenizer=read_vit_tokenizer,
     write_tokenizer=write_tokenizer,
-    table=vit_table,
     read_heads=lambda config, names: (),
     read_readouts=read_vit_label,
     write_readouts=lambda readouts: write_classes(readouts, (None,)),

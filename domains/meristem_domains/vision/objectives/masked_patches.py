@@ -98,7 +98,8 @@ class MaskedPatches(Objective):
             )
 
     def lengths(self, lengths: np.ndarray) -> np.ndarray:
-        num_hidden = self._num_hidden(lengths - sum(self._num_special))
+        assert self._tokenizer is not None, "bind comes first"
+        num_hidden = self._num_hidden(lengths - sum(self._tokenizer.num_special))
         return 2 * lengths - num_hidden
 
     def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
@@ -107,23 +108,19 @@ class MaskedPatches(Objective):
     def _sides_of(self, tokens: Tokens, rng: np.random.Generator) -> tuple[Tokens, Tokens]:
         """What the trunk reads, and all that the decoder is to know of."""
         assert tokens.features is not None, "patches have features"
-        before, behind = self._num_special
-        num_patches = len(tokens) - before - behind
-        num_hidden = int(self._num_hidden(np.array(num_patches)))
+        patches = tokens.payload_rows
+        num_hidden = int(self._num_hidden(np.array(len(patches))))
         is_hidden = np.zeros(len(tokens), bool)
-        is_hidden[before + rng.permutation(num_patches)[:num_hidden]] = True
+        is_hidden[patches[rng.permutation(len(patches))[:num_hidden]]] = True
         source = Tokens(
             positions=tokens.positions[~is_hidden],
             ids=tokens.ids[~is_hidden],
             features=tokens.features[~is_hidden],
             is_source=True,
+            is_special=None if tokens.is_special is None else tokens.is_special[~is_hidden],
         )
         asked = np.where(is_hidden, SCORED, IGNORE)
         return source, replace(tokens, targets={**tokens.targets, PIXELS: asked})
-
-    @property
-    def _num_special(self) -> tuple[int, int]:
-        return self._tokenizer.num_special if self._tokenizer else (0, 0)
 
     def _num_hidden(self, num_patches: np.ndarray) -> np.ndarray:
         """How many patches are hidden of so many."""
@@ -170,7 +167,7 @@ class MaskedPatches(Objective):
         return (batch.features - mean) / deviation
 
     @torch.no_grad()
-    def pictures(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> Mapping[str, np.ndarray]:
+    def figures(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> Mapping[str, np.ndarray]:
         """`reconstruction`: some pictures, what the trunk sees of each, and what the decoder makes of it.
 
         Hidden patches show the mean colour where nothing is painted. A normalised prediction is shown with the mean

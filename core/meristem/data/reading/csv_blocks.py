@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
-from meristem.data.open import read_text_blocks
+from meristem.data.reading.open import read_text_blocks
 from meristem.data.records import ReadOptions, Refusal, Source
 from meristem.errors import DataError
 

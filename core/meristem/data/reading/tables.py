@@ -1,4 +1,4 @@
-"""Records from tables: CSV, TSV and Parquet with a named payload column, as columns and in blocks.
+"""Records from tables: CSV, TSV and Parquet with named columns of payloads, as columns and in blocks.
 
 The kind of table is recognised by its content. Line numbers are those of the user's file, also where quoted
 values span lines, where lines are blank or where rows are refused.
@@ -8,7 +8,7 @@ import csv
 import io
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from meristem.data.csv_blocks import csv_blocks
 from meristem.data.labels import as_text
-from meristem.data.open import BOM
-from meristem.data.records import LABEL_PREFIX, SCHEMA, SPLIT, ReadOptions, Refusal, Source
+from meristem.data.reading.csv_blocks import csv_blocks
+from meristem.data.reading.open import BOM
+from meristem.data.records import GROUP, LABEL_PREFIX, SPLIT, ReadOptions, Refusal, Source, batch_of
 from meristem.errors import DataError
+from meristem.types import INPUT
 
 PARQUET_MAGIC = b"PAR1"
 DELIMITERS = (",", "\t", ";")
@@ -47,17 +48,23 @@ class TableFormat:
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which columns of a table to read, by role; empty where there is none."""
+    """Which columns of a table to read, by role; empty where there is none.
 
-    payload: str
+    Attributes:
+        inputs: column of each input.
+    """
+
+    inputs: Mapping[str, str]
     id: str
     labels: tuple[str, ...]
     split: str
+    group: str
 
     @property
     def all(self) -> list[str]:
         """Each column once."""
-        return list(dict.fromkeys(name for name in (self.payload, self.id, *self.labels, self.split) if name))
+        named = (*self.inputs.values(), self.id, *self.labels, self.split, self.group)
+        return list(dict.fromkeys(name for name in named if name))
 
 
 def table_format(head: bytes, names: Sequence[str]) -> TableFormat | None:
@@ -102,9 +109,9 @@ def read_table(
 
     Args:
         stream: the opened source, at its start.
-        payload_names: usual names of the payload column, lower case, the first found is taken.
-        holds_files: payloads are files. A column of bytes stays one (also in the field `bytes` of a structure); one of
-            text holds paths, which are the ids where no column names them.
+        payload_names: usual names of the first input's column, lower case, the first found is taken.
+        holds_files: payloads are files, but for foreign inputs. A column of bytes stays one (also in the field `bytes`
+            of a structure); one of text holds paths, which are the ids where no column names them.
 
     Raises:
         DataError: a column that is not there, a damaged file, or a refused record when there is no `on_error`.
@@ -113,18 +120,6 @@ def read_table(
         yield from _read_csv(stream, source, options, form, payload_names, holds_files)
     else:
         yield from _read_parquet(stream, source, options, payload_names, holds_files)
-
-
-def batch_of(
-    ids: pa.Array, payloads: pa.Array, source: Source, lines: np.ndarray, extra: dict[str, pa.Array] | None = None
-) -> pa.RecordBatch:
-    """A record batch of `SCHEMA` and the columns in `extra`."""
-    extra = extra or {}
-    files = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(ids), np.int32)), pa.array([source.name]))
-    schema = SCHEMA.set(1, pa.field("payload", payloads.type, nullable=False))
-    schema = pa.schema([*schema, *(pa.field(name, column.type) for name, column in extra.items())])
-    columns = [ids, payloads, files, pa.array(lines, pa.int64()), *extra.values()]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def keep_rows(batch: pa.RecordBatch, refused: np.ndarray) -> pa.RecordBatch:
@@ -139,17 +134,23 @@ def keep_rows(batch: pa.RecordBatch, refused: np.ndarray) -> pa.RecordBatch:
 def _find_columns(columns: Sequence[str], where: str, options: ReadOptions, payload_names: Sequence[str]) -> _Columns:
     listed = ", ".join(columns)
     by_lower = {name.lower(): name for name in reversed(columns)}
-    payload = options.payload_column or next((by_lower[n] for n in payload_names if n in by_lower), "")
-    if not payload:
-        raise DataError(
-            f"{where}: a table needs a payload column named {', '.join(payload_names[:3])} or the like; "
-            f"columns: {listed} (name one with payload_column)"
-        )
+    inputs = {}
+    for name, given in options.columns.items():
+        usual = [name, *payload_names] if name != INPUT else [*payload_names, name]
+        usual = usual if name == options.main else [name]
+        inputs[name] = column = given or next((by_lower[n.lower()] for n in usual if n.lower() in by_lower), "")
+        if not column:
+            say = "COLUMN" if len(options.columns) == 1 else f"{name}=COLUMN"
+            raise DataError(
+                f"{where}: a table needs a column for the input {name!r}, named {' or '.join(usual[:3])}; "
+                f"columns: {listed} (name one with --column {say}, in a config data.column)"
+            )
     found = _Columns(
-        payload=payload,
+        inputs=inputs,
         id=options.id_column or ("id" if "id" in columns else ""),
         labels=options.label_columns,
         split=options.split_column,
+        group=options.group_column,
     )
     for name in found.all:
         if columns.count(name) != 1:
@@ -170,21 +171,28 @@ def _assemble(
 ) -> pa.RecordBatch:
     """Rows of a user's table as a record batch, without the rows that have to be refused."""
     reasons: dict[int, str] = {}
-    is_binary = holds_files and not is_csv and not _is_text(table.column(wanted.payload).type)
-    payloads = _bytes(table, wanted.payload) if is_binary else _text(table, wanted.payload, pa.large_string(), reasons)
+    inputs, paths = {}, ""
+    for name, column in wanted.inputs.items():
+        is_file = holds_files and name not in options.foreign
+        is_binary = is_file and not is_csv and not _is_text(table.column(column).type)
+        paths = paths or (column if is_file and not is_binary else "")
+        inputs[name] = _bytes(table, column) if is_binary else _text(table, column, pa.large_string(), reasons)
+        for row in np.flatnonzero(_is_empty(inputs[name]).to_numpy(zero_copy_only=False)).tolist():
+            reasons.setdefault(row, f"empty record (nothing in column {column!r})")
+        inputs[name] = pc.fill_null(inputs[name], b"" if is_binary else "")
     ids = pa.array(numbers).cast(pa.string())
-    if wanted.id or (holds_files and not is_binary):
-        named = _text(table, wanted.id or wanted.payload, pa.string(), reasons)
+    if wanted.id or paths:
+        named = _text(table, wanted.id or paths, pa.string(), reasons)
         ids = pc.if_else(_is_empty(named), ids, named)
-    extra = {LABEL_PREFIX + name: _label(table, name, source, reasons) for name in wanted.labels}
-    if wanted.split:
-        extra[SPLIT] = _text(table, wanted.split, pa.string(), reasons)
-    for row in np.flatnonzero(_is_empty(payloads).to_numpy(zero_copy_only=False)).tolist():
-        reasons.setdefault(row, f"empty record (nothing in column {wanted.payload!r})")
+    extra = {
+        name: _text(table, column, pa.string(), reasons)
+        for name, column in ((GROUP, wanted.group), (SPLIT, wanted.split))
+        if column
+    }
+    extra |= {LABEL_PREFIX + name: _label(table, name, source, reasons) for name in wanted.labels}
     for row in sorted(reasons):
         options.refuse(Refusal(source.name, int(lines[row]), ids[row].as_py(), reasons[row]))
-    batch = batch_of(ids, pc.fill_null(payloads, b"" if is_binary else ""), source, lines, extra)
-    return keep_rows(batch, np.array(sorted(reasons), np.int64))
+    return keep_rows(batch_of(ids, inputs, source.name, lines, extra), np.array(sorted(reasons), np.int64))
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -259,9 +267,10 @@ def _read_parquet(
         try:
             file = pq.ParquetFile(copy)
             wanted = _find_columns(file.schema_arrow.names, source.name, options, payload_names)
-            for name in (wanted.payload, wanted.id, wanted.split):
+            payloads = {column for name, column in wanted.inputs.items() if holds_files and name not in options.foreign}
+            for name in (*wanted.inputs.values(), wanted.id, wanted.split, wanted.group):
                 kind = file.schema_arrow.field(name).type if name else pa.string()
-                if holds_files and name == wanted.payload and pa.types.is_struct(kind):
+                if name in payloads and pa.types.is_struct(kind):
                     if kind.get_field_index(BYTES) < 0:
                         raise DataError(f"{source.name}: column {name!r} must have a field {BYTES!r}; got {kind}")
                 elif pa.types.is_nested(kind):

@@ -1,14 +1,47 @@
-"""What data and architecture must agree on: symbols, features of patches, positions."""
+"""The architecture of a run: a preset, what goes over it, and what the tokenizer decides."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
+from meristem.domain import Domain
 from meristem.errors import ConfigError
 from meristem.model.config import Learned, Position, Rotary, SinCos2D, Sinusoidal, TransformerConfig
+from meristem.model.plain import from_json, merge, to_json
 
 
-def fill_in(values: dict[str, Any], tokenizer: Tokenizer, said: dict[str, Any]) -> None:
+def resolve_architecture(wanted: Mapping[str, Any], domain: Domain, tokenizer: Tokenizer) -> TransformerConfig:
+    """The whole architecture of a run.
+
+    Args:
+        wanted: plain values of an architecture; with `preset`, those that differ from that preset of the domain.
+
+    Raises:
+        ConfigError: a preset that the domain does not have, or fields that do not fit each other or the tokenizer.
+    """
+    wanted = merge({}, wanted)
+    preset = wanted.pop("preset", None)
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in domain.presets:
+            raise ConfigError(
+                f"architecture.preset must be one of {', '.join(domain.presets) or 'none'}; got {preset!r}"
+            )
+        values = merge({}, to_json(domain.presets[preset]))
+    elif not wanted:
+        raise ConfigError(
+            f"model.architecture must be set (a preset: {', '.join(domain.presets)}; or width, num_layers ...), "
+            "or model.init_from a model directory"
+        )
+    merge(values, wanted)
+    _fill_in(values, tokenizer, wanted)
+    config = from_json(TransformerConfig, values)
+    _check_fit(config, tokenizer, domain.name)
+    return config
+
+
+def _fill_in(values: dict[str, Any], tokenizer: Tokenizer, said: dict[str, Any]) -> None:
     """Fill in, in the plain values of an architecture, what the tokenizer decides.
 
     Args:
@@ -32,7 +65,7 @@ def fill_in(values: dict[str, Any], tokenizer: Tokenizer, said: dict[str, Any]) 
         position["max_positions"] = position.get("offset", 0) + math.prod(tokenizer.grid)
 
 
-def check_fit(config: TransformerConfig, tokenizer: Tokenizer, domain: str) -> None:
+def _check_fit(config: TransformerConfig, tokenizer: Tokenizer, domain: str) -> None:
     """Refuse an architecture that cannot read what the tokenizer gives.
 
     Raises:
@@ -47,7 +80,7 @@ def check_fit(config: TransformerConfig, tokenizer: Tokenizer, domain: str) -> N
     if (wanted := tokenizer.num_features) != config.embedding.patch_features:
         raise ConfigError(
             f"architecture.embedding.patch_features must be {wanted}, as data.tokenizer makes patches of so many "
-            f"values (channels x pixels); got {config.embedding.patch_features}"
+            f"values; got {config.embedding.patch_features}"
         )
     positions = {config.position, *(config.layer(index).position for index in range(config.total_layers))}
     for position in positions:

@@ -1,0 +1,98 @@
+"""Options of a domain's tokenizer on the command line of verbs that read a model.
+
+A verb does not know them: what it is given and does not know itself is looked up among the tokenizer options of the
+installed domains, with dashes for underscores, and travels as `args.tokenizer` to where the model is loaded. An option
+of another domain than the model's is refused there.
+"""
+
+import argparse
+import inspect
+import json
+from typing import Any
+
+from meristem.errors import ConfigError
+from meristem.registry import find_all
+
+WORDS = {"true": True, "false": False, "null": None, "none": None}
+"""Values that are no words."""
+
+
+def take_tokenizer_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take the tokenizer options out of a command line.
+
+    An option takes all numbers that follow, or else the one word that follows: `--side-px 384 384 --crop border`.
+
+    Args:
+        parser: of the verb; options that it knows, or abbreviations of them, stay.
+
+    Returns:
+        The other arguments, and the options by name; several values of an option are a list.
+
+    Raises:
+        ConfigError: an option that neither the verb nor an installed domain has, or one without a value.
+    """
+    known = tuple(parser._option_string_actions)
+    rest: list[str] = []
+    found: dict[str, Any] = {}
+    left = list(argv)
+    while left:
+        word = left.pop(0)
+        name, is_joined, joined = word.partition("=")
+        if word == "--":
+            rest += [word, *left]
+            break
+        if not name.startswith("--") or any(option.startswith(name) for option in known):
+            rest.append(word)
+            continue
+        option = name[2:].replace("-", "_")
+        _require_known(option, name, parser.prog)
+        values = [joined] if is_joined else []
+        while not is_joined and left and _is_number(left[0]):
+            values.append(left.pop(0))
+        if not values and left and not left[0].startswith("--"):
+            values.append(left.pop(0))
+        if not values:
+            raise ConfigError(f"{name} needs a value (see {parser.prog} --help)")
+        read = [_value(value) for value in values]
+        found[option] = read[0] if len(read) == 1 else read
+    return rest, found
+
+
+def tokenizer_options() -> dict[str, tuple[str, ...]]:
+    """Names of the tokenizer options of each installed domain."""
+    return {
+        name: tuple(inspect.signature(domain.tokenizer).parameters)
+        for name, domain in find_all("meristem.domains").items()
+    }
+
+
+def as_flag(option: str) -> str:
+    """A tokenizer option as the command line says it."""
+    return f"--{option.replace('_', '-')}"
+
+
+def _require_known(option: str, said: str, verb: str) -> None:
+    options = tokenizer_options()
+    if not any(option in names for names in options.values()):
+        listed = "; ".join(f"{name} {' '.join(map(as_flag, names))}" for name, names in options.items() if names)
+        raise ConfigError(
+            f"unrecognized option {said}: neither {verb} has it (see {verb} --help) nor the tokenizer of a domain"
+            + (f" ({listed})" if listed else "")
+        )
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _value(word: str) -> Any:
+    if word.lower() in WORDS:
+        return WORDS[word.lower()]
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word

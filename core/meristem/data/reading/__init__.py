@@ -1,0 +1,1 @@
+"""Reading files: the contract of a domain's reader, opening sources, and tables."""

@@ -1,0 +1,221 @@
+"""Targets of a supervised objective: which labels are predicted, and what is learned of them before training."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from meristem.data.labels import MAX_NAMED, Label, LabelColumn, first_with, named, sort_classes, summarize
+from meristem.data.parts import RunData
+from meristem.errors import ConfigError, DataError
+from meristem.model.config import Max, Mean, Pool, Prefix
+from meristem.model.model import SYMBOLS
+from meristem.model.readout import Readout
+from meristem.types import IGNORE, Record
+
+POOLS: dict[str, Pool | None] = {"mean": Mean(), "max": Max(), "cls": Prefix(), "own": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One label column and how it is predicted.
+
+    Attributes:
+        name: of the label column, and of the head.
+        level: one label a record, or one a token (a string with one character a token, or a list).
+        task: classes, or values. Values are standardised by the training records' mean and deviation.
+        class_weights: `balanced` weighs each class by the inverse of its frequency among the training
+            records; or one weight a class, in the order of the classes; null for equal weights.
+        weight: of this target's loss beside the others.
+        pool: how the rows of a record become one vector, or `own` for the model's (`architecture.pool`); unused at
+            token level.
+        is_standardised: the head sees each feature of the pooled vector less its mean, over its deviation; for
+            records that differ little, such as the variants of one text. Record level only.
+        hidden_width: width of a hidden layer in the head; 0 for a linear head.
+        dropout: in the head, in training.
+        label_smoothing: share of each target's probability that is spread evenly over all classes, in training.
+    """
+
+    name: str
+    level: Literal["record", "token"] = "record"
+    task: Literal["classification", "regression"] = "classification"
+    class_weights: Literal["balanced"] | list[float] | None = None
+    weight: float = 1.0
+    pool: Literal["mean", "max", "cls", "own"] = "mean"
+    is_standardised: bool = False
+    hidden_width: int = 0
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.class_weights is not None and self.task != "classification":
+            raise ConfigError(f"target {self.name!r}: class_weights need task classification; got {self.task}")
+        if self.name == SYMBOLS or not self.name or "." in self.name:
+            raise ConfigError(f"target name must be a column's, without a dot and not {SYMBOLS!r}; got {self.name!r}")
+        if self.weight <= 0:
+            raise ConfigError(f"target {self.name!r}: weight must be positive; got {self.weight}")
+        if self.is_standardised and self.level == "token":
+            raise ConfigError(f"target {self.name!r}: is_standardised has an effect at record level only")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"target {self.name!r}: dropout must be in [0, 1); got {self.dropout}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"target {self.name!r}: label_smoothing must be in [0, 1); got {self.label_smoothing}")
+        if self.label_smoothing and self.task != "classification":
+            raise ConfigError(f"target {self.name!r}: label_smoothing needs task classification; got {self.task}")
+
+
+@dataclass(frozen=True)
+class BoundTarget:
+    """A target with what was learned from the training records.
+
+    Attributes:
+        column: how its labels are read.
+        codes: number of each class.
+        class_weights: of each class; empty for equal ones.
+        remark: counts of its labels in every part.
+    """
+
+    target: Target
+    readout: Readout
+    column: LabelColumn
+    codes: Mapping[str, int] = field(default_factory=dict)
+    class_weights: tuple[float, ...] = ()
+    remark: str = ""
+
+    @property
+    def is_classes(self) -> bool:
+        return self.target.task == "classification"
+
+
+def learn(target: Target, data: RunData) -> BoundTarget:
+    """Learn a target from the training records, and check the labels of every part.
+
+    Raises:
+        ConfigError: class weights that do not fit the classes.
+        DataError: labels that cannot be what the target says, by file and line.
+    """
+    column = LabelColumn(target.name, target.level == "token", data.missing_labels)
+    bound: BoundTarget | None = None
+    counts = []
+    for name in sorted(data.parts, key=lambda name: name != "train"):  # training first
+        part = data.parts[name]
+        labels = part.labels(target.name)
+        found = summarize(column, labels, part.where, part.payload_lengths() if column.is_per_token else None)
+        if target.task == "classification":
+            bound = bound or _learn_classes(target, column, found.words, part.where)
+            _require_known(bound, name, found.words, labels, part.where)
+            shown = named(found.words)
+        else:
+            numbers = _numbers(column, labels, part.where)
+            bound = bound or _learn_scale(target, column, numbers, part.where)
+            shown = f"{numbers.min():g} to {numbers.max():g}" if len(numbers) else ""
+        counts.append(f"{name} {found.says(shown)}")
+    assert bound is not None, "a run has a part for training"
+    return replace(bound, remark=f"label {target.name}: {'; '.join(counts)}")
+
+
+def _learn_classes(
+    target: Target, column: LabelColumn, counts: Counter[str], where: Callable[[int], str]
+) -> BoundTarget:
+    classes = sort_classes(counts)
+    if len(classes) < 2:
+        raise DataError(
+            f"{where(0)}: label column {target.name!r} must have two classes or more among the training records; "
+            f"got {named(counts) or 'no label'}"
+        )
+    weights: tuple[float, ...] = ()
+    if target.class_weights == "balanced":
+        total = sum(counts.values())
+        weights = tuple(total / (len(classes) * counts[name]) for name in classes)
+    elif target.class_weights is not None:
+        weights = tuple(float(weight) for weight in target.class_weights)
+        if len(weights) != len(classes) or min(weights) < 0:
+            raise ConfigError(
+                f"target {target.name!r}: class_weights must be one weight of 0 or more a class; "
+                f"got {len(weights)} for {len(classes)} classes: {', '.join(classes)}"
+            )
+    codes = {name: code for code, name in enumerate(classes)}
+    return BoundTarget(target, _readout(target, classes=classes), column, codes, weights)
+
+
+def _require_known(
+    bound: BoundTarget, part: str, counts: Counter[str], labels: Sequence[Label], where: Callable[[int], str]
+) -> None:
+    """Refuse classes that no training record has."""
+    unknown = Counter({word: count for word, count in counts.items() if word not in bound.codes})
+    if unknown:
+        column = bound.column
+        first = where(first_with(column, labels, unknown))
+        declared = column.option.format(sort_classes(unknown)[0])
+        raise DataError(
+            f"{first}: label {column.name!r} must be a class of the training records ({_listed(bound)}); the {part} "
+            f"part has others: {named(unknown)} (if a word stands for a missing label: {declared})"
+        )
+
+
+def _listed(bound: BoundTarget) -> str:
+    classes = bound.readout.classes
+    return ", ".join(classes[:MAX_NAMED]) + (f", and {len(classes) - MAX_NAMED} more" * (len(classes) > MAX_NAMED))
+
+
+def _numbers(column: LabelColumn, labels: Sequence[Label], where: Callable[[int], str]) -> np.ndarray:
+    """The numbers of all labels that are not missing."""
+    numbers = [
+        column.number(word, partial(where, row))
+        for row, label in enumerate(labels)
+        for word in column.entries(label, partial(where, row))
+        if word is not None
+    ]
+    return np.array(numbers, np.float64)
+
+
+def _learn_scale(target: Target, column: LabelColumn, numbers: np.ndarray, where: Callable[[int], str]) -> BoundTarget:
+    if len(numbers) < 2 or numbers.std() == 0:
+        raise DataError(
+            f"{where(0)}: label column {target.name!r} must have two different finite values or more among the "
+            f"training records; got {len(numbers)} value(s), {len(np.unique(numbers))} different"
+        )
+    readout = _readout(target, mean=(float(numbers.mean()),), std=(float(numbers.std()),))
+    return BoundTarget(target, readout, column)
+
+
+def _readout(target: Target, **learned: Any) -> Readout:
+    learned.setdefault("classes", ())
+    return Readout(
+        name=target.name,
+        level=target.level,
+        task=target.task,
+        pool=POOLS[target.pool],
+        is_standardised=target.is_standardised,
+        hidden_width=target.hidden_width,
+        dropout=target.dropout,
+        **learned,
+    )
+
+
+def encode(value: Label, bound: BoundTarget, record: Record) -> np.ndarray:
+    """The labels of a record as the loss takes them: codes of classes (`IGNORE` where missing), or scaled values (nan).
+
+    A number where the record has one label, or none; `[n]` where its tokens have labels.
+    """
+    column = bound.column
+    where = lambda: record.source  # noqa: E731
+    words = column.entries(value, where, len(record.payload))
+    if not words:
+        return np.array(IGNORE) if bound.is_classes else np.array(np.nan, np.float32)
+    encoded: np.ndarray
+    if bound.is_classes:
+        unknown = next((word for word in words if word is not None and word not in bound.codes), None)
+        if unknown is not None:
+            raise DataError(
+                f"{record.source}: label {column.name!r} must be a class of the training records ({_listed(bound)}); "
+                f"got {unknown!r}"
+            )
+        encoded = np.array([IGNORE if word is None else bound.codes[word] for word in words], np.int64)
+    else:
+        numbers = np.array([np.nan if word is None else column.number(word, where) for word in words])
+        encoded = ((numbers - bound.readout.mean[0]) / bound.readout.std[0]).astype(np.float32)
+    return encoded if column.is_per_token else encoded[0]
