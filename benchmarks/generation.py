@@ -23,7 +23,8 @@ from meristem.generation.options import GenerateOptions
 from meristem.generation.sample import sample
 from meristem.interop.families.gpt2 import TABLE
 from meristem.model.config import TransformerConfig
-from meristem.model.model import Model
+from meristem.model.heads import Symbols
+from meristem.model.model import SYMBOLS, Model
 
 Tokens = list[list[int]]
 
@@ -137,7 +138,7 @@ def ask(model: GPT2LMHeadModel, prompts: Sequence[np.ndarray], new_tokens: int, 
 
 def our_model(work: Work) -> Model:
     """Drawn so that the likeliest token changes from place to place."""
-    model = Model(work.architecture, ("tokens",)).eval()
+    model = Model(work.architecture, {SYMBOLS: Symbols()}).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         draw = torch.randn(parameter.shape, generator=generator)

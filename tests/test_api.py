@@ -12,9 +12,10 @@ import torch
 import meristem
 from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.model.config import Attention, Embedding, FeedForward, TransformerConfig
-from meristem.model.readout import Readout
+from meristem.model.heads import Readout
 from meristem.model_directory import ModelCard, save_model
 from meristem_domains.protein import domain
+from model_runs import specs
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def model_directory(tmp_path: Path, rng: np.random.Generator) -> Path:
         feedforward=FeedForward(width=64),
     )
     readouts = (Readout(name="place", classes=("in", "out")), Readout(name="ss", level="token", classes=tuple("HEC")))
-    card = ModelCard(config, domain.tokenizer(), readouts=readouts, domain="protein")
+    card = ModelCard(config, domain.tokenizer(), specs((), readouts), domain="protein")
     save_model(tmp_path / "model", card, card.build())
     return tmp_path / "model"
 

@@ -21,10 +21,7 @@ EXEMPT = ("core/meristem/interop/families/", "core/meristem/scaffold/")
 """Families that several domains share, and the sample domain of `domains new`."""
 
 OWED = {
-    "core/meristem/interop/parity.py",
-    "core/meristem/interop/runners.py",
     "core/meristem/model/heads/contacts.py",
-    "core/meristem/model/model.py",
     "core/meristem/model_directory.py",
 }
 """Modules that still hold one. The list may only become shorter."""

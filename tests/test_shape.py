@@ -128,7 +128,7 @@ def final_loss(batch_of_records: pa.RecordBatch, rng: np.random.Generator, is_bl
     batch = pack(prepared, range(len(prepared)))
     assert batch.features is not None
     assert batch.positions.shape[1] == 2
-    model = Model(domain.presets["tiny"], objective.heads, objective.readouts)
+    model = Model(domain.presets["tiny"], objective.heads)
     extra = objective.build(model.config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(37):

@@ -130,8 +130,11 @@ def main() -> None:
     store = RecordStore.build(domain.reader, [Source(args.source)], options, name=domain.name)
     # in the order of the data module: a hash falls into one share after another
     fractions = {"validation": args.validation, "test": args.test, "train": 1 - args.validation - args.test}
-    split = {"hash": split_by_hash, "similarity": split_by_similarity}[args.method]
-    parts = split(store, {name: share for name, share in fractions.items() if share}, args.seed)
+    shares = {name: share for name, share in fractions.items() if share}
+    if args.method == "hash":
+        parts = split_by_hash(store, shares, args.seed)
+    else:
+        parts = split_by_similarity(store, shares, args.seed, domain.similarity_with())
 
     def rows(part: str) -> list:
         records = store.records(parts[part])

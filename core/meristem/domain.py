@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from meristem.data.reading.reader import Reader
+from meristem.data.similarity import Similarity
 from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
 from meristem.errors import ConfigError
@@ -36,8 +37,10 @@ class Domain:
         sample: a small file of real records that ships with the domain.
         sample_options: the part `data` of a config that suits the sample, but for `domain` and `sources`.
         sample_objective: makes an objective that a model can be trained for on the sample.
-        augment: makes the views that training takes of a record, of the tokenizer and the options of `data.augment`;
-            None for a domain that has none.
+        views: makes the views that are used in the place of a record, given the tokenizer and the options of
+            `data.views`; None for a domain that has none.
+        similarity: when two payloads are similar, for splits that keep similar ones together; None for a domain whose
+            payloads cannot be compared by the bytes they share.
         scorers: ways of scoring records that core has not, by the names that `meristem score --scorer` takes.
     """
 
@@ -48,7 +51,8 @@ class Domain:
     sample: Path
     sample_options: Mapping[str, Any] = field(default_factory=dict)
     sample_objective: Callable[[], Objective] = Masked
-    augment: Callable[..., Views] | None = None
+    views: Callable[..., Views] | None = None
+    similarity: Similarity | None = None
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
 
     def build_tokenizer(self, **options: Any) -> Tokenizer:
@@ -64,6 +68,43 @@ class Domain:
                 f"data.tokenizer: the tokenizer of {self.name} does not take that: {error}; "
                 f"its options: {', '.join(signature(self.tokenizer).parameters) or 'none'}"
             ) from error
+
+    def build_views(self, tokenizer: Tokenizer, **options: Any) -> Views:
+        """The domain's views of records with these options.
+
+        Args:
+            tokenizer: reads the views.
+
+        Raises:
+            ConfigError: an option that they do not take, or the domain has no views.
+        """
+        if self.views is None:
+            raise ConfigError(f"data.views must not be set: the domain {self.name} has no views of records")
+        try:
+            return self.views(tokenizer, **options)
+        except TypeError as error:
+            raise ConfigError(
+                f"data.views: the views of {self.name} do not take that: {error}; "
+                f"their options: {', '.join([*signature(self.views).parameters][1:]) or 'none'}"
+            ) from error
+
+    def similarity_with(self, k: int | None = None, threshold: float | None = None) -> Similarity:
+        """When two payloads are similar.
+
+        Args:
+            k: length of a k-mer that a user asks for; None for the domain's.
+            threshold: share of the sketch that a user asks for; None for the domain's.
+
+        Raises:
+            ConfigError: payloads of the domain cannot be compared, or a number is out of range.
+        """
+        if self.similarity is None:
+            raise ConfigError(
+                f"a split by similarity needs a domain whose payloads can be compared; {self.name} has none "
+                "(Domain.similarity): use hash or a column"
+            )
+        own = self.similarity
+        return Similarity(k=own.k if k is None else k, threshold=own.threshold if threshold is None else threshold)
 
 
 def load_domain(name: str) -> Domain:

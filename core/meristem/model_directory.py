@@ -21,16 +21,20 @@ from meristem.errors import CheckpointError, ConfigError
 from meristem.files import replacing_folder
 from meristem.interop.directory import Imported, read_config_file, read_directory
 from meristem.interop.weights import read_safetensors, refuse_tensors
+from meristem.model.changes import ChangeSpec
 from meristem.model.config import TransformerConfig
 from meristem.model.grid import resampled, with_grid
+from meristem.model.heads import HeadSpec, Readout, readouts_of
 from meristem.model.init import without_weights
-from meristem.model.model import CONTACTS, SYMBOLS, Model
+from meristem.model.model import SYMBOLS, Model
 from meristem.model.plain import from_json, to_json
-from meristem.model.readout import Readout
 from meristem.registry import find, installed
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
+
+KINDS_OF_FORMAT_2 = {SYMBOLS: "symbols", "contacts": "contacts"}
+"""Kinds of the heads that format 2 knew by name alone, beside labels."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +44,30 @@ class ModelCard:
     Attributes:
         architecture: of the trunk and the symbol head.
         tokenizer: that the model was trained with.
-        heads: heads that are no label's (`tokens`, `contacts`).
-        readouts: labels that the model predicts.
+        heads: what the model predicts, by name of the head.
         domain: name of the domain that reads its inputs.
         facts: plain values about how it came to be (data, steps, scores), shown and not acted on.
+        changes: of the built model, in the order in which they are applied.
     """
 
     architecture: TransformerConfig
     tokenizer: Tokenizer
-    heads: tuple[str, ...] = ()
-    readouts: tuple[Readout, ...] = ()
+    heads: Mapping[str, HeadSpec] = field(default_factory=dict)
     domain: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    changes: tuple[ChangeSpec, ...] = ()
+
+    @property
+    def readouts(self) -> tuple[Readout, ...]:
+        """The labels that the model predicts."""
+        return readouts_of(self.heads)
 
     def build(self) -> Model:
-        """A model of this card with initial weights."""
-        return Model(self.architecture, self.heads, self.readouts)
+        """A model of this card with initial weights, all changes applied."""
+        model = Model(self.architecture, self.heads)
+        for change in self.changes:
+            change.apply(model)
+        return model
 
 
 def save_model(path: Path | str, card: ModelCard, model: Model) -> None:
@@ -86,18 +98,28 @@ def load_card(path: Path | str) -> ModelCard:
     """
     path = Path(path)
     values, tokens = _read_json(path / CONFIG), _read_json(path / TOKENIZER)
-    if values.get("format_version") != FORMAT_VERSION:
+    if values.get("format_version") not in (2, FORMAT_VERSION):
         got = values.get("format_version", "none: is this a model directory?")
-        raise CheckpointError(f"{path / CONFIG}: format_version must be {FORMAT_VERSION}; got {got}")
+        raise CheckpointError(f"{path / CONFIG}: format_version must be 2 or {FORMAT_VERSION}; got {got}")
     try:
+        if values["format_version"] == 2:
+            values |= _heads_of_format_2(values)
+        if not isinstance(values["heads"], dict):
+            raise ConfigError(f"heads must be specs by name; got {values['heads']!r}")
         tokenizer: Tokenizer = find("meristem.tokenizers", str(tokens.pop("kind", None))).from_json(tokens)
         card = ModelCard(
             architecture=from_json(TransformerConfig, values["architecture"]),
             tokenizer=tokenizer,
-            heads=tuple(values["heads"]),
-            readouts=tuple(_readout_from_json(readout) for readout in values["readouts"]),
+            heads={
+                name: from_json(HeadSpec, spec, f"heads.{name}")  # type: ignore[type-abstract]
+                for name, spec in values["heads"].items()
+            },
             domain=values["domain"],
             facts=values["facts"],
+            changes=tuple(
+                from_json(ChangeSpec, change, f"changes[{index}]")  # type: ignore[type-abstract]
+                for index, change in enumerate(values["changes"])
+            ),
         )
         fingerprint = values["tokenizer"]["fingerprint"]
     except (KeyError, TypeError, ConfigError) as error:
@@ -212,8 +234,7 @@ def import_model(place: Path, domain: str = "") -> tuple[ModelCard, Model, Impor
     card = ModelCard(
         architecture=imported.architecture,
         tokenizer=imported.tokenizer,
-        heads=tuple(head for head in imported.model.heads if head in (SYMBOLS, CONTACTS)),
-        readouts=imported.model.readouts,
+        heads=imported.model.specs,
         domain=domain or family.domain,
         facts={"imported_from": f"a {family.library.name} directory of {family.name}: {place.name}"},
     )
@@ -237,16 +258,19 @@ def card_to_json(card: ModelCard) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "architecture": to_json(card.architecture),
-        "heads": list(card.heads),
-        "readouts": [to_json(readout) for readout in card.readouts],
+        "heads": {name: to_json(spec) for name, spec in card.heads.items()},
+        "changes": [to_json(change) for change in card.changes],
         "domain": card.domain,
         "tokenizer": {"kind": card.tokenizer.kind, "fingerprint": card.tokenizer.fingerprint},
         "facts": dict(card.facts),
     }
 
 
-def _readout_from_json(values: Mapping[str, Any]) -> Readout:
-    return from_json(Readout, values, "readout")
+def _heads_of_format_2(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads and changes as format 3 has them, of a config of format 2: names of heads, and labels beside them."""
+    heads = {name: {"kind": KINDS_OF_FORMAT_2.get(name, name)} for name in values["heads"]}
+    labels = {readout["name"]: {"kind": Readout.kind, **readout} for readout in values["readouts"]}
+    return {"heads": {**heads, **labels}, "changes": []}
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

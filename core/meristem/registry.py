@@ -22,6 +22,7 @@ GROUPS: Mapping[str, str] = {
     "meristem.domains": "domain",
     "meristem.tokenizers": "kind of tokenizer",
     "meristem.heads": "kind of head",
+    "meristem.changes": "kind of change",
     "meristem.families": "family of foreign models",
     "meristem.libraries": "library of foreign models",
     "meristem.objectives": "objective",

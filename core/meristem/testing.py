@@ -1,6 +1,6 @@
 """The contract that every domain keeps, as stages that can be run and as a pytest plugin.
 
-    sample -> records -> tokens -> decoded payloads -> presets -> pack -> three training steps -> vectors in files
+    sample -> records -> tokens -> payloads again -> views -> presets -> pack -> three steps -> vectors in files
 
 pytest loads this module at every start, so nothing heavy is imported at the top.
 """
@@ -85,6 +85,7 @@ def run_contract(name: str) -> Iterator[Stage]:
             contract.records,
             contract.tokens,
             contract.decode,
+            contract.views,
             contract.presets,
             contract.pack,
             contract.train,
@@ -127,6 +128,7 @@ class _Contract:
         self.data: DataModule
         self.objective: Objective
         self.rows: list[Record] = []
+        self.payloads: list[tuple[str, Any]] = []
         self.encoded: list[Tokens] = []
         self.model: Model
         self.architecture: TransformerConfig
@@ -151,25 +153,56 @@ class _Contract:
         return f"{path.name}, {path.stat().st_size:,} bytes, for {type(self.objective).__name__}"
 
     def records(self) -> str:
-        """Reading gives columns of the schema, the same ones each time."""
+        """Reading gives the inputs and labels that the objective reads, the same ones each time."""
+        from meristem.data.similarity import similarity_clusters
+        from meristem.data.store import RecordStore
+
+        rows, again = self._read(), self._read()
+        _require(len(rows) >= 8, "the sample must hold 8 records or more", len(rows))
+        _require(rows == again, "reading twice must give the same records", "others")
+        reader, payloads = self.domain.reader, [payload for row in rows for payload in row.inputs.values()]
+        _require(all(row.id for row in rows) and all(payloads), "every record needs an id and payloads", "an empty one")
+        known: set[bytes] = set()
+        for row, other in zip(rows, again):
+            for payload, copy in zip(row.inputs.values(), other.inputs.values()):
+                canonical = [reader.canonical(one) for one in (payload, copy)]  # type: ignore[arg-type]
+                _require(isinstance(canonical[0], bytes), "canonical must give bytes", type(canonical[0]).__name__)
+                is_same = canonical[0] == canonical[1]
+                _require(is_same, "canonical must give equal bytes for equal payloads", f"others for {row.source}")
+                known.add(canonical[0])
+        _require(len(known) > 1, "canonical must tell payloads apart", "one value for all of the sample")
+        if self.domain.similarity is not None:
+            num_clusters = len(set(similarity_clusters(RecordStore.of(rows, reader), self.domain.similarity).tolist()))
+            _require(num_clusters > 1, "similarity must tell records of the sample apart", "one cluster of all")
+        self.rows = rows
+        self.payloads = [(f"{row.source}, {name}", payload) for row in rows for name, payload in row.inputs.items()]
+        return f"{len(rows):,} records of {', '.join(self.objective.inputs)}"
+
+    def _read(self) -> "list[Record]":
+        """The records of the sample, with what their slices name."""
         from meristem.data.records import INPUT_PREFIX, SCHEMA, Source, record_at
+        from meristem.types import Slice
 
         source, options = Source(str(self.domain.sample)), self.data.read_options(self.objective)
-        batches = [list(self.domain.reader.read(source, options)) for _ in range(2)]
-        for batch in batches[0]:
+        for file in self.domain.reader.files(source, options):
+            _require(Path(file).exists(), "files must name files that are there", file)
+        rows = []
+        for batch in self.domain.reader.read(source, options):
             names = batch.schema.names
             wanted = [*SCHEMA.names, *(INPUT_PREFIX + name for name in self.objective.inputs)]
             _require(not set(wanted) - set(names), f"a batch must have the columns {wanted}", names)
             for column in wanted:
                 _require(not batch.column(column).null_count, f"column {column} must have no missing value", "some")
-        self.rows = [record_at(batch, row) for batch in batches[0] for row in range(batch.num_rows)]
-        again = [record_at(batch, row) for batch in batches[1] for row in range(batch.num_rows)]
-        _require(len(self.rows) >= 8, "the sample must hold 8 records or more", len(self.rows))
-        _require(self.rows == again, "reading twice must give the same records", "others")
-        _require(
-            all(row.id and row.payload for row in self.rows), "every record needs an id and a payload", "an empty one"
-        )
-        return f"{len(self.rows):,} records"
+            for row in range(batch.num_rows):
+                record = record_at(batch, row)
+                inputs = dict(record.inputs)
+                for name, payload in inputs.items():
+                    if isinstance(payload, Slice):
+                        [inputs[name]] = self.domain.reader.fetch([payload]).to_pylist()
+                        got = len(inputs[name])
+                        _require(got == len(payload), f"fetch must give the {len(payload)} symbols of a slice", got)
+                rows.append(replace(record, inputs=inputs))
+        return rows
 
     def tokens(self) -> str:
         """Encoding keeps order and spans, and the tokenizer survives being written."""
@@ -179,9 +212,8 @@ class _Contract:
         from meristem.registry import find
 
         tokenizer = self.tokenizer
-        payloads = [row.payload for row in self.rows]
-        self.encoded = [tokenizer.encode(payload) for payload in payloads]
-        for payload, tokens in zip(payloads, self.encoded):
+        self.encoded = [tokenizer.encode(payload) for _, payload in self.payloads]
+        for (_, payload), tokens in zip(self.payloads, self.encoded):
             lengths = {len(tokens.ids), len(tokens.positions), *(() if tokens.spans is None else [len(tokens.spans)])}
             _require(len(lengths) == 1, "ids, positions and spans must have one row a token", sorted(lengths))
             wanted = tokenizer.num_special
@@ -191,13 +223,13 @@ class _Contract:
                 spans = np.asarray(tokens.spans)
                 is_within = (spans >= 0).all() and (spans <= len(payload)).all() and (spans[:, 0] <= spans[:, 1]).all()
                 _require(bool(is_within), "spans must be parts of the payload", f"others, of {len(payload)} symbols")
-        column = tokenizer.encode_column(pa.array(payloads))
-        for row, tokens in enumerate(self.encoded):
+        column = tokenizer.encode_column(pa.array([payload for _, payload in self.payloads]))
+        for row, ((where, _), tokens) in enumerate(zip(self.payloads, self.encoded)):
             ids = column.ids[column.offsets[row] : column.offsets[row + 1]]
             is_same = np.array_equal(ids, tokens.ids)
-            _require(is_same, "encode_column must give what encode gives", f"others in record {row + 1}")
+            _require(is_same, "encode_column must give what encode gives", f"others for {where}")
             same = _differing(tokenizer.tokens_at(column, row), tokens)
-            _require(not same, "tokens_at must give what encode gives", f"other {same} in record {row + 1}")
+            _require(not same, "tokens_at must give what encode gives", f"other {same} for {where}")
         written = find("meristem.tokenizers", tokenizer.kind).from_json(tokenizer.to_json())
         _require(written.fingerprint == tokenizer.fingerprint, "from_json must undo to_json", "another fingerprint")
         return f"{sum(map(len, self.encoded)):,} tokens, {len(tokenizer.vocab)} symbols"
@@ -207,24 +239,55 @@ class _Contract:
         import numpy as np
 
         tokenizer, num_changed = self.tokenizer, 0
-        for row, tokens in zip(self.rows, self.encoded):
+        for (where, payload), tokens in zip(self.payloads, self.encoded):
             back = tokenizer.decode(tokens)
-            if isinstance(back, str | bytes) and back == row.payload:
+            if isinstance(back, str | bytes) and back == payload:
                 if tokens.spans is None:
                     continue
-                covered = np.zeros(len(row.payload), bool)
+                covered = np.zeros(len(payload), bool)
                 for start, stop in tokens.spans:
                     covered[start:stop] = True
-                rule = f"every part of {row.source}, whose payload comes back, must be in the span of a token"
+                rule = f"every part of {where}, which comes back whole, must be in the span of a token"
                 _require(bool(covered.all()), rule, f"{int((~covered).sum())} symbols in none")
                 continue
             num_changed += 1
             differing = _differing(tokenizer.encode(back), tokens)
-            rule = f"what decoding gives must be the payload of {row.source}, or have the same tokens"
+            rule = f"what decoding gives must be the payload of {where}, or have the same tokens"
             _require(not differing, rule, f"other {differing}: {str(back)[:40]!r}")
         if not num_changed:
-            return f"{len(self.rows):,} payloads come back"
-        return f"lossy: {num_changed:,} of {len(self.rows):,} payloads come back changed, with the same tokens"
+            return f"{len(self.payloads):,} payloads come back"
+        return f"lossy: {num_changed:,} of {len(self.payloads):,} payloads come back changed, with the same tokens"
+
+    def views(self) -> str:
+        """Views of a record are a function of the record and the generator, and travel to other processes."""
+        import pickle
+
+        import numpy as np
+
+        if self.domain.views is None:
+            return "none"
+        views = self.data.views or self.domain.build_views(self.tokenizer)
+        copies = (views, pickle.loads(pickle.dumps(views)))
+        num_changed = 0
+        for row, record in enumerate(self.rows[:NUM_TRAINED]):
+            drawn = [self._tokens_of(one.views(record, np.random.default_rng(row))) for one in copies]
+            _require(len(drawn[0]) == views.num_views, f"views must be {views.num_views} a record", len(drawn[0]))
+            whole = [self._tokens_of(one.views(record, None)) for one in copies]
+            _require(len(whole[0]) == 1, "without a generator there must be one view", len(whole[0]))
+            for first, again in (drawn, whole):
+                differing = [name for one, other in zip(first, again) if (name := _differing(one, other))]
+                _require(not differing, f"views of {record.source} must be the same twice", f"other {differing}")
+            [plain] = self._tokens_of((record,))
+            if views.is_training_only:
+                is_same = not _differing(whole[0][0], plain)
+                _require(is_same, "without a generator, views for training only must be the record", "another")
+            num_changed += any(_differing(one, plain) for one in drawn[0])
+        return f"{views.num_views} a record, {num_changed} of {row + 1} records changed"
+
+    def _tokens_of(self, records: "tuple[Record, ...]") -> "list[Tokens]":
+        """Tokens of all inputs of records, as packs have them."""
+        column = self.tokenizer.encode_values([payload for record in records for payload in record.inputs.values()])
+        return [self.tokenizer.tokens_at(column, row) for row in range(len(column))]
 
     def presets(self) -> str:
         """Every preset can be built, and fits the tokenizer; the smallest is trained."""
@@ -281,9 +344,7 @@ class _Contract:
             architecture = self.architecture
             if "tokens" in objective.heads and architecture.head is None:
                 architecture = replace(architecture, head=TokenHead())
-            self.card = ModelCard(
-                architecture, self.tokenizer, objective.heads, objective.readouts, domain=self.domain.name
-            )
+            self.card = ModelCard(architecture, self.tokenizer, objective.heads, domain=self.domain.name)
             self.model = self.card.build()
             extra = objective.build(architecture)
             objective.start(self.model, extra, NUM_STEPS)
@@ -314,10 +375,13 @@ class _Contract:
         from meristem.inference.embed import EmbedOptions, embed_files
         from meristem.inference.formats import read_embeddings
         from meristem.model_directory import save_model
+        from meristem.types import INPUT
 
         model, found = self.folder / "model", []
         save_model(model, self.card, self.model)
-        read = replace(self.data.read_options(self.objective), label_columns=())
+        read = self.data.read_options(self.objective)
+        column = read.columns[read.main] or (read.main if read.main != INPUT else "")
+        read = replace(read, columns={INPUT: column}, label_columns=(), group_column="")
         for name, budget in (("packed", None), ("alone", 1)):
             options = EmbedOptions(domain=self.name, precision="fp32", pool="mean", tokens_per_batch=budget, read=read)
             embed_files(model, [str(self.domain.sample)], self.folder / name, options)

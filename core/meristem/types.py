@@ -9,6 +9,7 @@ no batch axis: sequences lie end to end along `T`, and a `Layout` says where eac
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +93,10 @@ class Record:
         """The payload of a record that has one input."""
         (payload,) = self.inputs.values()
         return payload
+
+    def with_payload(self, payload: Any) -> "Record":
+        """The same record of one input with another payload, or what its tokenizer takes for one, such as an array."""
+        return replace(self, inputs=dict.fromkeys(self.inputs, payload))
 
 
 @dataclass(frozen=True, slots=True)

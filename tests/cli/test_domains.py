@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from meristem.cli.main import main
 from meristem.data.reading.reader import Reader
+from meristem.data.similarity import Similarity
+from meristem.data.views import Views
 from meristem.domain import Domain, domain_of_model, load_domain
 from meristem.errors import ConfigError
 from meristem.objectives.causal import Causal
@@ -19,7 +22,7 @@ from meristem.objectives.supervised import Supervised, Target
 from meristem.scaffold import write_domain
 from meristem.testing import BrokenContract, run_contract
 
-STAGES = ["sample", "records", "tokens", "decode", "presets", "pack", "train", "embed"]
+STAGES = ["sample", "records", "tokens", "decode", "views", "presets", "pack", "train", "embed"]
 
 
 @pytest.fixture
@@ -154,6 +157,49 @@ def _turned(self, tokens):
     return super(type(self), self).decode(tokens)[::-1]
 
 
+def _reading(domain, **methods):
+    """A reader whose methods are replaced."""
+    return type("Mutant", (type(domain.reader),), methods)()
+
+
+def _counted(self, payload, calls=itertools.count()):  # noqa: B008
+    return f"{next(calls)}".encode()
+
+
+class Turning(Views):
+    """Turns a sequence round, every second time."""
+
+    def __init__(self, tokenizer=None, num_views=1, is_training_only=False, turns_always=False):
+        self.is_training_only, self.num_views, self.turns_always = is_training_only, num_views, turns_always
+
+    def views(self, record, rng):
+        if self.turns_always or (rng is not None and rng.random() < 0.5):
+            return (record.with_payload(record.payload[::-1]),)
+        return (record,)
+
+
+class Unseeded(Turning):
+    def views(self, record, rng):
+        return super().views(record, np.random.default_rng())
+
+
+class Doubled(Turning):
+    num_views = 1
+
+    def views(self, record, rng):
+        return super().views(record, rng) * (2 if rng is None else 1)
+
+
+class Forgetful(Turning):
+    def __getstate__(self):
+        return {"num_views": 1, "turns_always": True}
+
+
+class Foreign(Turning):
+    def views(self, record, rng):
+        return (record.with_payload("*"),)
+
+
 def _with_symbols(config, num_symbols=9, **parts):
     return dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, vocab_size=num_symbols, **parts))
 
@@ -182,6 +228,16 @@ MUTANTS = {
     "a reader that forgets": ("records", lambda d: {"reader": _lost_record(d.reader, 1)}),
     "a reader that forgets later": ("embed", lambda d: {"reader": _lost_record(d.reader, 2)}),
     "a reader that raises": ("records", lambda d: {"reader": _reader(lambda source, options: iter([1 / 0]))}),
+    "all records similar": ("records", lambda d: {"similarity": Similarity(k=1, threshold=0.01)}),
+    "a reader whose equals differ": ("records", lambda d: {"reader": _reading(d, canonical=_counted)}),
+    "a reader to which all is equal": (
+        "records",
+        lambda d: {"reader": _reading(d, canonical=lambda self, payload: b"")},
+    ),
+    "a reader that names files of nowhere": (
+        "records",
+        lambda d: {"reader": _reading(d, files=lambda self, source, options: [Path("nowhere")])},
+    ),
     "a column that differs": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode_column=_truncated_column)}),
     "spans beyond the payload": ("tokens", lambda d: {"tokenizer": _with(d.tokenizer, encode=_shifted(2))}),
     "a tokenizer of no installed kind": (
@@ -194,6 +250,16 @@ MUTANTS = {
     ),
     "a decoder that drifts": ("decode", lambda d: {"tokenizer": _with(d.tokenizer, decode=_turned)}),
     "symbols in no span": ("decode", lambda d: {"tokenizer": _with(d.tokenizer, encode=_shifted(-1))}),
+    "views drawn from elsewhere": ("views", lambda d: {"views": Unseeded}),
+    "more views than promised": ("views", lambda d: {"views": lambda tokenizer: Turning(num_views=2)}),
+    "two views in evaluation": ("views", lambda d: {"views": Doubled}),
+    "views that change evaluation and deny it": (
+        "views",
+        lambda d: {"views": lambda tokenizer: Turning(is_training_only=True, turns_always=True)},
+    ),
+    "views that forget who they are": ("views", lambda d: {"views": Forgetful}),
+    "views that need options": ("views", lambda d: {"views": lambda tokenizer, rate: Turning()}),
+    "views that the tokenizer refuses": ("views", lambda d: {"views": Foreign}),
     "no preset": ("presets", lambda d: {"presets": {}}),
     "a preset of another vocabulary": (
         "presets",
@@ -242,6 +308,12 @@ def test_a_model_directory_finds_only_installed_domains(name, lab_rna):
         domain_of_model("", name)
     assert domain_of_model("lab_rna:domain", name) is lab_rna
     assert domain_of_model("", "protein") is load_domain("protein")
+
+
+def test_views_are_seen_by_the_contract_and_by_its_training(lab_rna, monkeypatch):
+    stages = {stage.name: stage.detail for stage in run_contract(broken(lab_rna, monkeypatch, views=Turning))}
+    changed = int(stages["views"].split(", ")[1].split()[0])
+    assert 0 < changed < 16
 
 
 @pytest.mark.parametrize("name", ["protein"])

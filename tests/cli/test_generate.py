@@ -16,6 +16,7 @@ from meristem.generation.text import Generator
 from meristem.model.config import Attention, Causal, Embedding, FeedForward, Learned, TokenHead, TransformerConfig
 from meristem.model_directory import ModelCard, load_any, save_model
 from meristem_domains.protein.alphabet import tokenizer as protein_tokenizer
+from model_runs import specs
 
 
 def config(**changes: Any) -> TransformerConfig:
@@ -31,7 +32,7 @@ def config(**changes: Any) -> TransformerConfig:
 
 
 def save(folder: Path, architecture: TransformerConfig) -> Path:
-    card = ModelCard(architecture, protein_tokenizer(), heads=("tokens",), domain="protein")
+    card = ModelCard(architecture, protein_tokenizer(), specs(("tokens",)), domain="protein")
     model = card.build()
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1)

@@ -7,9 +7,10 @@ import pytest
 
 from meristem.cli.main import main
 from meristem.model.config import Attention, Embedding, FeedForward, TokenHead, TransformerConfig
-from meristem.model.readout import Readout
+from meristem.model.heads import Readout
 from meristem.model_directory import ModelCard, hash_weights, save_model
 from meristem_domains.protein.alphabet import tokenizer
+from model_runs import specs
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def own(tmp_path: Path) -> Path:
     )
     readouts = (Readout(name="place", classes=("[in]", "out")),)
     facts = {"steps": 12}
-    card = ModelCard(config, tokenizer(), ("tokens",), readouts, domain="protein", facts=facts)
+    card = ModelCard(config, tokenizer(), specs(("tokens",), readouts), domain="protein", facts=facts)
     save_model(tmp_path / "own", card, card.build())
     return tmp_path / "own"
 

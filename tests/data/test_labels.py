@@ -17,6 +17,7 @@ from meristem.data.parts import Part, RunData
 from meristem.data.records import ReadOptions, Source
 from meristem.data.store import RecordStore
 from meristem.errors import DataError
+from meristem.model.heads import readouts_of
 from meristem.objectives.supervised import Supervised, Target
 from meristem.types import IGNORE, Record
 from meristem_domains.protein import domain as protein
@@ -46,7 +47,7 @@ def test_every_word_is_a_class_of_its_own_and_only_an_empty_cell_is_missing(kind
     assert store.column("y").to_pylist() == [word or None for word in words]
     objective = Supervised([Target(name="y")])
     objective.bind(RunData(TOKENIZER, {"train": Part(store, np.arange(len(store)))}))
-    assert objective.readouts[0].classes == tuple(sorted(ODD_WORDS))
+    assert readouts_of(objective.heads)[0].classes == tuple(sorted(ODD_WORDS))
     counts = Counter(filter(None, words))
     [remark] = objective.remarks
     assert f"{len(words) - words.count('')} with a label, {words.count('')} without" in remark
@@ -156,7 +157,7 @@ def test_labels_of_tokens_are_digits_or_lists_and_declared_words_are_missing(as_
     ]
     objective = Supervised([Target(name="y", level="token")])
     objective.bind(RunData(TOKENIZER, {"train": Part.of(records)}, missing_labels=("-",)))
-    assert objective.readouts[0].classes == ("0", "1")
+    assert readouts_of(objective.heads)[0].classes == ("0", "1")
     flat = Counter(word for label in labels if label for word in label)
     assert f"{flat['-']} tokens of them without" in objective.remarks[0]
     assert f"(0 {flat['0']}, 1 {flat['1']})" in objective.remarks[0]

@@ -1,16 +1,29 @@
 """Splits: every record in one part, like payloads together, by a pure function of the seed."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from lines import RESIDUES, random_payloads
 
 import meristem.data.similarity as similarity
-from meristem.data.similarity import similarity_clusters
+from meristem.data.similarity import Similarity, similarity_clusters
 from meristem.data.split import split_by_column, split_by_hash, split_by_similarity
 from meristem.data.store import RecordStore
+from meristem.domain import load_domain
 from meristem.errors import ConfigError, DataError
+from meristem.objectives.masked import Masked
+from meristem.train.datamodule import DataModule, Split
 
 FRACTIONS = {"train": 0.7, "validation": 0.2, "test": 0.1}
+
+SIMILARITY = Similarity(k=5)
+
+
+def by_similarity(store: RecordStore, fractions: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:
+    return split_by_similarity(store, fractions, seed, SIMILARITY)
 
 
 def mutated(payload: str, rate: float, rng: np.random.Generator) -> str:
@@ -83,15 +96,15 @@ def family_store(rng, make_store, families: int = 150):
 
 def test_similarity_split_never_parts_mutated_copies(rng, make_store):
     store, family = family_store(rng, make_store)
-    parts = split_by_similarity(store, FRACTIONS, seed=1)
+    parts = split_by_similarity(store, FRACTIONS, 1, SIMILARITY)
     assert_is_partition(parts, len(store))
     found = part_of(parts)
     for i in range(family.max() + 1):
         assert len({found[int(row)] for row in np.flatnonzero(family == i)}) == 1
     for name, fraction in FRACTIONS.items():
         assert abs(len(parts[name]) / len(store) - fraction) < 0.02  # a family is 1 % of the records at most
-    assert part_of(split_by_similarity(store, FRACTIONS, seed=1)) == found
-    assert part_of(split_by_similarity(store, FRACTIONS, seed=2)) != found
+    assert part_of(split_by_similarity(store, FRACTIONS, 1, SIMILARITY)) == found
+    assert part_of(split_by_similarity(store, FRACTIONS, 2, SIMILARITY)) != found
     # the mutant of this test: a split by equal payloads alone parts most families
     hashed = part_of(split_by_hash(store, FRACTIONS, seed=1))
     assert any(len({hashed[int(row)] for row in np.flatnonzero(family == i)}) > 1 for i in range(family.max() + 1))
@@ -100,7 +113,7 @@ def test_similarity_split_never_parts_mutated_copies(rng, make_store):
 def test_unrelated_records_are_not_lumped_together(rng, make_store):
     store, family = family_store(rng, make_store)
     seen: list[tuple[int, int]] = []
-    clusters = similarity_clusters(store, 5, 0.25, progress=lambda *now: seen.append(now))
+    clusters = similarity_clusters(store, SIMILARITY, progress=lambda *now: seen.append(now))
     assert seen[-1] == (len(store), len(store))
     assert len(set(clusters)) == family.max() + 1
     assert clusters[0] == 0
@@ -108,12 +121,12 @@ def test_unrelated_records_are_not_lumped_together(rng, make_store):
 
 def test_clusters_do_not_depend_on_the_size_of_pieces(rng, make_store, monkeypatch):
     store, _ = family_store(rng, make_store, 20)
-    expected = similarity_clusters(store, 5, 0.25)
+    expected = similarity_clusters(store, SIMILARITY)
     sketches = list(similarity._sketches(store, 5))
     for size in (7, 64, 1000):
         monkeypatch.setattr(similarity, "PIECE_BYTES", size)
         assert list(similarity._sketches(store, 5)) == sketches
-        assert similarity_clusters(store, 5, 0.25).tolist() == expected.tolist()
+        assert similarity_clusters(store, SIMILARITY).tolist() == expected.tolist()
 
 
 def test_a_sketch_is_the_smallest_hashes_of_the_distinct_kmers(rng, make_store):
@@ -128,7 +141,7 @@ def test_a_sketch_is_the_smallest_hashes_of_the_distinct_kmers(rng, make_store):
 
 
 def test_payloads_shorter_than_a_kmer_are_clustered_when_equal(make_store):
-    clusters = similarity_clusters(make_store(["MK", "MKV", "mk", "M", "MK", "MKVAC"]), 5, 0.5)
+    clusters = similarity_clusters(make_store(["MK", "MKV", "mk", "M", "MK", "MKVAC"]), Similarity(k=5, threshold=0.5))
     assert clusters.tolist() == [0, 1, 0, 2, 0, 3]
 
 
@@ -147,7 +160,7 @@ def parted(parts: dict[str, np.ndarray], groups: list[str]) -> list[str]:
     return [group for group, rows in members.items() if len({found[row] for row in rows}) > 1]
 
 
-@pytest.mark.parametrize("split", [split_by_hash, split_by_similarity])
+@pytest.mark.parametrize("split", [split_by_hash, by_similarity])
 def test_a_group_is_never_parted(split, rng, make_store, monkeypatch):
     store, groups = grouped_store(rng, make_store)
     assert store.groups() == [group or None for group in groups]
@@ -166,7 +179,7 @@ def test_clusters_that_a_group_joins_stay_together(rng, make_store):
     payloads = [a, mutated(a, 0.02, rng), c, mutated(c, 0.02, rng), *random_payloads(rng, 200, 60, 90)]
     store = make_store(payloads, ["", "g", "g", "", *[""] * 200], group_column="g")
     for seed in range(5):
-        found = part_of(split_by_similarity(store, FRACTIONS, seed=seed))
+        found = part_of(split_by_similarity(store, FRACTIONS, seed, SIMILARITY))
         assert len({found[row] for row in range(4)}) == 1
 
 
@@ -190,14 +203,44 @@ def test_a_column_that_parts_a_group_is_refused_with_both_lines(make_store):
 def test_fractions_that_are_none_and_empty_parts_are_refused(make_store):
     store = make_store(["MKV"] * 5)
     for fractions in ({}, {"train": 0.8}, {"train": 1.2, "validation": -0.2}):
-        for split in (split_by_hash, split_by_similarity):
+        for split in (split_by_hash, by_similarity):
             with pytest.raises(ConfigError, match="add up to 1; got"):
                 split(store, fractions, 0)
-    for split in (split_by_hash, split_by_similarity):
+    for split in (split_by_hash, by_similarity):
         with pytest.raises(DataError, match=r"would be empty: 5 records at a fraction of 0\.5"):
             split(store, {"train": 0.5, "validation": 0.5}, 0)
     assert len(split_by_hash(store, {"train": 1.0, "validation": 0.0}, 0)["validation"]) == 0
     with pytest.raises(ConfigError, match="k must"):
-        similarity_clusters(store, 0, 0.5)
+        Similarity(k=0, threshold=0.5)
     with pytest.raises(ConfigError, match="threshold must"):
-        similarity_clusters(store, 5, 0.0)
+        Similarity(k=5, threshold=0.0)
+
+
+def test_a_domain_says_what_is_similar_and_a_user_says_otherwise(rng, make_store, tmp_path: Path):
+    """Long k-mers tell apart what short ones join; the mutant that forgets what was asked for gives the other split."""
+    domain = load_domain("protein")
+    assert domain.similarity_with() == Similarity(k=5, threshold=0.25)
+    assert domain.similarity_with(9) == Similarity(k=9, threshold=0.25)
+    assert domain.similarity_with(threshold=0.5) == Similarity(k=5, threshold=0.5)
+    with pytest.raises(ConfigError, match="k must be at least 1; got 0"):
+        domain.similarity_with(0)
+    file = tmp_path / "some.fasta"
+    founders = random_payloads(rng, 40, 60, 90)
+    copies = [mutated(founder, 0.1, rng) for founder in founders for _ in range(3)]
+    file.write_text("".join(f">{i}\n{text}\n" for i, text in enumerate([*founders, *copies])))
+    parts = {}
+    for name, numbers in {"own": {}, "same": {"k": 5, "threshold": 0.25}, "other": {"k": 20}}.items():
+        split = Split(method="similarity", validation_frac=0.4, **numbers)
+        data = DataModule("protein", str(file), split=split, cache_dir=str(tmp_path / "cache"))
+        store = data._store(data.sources, data.read_options(Masked()))
+        parts[name] = {part: rows.tolist() for part, rows in data._deal(store).items()}
+    assert parts["own"] == parts["same"] != parts["other"]
+
+
+def test_payloads_that_cannot_be_compared_are_refused_before_they_are_read(tmp_path: Path):
+    said = r"a split by similarity needs a domain whose payloads can be compared; vision has none \(Domain.similarity\)"
+    for split in (Split(method="similarity"), Split(method="similarity", k=5, threshold=0.5)):
+        with pytest.raises(ConfigError, match=said):
+            DataModule("vision", str(tmp_path / "nowhere"), split=split)
+    with pytest.raises(ConfigError, match="lab has none"):
+        replace(load_domain("protein"), name="lab", similarity=None).similarity_with()

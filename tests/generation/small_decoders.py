@@ -27,7 +27,7 @@ from meristem.model.config import (
 )
 from meristem.model.model import Model
 from meristem.types import Tokens
-from model_runs import outputs_of
+from model_runs import outputs_of, specs
 
 VOCAB = 37
 
@@ -82,7 +82,7 @@ CONFIGS = {
 
 def redrawn(config: TransformerConfig) -> Model:
     """No parameter at its initial value; logits as sharp as those of trained models."""
-    model = Model(config, ("tokens",))
+    model = Model(config, specs(("tokens",)))
     for parameter in model.parameters():
         draw = torch.randn_like(parameter)
         parameter.data = draw / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 1 + 0.3 * draw

@@ -16,6 +16,7 @@ from meristem.generation.steps import Steps, check_generates
 from meristem.model.cache import Cache
 from meristem.model.config import Attention, BlockSparse, Causal, Learned
 from meristem.model.model import Model
+from model_runs import specs
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}  # fp32 sums in another order
 
@@ -144,7 +145,7 @@ def test_another_seed_or_sample_gives_another_text(rng: np.random.Generator) -> 
 
 def test_models_that_cannot_generate_are_refused() -> None:
     with pytest.raises(ConfigError, match="needs a decoder or an encoder-decoder"):
-        check_generates(Model(decoder(attention=Attention(num_heads=4)), ("tokens",)))
+        check_generates(Model(decoder(attention=Attention(num_heads=4)), specs(("tokens",))))
     with pytest.raises(ConfigError, match="must predict symbols"):
         check_generates(Model(decoder()))
     with pytest.raises(ConfigError, match="a cache needs a model whose tokens see none behind them"):

@@ -8,9 +8,10 @@ import pytest
 from small_models import redraw, tiny_config
 
 from meristem.inference import chunks, run
-from meristem.model.readout import Readout
+from meristem.model.heads import Readout
 from meristem.model_directory import ModelCard, save_model
 from meristem_domains.protein import domain
+from model_runs import specs
 
 
 @pytest.fixture
@@ -18,9 +19,7 @@ def make_model_directory(tmp_path: Path, rng: np.random.Generator) -> Callable[.
     """Writes a model directory with weights of this run's own."""
 
     def make(name: str = "model", readouts: tuple[Readout, ...] = (), **parts: object) -> Path:
-        card = ModelCard(
-            tiny_config(**parts), domain.tokenizer(), heads=("tokens",), readouts=readouts, domain=domain.name
-        )
+        card = ModelCard(tiny_config(**parts), domain.tokenizer(), specs(("tokens",), readouts), domain=domain.name)
         save_model(tmp_path / name, card, redraw(card.build()))
         return tmp_path / name
 

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import torch
 
 from meristem.model.config import Attention, Embedding, FeedForward, TokenHead, TransformerConfig
+from meristem.model.heads import Readout
 from meristem.model.model import Model
-from meristem.model.readout import Readout
 from meristem.types import TokenColumn
 
 RESIDUES = np.frombuffer(b"LAGVSERTIDPKQNFYMHWC", np.uint8)

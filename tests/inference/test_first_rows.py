@@ -7,17 +7,18 @@ from small_models import column_of, random_ids, redraw, tiny_config
 from meristem.inference.engine import Embedder, TrunkRunner
 from meristem.inference.predictor import Predictor
 from meristem.model.config import Learned, Prefix
+from meristem.model.heads import Readout
 from meristem.model.model import Model
 from meristem.model.outputs import Wanted
-from meristem.model.readout import Readout
 from meristem.model.transformer import Encoder
+from model_runs import specs
 
 PLACE = Readout(name="place", classes=("a", "b", "c"), pool=Prefix())
 
 
 def _model(**parts: object) -> Model:
     torch.manual_seed(0)
-    return redraw(Model(tiny_config(**parts), (), [PLACE]))
+    return redraw(Model(tiny_config(**parts), specs((), [PLACE])))
 
 
 def _made(model: Model, column) -> tuple[list[np.ndarray], list[int]]:

@@ -15,8 +15,8 @@ from meristem.errors import ConfigError, DataError
 from meristem.inference.engine import TrunkRunner
 from meristem.inference.predict import PredictOptions, Predictor, predict_files
 from meristem.model.config import Learned
+from meristem.model.heads import Readout
 from meristem.model.model import Model
-from meristem.model.readout import Readout
 from meristem.model_directory import ModelCard, load_model
 from model_runs import outputs_of
 

@@ -22,10 +22,11 @@ from meristem.interop.families.esm import ESM
 from meristem.interop.parity import compare
 from meristem.interop.runners import load_transformers
 from meristem.model.config import FeedForward, Learned, RMSNorm
+from meristem.model.heads import Readout
 from meristem.model.model import Model
-from meristem.model.readout import Readout
 from meristem.model_directory import ModelCard, hash_weights, import_model, load_any, load_model, save_model
 from meristem_domains.protein.alphabet import tokenizer as protein_tokenizer
+from model_runs import specs
 from parity_checks import refuse_distance
 
 Tensors = dict[str, torch.Tensor]
@@ -344,7 +345,7 @@ def test_a_model_that_no_family_can_say_is_not_exported(
     imported = read_directory(folder)
     architecture = replace(imported.architecture, **change)
     with pytest.raises(ConfigError, match=named):
-        write_directory(tmp_path / "back", architecture, imported.tokenizer, Model(architecture, ("tokens",)))
+        write_directory(tmp_path / "back", architecture, imported.tokenizer, Model(architecture, specs(("tokens",))))
     assert not (tmp_path / "back").exists()
     assert not (tmp_path / "back.part").exists()
 
@@ -353,7 +354,7 @@ def test_what_stays_behind_at_export_is_said(folder: Path, tmp_path: Path) -> No
     imported = read_directory(folder)
     embedding = replace(imported.architecture.embedding, dropout=0.1)
     architecture = replace(imported.architecture, embedding=embedding)
-    model = Model(architecture, ("tokens",), (Readout(name="place", classes=("in", "out")),))
+    model = Model(architecture, specs(("tokens",), (Readout(name="place", classes=("in", "out")),)))
     notes = write_directory(tmp_path / "back", architecture, imported.tokenizer, model)
     assert notes == [
         "the other library has no embedding.dropout",

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from meristem.data.pack import pack
+from meristem.interop import directory
 from meristem.interop.directory import Imported, read_directory, write_directory
 from meristem.interop.families.esm import ESM
 from meristem.interop.parity import Parity, compare
@@ -34,15 +35,16 @@ ModelOf = Callable[[str], nn.Module]
 def refuse_distance(parity: Parity) -> None:
     """The check that every shape must pass and no mutant may."""
     assert parity.logits is not None
-    assert parity.contacts is not None
     assert parity.logits <= TOLERANCE, f"logits differ by {parity.logits:.1e}"
     for layer, distance in enumerate(parity.layers):
         assert distance <= TOLERANCE, f"layer {layer} differs by {distance:.1e}"
-    assert parity.contacts <= CONTACT_TOLERANCE, f"contacts differ by {parity.contacts:.1e}"
+    contacts = parity.differences["contacts"]
+    assert contacts <= CONTACT_TOLERANCE, f"contacts differ by {contacts:.1e}"
 
 
 def report(shape: str, parity: Parity) -> None:
-    print(f"{shape}: layers {max(parity.layers):.1e}, logits {parity.logits:.1e}, contacts {parity.contacts:.1e}")
+    contacts = parity.differences["contacts"]
+    print(f"{shape}: layers {max(parity.layers):.1e}, logits {parity.logits:.1e}, contacts {contacts:.1e}")
 
 
 @pytest.mark.parametrize(
@@ -331,3 +333,21 @@ def test_an_untied_head_is_kept(rng: np.random.Generator, tmp_path: Path) -> Non
     imported = read_directory(folder)
     assert not imported.architecture.head.is_tied
     refuse_distance(compare(imported.model, imported.tokenizer, load_transformers(folder), rng, ESM.runner))
+
+
+def test_a_head_whose_kind_is_not_installed_is_left_out_and_named(
+    reference_folder: FolderOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = reference_folder("small")
+    whole = read_directory(folder)
+    assert set(whole.model.heads) == {"tokens", "contacts"}
+    kinds = {name: point for name, point in directory.installed("meristem.heads").items() if name != "contacts"}
+    monkeypatch.setattr(directory, "installed", lambda group: kinds)
+    without = read_directory(folder)
+    assert set(without.model.heads) == {"tokens"}
+    assert without.notes == (
+        *whole.notes,
+        "head contacts left out: no installed package offers the kind of head 'contacts'",
+    )
+    for name, tensor in without.model.state_dict().items():
+        assert torch.equal(tensor, whole.model.state_dict()[name])

@@ -41,6 +41,7 @@ from meristem.interop.directory import read_config_file, read_model, write_direc
 from meristem.interop.family import find_family, installed_families
 from meristem.model.model import Model
 from meristem.model.plain import from_json, to_json
+from model_runs import specs
 from references import redraw, save
 from small_vocabularies import trained
 
@@ -91,7 +92,7 @@ def test_what_a_config_says_survives_a_model_directory(name: str, tmp_path: Path
     model, _ = read_model(save(redraw(MODELS[name](), rng), tmp_path / "hf"))
     plain = json.loads(json.dumps(to_json(model.config)))
     assert from_json(type(model.config), plain) == model.config
-    again = Model(model.config, tuple(h for h in model.heads if h in ("tokens", "contacts")), model.readouts)
+    again = Model(model.config, model.specs)
     assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
 
 
@@ -114,7 +115,7 @@ def test_a_model_is_exported_as_the_most_general_family_that_can_say_it(shape: s
     tokenizer = SubwordTokenizer(trained("byte pairs").to_str())
     foreign = kind(**settings).to_dict()
     architecture = find_family(shape, foreign).read_config(foreign, {})
-    model = Model(architecture, ("tokens",))
+    model = Model(architecture, specs(("tokens",)))
     write_directory(tmp_path / "out", architecture, tokenizer, model)
     assert find_family(shape, read_config_file(tmp_path / "out")).name == wanted
     again = read_model(tmp_path / "out")[0].state_dict()

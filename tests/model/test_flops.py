@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from meristem.model.config import Attention, Experts, FeedForward, Residual, TokenHead
 from meristem.model.flops import flops_per_token, num_idle_parameters
 from meristem.model.model import Model
-from model_runs import outputs_of
+from model_runs import outputs_of, specs
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_flops_a_token_are_those_that_torch_counts(
     changes: dict[str, Any], length: int, rng: np.random.Generator
 ) -> None:
     architecture = config(**changes)
-    model = Model(architecture, ("tokens",)).eval()
+    model = Model(architecture, specs(("tokens",))).eval()
     batch = random_pack(rng, [length])
     with FlopCounterMode(display=False) as counter:
         outputs_of(model, batch)

@@ -34,10 +34,11 @@ from meristem.model.config import (
     TokenHead,
     TransformerConfig,
 )
+from meristem.model.heads import Readout
 from meristem.model.model import Model
-from meristem.model.readout import Readout
 from meristem.model.reordered import MIN_REORDERED_ROWS, ReorderedLinear, has_foreign
 from meristem.types import MIN_ROWS, TokenColumn
+from model_runs import specs
 
 VOCAB = 33
 READOUTS = (
@@ -94,7 +95,7 @@ Results = dict[str, torch.Tensor]
 def build(name: str) -> Model:
     """A model with every parameter redrawn."""
     architecture, readouts = CONFIGS[name]
-    model = Model(architecture, ("tokens",), readouts).requires_grad_(False)
+    model = Model(architecture, specs(("tokens",), readouts)).requires_grad_(False)
     for parameter in model.parameters():
         draw = torch.randn_like(parameter)
         parameter.copy_(draw / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 1 + 0.3 * draw)

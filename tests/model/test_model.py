@@ -12,15 +12,15 @@ from packs import VOCAB, config, random_pack
 from meristem.errors import ConfigError
 from meristem.inference.trunks import runnable_trunk, with_runnable_heads
 from meristem.model.config import AttentionPool, Embedding, Prefix, TokenHead, TransformerConfig
+from meristem.model.heads import Readout
 from meristem.model.heads.symbols import SymbolHead
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.outputs import HeadRequest, Wanted
-from meristem.model.readout import Readout
 from meristem.model.reordered import reordered
 from meristem.shapes import Tensor
 from meristem.train.ema import MovingAverage
 from meristem.types import PackedBatch
-from model_runs import outputs_of
+from model_runs import outputs_of, specs
 
 OWN = Readout(name="own", classes=("a", "b"), pool=None)
 
@@ -31,7 +31,7 @@ def _config(**parts: object) -> TransformerConfig:
 
 
 def _model() -> Model:
-    model = Model(_config(), (SYMBOLS,), (OWN,))
+    model = Model(_config(), specs((SYMBOLS,), (OWN,)))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -57,7 +57,7 @@ COPIES = {
 
 def _assigned(tensors: dict[str, Tensor]) -> Model:
     with torch.device("meta"):
-        model = Model(_config(), (SYMBOLS,), (OWN,))
+        model = Model(_config(), specs((SYMBOLS,), (OWN,)))
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
 
@@ -150,7 +150,7 @@ def test_what_a_model_does_not_have_is_refused(rng: np.random.Generator) -> None
     with pytest.raises(ConfigError, match=r"must have a pool of its own .*\(architecture.pool\)"):
         bare(batch, Wanted(is_pooled=True))
     with pytest.raises(ConfigError, match=r"takes the model's own pool"):
-        Model(bare.config, (), (OWN,))
+        Model(bare.config, specs((), (OWN,)))
     with pytest.raises(ConfigError, match=r"layer must be in 0..2"):
         model(batch, Wanted(layers=(7,)))
 
@@ -163,7 +163,7 @@ def test_what_travels_into_a_model_is_no_dataclass() -> None:
 
 def test_predictions_of_a_record_do_not_depend_on_how_many_are_made(rng: np.random.Generator) -> None:
     value = Readout(name="value", task="regression", pool=Prefix())
-    model = Model(_config(), (), (value,)).eval()
+    model = Model(_config(), specs((), (value,))).eval()
     batch = random_pack(rng, [int(n) for n in rng.integers(1, 30, 7)])
     lengths = batch.layout.lengths
     wanted = Wanted(("value",), rounds_alike=True)

@@ -26,8 +26,10 @@ from meristem.model.config import (
     TransformerConfig,
 )
 from meristem.model.model import SYMBOLS, Model
+from meristem.model.outputs import Wanted
 from meristem.model.position import SinusoidalLayer
 from meristem.types import Hidden, PackedBatch, Tokens
+from model_runs import specs
 
 # of the reference's path for inference, which an odd number of heads cannot take
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
@@ -257,7 +259,7 @@ def make(rng: np.random.Generator) -> Callable[..., tuple[Model, Reference]]:
 
     def build(shape: Shape, **changes: object) -> tuple[Model, Reference]:
         reference = redraw(Reference(shape), rng)
-        model = Model(original(shape, **changes), [SYMBOLS])
+        model = Model(original(shape, **changes), specs([SYMBOLS]))
         weights = as_ours(dict(reference.named_parameters()), shape)
         kept = {name: weights[name].detach().clone() for name in model.state_dict()}
         model.load_state_dict(kept, strict=True)

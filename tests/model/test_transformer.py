@@ -27,11 +27,12 @@ from meristem.model.config import (
     TransformerConfig,
 )
 from meristem.model.feedforward import FeedForwardLayer
+from meristem.model.heads import Readout
 from meristem.model.model import Model
 from meristem.model.position import BetweenLayer, LearnedLayer, RotaryLayer
-from meristem.model.readout import Readout
 from meristem.model.transformer import Encoder
 from meristem.types import Layout, PackedBatch
+from model_runs import specs
 
 
 def redraw(module: nn.Module) -> nn.Module:
@@ -289,11 +290,11 @@ READOUTS = (Readout(name="place", classes=("in", "out"), hidden_width=16), Reado
 def test_every_parameter_gets_its_initial_value_of_the_table(kind: str) -> None:
     architecture: TransformerConfig = FULL[kind]
     with torch.device("meta"):
-        model = Model(architecture, ("tokens", "contacts"), READOUTS)
+        model = Model(architecture, specs(("tokens", "contacts"), READOUTS))
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.constant_(parameter, 77.0)
-    filled = Model(architecture, ("tokens", "contacts"), READOUTS)
+    filled = Model(architecture, specs(("tokens", "contacts"), READOUTS))
     for name, parameter in filled.named_parameters():
         assert not (parameter == 77.0).any()
         if parameter.ndim == 1:
@@ -311,7 +312,9 @@ def test_every_parameter_gets_its_initial_value_of_the_table(kind: str) -> None:
 
 def test_a_model_on_the_meta_device_costs_nothing() -> None:
     with torch.device("meta"):
-        model = Model(config(width=16384, num_layers=20, attention=Attention(num_heads=128)), ("tokens", "contacts"))
+        model = Model(
+            config(width=16384, num_layers=20, attention=Attention(num_heads=128)), specs(("tokens", "contacts"))
+        )
     assert all(parameter.is_meta for parameter in model.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) > 20e9
 

@@ -40,8 +40,8 @@ from meristem.model.config import (
     TransformerConfig,
     Window,
 )
+from meristem.model.heads import Readout
 from meristem.model.plain import from_json, to_json
-from meristem.model.readout import Readout
 
 CONFIGS = [
     config(),

@@ -25,11 +25,12 @@ from meristem.model.config import (
     Residual,
     TransformerConfig,
 )
+from meristem.model.heads import Readout
 from meristem.model.model import Model
 from meristem.model.outputs import Wanted
-from meristem.model.readout import Readout
 from meristem.model.transformer import Decoder, Encoder, EncoderDecoder, build_trunk
 from meristem.types import Layout, PackedBatch, Tokens
+from model_runs import specs
 
 
 def two_stacks(**changes: object) -> TransformerConfig:
@@ -160,7 +161,7 @@ POOLS = [Mean(is_normed=True), Prefix(is_dense=True), Prefix(count=2), Attention
 @pytest.mark.parametrize("pool", POOLS, ids=lambda pool: type(pool).__name__)
 def test_a_label_by_the_models_own_pool_does_not_depend_on_batch_mates(pool: object, rng: np.random.Generator) -> None:
     readout = Readout(name="place", classes=("in", "out"), pool=None)
-    model = redraw(Model(config(pool=pool, embedding=Embedding(vocab_size=VOCAB)), (), (readout,)))
+    model = redraw(Model(config(pool=pool, embedding=Embedding(vocab_size=VOCAB)), specs((), (readout,))))
     sequences = [tokens(rng.integers(0, VOCAB, int(n))) for n in rng.integers(3, 30, 7)]
 
     def outputs(records: list[int]) -> dict[int, torch.Tensor]:
@@ -178,4 +179,4 @@ def test_a_label_by_the_models_own_pool_does_not_depend_on_batch_mates(pool: obj
 
 def test_a_label_cannot_take_a_pool_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match=r"takes the model's own pool .*, and it has none"):
-        Model(config(), (), (Readout(name="place", classes=("in", "out"), pool=None),))
+        Model(config(), specs((), (Readout(name="place", classes=("in", "out"), pool=None),)))

@@ -21,11 +21,12 @@ from meristem.model.config import (
     Rotary,
     TransformerConfig,
 )
+from meristem.model.heads import Readout
 from meristem.model.model import Model
 from meristem.model.outputs import Wanted
-from meristem.model.readout import Readout
 from meristem.model.transformer import Encoder
 from meristem.types import Layout
+from model_runs import specs
 
 CONFIGS = {
     "pre-norm, rotary": config(position=Rotary()),
@@ -102,7 +103,7 @@ def test_the_last_block_makes_no_rows_that_nobody_reads(rng):
         Readout(name="own", classes=("a", "b"), pool=None),
         Readout(name="each", classes=("a", "b"), level="token"),
     ]
-    model = Model(config(pool=Prefix()), (), readouts)
+    model = Model(config(pool=Prefix()), specs((), readouts))
     batch = random_pack(rng, [20, 30])
 
     def lengths(model, *names, **options):
@@ -116,5 +117,5 @@ def test_the_last_block_makes_no_rows_that_nobody_reads(rng):
         assert lengths(model, "first", other, num_first=0) == (20, 30)
     for options in ({"layers": (1,)}, {"attentions": (0,)}, {"num_first": None}):
         assert lengths(model, "first", **{"num_first": 0, **options}) == (20, 30)
-    biased = Model(config(position=LinearBias()), (), readouts[:1])
+    biased = Model(config(position=LinearBias()), specs((), readouts[:1]))
     assert lengths(biased, "first", num_first=0) == (20, 30)

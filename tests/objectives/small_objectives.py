@@ -118,7 +118,7 @@ def packed(objective: Objective, records: list[Record], tokenizer=TOKENIZER, see
 
 def built(objective: Objective, config: TransformerConfig) -> Model:
     """A model with every parameter drawn anew, so that no bias is 0 and no norm 1."""
-    model = Model(config, objective.heads, objective.readouts)
+    model = Model(config, objective.heads)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -126,7 +126,7 @@ def _loss_by_hand(objective: Supervised, model: Model, batch: PackedBatch, seed:
 def test_loss_is_that_of_soft_targets(rng, smoothing):
     objective = _objective(Mixing(mixup=0.5, cutmix=1.0), smoothing)
     batch = _batch(rng, objective, list("abccba") * 3)
-    model = Model(CONFIG, (), objective.readouts).train()
+    model = Model(CONFIG, objective.heads).train()
     # fp32 sums of 18 losses near 1
     assert _loss(objective, model, batch, 5) == pytest.approx(
         _loss_by_hand(objective, model, batch, 5, smoothing), rel=1e-5
@@ -138,7 +138,7 @@ def test_labels_that_are_not_mixed_with_their_pictures_would_be_seen(rng, monkey
     """The mutant: pictures are mixed, labels are not."""
     objective = _objective(Mixing(mixup=0.5))
     batch = _batch(rng, objective, list("abccba") * 3)
-    model = Model(CONFIG, (), objective.readouts).train()
+    model = Model(CONFIG, objective.heads).train()
     wanted = _loss_by_hand(objective, model, batch, 5, 0.0)
 
     def mutant(*arguments):
@@ -152,7 +152,7 @@ def test_labels_that_are_not_mixed_with_their_pictures_would_be_seen(rng, monkey
 def test_evaluation_neither_mixes_nor_smooths(rng):
     objective, plain = _objective(Mixing(mixup=0.5, cutmix=1.0), 0.2), _objective(Mixing())
     batch = _batch(rng, objective, list("abccba"))
-    model = Model(CONFIG, (), objective.readouts).eval()
+    model = Model(CONFIG, objective.heads).eval()
     assert _loss(objective, model, batch) == _loss(plain, model, batch)
 
 

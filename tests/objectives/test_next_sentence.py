@@ -21,6 +21,7 @@ from small_objectives import (
 from torch.nn import functional as F
 
 from meristem.errors import ConfigError, DataError
+from meristem.model.heads import readouts_of
 from meristem.model.model import SYMBOLS
 from meristem.objectives.next_sentence import NEXT_SENTENCE, NextSentence
 from meristem.types import IGNORE, Record
@@ -54,8 +55,8 @@ def test_a_record_becomes_two_closed_sentences_of_two_types(rng):
         targets = tokens.targets[SYMBOLS]
         assert not set(targets) & {CLS, SEP, MASK}
         assert (targets[1:-1] != IGNORE).any()
-    assert objective.readouts[0].classes == ("next", "random")
-    assert objective.readouts[0].pool is None
+    assert readouts_of(objective.heads)[0].classes == ("next", "random")
+    assert readouts_of(objective.heads)[0].pool is None
 
 
 def test_half_of_the_seconds_are_another_records_each_equally_likely(rng):

@@ -33,6 +33,7 @@ from meristem.objectives.routing import (
     routing_terms,
 )
 from meristem.types import Hidden, Layout, PackedBatch, Routing, Tokens
+from model_runs import specs
 
 EXACT = {"rtol": 1e-5, "atol": 1e-6}  # fp32 sums over up to a few hundred rows
 
@@ -259,7 +260,7 @@ def test_counts_are_known_before_the_trunk_runs(has_source: bool, rng: np.random
     else:
         config = config_of(Experts(count=4, capacity=2), num_layers=2)
     batch = batch_of(rng, has_source)
-    hidden = Model(config, ("tokens",)).trunk(batch)
+    hidden = Model(config, specs(("tokens",))).trunk(batch)
     terms = routing_terms(hidden, config)
     announced = routing_counts(batch, config)
     assert {name: float(term.count) for name, term in terms.items()} == announced

@@ -12,6 +12,7 @@ from meristem.data.parts import Part, RunData
 from meristem.domain import load_domain
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Attention, Embedding, FeedForward, TransformerConfig
+from meristem.model.heads import readouts_of
 from meristem.model.model import Model
 from meristem.model.transformer import Encoder
 from meristem.objectives import targets
@@ -54,7 +55,7 @@ def test_missing_labels_count_for_nothing(rng):
         _prepare(objective, "MKVA"),
     ]
     batch = pack(tokens, range(3))
-    model = Model(CONFIG, (), objective.readouts)
+    model = Model(CONFIG, objective.heads)
     out = objective.loss_of(model, objective.build(CONFIG), batch)
     assert {name: float(term.count) for name, term in out.terms.items()} == {"place": 1, "score": 1, "ss": 3}
     assert objective.counts(batch) == {"place": 1, "score": 1, "ss": 3}
@@ -68,7 +69,7 @@ def test_class_weights_are_those_of_torch(rng):
     objective = _bound([Target(name="place", class_weights=weights)], place=["c", "a", "b"])
     tokens = [_prepare(objective, "MKVAG"[: 2 + i], place="abc"[i % 3]) for i in range(4)]
     batch = pack(tokens, range(4))
-    model = Model(CONFIG, (), objective.readouts).eval()
+    model = Model(CONFIG, objective.heads).eval()
     term = objective.loss_of(model, objective.build(CONFIG), batch).terms["place"]
     logits = outputs_of(model, batch, "place", TOKENIZER.num_special)
     expected = F.cross_entropy(logits, batch.labels["place"], torch.tensor(weights))
@@ -84,13 +85,13 @@ def test_balanced_weights_give_each_class_the_same_share():
 def test_values_are_standardised_and_reported_in_their_own_unit(rng):
     values = list(rng.normal(50, 9, 40))
     objective = _bound([Target(name="score", task="regression")], score=[repr(float(value)) for value in values])
-    readout = objective.readouts[0]
+    readout = readouts_of(objective.heads)[0]
     assert readout.mean[0] == pytest.approx(np.mean(values))
     assert readout.std[0] == pytest.approx(np.std(values))
     tokens = [_prepare(objective, "MKVA", score=repr(float(value))) for value in values[:5]]
     batch = pack(tokens, range(5))
     np.testing.assert_allclose(batch.labels["score"], (np.array(values[:5]) - readout.mean) / readout.std, rtol=1e-5)
-    out = objective.loss_of(Model(CONFIG, (), objective.readouts), objective.build(CONFIG), batch)
+    out = objective.loss_of(Model(CONFIG, objective.heads), objective.build(CONFIG), batch)
     np.testing.assert_allclose(out.targets["score"], values[:5], rtol=1e-5)
     assert set(objective.metrics()) == {"score/spearman", "score/mae", "score/r2"}
 
@@ -201,7 +202,7 @@ def test_labels_are_counted_in_every_part_and_declared_words_are_missing(task):
 
 def test_many_classes_are_counted_and_some_are_named():
     objective = _bind_parts({}, train=list(map(str, range(300))))
-    assert objective.readouts[0].classes == tuple(map(str, range(300)))
+    assert readouts_of(objective.heads)[0].classes == tuple(map(str, range(300)))
     assert "11 1, and 288 more" in objective.remarks[0]
     with pytest.raises(DataError, match=r"\(0, 1, .*, 11, and 288 more\); the test part has others: x 1 "):
         _bind_parts({}, train=list(map(str, range(300))), test=["x"])
@@ -224,7 +225,7 @@ def test_impossible_targets_are_refused(target):
 def test_a_loss_that_reads_class_rows_alone_is_that_of_a_whole_pass(rng, monkeypatch):
     objective = _bound([Target(name="place", pool="cls")], place=["a", "b"])
     batch = pack([_prepare(objective, "MKVAG" * (1 + i % 3), place="ab"[i % 2]) for i in range(5)], range(5))
-    model = Model(CONFIG, (), objective.readouts)
+    model = Model(CONFIG, objective.heads)
     losses, grads, rows = [], [], []
     model.trunk.final_norm.register_forward_hook(lambda _, __, made: rows.append(len(made)))
     for may_leave_rows in (True, False):

@@ -11,6 +11,7 @@ from meristem.model.config import Attention, Embedding, FeedForward, Learned, To
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard, save_model
 from meristem_domains.protein import domain as protein
+from model_runs import specs
 
 RESIDUES = "LAGVSERTIDPKQNFYMHWC"
 
@@ -33,7 +34,7 @@ def save_protein_model(folder: Path) -> Path:
         feedforward=FeedForward(width=64),
         head=TokenHead(),
     )
-    card = ModelCard(config, protein.tokenizer(), heads=("tokens",), domain="protein")
+    card = ModelCard(config, protein.tokenizer(), specs(("tokens",)), domain="protein")
     save_model(folder, card, _redraw(card.build()))
     return folder
 

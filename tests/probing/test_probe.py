@@ -236,7 +236,7 @@ def test_pictures_are_probed_by_the_same_code(tmp_path: Path, probe: Probe, rng:
     for method in ("linear", "knn"):
         assert found[method]["accuracy"] > 0.8  # brightness survives any map
         assert found[method]["top5_accuracy"] >= found[method]["accuracy"]
-    assert "compares texts" in probe(model, table, "--split", "similarity", code=2)["said"]
+    assert "vision has none (Domain.similarity)" in probe(model, table, "--split", "similarity", code=2)["said"]
 
 
 def test_a_folder_of_class_folders_is_probed(tmp_path: Path, probe: Probe, rng: np.random.Generator) -> None:

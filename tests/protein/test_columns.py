@@ -16,6 +16,7 @@ from meristem.inference.chunks import CHUNK_RECORDS, ChunkReader
 from meristem.model_directory import ModelCard, save_model
 from meristem_domains.protein import domain
 from meristem_domains.protein.presets import PRESETS
+from model_runs import specs
 
 FEW, MANY = 20, 900
 assert MANY < CHUNK_RECORDS
@@ -96,7 +97,7 @@ print("torch._dynamo" in sys.modules)
 )
 def test_embedding_on_a_cpu_starts_without_the_compiler_of_torch(tmp_path: Path, way: str, is_imported: bool) -> None:
     """Its import takes longer than all else that `embed` does for a record; one call in the wrong place draws it in."""
-    card = ModelCard(PRESETS["esm2_8m"], domain.tokenizer(), heads=("tokens",), domain=domain.name)
+    card = ModelCard(PRESETS["esm2_8m"], domain.tokenizer(), specs(("tokens",)), domain=domain.name)
     save_model(tmp_path / "model", card, card.build())
     source = write_proteins(tmp_path / "in.fa", 1)
     command = [sys.executable, "-c", START, way, str(tmp_path / "model"), source, "--output", str(tmp_path / "out")]

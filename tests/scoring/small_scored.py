@@ -30,7 +30,7 @@ from meristem.model.config import (
 )
 from meristem.model.model import Model
 from meristem.types import Layout, PackedBatch, TokenColumn
-from model_runs import outputs_of
+from model_runs import outputs_of, specs
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 KINDS = ("masked", "causal", "prefix", "encoder-decoder")
@@ -85,7 +85,7 @@ def draw_model(kind: str, tokenizer: AlphabetTokenizer, rng: np.random.Generator
             values["position"] = BucketBias(num_buckets=8, max_distance=20)
             rule["position"] = BucketBias(num_buckets=8, max_distance=20, is_two_sided=False)
         values |= {"num_decoder_layers": 2, "layers": (LayerRule(**rule),)}
-    return redrawn(Model(TransformerConfig(**values), ("tokens",)))
+    return redrawn(Model(TransformerConfig(**values), specs(("tokens",))))
 
 
 def small_config(**changes: Any) -> TransformerConfig:

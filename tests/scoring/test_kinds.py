@@ -12,6 +12,7 @@ from meristem.model.config import Attention, BlockSparse, Causal, Embedding, Lay
 from meristem.model.model import Model
 from meristem.scoring.likelihood import kind_of
 from meristem_domains.vision.patches import PatchTokenizer
+from model_runs import specs
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -40,7 +41,7 @@ def test_a_model_without_a_likelihood_is_refused(
 ) -> None:
     tokenizer = replace(draw_tokenizer(rng), **changes)
     with pytest.raises(ConfigError, match=message):
-        kind_of(Model(config, heads), tokenizer)
+        kind_of(Model(config, specs(heads)), tokenizer)
 
 
 def test_pictures_have_no_likelihood() -> None:

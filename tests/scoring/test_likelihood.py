@@ -22,6 +22,7 @@ from meristem.scoring import likelihood
 from meristem.scoring.likelihood import LikelihoodOptions, Reading, kind_of, score_column, token_log_likelihoods
 from meristem.scoring.running import ROWS_PER_CALL, RunningModel
 from meristem.types import IGNORE, Hidden, PackedBatch, TokenColumn
+from model_runs import specs
 
 
 class Case:
@@ -343,7 +344,7 @@ def test_logits_of_zero_give_a_perplexity_of_the_vocabulary(rng: np.random.Gener
         attention=Attention(num_heads=2, pattern=Causal()),
         head=TokenHead(is_tied=False, activation=None),
     )
-    model = redrawn(Model(config, ("tokens",)))
+    model = redrawn(Model(config, specs(("tokens",))))
     for parameter in model.heads["tokens"].parameters():
         torch.nn.init.zeros_(parameter)
     running = RunningModel(model, tokenizer)

@@ -35,6 +35,7 @@ from meristem.scoring.running import RunningModel
 from meristem.scoring.scorer import NoOptions
 from meristem_domains.protein.alphabet import tokenizer as protein_tokenizer
 from meristem_domains.protein.contacts import contact_maps
+from model_runs import specs
 
 TOKENIZER = protein_tokenizer()
 
@@ -48,7 +49,7 @@ def build(heads: tuple[str, ...], **changes: object) -> Model:
         "feedforward": FeedForward(width=64),
         "head": TokenHead(),
     }
-    model = Model(TransformerConfig(**{**values, **changes}), heads)
+    model = Model(TransformerConfig(**{**values, **changes}), specs(heads))
     for parameter in model.parameters():
         draw = torch.randn_like(parameter)
         parameter.data = draw / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 1 + 0.3 * draw
@@ -113,7 +114,7 @@ def fasta(proteins: list[str], tmp_path: Path) -> Path:
 
 
 def save(model: Model, folder: Path) -> Path:
-    save_model(folder, ModelCard(model.config, TOKENIZER, tuple(model.heads), domain="protein"), model)
+    save_model(folder, ModelCard(model.config, TOKENIZER, specs(tuple(model.heads)), domain="protein"), model)
     return folder
 
 

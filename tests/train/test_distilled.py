@@ -13,13 +13,13 @@ from meristem.data.pack import pack
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
 from meristem.model.config import Attention, Embedding, FeedForward, TransformerConfig
+from meristem.model.heads import Readout
 from meristem.model.model import Model
-from meristem.model.readout import Readout
 from meristem.model_directory import ModelCard, save_model
 from meristem.objectives.supervised import Target
 from meristem.train.distilled import Distilled
 from meristem.types import PackedBatch, Record
-from model_runs import outputs_of
+from model_runs import outputs_of, specs
 
 TOKENIZER = load_domain("protein").tokenizer()
 CONFIG = TransformerConfig(
@@ -37,10 +37,10 @@ def _readout(classes: str = "abc", name: str = "place") -> Readout:
 
 def _teacher(path: Path, readout: Readout | None = None) -> Model:
     readout = readout or _readout()
-    model = Model(CONFIG, (), (readout,))
+    model = Model(CONFIG, specs((), (readout,)))
     with torch.no_grad():  # sharp answers
         model.heads[readout.name].out.weight *= 50
-    save_model(path, ModelCard(CONFIG, TOKENIZER, readouts=(readout,), domain="protein"), model)
+    save_model(path, ModelCard(CONFIG, TOKENIZER, specs((), (readout,)), domain="protein"), model)
     return model.eval()
 
 
@@ -75,7 +75,7 @@ def test_loss_of_the_teacher_is_that_of_its_answers(rng, tmp_path, temperature, 
     teacher = _teacher(tmp_path / "teacher")
     objective = _bound(tmp_path / "teacher", temperature=temperature, is_hard=is_hard, teacher_weight=0.3)
     batch = _batch(rng, objective, ["a", "b", None, "c"])
-    student = Model(CONFIG, (), objective.readouts).train()
+    student = Model(CONFIG, objective.heads).train()
     out = objective.loss_of(student, objective.build(CONFIG), batch)
     term = out.terms["place_teacher"]
     wanted = _by_hand(student, teacher, batch, temperature, is_hard)
@@ -85,7 +85,7 @@ def test_loss_of_the_teacher_is_that_of_its_answers(rng, tmp_path, temperature, 
     assert {name: float(term.count) for name, term in out.terms.items()} == objective.counts(batch)
     assert objective.counts(batch) == {"place": 3, "place_teacher": 4}
     # the mutant: another teacher's answers; some teachers say the same of four pictures
-    others = [Model(CONFIG, (), objective.readouts).eval() for _ in range(12)]
+    others = [Model(CONFIG, objective.heads).eval() for _ in range(12)]
     answers = [_by_hand(student, other, batch, temperature, is_hard) for other in others]
     assert any(answer != pytest.approx(wanted, rel=1e-3) for answer in answers)
 
@@ -94,7 +94,7 @@ def test_evaluation_asks_no_teacher_and_it_learns_nothing(rng, tmp_path):
     _teacher(tmp_path / "teacher")
     objective = _bound(tmp_path / "teacher")
     batch = _batch(rng, objective, ["a", "b"])
-    student = Model(CONFIG, (), objective.readouts)
+    student = Model(CONFIG, objective.heads)
     assert list(objective.loss_of(student.eval(), objective.build(CONFIG), batch).terms) == ["place"]
     terms = objective.loss_of(student.train(), objective.build(CONFIG), batch).terms
     sum(term.sum for term in terms.values()).backward()

@@ -16,6 +16,7 @@ from meristem.train.optim import OptimizerConfig, lr_factor, parameter_groups
 from meristem.train.recorder import MetricsFile
 from meristem.train.task import Task, fold
 from meristem.types import Record
+from model_runs import specs
 
 TOKENIZER = load_domain("protein").tokenizer()
 ARCHITECTURE = TransformerConfig(
@@ -121,7 +122,7 @@ def _gradients_of_means(objective, packs) -> dict[str, torch.Tensor]:
 def test_counts_known_before_the_trunk_are_those_of_the_loss(rng):
     for objective, labels in ((_masked(), None), (_supervised(), _some_labels)):
         batch = pack(_prepared(objective, rng, labels), range(9))
-        model = Model(ARCHITECTURE, objective.heads, objective.readouts)
+        model = Model(ARCHITECTURE, objective.heads)
         terms = objective.loss_of(model, objective.build(ARCHITECTURE), batch).terms
         counts = objective.counts(batch)
         assert terms.keys() == counts.keys()
@@ -130,7 +131,7 @@ def test_counts_known_before_the_trunk_are_those_of_the_loss(rng):
 
 
 def test_groups_decay_linear_maps_alone_and_cover_every_parameter():
-    model = Model(ARCHITECTURE, ("tokens",))
+    model = Model(ARCHITECTURE, specs(("tokens",)))
     decayed, plain = parameter_groups(model, 0.1)
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(decayed["params"]) + len(plain["params"]) == len(names)

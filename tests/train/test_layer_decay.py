@@ -7,11 +7,12 @@ import torch
 
 from meristem.errors import ConfigError
 from meristem.model.config import Attention, BucketBias, Causal, Embedding, FeedForward, LayerRule, TransformerConfig
+from meristem.model.heads import Readout
 from meristem.model.model import Model
-from meristem.model.readout import Readout
 from meristem.train import optim
 from meristem.train.optim import OptimizerConfig, build_optimizer, parameter_groups
 from meristem.train.task import Task
+from model_runs import specs
 
 DECAY = 0.65
 READOUT = Readout(name="label", level="record", task="classification", classes=("a", "b"))
@@ -30,7 +31,7 @@ def _model(num_layers: int = 3, num_decoder_layers: int = 0) -> Model:
         feedforward=FeedForward(width=16),
         layers=(causal,) if num_decoder_layers else (),
     )
-    return Model(config, (), (READOUT,))
+    return Model(config, specs((), (READOUT,)))
 
 
 def _expected_depth(name: str, num_layers: int, total: int) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from random_proteins import random_proteins
 
+from meristem.model.heads import Symbols
 from meristem.model_directory import load_model
 
 SUPERVISED = """
@@ -60,7 +61,7 @@ def test_finished_run_leaves_models_figures_and_a_way_on(bench):
     assert [row["step"] for row in rows] == [str(n) for n in range(1, 9)]
     assert [row["step"] for row in rows if row["val/loss"]] == ["7", "8"]
     card, _ = load_model(run / "model-last")
-    assert card.heads == ("tokens",)
+    assert card.heads == {"tokens": Symbols()}
     again = bench.run("--run_dir", "run")
     assert again.code == 0
     assert "--trainer.max_steps 16" in again.err

@@ -8,9 +8,10 @@ import torch
 
 from meristem.cli.main import main
 from meristem.model.config import Attention, Embedding, FeedForward, SinCos2D, TransformerConfig
-from meristem.model.readout import Readout
+from meristem.model.heads import Readout
 from meristem.model_directory import ModelCard, save_model
 from meristem_domains.vision import domain
+from model_runs import specs
 
 CONFIG = """
 model:
@@ -50,7 +51,7 @@ def small_model(folder: Path, num_channels: int = 3) -> Path:
         feedforward=FeedForward(width=32),
     )
     readout = Readout(name="label", level="record", task="classification", classes=("cat", "dog"))
-    card = ModelCard(config, tokenizer, readouts=(readout,), domain="vision")
+    card = ModelCard(config, tokenizer, specs((), (readout,)), domain="vision")
     torch.manual_seed(1)
     save_model(folder, card, card.build())
     return folder

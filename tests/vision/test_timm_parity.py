@@ -28,6 +28,7 @@ from meristem.model.config import LayerNorm, Mean, Prefix, Rotary
 from meristem.model.model import Model
 from meristem_domains.vision.families.timm_names import ARCHITECTURES
 from meristem_domains.vision.families.timm_vit import TIMM_VIT
+from model_runs import specs
 from parity_checks import Case
 
 SMALL = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
@@ -345,7 +346,7 @@ def test_what_timm_cannot_say_is_not_exported(what: str, case_of: CaseOf, tmp_pa
     change, message = UNSAYABLE[what]
     imported = case_of(PLAIN).imported
     architecture = change(imported.architecture)
-    model = Model(architecture, readouts=imported.model.readouts)
+    model = Model(architecture, specs((), imported.model.readouts))
     with pytest.raises(ConfigError, match=message):
         write_directory(tmp_path / "back", architecture, imported.tokenizer, model, "timm")
     assert not (tmp_path / "back").exists()
@@ -354,6 +355,6 @@ def test_what_timm_cannot_say_is_not_exported(what: str, case_of: CaseOf, tmp_pa
 def test_a_label_with_a_pool_of_its_own_is_not_exported(case_of: CaseOf, tmp_path: Path) -> None:
     imported = case_of(PLAIN).imported
     (readout,) = imported.model.readouts
-    model = Model(imported.architecture, readouts=[replace(readout, pool=Mean())])
+    model = Model(imported.architecture, specs((), [replace(readout, pool=Mean())]))
     with pytest.raises(ConfigError, match="label 'label' must read the model's own to be exported; its pool is Mean"):
         write_directory(tmp_path / "back", imported.architecture, imported.tokenizer, model, "timm")

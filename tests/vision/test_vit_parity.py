@@ -39,6 +39,7 @@ from meristem.types import Tokens
 from meristem_domains.vision.families.dino import DINO, DINO_REGISTERS
 from meristem_domains.vision.families.vit import VIT
 from meristem_domains.vision.patches import PatchTokenizer
+from model_runs import specs
 from parity_checks import Case
 from references import save
 
@@ -353,7 +354,7 @@ def test_what_transformers_cannot_say_is_not_exported(what: str, case_of: CaseOf
     shape, change, message = UNSAYABLE[what]
     case = case_of(shape)
     architecture = change(case.imported.architecture)
-    model = Model(architecture, readouts=case.imported.model.readouts)
+    model = Model(architecture, specs((), case.imported.model.readouts))
     with pytest.raises(ConfigError, match=message):
         write_directory(tmp_path / "back", architecture, case.imported.tokenizer, model, family=case.family)
     assert not (tmp_path / "back").exists()

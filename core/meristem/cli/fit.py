@@ -98,6 +98,7 @@ def _fit(config: "RunConfig") -> int:
 
 def _evaluate(config: "RunConfig", verb: str) -> int:
     from meristem.figures.predictions import draw_confusion
+    from meristem.model.heads import readouts_of
     from meristem.train.run import evaluate, is_evaluated_by_checkpoint
     from meristem.train.run_directory import RunDirectory
 
@@ -117,7 +118,7 @@ def _evaluate(config: "RunConfig", verb: str) -> int:
     print(f"{part} part, {checkpoint or run.best_model}")
     for name, value in values.items():
         print(f"  {name:<{width}}  {value:.5g}")
-    classes = {readout.name: readout.classes for readout in task.objective.readouts}
+    classes = {readout.name: readout.classes for readout in readouts_of(task.objective.heads)}
     for name, counts in task.confusion_values().items():
         drawn = run.figure(f"confusion_{name}_{part}")
         draw_confusion(drawn, {f"{name}, {part}": counts.numpy()}, classes[name])

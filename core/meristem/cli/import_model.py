@@ -78,8 +78,7 @@ def _import(args: argparse.Namespace, source: "Path", out: "Path", notes: list[s
     config = card.architecture
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{imported.family.name}: {num_parameters:,} parameters, {config.num_layers} layers of width {config.width}")
-    heads = (*card.heads, *(readout.name for readout in card.readouts))
-    print(f"heads: {', '.join(heads) or 'none: a trunk alone'}")
+    print(f"heads: {', '.join(card.heads) or 'none: a trunk alone'}")
     for note in (*notes, *imported.notes):
         print(f"note: {note}")
     if not args.skip_parity:

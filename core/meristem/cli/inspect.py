@@ -70,8 +70,7 @@ def _facts_of_model(path: str, length: int) -> dict[str, Any]:
         "model": path,
         "domain": card.domain or None,
         **_facts_of_architecture(card.architecture, model, length),
-        "heads": list(card.heads),
-        "labels": [to_json(readout) for readout in card.readouts],
+        "heads": {name: to_json(spec) for name, spec in card.heads.items()},
         "vocabulary": {
             "kind": tokenizer.kind,
             "fingerprint": tokenizer.fingerprint,
@@ -118,6 +117,7 @@ def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
     from meristem.cli.configs import find_config
     from meristem.domain import load_domain
     from meristem.errors import ConfigError
+    from meristem.model.heads import Symbols
     from meristem.model.init import without_weights
     from meristem.model.model import SYMBOLS, Model
     from meristem.train.architecture import resolve_architecture
@@ -133,7 +133,7 @@ def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = domain.build_tokenizer(**(data.get("tokenizer") or {}))
     architecture = resolve_architecture(model.get("architecture") or {}, domain, tokenizer)
     with without_weights():
-        built = Model(architecture, (SYMBOLS,) if architecture.head else ())
+        built = Model(architecture, {SYMBOLS: Symbols()} if architecture.head else {})
     facts = _facts_of_architecture(architecture, built, args.length)
     return {"config": str(file), "domain": data["domain"], **facts}
 
@@ -212,8 +212,7 @@ def _print_tables(facts: dict[str, Any]) -> None:
             "symbols": " ".join(vocabulary["symbols"][:100]) + (" ..." if vocabulary["size"] > 100 else ""),
         },
     )
-    labels = {f"label {label['name']}": _describe_label(label) for label in facts["labels"]}
-    table("heads", {**dict.fromkeys(facts["heads"], "a head of the model"), **labels})
+    table("heads", {name: _describe_head(head) for name, head in facts["heads"].items()})
     if facts["facts"]:
         table("facts", facts["facts"])
 
@@ -237,9 +236,11 @@ def _print_throughput(table: Callable[[str, dict[str, Any]], None], facts: dict[
     )
 
 
-def _describe_label(label: dict[str, Any]) -> str:
-    what = f"{label['task']}, one a {label['level']}"
-    return f"{what}: {', '.join(label['classes'])}" if label["classes"] else what
+def _describe_head(head: dict[str, Any]) -> str:
+    if "task" not in head:
+        return str(head["kind"])
+    what = f"{head['kind']}: {head['task']}, one for each {head['level']}"
+    return f"{what}: {', '.join(head['classes'])}" if head["classes"] else what
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

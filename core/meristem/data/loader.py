@@ -48,7 +48,8 @@ class PackMaker:
         seed: what happens to a record depends on (seed, epoch, row) alone.
         max_tokens_per_record: longer records are cropped to a random window, another one each epoch;
             special tokens are counted and kept. None crops nothing.
-        views: what is seen of a record in training; None for the record as it is.
+        views: of the records; None for the records as they are.
+        is_training: views are drawn anew each epoch; else each record has one, the same each time.
     """
 
     store: RecordStore
@@ -58,6 +59,7 @@ class PackMaker:
     seed: int
     max_tokens_per_record: int | None = None
     views: Views | None = None
+    is_training: bool = True
 
     def __post_init__(self) -> None:
         least = sum(self.tokenizer.num_special) + 1
@@ -78,7 +80,12 @@ class PackMaker:
     def lengths(self) -> np.ndarray:
         """`[N]` rows of each record as it reaches a pack."""
         cropped = np.minimum(self.full_lengths(), self.max_tokens_per_record or np.iinfo(np.int32).max)
-        return self.objective.lengths(cropped) * (1 if self.views is None else self.views.repeats)
+        return self.objective.lengths(cropped) * (self.views.num_views if self.views and self.is_training else 1)
+
+    @property
+    def _has_views(self) -> bool:
+        """Records are not taken as they are."""
+        return self.views is not None and (self.is_training or not self.views.is_training_only)
 
     def num_cropped(self) -> int:
         """Records that are longer than `max_tokens_per_record`."""
@@ -92,28 +99,34 @@ class PackMaker:
         rngs = [record_rng(self.seed, epoch, row) for row in rows.tolist()]
         cuts = self._cuts(rows, members, rngs)
         records = self.store.records(rows, cuts.stops < 0)
-        column = None if self.views else self.tokenizer.encode_column(cuts.payloads(self.store, rows))
+        seen: list[tuple[Record, ...]] = [(record,) for record in records]
+        if self._has_views:
+            assert self.views is not None
+            seen = [self.views.views(record, rng if self.is_training else None) for record, rng in zip(records, rngs)]
+            column = self.tokenizer.encode_values([view.payload for views in seen for view in views])
+        else:
+            column = self.tokenizer.encode_column(cuts.payloads(self.store, rows))
         sequences: list[Tokens] = []
         indices: list[int] = []
-        for i, (record, row, rng) in enumerate(zip(records, rows.tolist(), rngs)):
-            for _ in range(self.views.repeats if self.views else 1):
-                if column is None:
-                    assert self.views is not None
-                    tokens = self.views.encode_view(record.payload, rng)
-                else:
-                    tokens = cuts.placed(self.tokenizer.tokens_at(column, i), i)
+        place = 0
+        for i, (row, rng, views) in enumerate(zip(rows.tolist(), rngs, seen)):
+            for view in views:
+                tokens = self.tokenizer.tokens_at(column, place)
+                if not self._has_views:
+                    tokens = cuts.placed(tokens, i)
                 if self.max_tokens_per_record is not None:
                     tokens = crop_window(tokens, self.max_tokens_per_record, rng)
-                prepared = self.objective.prepare(record, (tokens,), rng)
+                prepared = self.objective.prepare(view, (tokens,), rng)
                 sequences += prepared
                 indices += [row] * len(prepared)
+                place += 1
         return pack(sequences, indices)
 
     def _cuts(self, rows: np.ndarray, members: np.ndarray, rngs: Sequence[np.random.Generator]) -> "Cuts":
         """Where records that are too long are cut before they are encoded, each place equally likely."""
         cuts = Cuts(np.zeros(len(rows), np.int64), np.full(len(rows), -1, np.int64), np.zeros(len(rows), np.int64))
         per_token, most = self.tokenizer.symbols_per_token, self.max_tokens_per_record
-        if most is None or per_token is None or self.views is not None:
+        if most is None or per_token is None or self._has_views:
             return cuts
         long = np.flatnonzero(self._lengths[members] > most)
         if len(long):
@@ -181,7 +194,7 @@ class TrainLoader:
         world_size: processes that share each step.
         num_workers: processes that prepare steps ahead; 0 prepares in this one. Without effect on what comes.
         max_tokens_per_record: longer records are cropped to a random window each epoch (`num_cropped`).
-        views: what is seen of a record; None for the record as it is.
+        views: of the records; None for the records as they are.
         weights: share of the tokens of each source of the store (`MixedStream`); None: records come in random order,
             whatever their source, each once an epoch.
         start_step: asked when iteration begins: the optimiser step to begin with.
@@ -254,6 +267,7 @@ class EvalLoader:
         world_size: processes that share the pass.
         num_workers: processes that prepare packs ahead; without effect on what comes.
         max_tokens_per_record: longer records are cropped to a window, the same each time (`num_cropped`).
+        views: of the records; None for the records as they are.
     """
 
     def __init__(
@@ -269,11 +283,14 @@ class EvalLoader:
         world_size: int = 1,
         num_workers: int = 0,
         max_tokens_per_record: int | None = None,
+        views: Views | None = None,
     ):
         _check_shares(rank, world_size, num_workers)
         if tokens_per_pack < 1:
             raise ConfigError(f"tokens_per_pack must be at least 1; got {tokens_per_pack}")
-        self.maker = PackMaker(store, np.asarray(rows), tokenizer, objective, seed, max_tokens_per_record)
+        self.maker = PackMaker(
+            store, np.asarray(rows), tokenizer, objective, seed, max_tokens_per_record, views, is_training=False
+        )
         self.plan = plan_in_order(self.maker.lengths(), tokens_per_pack)
         self.rank, self.world_size = rank, world_size
         self._packs = _InWorkers(_Packs(self.maker, self.plan, rank, world_size), num_workers)

@@ -12,6 +12,7 @@ Memory: about 4 kB for each record that is remembered, whatever its length.
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -32,22 +33,34 @@ HASH_BITS = np.uint64(40)
 """Of a k-mer; the other 24 bits of a key are the row within a piece, which is under `PIECE_BYTES` or alone."""
 
 
-def similarity_clusters(store: RecordStore, k: int, threshold: float, progress: Progress | None = None) -> np.ndarray:
+@dataclass(frozen=True, kw_only=True)
+class Similarity:
+    """When two payloads of a domain are similar.
+
+    Attributes:
+        k: length of a k-mer in bytes of a canonical payload: short enough to survive the changes that similar payloads
+            differ by, long enough to be rare in others.
+        threshold: share of the sketch that makes two similar, in (0, 1].
+    """
+
+    k: int
+    threshold: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigError(f"k must be at least 1; got {self.k}")
+        if not 0 < self.threshold <= 1:
+            raise ConfigError(f"threshold must be in (0, 1]; got {self.threshold}")
+
+
+def similarity_clusters(store: RecordStore, similarity: Similarity, progress: Progress | None = None) -> np.ndarray:
     """`[N]` cluster of each record, numbered from 0 in order of first records.
 
     Args:
         store: of records whose canonical payloads (`Reader.canonical`) are compared.
-        k: length of a k-mer in bytes (`Similarity.k`).
-        threshold: share of the sketch that joins two records, in (0, 1].
+        similarity: when two records join.
         progress: called with records done and records in all, now and then.
-
-    Raises:
-        ConfigError: `k` or `threshold` is out of range.
     """
-    if k < 1:
-        raise ConfigError(f"k must be at least 1; got {k}")
-    if not 0 < threshold <= 1:
-        raise ConfigError(f"threshold must be in (0, 1]; got {threshold}")
     parents = np.arange(len(store))
     postings: dict[int, int | list[int]] = {}  # most hashes have one record: a list each would double the memory
 
@@ -57,7 +70,7 @@ def similarity_clusters(store: RecordStore, k: int, threshold: float, progress: 
             i = int(parents[i])
         return i
 
-    for row, sketch in enumerate(_sketches(store, k)):
+    for row, sketch in enumerate(_sketches(store, similarity.k)):
         met: list[int] = []
         for value in sketch:
             known = postings.get(value)
@@ -66,7 +79,7 @@ def similarity_clusters(store: RecordStore, k: int, threshold: float, progress: 
             elif known is not None:
                 met.append(known)
         shared = Counter(met)
-        is_new, least = True, threshold * len(sketch)
+        is_new, least = True, similarity.threshold * len(sketch)
         for other, count in shared.items():
             if count >= least:
                 one, two = root(other), root(row)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from meristem.data.order import record_rng
 from meristem.data.records import GROUP, SPLIT
-from meristem.data.similarity import similarity_clusters
+from meristem.data.similarity import Similarity, similarity_clusters
 from meristem.data.store import RecordStore
 from meristem.data.store_writer import Progress
 from meristem.errors import ConfigError, DataError
@@ -53,8 +53,7 @@ def split_by_similarity(
     store: RecordStore,
     fractions: Mapping[str, float],
     seed: int,
-    k: int = 5,
-    threshold: float = 0.25,
+    similarity: Similarity,
     progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:
     """Keep records that share many k-mers together: whole clusters, and those that a group joins, go to one part.
@@ -63,19 +62,18 @@ def split_by_similarity(
         store: of the records.
         fractions: of the records that each part gets, as near as whole clusters allow; they add up to 1.
         seed: decides which cluster goes where.
-        k: length of a k-mer, as in `similarity_clusters`.
-        threshold: share of the k-mers that joins two records, as in `similarity_clusters`.
+        similarity: when two records join.
         progress: called with records done and records in all, now and then.
 
     Returns:
         Rows of each part, ascending.
 
     Raises:
-        ConfigError: the fractions are none; `k` or `threshold` is out of range.
+        ConfigError: the fractions are none.
         DataError: a part would be empty.
     """
     shares = _checked(fractions)
-    clusters = _joined(similarity_clusters(store, k, threshold, progress), store.groups())
+    clusters = _joined(similarity_clusters(store, similarity, progress), store.groups())
     sizes = np.bincount(clusters)
     wanted = shares * len(store)
     missing = wanted.copy()

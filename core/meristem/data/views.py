@@ -1,29 +1,37 @@
-"""Other looks at a record, in training only."""
+"""Other looks at a record, which training and evaluation see in its place."""
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import numpy as np
 
-from meristem.types import Tokens
+from meristem.types import Record
 
 
 class Views(ABC):
-    """Gives a record another look each time that it is trained on.
+    """Gives the records that are used in the place of a record.
 
-    A plain value that travels to loader workers.
+    A plain value that travels to the processes that prepare packs.
+
+    Attributes:
+        num_views: records that training takes for each record, all of them in one pack; packs are planned by it.
+        is_training_only: evaluation takes each record as it is, and so does every verb.
     """
 
-    repeats: int = 1
-    """Views of a record in one pack, each of which is trained on."""
+    num_views: int = 1
+    is_training_only: bool = False
 
     @abstractmethod
-    def encode_view(self, payload: Any, rng: np.random.Generator) -> Tokens:
-        """Encode one view of a payload, of as many tokens as the payload itself has: a pure function of its arguments.
+    def views(self, record: Record, rng: np.random.Generator | None) -> tuple[Record, ...]:
+        """The views of a record: a pure function of its arguments.
+
+        A view may have other payloads and other labels. Its payload may be anything that the tokenizer's
+        `encode_values` takes, such as a decoded array, so that nothing is decoded twice; it should give about as
+        many tokens as the record's own.
 
         Args:
-            rng: keyed by (seed, epoch, record); nothing else may be drawn from.
+            rng: keyed by (seed, epoch, record); nothing else may be drawn from. None in evaluation and in verbs, which
+                take one view.
 
         Raises:
-            DataError: as the tokenizer.
+            DataError: the payload cannot be read.
         """

@@ -9,8 +9,8 @@ import torch
 
 from meristem.errors import ConfigError
 from meristem.inference.engine import Advance, NotFinite, TrunkRunner
+from meristem.model.heads import Readout
 from meristem.model.outputs import Wanted
-from meristem.model.readout import Readout
 from meristem.shapes import Float, Tensor
 from meristem.types import TokenColumn
 

@@ -14,10 +14,11 @@ from meristem.files import read_json, replacing_folder
 from meristem.interop.family import Family, find_family, installed_families
 from meristem.interop.weights import Weights, open_weights
 from meristem.model.config import TransformerConfig
+from meristem.model.heads import HeadSpec, Symbols
 from meristem.model.init import without_weights
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.plain import from_json, to_json
-from meristem.registry import find
+from meristem.registry import find, installed
 from meristem.shapes import Tensor
 
 
@@ -74,16 +75,26 @@ def read_model(folder: Path, family: Family | None = None) -> tuple[Model, list[
         architecture = family.read_config(config, weights)
         # a second reading checks the type of every value
         architecture = from_json(TransformerConfig, to_json(architecture))
-        heads = family.read_heads(config, weights)
-        readouts = family.read_readouts(config, weights)
+        heads, left_out = _heads(family, config, weights)
         if SYMBOLS not in heads:
             architecture = replace(architecture, head=None)
         with without_weights():
-            model = Model(architecture, heads, readouts)
+            model = Model(architecture, heads)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    tensors, notes = family.table_of(architecture, config, weights).read(weights, wanted, architecture)
+    table = family.table_of(architecture, config, weights).without_heads(left_out)
+    tensors, notes = table.read(weights, wanted, architecture)
     model.load_state_dict(tensors, strict=True, assign=True)
-    return model.eval(), notes
+    lacking = [f"head {name} left out: no installed package offers the kind of head {name!r}" for name in left_out]
+    return model.eval(), [*notes, *lacking]
+
+
+def _heads(family: Family, config: dict[str, Any], weights: Weights) -> tuple[dict[str, HeadSpec], list[str]]:
+    """Heads by name that a foreign model has and an installed package offers, and names of the others."""
+    kinds = {name: Symbols.kind if name == SYMBOLS else name for name in family.read_heads(config, weights)}
+    known = installed(HeadSpec.group)
+    heads: dict[str, HeadSpec] = {name: find(HeadSpec.group, kind)() for name, kind in kinds.items() if kind in known}
+    heads |= {readout.name: readout for readout in family.read_readouts(config, weights)}
+    return heads, [name for name, kind in kinds.items() if kind not in known]
 
 
 def write_directory(

@@ -18,8 +18,8 @@ from meristem.interop.runners import SEQUENCES, Runner
 from meristem.interop.table import KeyTable
 from meristem.interop.vocabulary import read_subwords, write_subwords
 from meristem.model.config import TransformerConfig
+from meristem.model.heads import Readout
 from meristem.model.model import SYMBOLS
-from meristem.model.readout import Readout
 from meristem.registry import find_all
 from meristem.shapes import Tensor
 
@@ -50,7 +50,8 @@ class Family:
             back, so it need not check.
         table: every tensor; or a function of our config, the foreign one and the names of the tensors that are there
             (none at export), where the names of the table depend on them.
-        read_heads: heads that are no label's, of the foreign config and the names of its tensors.
+        read_heads: names of heads that are no label's, of the foreign config and the names of its tensors: `tokens` for
+            that of symbols, or the name under which a head is registered, which has no settings.
         read_tokenizer: the tokenizer of a foreign directory, and notes for the user; of subwords by default.
         write_tokenizer: texts of the foreign tokenizer's files by file name.
         read_readouts: labels that a foreign model predicts, of the same.

@@ -38,11 +38,6 @@ class Parity:
         """Of the symbol head."""
         return self.differences.get("logits")
 
-    @property
-    def contacts(self) -> float | None:
-        """Of the probabilities of contact."""
-        return self.differences.get("contacts")
-
 
 def compare(model: Model, tokenizer: Tokenizer, reference: Any, rng: np.random.Generator, runner: Runner) -> Parity:
     """Run both on random inputs: here packed, there padded with an attention mask."""

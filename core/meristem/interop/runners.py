@@ -1,8 +1,8 @@
 """How the same random input goes through a model of ours and through the library that it came from.
 
 A family names its runner; a runner is a value of four functions, so that a comparison asks for no name of a family.
-Results are tensors by name, one a sequence: `layer 0` (the embedding), `layer 1` ..., `logits`, `contacts`,
-`pooled`, and labels by their names. Of an encoder-decoder the layers of the source side are `source layer 0` ...
+Results are tensors by name, one for each sequence: `layer 0` (the embedding), `layer 1` ..., `logits` of symbols,
+`pooled`, and other heads by their names. Of an encoder-decoder the layers of the source side are `source layer 0` ...
 """
 
 import importlib
@@ -19,7 +19,7 @@ import torch
 
 from meristem.data.pack import pack
 from meristem.data.tokenizer import Tokenizer
-from meristem.model.model import CONTACTS, SYMBOLS, Model
+from meristem.model.model import SYMBOLS, Model
 from meristem.model.outputs import Wanted
 from meristem.shapes import Tensor
 from meristem.types import Hidden, Layout, Tokens
@@ -81,16 +81,11 @@ def run_ours(model: Model, tokenizer: Tokenizer, sequences: Sequence[Tokens]) ->
     found.update(_layers(hidden, order, ""))
     if hidden.source is not None:
         found.update(_layers(hidden.source, order, "source "))
-    if SYMBOLS in model.heads:
-        found["logits"] = _split(outputs.heads[SYMBOLS], hidden.layout, order)
-    if CONTACTS in model.heads:
-        found["contacts"] = [outputs.heads[CONTACTS][place].sigmoid() for place in order]
+    for name, spec in model.specs.items():
+        values = spec.by_sequence(outputs.heads[name], hidden.layout)
+        found["logits" if name == SYMBOLS else name] = [values[place] for place in order]
     if outputs.pooled is not None:
         found["pooled"] = [outputs.pooled[place] for place in order]
-    for readout in model.readouts:
-        values = outputs.heads[readout.name]
-        is_record = readout.level == "record"
-        found[readout.name] = [values[p] for p in order] if is_record else _split(values, hidden.layout, order)
     return found
 
 

@@ -5,8 +5,8 @@ its bias. `{}` is the number of a layer, `{expert}` that of an expert.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -223,6 +223,12 @@ class KeyTable:
             for name in sorted(unread):
                 if re.fullmatch(constant.pattern, name) and not constant.holds(weights[name]):
                     raise CheckpointError(f"{weights.file}: {name} must {constant.rule}; it does not")
+
+    def without_heads(self, heads: Collection[str]) -> "KeyTable":
+        """The same table for models that leave out some heads: foreign tensors of these are ignored."""
+        rows = [row for row in self.rows if any(row.own.startswith(f"heads.{head}.") for head in heads)]
+        names = {re.escape(foreign) + r"(\.weight|\.bias)?" for row in rows for foreign in row.foreign}
+        return replace(self, ignored=(*self.ignored, *map(Ignored, sorted(names))))
 
     def write(self, tensors: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
         """Foreign tensors by name, of ours.

@@ -1,7 +1,7 @@
 """A trunk and its heads: what a model directory holds and every verb runs."""
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -9,21 +9,14 @@ from torch import nn
 from meristem.errors import ConfigError
 from meristem.model.attention import first_rows
 from meristem.model.config import TransformerConfig
-from meristem.model.heads import Head
-from meristem.model.heads.contacts import ContactHead
-from meristem.model.heads.labels import LabelHead
-from meristem.model.heads.symbols import SymbolHead
+from meristem.model.heads import Head, HeadSpec, Readout, readouts_of
 from meristem.model.outputs import Outputs, Wanted
 from meristem.model.pool import PoolLayer, build_pool
-from meristem.model.readout import Readout
 from meristem.model.transformer import Encoder, EncoderDecoder, build_trunk
 from meristem.types import Hidden, PackedBatch
 
 SYMBOLS = "tokens"
 """Name of the head that predicts symbols."""
-
-CONTACTS = "contacts"
-"""Name of the head that predicts contacts from attention maps."""
 
 
 class Model(nn.Module):
@@ -31,23 +24,18 @@ class Model(nn.Module):
 
     Args:
         config: of the trunk and the symbol head.
-        heads: heads that are no label's: `tokens`, `contacts`.
-        readouts: the labels; each has a head of its name.
+        heads: what is predicted, by name of the head; a label has the head of its name.
+
+    Attributes:
+        specs: of the heads, by name.
     """
 
-    def __init__(self, config: TransformerConfig, heads: Sequence[str] = (), readouts: Sequence[Readout] = ()):
+    def __init__(self, config: TransformerConfig, heads: Mapping[str, HeadSpec] | None = None):
         super().__init__()
-        self.config = config
-        self.readouts = tuple(readouts)
+        self.config, self.specs = config, dict(heads or {})
         self.trunk = build_trunk(config)
         self.pool: PoolLayer | None = None if config.pool is None else build_pool(config.pool, config)
-        self.heads = nn.ModuleDict()
-        if SYMBOLS in heads:
-            self.heads[SYMBOLS] = SymbolHead(config)
-        if CONTACTS in heads:
-            self.heads[CONTACTS] = ContactHead(config)
-        for readout in readouts:
-            self.heads[readout.name] = LabelHead(config, readout)
+        self.heads = nn.ModuleDict({name: spec.build(config) for name, spec in self.specs.items()})
         for name in self.heads:
             self.head(name).tie(self.trunk.embedding, self.pool)
 
@@ -97,6 +85,11 @@ class Model(nn.Module):
             counts.append(self.pool.num_first)
         known = [count for count in counts if count is not None]
         return max(known) if len(known) == len(counts) else None
+
+    @property
+    def readouts(self) -> tuple[Readout, ...]:
+        """The labels that the model predicts."""
+        return readouts_of(self.specs)
 
     def head(self, name: str) -> Head:
         """The head of a name.

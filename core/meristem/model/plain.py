@@ -7,14 +7,21 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from meristem.errors import ConfigError
+from meristem.registry import find
 
 ConfigPart = TypeVar("ConfigPart")
 
 
 def to_json(part: Any) -> Any:
-    """A config or part of one as plain values; parts that come in kinds carry theirs."""
+    """A config or part of one as plain values; parts that come in kinds carry theirs.
+
+    The kind is the name of the class, or the name under which an installed package registers it where the base of the
+    kinds names a `group` of entry points.
+    """
     if is_dataclass(part) and not isinstance(part, type):
         values = {f.name: to_json(getattr(part, f.name)) for f in fields(part)}
+        if hasattr(part, "group"):
+            return {"kind": part.kind, **values}  # type: ignore[attr-defined]
         return {"kind": type(part).__name__, **values} if _kinds_of(type(part).__mro__[1]) else values
     if isinstance(part, (tuple, list)):
         return [to_json(item) for item in part]
@@ -25,16 +32,18 @@ def from_json(part_type: type[ConfigPart], values: Mapping[str, Any], where: str
     """The config that `to_json` wrote: every field known, every kind known, every value of its type.
 
     Raises:
-        ConfigError: an unknown or missing field, an unknown kind, or a value of the wrong type.
+        ConfigError: an unknown or missing field, a kind that is unknown or not installed, or a value of the wrong type.
     """
     _require(isinstance(values, Mapping), f"{where} must be a mapping", repr(values))
     chosen: Any = part_type
     values = dict(values)
-    kinds = _kinds_of(part_type)
-    if kinds:
+    group = getattr(part_type, "group", None)
+    if group is not None or (kinds := _kinds_of(part_type)):
         kind = str(values.pop("kind", None))
-        _require(kind in kinds, f"{where}.kind must be one of {', '.join(kinds)}", kind)
-        chosen = kinds[kind]
+        if group is None:
+            _require(kind in kinds, f"{where}.kind must be one of {', '.join(kinds)}", kind)
+        chosen = kinds[kind] if group is None else find(group, kind)
+        _require(issubclass(chosen, part_type), f"{where} must be a {part_type.__name__}", f"the kind {kind!r}")
     hints = get_type_hints(chosen)
     known = {f.name: f for f in fields(chosen)}
     unknown = sorted(set(values) - set(known))

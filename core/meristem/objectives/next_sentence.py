@@ -1,5 +1,7 @@
 """Next sentence: masked symbols of two sentences, and whether the second one follows the first (BERT)."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import nn
@@ -9,9 +11,9 @@ from torchmetrics import Metric
 from meristem.data.parts import RunData
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import TransformerConfig
+from meristem.model.heads import HeadSpec, Readout
 from meristem.model.model import SYMBOLS
 from meristem.model.outputs import Outputs, Wanted
-from meristem.model.readout import Readout
 from meristem.objectives.masked import Masked
 from meristem.objectives.symbols import HitRate, request_symbols, require_fractions
 from meristem.objectives.text_column import TextColumn
@@ -88,8 +90,8 @@ class NextSentence(Masked):
         return np.ceil(lengths + self._column.mean_tokens).astype(lengths.dtype)
 
     @property
-    def readouts(self) -> tuple[Readout, ...]:
-        return (Readout(name=NEXT_SENTENCE, classes=("next", "random"), pool=None),)
+    def heads(self) -> Mapping[str, HeadSpec]:
+        return {**super().heads, NEXT_SENTENCE: Readout(name=NEXT_SENTENCE, classes=("next", "random"), pool=None)}
 
     def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
         return tuple(self._pair(record, one, rng) for one in tokens)

@@ -9,9 +9,9 @@ from torch import nn
 
 from meristem.data.parts import RunData
 from meristem.model.config import TransformerConfig
+from meristem.model.heads import HeadSpec
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted
-from meristem.model.readout import Readout
 from meristem.objectives.routing import routing_counts, routing_figures, routing_terms
 from meristem.types import IGNORE, INPUT, LossOut, PackedBatch, Record, Tokens
 
@@ -90,14 +90,9 @@ class Objective(ABC):
         return {} if self.config is None else routing_counts(batch, self.config)
 
     @property
-    def heads(self) -> tuple[str, ...]:
-        """Heads of the model that this objective trains and that are no label's, such as `tokens`."""
-        return ()
-
-    @property
-    def readouts(self) -> tuple[Readout, ...]:
-        """Labels that the model is to predict, known after `bind`; each becomes a head of its name."""
-        return ()
+    def heads(self) -> Mapping[str, HeadSpec]:
+        """Heads of the model that this objective trains, by name; those of labels are known after `bind`."""
+        return {}
 
     def build(self, config: TransformerConfig) -> nn.ModuleDict:
         """Modules that training alone needs (a light decoder, a teacher); they stay out of the model directory."""

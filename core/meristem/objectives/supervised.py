@@ -20,8 +20,8 @@ from torchmetrics.regression import MeanAbsoluteError, R2Score, SpearmanCorrCoef
 from meristem.data.labels import Label
 from meristem.data.parts import RunData
 from meristem.errors import ConfigError
+from meristem.model.heads import HeadSpec
 from meristem.model.outputs import Outputs, Wanted
-from meristem.model.readout import Readout
 from meristem.objectives.mixing import Mixing, mix
 from meristem.objectives.objective import Objective
 from meristem.objectives.targets import BoundTarget, Target, encode, learn
@@ -73,8 +73,8 @@ class Supervised(Objective):
         self.remarks = tuple(bound.remark for bound in self._bound.values())
 
     @property
-    def readouts(self) -> tuple[Readout, ...]:
-        return tuple(bound.readout for bound in self._bound.values())
+    def heads(self) -> Mapping[str, HeadSpec]:
+        return {name: bound.readout for name, bound in self._bound.items()}
 
     def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
         by_record = {

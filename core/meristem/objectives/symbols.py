@@ -9,6 +9,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from meristem.errors import ConfigError
+from meristem.model.heads import HeadSpec, Symbols
 from meristem.model.heads.symbols import SymbolLoss
 from meristem.model.model import SYMBOLS
 from meristem.model.outputs import HeadRequest, Outputs, Wanted
@@ -67,8 +68,8 @@ class SymbolObjective(Objective):
         self.label_smoothing = label_smoothing
 
     @property
-    def heads(self) -> tuple[str, ...]:
-        return (SYMBOLS,)
+    def heads(self) -> Mapping[str, HeadSpec]:
+        return {SYMBOLS: Symbols()}
 
     def wanted(self, batch: PackedBatch) -> Wanted:
         return Wanted(requests={SYMBOLS: request_symbols(batch, self.label_smoothing)})

@@ -12,8 +12,8 @@ from meristem.data.labels import MAX_NAMED, Label, LabelColumn, first_with, name
 from meristem.data.parts import RunData
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Max, Mean, Pool, Prefix
+from meristem.model.heads import Readout
 from meristem.model.model import SYMBOLS
-from meristem.model.readout import Readout
 from meristem.types import IGNORE, Record
 
 POOLS: dict[str, Pool | None] = {"mean": Mean(), "max": Max(), "cls": Prefix(), "own": None}
@@ -203,7 +203,7 @@ def encode(value: Label, bound: BoundTarget, record: Record) -> np.ndarray:
     """
     column = bound.column
     where = lambda: record.source  # noqa: E731
-    words = column.entries(value, where, len(record.payload))
+    words = column.entries(value, where, len(record.payload) if column.is_per_token else 0)
     if not words:
         return np.array(IGNORE) if bound.is_classes else np.array(np.nan, np.float32)
     encoded: np.ndarray

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
-from meristem.data.records import PAYLOAD
 from meristem.data.split import split_by_column, split_by_hash, split_by_similarity
 from meristem.data.store import RecordStore
+from meristem.domain import Domain
 from meristem.errors import ConfigError, DataError
 
 SPLITS = ("hash", "similarity")
@@ -30,6 +29,7 @@ class Parts:
 
 def deal(
     store: RecordStore,
+    domain: Domain,
     has_label: np.ndarray,
     method: str,
     is_by_column: bool,
@@ -40,6 +40,7 @@ def deal(
     """Deal the records that have a label.
 
     Args:
+        domain: of the records.
         has_label: `[N]` which records do.
         method: one of `SPLITS`.
         is_by_column: the split column says the part; where it names no validation, some of training is taken.
@@ -57,10 +58,8 @@ def deal(
         if not test_frac and "test" in parts:
             raise ConfigError("the split column names records for the test and --test gives files; keep one of the two")
     elif method == "similarity":
-        if pa.types.is_large_binary(store.column(PAYLOAD).type):
-            raise ConfigError("--split similarity compares texts and these records are bytes; use --split hash")
         fractions = {"train": 1 - test_frac - validation_frac, "validation": validation_frac, "test": test_frac}
-        parts = split_by_similarity(store, fractions, seed)
+        parts = split_by_similarity(store, fractions, seed, domain.similarity_with())
     else:
         parts = split_by_hash(store, {"train": 1 - test_frac, "test": test_frac}, seed)
     labelled = {name: rows[has_label[rows]] for name, rows in parts.items()}

@@ -186,7 +186,7 @@ class _Probe:
             raise DataError(f"{', '.join(self.inputs)}: no record has a label {options.label!r}")
         test_frac = 0.0 if self.tests else DEFAULT_TEST_FRAC if options.test_frac is None else options.test_frac
         frac, seed, by_column = options.validation_frac, options.seed, bool(options.split_column)
-        return deal(store, has_label, options.split, by_column, test_frac, frac, seed)
+        return deal(store, self.domain, has_label, options.split, by_column, test_frac, frac, seed)
 
     def _task(
         self,

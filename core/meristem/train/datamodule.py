@@ -1,6 +1,6 @@
 """The data of a run: from the user's files to the packs of each step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,8 +32,8 @@ class Split:
         validation_frac: of the records, for validation.
         test_frac: of the records, for the test.
         seed: another one deals anew.
-        k: length of the k-mers that similarity is measured by.
-        threshold: share of the k-mers of the shorter of two payloads that makes them similar.
+        k: length of the k-mers that similarity is measured by; null for the domain's.
+        threshold: share of the k-mers of the shorter of two payloads that makes them similar; null for the domain's.
     """
 
     method: Literal["hash", "column", "similarity"] = "hash"
@@ -41,8 +41,8 @@ class Split:
     validation_frac: float = 0.05
     test_frac: float = 0.0
     seed: int = 0
-    k: int = 5
-    threshold: float = 0.25
+    k: int | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         if (self.method == "column") != bool(self.column):
@@ -74,7 +74,7 @@ class DataModule(L.LightningDataModule):
         id_column: column of a table that holds the ids; empty for `id` where there is one.
         group_column: column of a table that names what must stay in one part of the split, such as a patient.
         tokenizer: options of the domain's tokenizer.
-        augment: options of the domain's views of a record, in training only; none where nothing is said.
+        views: options of the domain's views of a record; null for the records as they are.
         split: how records are dealt to training, validation and test.
         tokens_per_pack: tokens that a device computes at once: the memory it takes goes with it.
         max_tokens_per_record: a longer record is cropped to another random window each time it is trained on;
@@ -96,7 +96,7 @@ class DataModule(L.LightningDataModule):
         id_column: str = "",
         group_column: str = "",
         tokenizer: dict[str, Any] | None = None,
-        augment: dict[str, Any] | None = None,
+        views: dict[str, Any] | None = None,
         split: Split = DEFAULT_SPLIT,
         tokens_per_pack: int = 8192,
         max_tokens_per_record: int | None = 1024,
@@ -115,9 +115,11 @@ class DataModule(L.LightningDataModule):
         self.column, self.id_column, self.group_column = column, id_column, group_column
         self._tokenizer_options = dict(tokenizer or {})
         self.tokenizer: Tokenizer = self.domain.build_tokenizer(**self._tokenizer_options)
-        self.augment = augment
-        self.views: Views | None = None if augment is None else build_views(self.domain, self.tokenizer, augment)
+        self.view_options = views
+        self.views: Views | None = None if views is None else self.domain.build_views(self.tokenizer, **views)
         self.split = split
+        is_compared = split.method == "similarity"
+        self.similarity = self.domain.similarity_with(split.k, split.threshold) if is_compared else None
         self.tokens_per_pack, self.max_tokens_per_record = tokens_per_pack, max_tokens_per_record
         self.on_error, self.num_workers, self.cache_dir, self.seed = on_error, num_workers, cache_dir, seed
         self.missing_labels = tuple(missing_labels or ())
@@ -151,8 +153,8 @@ class DataModule(L.LightningDataModule):
         if given is not None:
             self.tokenizer = given.tokenizer.adapted(self.domain.build_tokenizer, self._tokenizer_options)
             task.architecture = with_grid(task.architecture, self.tokenizer.grid)
-            if self.augment is not None:
-                self.views = build_views(self.domain, self.tokenizer, self.augment)
+            if self.view_options is not None:
+                self.views = self.domain.build_views(self.tokenizer, **self.view_options)
         store = self._store(self.sources, self.read_options(objective, self.split.column))
         parts = {name: Part(store, rows) for name, rows in self._deal(store).items()}
         if self.validation_sources:
@@ -223,9 +225,8 @@ class DataModule(L.LightningDataModule):
             if split.method == "hash":
                 parts = split_by_hash(store, fractions, split.seed)
             else:
-                parts = split_by_similarity(
-                    store, fractions, split.seed, k=split.k, threshold=split.threshold, progress=self.build_progress
-                )
+                assert self.similarity is not None
+                parts = split_by_similarity(store, fractions, split.seed, self.similarity, self.build_progress)
         return {name: rows for name, rows in parts.items() if len(rows)}
 
     def _require_sources(self, store: RecordStore) -> None:
@@ -300,18 +301,5 @@ class DataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             # an evaluation takes whole records wherever the model can
             max_tokens_per_record=self._position_limit,
+            views=self.views,
         )
-
-
-def build_views(domain: Domain, tokenizer: Tokenizer, options: Mapping[str, Any]) -> Views:
-    """The domain's views of records with these options.
-
-    Raises:
-        ConfigError: an option that they do not take, or the domain has none.
-    """
-    if domain.augment is None:
-        raise ConfigError(f"data.augment must not be set: the domain {domain.name} has no augmentation")
-    try:
-        return domain.augment(tokenizer, **options)
-    except TypeError as error:
-        raise ConfigError(f"data.augment: the augmentation of {domain.name} does not take that: {error}") from error

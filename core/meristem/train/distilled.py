@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from meristem.data.parts import RunData
 from meristem.errors import ConfigError
+from meristem.model.heads import readouts_of
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs
 from meristem.model_directory import load_any
@@ -68,7 +69,7 @@ class Distilled(Supervised):
                 f"{self.teacher} reads others"
             )
         given = {readout.name: readout.classes for readout in card.readouts}
-        for readout in self.readouts:
+        for readout in readouts_of(self.heads):
             if given.get(readout.name) != readout.classes:
                 got = ", ".join(given.get(readout.name, ())) or "no such label"
                 raise ConfigError(

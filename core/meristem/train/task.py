@@ -119,8 +119,7 @@ class Task(L.LightningModule):
         return ModelCard(
             architecture=self.architecture,
             tokenizer=data.tokenizer,
-            heads=tuple(name for name in self.model.heads if name not in {r.name for r in self.model.readouts}),
-            readouts=self.model.readouts,
+            heads=self.model.specs,
             domain=data.domain.name,
         )
 
@@ -133,7 +132,7 @@ class Task(L.LightningModule):
             self.architecture = replace(self.architecture, head=TokenHead())
         with torch.random.fork_rng():
             torch.manual_seed(fold(self.seed, "init"))
-            self.model = Model(self.architecture, heads, self.objective.readouts)
+            self.model = Model(self.architecture, heads)
             self.extra = self.objective.build(self.architecture)
         if self.init_from and not self.trainer.ckpt_path:
             self._load_initial(self.init_from)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from meristem.data.similarity import Similarity
 from meristem.domain import Domain
 from meristem_domains.protein.alphabet import tokenizer
 from meristem_domains.protein.contacts import CONTACTS_SCORER
@@ -13,6 +14,7 @@ domain = Domain(
     reader=ProteinReader(),
     tokenizer=tokenizer,
     presets=PRESETS,
+    similarity=Similarity(k=5, threshold=0.25),
     sample=Path(__file__).parent / "sample.fasta",
     scorers={"contacts": CONTACTS_SCORER},
 )

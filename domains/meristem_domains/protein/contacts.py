@@ -9,8 +9,8 @@ import torch
 from meristem.data.pack import pack_column
 from meristem.errors import ConfigError
 from meristem.figures.canvas import new_figure
-from meristem.model.heads.contacts import correct_average_product, payload_maps
-from meristem.model.model import CONTACTS, Model
+from meristem.model.heads.contacts import CONTACTS, correct_average_product, payload_maps
+from meristem.model.model import Model
 from meristem.model.outputs import Wanted
 from meristem.scoring.running import RunningModel
 from meristem.scoring.scorer import NoOptions, Scorer

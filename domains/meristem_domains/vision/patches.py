@@ -23,6 +23,17 @@ from meristem_domains.vision.pictures import RefusedImage, load_pillow, of_row, 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
+@dataclass(frozen=True, eq=False)
+class StandardImage:
+    """A payload that has the size and the values that the trunk sees: it is cut into patches, and nothing else.
+
+    Attributes:
+        values: `[H, W, C]` float32, mean subtracted and divided by the deviation.
+    """
+
+    values: np.ndarray
+
+
 @dataclass(frozen=True)
 class PatchTokenizer(Tokenizer):
     """One row for each patch, behind the rows of special symbols.
@@ -195,11 +206,12 @@ class PatchTokenizer(Tokenizer):
             changed = replace(changed, resize_px=None, crop_frac=wanted.crop_frac)
         return replace(changed, crop=wanted.crop) if "crop" in options else changed
 
-    def encode(self, payload: bytes | np.ndarray) -> Tokens:
+    def encode(self, payload: bytes | np.ndarray | StandardImage) -> Tokens:
         """Encode one image.
 
         Args:
-            payload: an image in a file format, or `[H, W, C]` values: bytes, or floats between 0 and 1.
+            payload: an image in a file format, `[H, W, C]` values (bytes, or floats between 0 and 1), or an image that
+                has its size and standard values already.
 
         Raises:
             DataError: no image, or one of another number of channels.
@@ -297,8 +309,10 @@ class PatchTokenizer(Tokenizer):
             positions[start + before : stop] = np.indices(image.shape[:2]).reshape(2, -1).T
         return TokenColumn(ids=ids, offsets=offsets, features=features, positions=positions, is_special=ids >= 0)
 
-    def _pixels(self, payload: Any, row: int = 0) -> np.ndarray:
-        """`[H, W, C]` bytes or float32 of a payload."""
+    def _pixels(self, payload: Any, row: int = 0) -> Any:
+        """`[H, W, C]` bytes or float32 of a payload; a `StandardImage` is left as it is."""
+        if isinstance(payload, StandardImage):
+            return payload
         if isinstance(payload, np.ndarray):
             pixels = self._values_of(payload, row)
         else:
@@ -340,13 +354,22 @@ class PatchTokenizer(Tokenizer):
             return self.grid
         return tuple(side // self.patch_px for side in native_px(size, self.patch_px, self.max_patches))
 
-    def _grid_of(self, pixels: np.ndarray) -> np.ndarray:
-        """`[rows, columns, P]` standard values of an image."""
-        (rows, columns), side = self._grid_of_size(pixels.shape), self.patch_px
-        size = (rows * side, columns * side)
+    def standardised(self, pixels: np.ndarray) -> StandardImage:
+        """Bring an image to its size and its values to standard ones.
+
+        Args:
+            pixels: `[H, W, C]` bytes, or floats between 0 and 1.
+        """
+        rows, columns = self._grid_of_size(pixels.shape)
+        size = (rows * self.patch_px, columns * self.patch_px)
         pixels = self._cut(self._resized(pixels, size), size)
         values = pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
-        values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return StandardImage((values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32))
+
+    def _grid_of(self, pixels: np.ndarray | StandardImage) -> np.ndarray:
+        """`[rows, columns, P]` standard values of an image."""
+        values = (pixels if isinstance(pixels, StandardImage) else self.standardised(pixels)).values
+        (rows, columns), side = (n // self.patch_px for n in values.shape[:2]), self.patch_px
         patches = values.reshape(rows, side, columns, side, self.num_channels).transpose(0, 2, 4, 1, 3)
         return patches.reshape(rows, columns, -1)
 
@@ -386,7 +409,7 @@ def _payload_of(value: Any, row: int) -> Any:
             return Path(value).read_bytes()
         except (OSError, ValueError) as error:
             raise RefusedImage(row, f"{value}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if isinstance(value, bytes | np.ndarray) or hasattr(value, "getbands"):
+    if isinstance(value, bytes | np.ndarray | StandardImage) or hasattr(value, "getbands"):
         return value
     kinds = "a path, encoded bytes, an image of Pillow or an array [height, width, channels]"
     raise RefusedImage(row, f"an image must be {kinds}; got {type(value).__name__}")

@@ -36,8 +36,8 @@ from meristem.model.config import (
     TokenHead,
     TransformerConfig,
 )
+from meristem.model.heads import Readout
 from meristem.model.model import SYMBOLS
-from meristem.model.readout import Readout
 from meristem.shapes import Tensor
 
 NEXT_SENTENCE = Readout(name="next_sentence", classes=("next", "random"), pool=None)

@@ -1,16 +1,35 @@
 """The head that predicts contacts from attention maps."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from meristem.model.config import TransformerConfig
-from meristem.model.heads.head import Head
+from meristem.model.heads.head import Head, HeadSpec
 from meristem.model.init import init_weights
 from meristem.model.outputs import HeadRequest
 from meristem.shapes import Float, Tensor
-from meristem.types import Hidden, PackedBatch
+from meristem.types import Hidden, Layout, PackedBatch
+
+CONTACTS = "contacts"
+"""Name of the head in models that have it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contacts(HeadSpec):
+    """Which residues touch each other in the folded protein."""
+
+    kind: ClassVar[str] = "contacts"
+
+    def build(self, config: TransformerConfig) -> "ContactHead":
+        return ContactHead(config)
+
+    def by_sequence(self, outputs: Any, layout: Layout) -> Sequence[Tensor]:
+        """Probabilities of contact, `[n, n]` for each sequence."""
+        return [logits_nn.sigmoid() for logits_nn in outputs]
 
 
 class ContactHead(Head):

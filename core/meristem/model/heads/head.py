@@ -1,14 +1,51 @@
-"""The contract of a head."""
+"""The contract of a head: a spec that a model directory keeps, and the module that it builds."""
 
-from abc import abstractmethod
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import nn
 
+from meristem.model.config import TransformerConfig
 from meristem.model.embed import EmbeddingLayer
 from meristem.model.outputs import HeadRequest
 from meristem.model.pool import PoolLayer
-from meristem.types import Hidden, PackedBatch
+from meristem.shapes import Tensor
+from meristem.types import Hidden, Layout, PackedBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec(ABC):
+    """What a head predicts, as plain values that travel in a model directory.
+
+    A package registers a subclass, itself a frozen dataclass, in the group `meristem.heads` under its `kind`. Fields
+    are numbers, strings, flags, tuples of these, or parts of a config.
+    """
+
+    group: ClassVar[str] = "meristem.heads"
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def build(self, config: TransformerConfig) -> "Head":
+        """The head with initial weights.
+
+        Args:
+            config: of the model that it is a part of.
+
+        Raises:
+            ConfigError: such a model cannot have this head.
+        """
+
+    def by_sequence(self, outputs: Any, layout: Layout) -> Sequence[Tensor]:
+        """What the head says of each sequence of a pack, in its order: here, the rows of it.
+
+        Args:
+            outputs: of the head, for all rows of the pack.
+            layout: of the rows.
+        """
+        rows: Tensor = outputs
+        return rows[: layout.num_tokens].split(list(layout.lengths))
 
 
 class Head(nn.Module):

@@ -1,24 +1,81 @@
 """The head that predicts a label of records or of tokens."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from meristem.errors import ConfigError
-from meristem.model.config import Prefix, TransformerConfig
+from meristem.model.config import Mean, Pool, Prefix, TransformerConfig
 from meristem.model.embed import EmbeddingLayer
-from meristem.model.heads.head import Head
+from meristem.model.heads.head import Head, HeadSpec
 from meristem.model.init import init_weights
 from meristem.model.outputs import HeadRequest
 from meristem.model.pool import PoolLayer, build_pool
-from meristem.model.readout import Readout
 from meristem.shapes import Float, Tensor
-from meristem.types import Hidden, PackedBatch
+from meristem.types import Hidden, Layout, PackedBatch
 
 ROWS_MULTIPLE = 16
 """Rows are filled up to a multiple of this where outputs must round alike. On a CPU a map onto one output (a value)
 rounds the last few rows otherwise when their number is no multiple of 4, so a prediction would depend on how many are
 made at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readout(HeadSpec):
+    """One prediction from the trunk: a class or a value, for each record or for each token.
+
+    Attributes:
+        name: of the label it predicts.
+        level: one prediction a record or one a token.
+        task: classes, or values.
+        classes: names of the classes in the order of the logits; empty for values.
+        mean: of the training values, by output; predictions are `output * std + mean`.
+        std: of the training values, by output.
+        pool: how a record's rows become one vector; None for the model's own pool; unused at token level.
+        is_standardised: the head sees each feature less its running mean, over its running deviation.
+        hidden_width: width of the hidden layer of the head; 0 for a linear head.
+        dropout: before the last map, in training.
+    """
+
+    kind: ClassVar[str] = "labels"
+
+    name: str
+    level: Literal["record", "token"] = "record"
+    task: Literal["classification", "regression"] = "classification"
+    classes: tuple[str, ...] = ()
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    pool: Pool | None = field(default_factory=Mean)
+    is_standardised: bool = False
+    hidden_width: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.task == "classification" and len(self.classes) < 2:
+            raise ConfigError(f"label {self.name!r} must have two classes or more; got {list(self.classes)}")
+
+    @property
+    def num_outputs(self) -> int:
+        """Columns of the head's outputs."""
+        return len(self.classes) if self.task == "classification" else len(self.mean)
+
+    def build(self, config: TransformerConfig) -> "LabelHead":
+        return LabelHead(config, self)
+
+    def by_sequence(self, outputs: Any, layout: Layout) -> Sequence[Tensor]:
+        """The outputs of each record, or those of its tokens."""
+        return list(outputs) if self.level == "record" else super().by_sequence(outputs, layout)
+
+
+def readouts_of(heads: Mapping[str, HeadSpec]) -> tuple[Readout, ...]:
+    """The labels among heads."""
+    return tuple(spec for spec in heads.values() if isinstance(spec, Readout))
 
 
 class LabelHead(Head):

@@ -1,22 +1,36 @@
 """The head that predicts symbols."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
 from meristem.model.embed import EmbeddingLayer
 from meristem.model.feedforward import ACTIVATIONS
 from meristem.model.heads.cross_entropy import linear_cross_entropy
-from meristem.model.heads.head import Head
+from meristem.model.heads.head import Head, HeadSpec
 from meristem.model.init import init_weights
 from meristem.model.norm import build_norm
 from meristem.model.outputs import HeadRequest
 from meristem.model.pool import PoolLayer
 from meristem.shapes import Bool, Float, Int, Tensor
 from meristem.types import Hidden, PackedBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symbols(HeadSpec):
+    """The symbol of each row. The layers of this head are part of the architecture (`head`)."""
+
+    kind: ClassVar[str] = "symbols"
+
+    def build(self, config: TransformerConfig) -> "SymbolHead":
+        if config.head is None:
+            raise ConfigError("a head of symbols must be described (architecture.head); got none")
+        return SymbolHead(config)
 
 
 class SymbolLoss(NamedTuple):

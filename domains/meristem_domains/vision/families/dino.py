@@ -19,7 +19,7 @@ from meristem.interop.rows import block_rows
 from meristem.interop.settings import Settings, foreign_activation
 from meristem.interop.table import KeyTable
 from meristem.model.config import FeedForward, Prefix, Residual, TransformerConfig
-from meristem.model.readout import Readout
+from meristem.model.heads import Readout
 from meristem.shapes import Tensor
 from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
 from meristem_domains.vision.families.vit import (

@@ -5,7 +5,7 @@ from typing import Any
 
 from meristem.errors import ConfigError
 from meristem.model.config import Pool
-from meristem.model.readout import Readout
+from meristem.model.heads import Readout
 
 LABEL = "label"
 """Name of the label that a classifier predicts."""

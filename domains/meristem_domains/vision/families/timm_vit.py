@@ -41,7 +41,7 @@ from meristem.model.config import (
     Residual,
     TransformerConfig,
 )
-from meristem.model.readout import Readout
+from meristem.model.heads import Readout
 from meristem.shapes import Tensor
 from meristem_domains.vision.families.labels import LABEL, label_of, require_plain
 from meristem_domains.vision.families.processor import IMAGENET

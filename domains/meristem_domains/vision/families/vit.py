@@ -27,7 +27,7 @@ from meristem.model.config import (
     Residual,
     TransformerConfig,
 )
-from meristem.model.readout import Readout
+from meristem.model.heads import Readout
 from meristem.shapes import Tensor
 from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
 from meristem_domains.vision.families.processor import read_processor, write_processor

@@ -1,7 +1,6 @@
 """Views of pictures: a pure function of their generator, in training alone, and of every option that is set."""
 
 import contextlib
-import importlib
 import io
 import itertools
 import pickle
@@ -20,9 +19,13 @@ from meristem.data.loader import EvalLoader, TrainLoader
 from meristem.data.parts import Part, RunData
 from meristem.data.records import ReadOptions, Source
 from meristem.data.store import RecordStore
+from meristem.data.views import Views
 from meristem.errors import ConfigError
 from meristem.objectives.supervised import Supervised, Target
+from meristem.types import Record, Tokens
 from meristem_domains.vision import domain
+from meristem_domains.vision import views as views_module
+from meristem_domains.vision.patches import PatchTokenizer
 
 TOKENIZER = domain.tokenizer(image_px=16, patch_px=4)
 OPTIONS = {
@@ -37,8 +40,13 @@ OPTIONS = {
 }
 
 
+def _seen(views: Views, payload: bytes, rng: np.random.Generator, tokenizer: PatchTokenizer = TOKENIZER) -> Tokens:
+    """Tokens of the first view of a picture."""
+    return tokenizer.encode(views.views(Record.of("a", payload), rng)[0].payload)
+
+
 def _view(payload: bytes, seed: int, **options) -> np.ndarray:
-    return domain.augment(TOKENIZER, **options).encode_view(payload, np.random.default_rng(seed)).features
+    return _seen(domain.build_views(TOKENIZER, **options), payload, np.random.default_rng(seed)).features
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -59,7 +67,7 @@ def test_without_options_a_view_is_the_picture(rng):
 def test_flip_is_a_flip(rng):
     payload = encoded(rng, height=16, width=16)
     wanted = TOKENIZER.decode(TOKENIZER.encode(payload))[:, ::-1]
-    view = domain.augment(TOKENIZER, flip=1.0).encode_view(payload, rng)
+    view = _seen(domain.build_views(TOKENIZER, flip=1.0), payload, rng)
     # the standard values are undone in fp32
     np.testing.assert_allclose(TOKENIZER.decode(view), wanted, atol=1e-6)
 
@@ -67,7 +75,7 @@ def test_flip_is_a_flip(rng):
 def test_erased_parts_are_rectangles_of_the_picture(rng):
     payload = encoded(rng, height=16, width=16)
     plain = TOKENIZER.decode(TOKENIZER.encode(payload))
-    view = domain.augment(TOKENIZER, erase=1.0).encode_view(payload, np.random.default_rng(3))
+    view = _seen(domain.build_views(TOKENIZER, erase=1.0), payload, np.random.default_rng(3))
     is_changed = (np.abs(TOKENIZER.decode(view) - plain) > 1e-6).any(-1)
     rows, columns = np.flatnonzero(is_changed.any(1)), np.flatnonzero(is_changed.any(0))
     assert 0 < is_changed.mean() < 0.5
@@ -91,22 +99,22 @@ def test_global_generators_are_neither_drawn_from_nor_moved(rng):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_views_of_grey_and_deep_pictures(rng, channels):
     tokenizer = domain.tokenizer(image_px=16, patch_px=4, num_channels=channels, mean=0.2, std=0.3)
-    views = domain.augment(tokenizer, auto_augment="rand-m9-n4-p1", shift_frac=0.1, erase=0.5)
+    views = domain.build_views(tokenizer, auto_augment="rand-m9-n4-p1", shift_frac=0.1, erase=0.5)
     for seed in range(30):
-        view = views.encode_view(encoded(rng), np.random.default_rng(seed))
+        view = _seen(views, encoded(rng), np.random.default_rng(seed), tokenizer)
         assert view.features.shape == (17, channels * 16)
         assert np.isfinite(view.features).all()
     stream = io.BytesIO()
     Image.fromarray(rng.integers(0, 2**16, (16, 16)).astype(np.uint16)).save(stream, "PNG")
-    assert np.isfinite(views.encode_view(stream.getvalue(), rng).features).all()
+    assert np.isfinite(_seen(views, stream.getvalue(), rng, tokenizer).features).all()
 
 
 def test_at_native_resolution_a_view_has_as_many_patches_as_the_picture(rng):
     tokenizer = domain.tokenizer(image_px=None, patch_px=4, max_patches=20)
-    views = domain.augment(tokenizer, auto_augment="rand-m9", shift_frac=0.2, turn_degrees=10, flip=0.5, erase=0.5)
+    views = domain.build_views(tokenizer, auto_augment="rand-m9", shift_frac=0.2, turn_degrees=10, flip=0.5, erase=0.5)
     for height, width in ((8, 24), (30, 12), (40, 41)):
         payload = encoded(rng, height=height, width=width)
-        wanted, view = tokenizer.encode(payload), views.encode_view(payload, rng)
+        wanted, view = tokenizer.encode(payload), _seen(views, payload, rng, tokenizer)
         assert np.array_equal(view.positions, wanted.positions)
         assert view.features.shape == wanted.features.shape
 
@@ -125,7 +133,7 @@ def _objective(store: RecordStore) -> Supervised:
 
 
 def _packs(store: RecordStore, count: int = 6, **options) -> list:
-    views = domain.augment(TOKENIZER, crop_scale=[0.4, 1], auto_augment="rand-m9", erase=0.5, **options)
+    views = domain.build_views(TOKENIZER, crop_scale=[0.4, 1], auto_augment="rand-m9", erase=0.5, **options)
     loader = TrainLoader(
         store,
         np.arange(len(store)),
@@ -142,7 +150,7 @@ def _packs(store: RecordStore, count: int = 6, **options) -> list:
 
 def test_packs_are_equal_with_workers_and_anew_and_other_in_each_epoch(store):
     first = _packs(store)
-    views = domain.augment(TOKENIZER, crop_scale=[0.4, 1], auto_augment="rand-m9", erase=0.5)
+    views = domain.build_views(TOKENIZER, crop_scale=[0.4, 1], auto_augment="rand-m9", erase=0.5)
     options = {"seed": 4, "tokens_per_pack": 17 * 4, "packs_per_step": 1, "views": views}
     loader = TrainLoader(store, np.arange(len(store)), TOKENIZER, _objective(store), num_workers=2, **options)
     in_workers = list(itertools.islice(iter(loader), len(first)))
@@ -162,9 +170,7 @@ def test_packs_are_equal_with_workers_and_anew_and_other_in_each_epoch(store):
 
 def test_a_generator_that_is_not_seeded_is_seen(store, monkeypatch):
     """The mutant of the test above: transforms that draw from global generators."""
-    # by its path: the package's own name `augment` is the function
-    module = importlib.import_module("meristem_domains.vision.augment")
-    monkeypatch.setattr(module, "drawn_from", lambda rng: contextlib.nullcontext())
+    monkeypatch.setattr(views_module, "drawn_from", lambda rng: contextlib.nullcontext())
     assert any((a.features != b.features).any() for a, b in zip(_packs(store), _packs(store)))
 
 
@@ -179,7 +185,9 @@ def test_repeats_are_other_views_of_one_picture_in_one_pack_of_the_planned_size(
 
 
 def test_evaluation_sees_pictures_as_they_are(store):
-    loader = EvalLoader(store, np.arange(len(store)), TOKENIZER, _objective(store), seed=0, tokens_per_pack=1000)
+    views = domain.build_views(TOKENIZER, flip=1.0, erase=1.0, repeats=2)
+    rows = np.arange(len(store))
+    loader = EvalLoader(store, rows, TOKENIZER, _objective(store), seed=0, tokens_per_pack=1000, views=views)
     (batch,) = loader
     for record, values in zip(batch.records, batch.features.view(12, 17, -1)):
         wanted = TOKENIZER.encode(store.records(np.array([record]))[0].payload)
@@ -187,9 +195,9 @@ def test_evaluation_sees_pictures_as_they_are(store):
 
 
 def test_views_travel_to_workers_after_they_were_used(rng):
-    payload, views = encoded(rng), domain.augment(TOKENIZER, auto_augment="rand-m9", erase=1.0)
-    first = views.encode_view(payload, np.random.default_rng(1))
-    again = pickle.loads(pickle.dumps(views)).encode_view(payload, np.random.default_rng(1))
+    payload, views = encoded(rng), domain.build_views(TOKENIZER, auto_augment="rand-m9", erase=1.0)
+    first = _seen(views, payload, np.random.default_rng(1))
+    again = _seen(pickle.loads(pickle.dumps(views)), payload, np.random.default_rng(1))
     assert np.array_equal(first.features, again.features)
 
 
@@ -207,16 +215,16 @@ WRONG = {
 def test_wrong_options_are_named(name):
     value, said = WRONG[name]
     with pytest.raises(ConfigError, match=said):
-        domain.augment(TOKENIZER, **{name: value})
+        domain.build_views(TOKENIZER, **{name: value})
 
 
 def test_options_without_an_effect_are_refused():
     with pytest.raises(ConfigError, match="has no effect"):
-        domain.augment(TOKENIZER, auto_augment="rand-m9", color_jitter=0.1)
+        domain.build_views(TOKENIZER, auto_augment="rand-m9", color_jitter=0.1)
     with pytest.raises(ConfigError, match="one size"):
-        domain.augment(domain.tokenizer(image_px=None), crop_scale=[0.5, 1])
+        domain.build_views(domain.tokenizer(image_px=None), crop_scale=[0.5, 1])
     with pytest.raises(ConfigError, match="1 or 3 channels"):
-        domain.augment(domain.tokenizer(num_channels=4))
+        domain.build_views(domain.tokenizer(num_channels=4))
 
 
 @pytest.mark.parametrize("name", ["cifar10", "finetune", "mnist", "vit_small", "vit_tiny"])
@@ -232,9 +240,9 @@ def test_configs_of_training_are_whole_and_say_what_they_take(name):
     assert task.ema_decay
 
 
-def test_a_domain_without_augmentation_refuses_it():
-    arguments = ["--config", "protein/sample", "--data.augment", "{flip: 0.5}"]
+def test_a_domain_without_views_refuses_them():
+    arguments = ["--config", "protein/sample", "--data.views", "{flip: 0.5}"]
     config = parse(arguments, "fit")
     assert config is not None
-    with pytest.raises(ConfigError, match=r"data\.augment must not be set: the domain protein has no augmentation"):
+    with pytest.raises(ConfigError, match=r"data\.views must not be set: the domain protein has no views"):
         config.build()

@@ -1,19 +1,19 @@
-"""Other looks at a picture in training: crops, turns, colours and erased parts, by timm's transforms."""
+"""Views of a picture in training: crops, turns, colours and erased parts, by timm's transforms."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
 from meristem.errors import ConfigError
-from meristem.types import Tokens
-from meristem_domains.vision.patches import PatchTokenizer
+from meristem.types import Record
+from meristem_domains.vision.patches import PatchTokenizer, StandardImage
 from meristem_domains.vision.pictures import read_pixels
 
 if TYPE_CHECKING:
@@ -24,11 +24,13 @@ Change = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class PictureViews(Views):
-    """What `augment` makes; its arguments are explained there.
+    """What `picture_views` makes; its arguments are explained there.
 
     The order: shift, turn and zoom; crop; flip; RandAugment or jitter of colours; then, of the standard values, parts
     that are erased.
     """
+
+    is_training_only: ClassVar[bool] = True  # type: ignore[misc]
 
     tokenizer: PatchTokenizer
     crop_scale: tuple[float, float] | None = None
@@ -44,37 +46,47 @@ class PictureViews(Views):
     def __post_init__(self) -> None:
         if self.tokenizer.num_channels not in (1, 3):
             raise ConfigError(
-                f"data.augment takes pictures of 1 or 3 channels; got {self.tokenizer.num_channels} "
+                f"data.views takes pictures of 1 or 3 channels; got {self.tokenizer.num_channels} "
                 "(data.tokenizer.num_channels)"
             )
         for name in ("shift_frac", "zoom_frac"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"data.augment.{name} must be in [0, 1); got {getattr(self, name)}")
+                raise ConfigError(f"data.views.{name} must be in [0, 1); got {getattr(self, name)}")
         for name in ("flip", "erase"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"data.augment.{name} must be in [0, 1]; got {getattr(self, name)}")
+                raise ConfigError(f"data.views.{name} must be in [0, 1]; got {getattr(self, name)}")
         for name in ("turn_degrees", "color_jitter"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"data.augment.{name} must be 0 or more; got {getattr(self, name)}")
+                raise ConfigError(f"data.views.{name} must be 0 or more; got {getattr(self, name)}")
         if self.repeats < 1:
-            raise ConfigError(f"data.augment.repeats must be 1 or more; got {self.repeats}")
+            raise ConfigError(f"data.views.repeats must be 1 or more; got {self.repeats}")
         if self.crop_scale is not None:
             if self.tokenizer.image_px is None:
-                raise ConfigError("data.augment.crop_scale needs pictures of one size; set data.tokenizer.image_px")
+                raise ConfigError("data.views.crop_scale needs pictures of one size; set data.tokenizer.image_px")
             if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
                 raise ConfigError(
-                    f"data.augment.crop_scale must be a least and a most share above 0; got {list(self.crop_scale)}"
+                    f"data.views.crop_scale must be a least and a most share above 0; got {list(self.crop_scale)}"
                 )
         if self.auto_augment and self.color_jitter:
-            raise ConfigError("data.augment.color_jitter has no effect beside auto_augment; set one of them")
+            raise ConfigError("data.views.color_jitter has no effect beside auto_augment; set one of them")
         self._make()  # says now what is wrong with it
 
-    def encode_view(self, payload: bytes, rng: np.random.Generator) -> Tokens:
-        pixels = read_pixels(payload, self.tokenizer.num_channels)
+    @property
+    def num_views(self) -> int:  # type: ignore[override]
+        return self.repeats
+
+    def views(self, record: Record, rng: np.random.Generator | None) -> tuple[Record, ...]:
+        if rng is None:
+            return (record,)
+        assert isinstance(record.payload, bytes)
+        image = _to_image(read_pixels(record.payload, self.tokenizer.num_channels))
+        return tuple(record.with_payload(self._view(image, rng)) for _ in range(self.repeats))
+
+    def _view(self, image: "Image", rng: np.random.Generator) -> StandardImage:
         change, erase, tokenizer = self._made
         with drawn_from(rng):
-            tokens = tokenizer.encode(_to_array(change(_to_image(pixels))))
-            return tokens if erase is None else _erased(tokens, tokenizer, erase)
+            view = tokenizer.standardised(_to_array(change(image)))
+            return view if erase is None else _erased(view, erase)
 
     @cached_property
     def _made(self) -> tuple[Change, Change | None, PatchTokenizer]:
@@ -92,7 +104,7 @@ class PictureViews(Views):
             from torchvision import transforms
         except ImportError as error:
             raise ConfigError(
-                "data.augment needs the package timm; install it: pip install 'meristem[vision]'"
+                "data.views needs the package timm; install it: pip install 'meristem[vision]'"
             ) from error
         tokenizer = self.tokenizer
         changes: list[Change] = []
@@ -123,7 +135,7 @@ class PictureViews(Views):
             )
         except (AssertionError, KeyError, ValueError) as error:
             raise ConfigError(
-                "data.augment.auto_augment must be a policy of timm, such as rand-m9-mstd0.5; "
+                "data.views.auto_augment must be a policy of timm, such as rand-m9-mstd0.5; "
                 f"got {self.auto_augment!r} ({type(error).__name__}: {error})"
             ) from error
         if self.crop_scale is not None:
@@ -136,7 +148,7 @@ class PictureViews(Views):
         return transforms.Compose(changes), erase, tokenizer
 
 
-def augment(
+def picture_views(
     tokenizer: Tokenizer,
     crop_scale: Sequence[float] | None = None,
     shift_frac: float = 0.0,
@@ -148,7 +160,7 @@ def augment(
     erase: float = 0.0,
     repeats: int = 1,
 ) -> PictureViews:
-    """Other looks at a picture in training.
+    """Views of a picture in training.
 
     Args:
         tokenizer: cuts what comes out into patches.
@@ -168,7 +180,7 @@ def augment(
         ConfigError: a value out of range, or pictures that cannot be changed so.
     """
     if not isinstance(tokenizer, PatchTokenizer):
-        raise ConfigError(f"data.augment takes pictures; the model reads {tokenizer.kind}")
+        raise ConfigError(f"data.views takes pictures; the model reads {tokenizer.kind}")
     return PictureViews(
         tokenizer,
         None if crop_scale is None else tuple(crop_scale),  # type: ignore[arg-type]
@@ -215,21 +227,9 @@ def _to_array(image: "Image") -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _erased(tokens: Tokens, tokenizer: PatchTokenizer, erase: Change) -> Tokens:
-    """With a part of the standard values changed."""
+def _erased(image: StandardImage, erase: Change) -> StandardImage:
+    """With a part of the values changed."""
     import torch
 
-    assert tokens.features is not None
-    before = len(tokenizer.prefix)
-    (rows, columns), side, channels = (
-        (tokens.positions.max(axis=0) + 1).tolist(),
-        tokenizer.patch_px,
-        tokenizer.num_channels,
-    )
-    patches = tokens.features[before:].reshape(rows, columns, channels, side, side)
-    values = np.ascontiguousarray(patches.transpose(2, 0, 3, 1, 4)).reshape(channels, rows * side, columns * side)
-    changed = erase(torch.from_numpy(values)).numpy()
-    patches = changed.reshape(channels, rows, side, columns, side).transpose(1, 3, 0, 2, 4)
-    features = tokens.features.copy()
-    features[before:] = patches.reshape(rows * columns, -1)
-    return replace(tokens, features=features)
+    values = np.ascontiguousarray(image.values.transpose(2, 0, 1))
+    return StandardImage(erase(torch.from_numpy(values)).numpy().transpose(1, 2, 0))
