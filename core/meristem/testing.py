@@ -320,7 +320,6 @@ class _Contract:
         import torch
 
         from meristem.data.loader import PackMaker
-        from meristem.model.config import TokenHead
         from meristem.model_directory import ModelCard
         from meristem.train.task import Task
 
@@ -341,14 +340,12 @@ class _Contract:
         counts = objective.counts(batch)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            architecture = self.architecture
-            if "tokens" in objective.heads and architecture.head is None:
-                architecture = replace(architecture, head=TokenHead())
+            architecture = objective.complete(self.architecture)
             self.card = ModelCard(architecture, self.tokenizer, objective.heads, domain=self.domain.name)
             self.model = self.card.build()
             extra = objective.build(architecture)
             objective.start(self.model, extra, NUM_STEPS)
-            optimizer = torch.optim.AdamW([*self.model.parameters(), *extra.parameters()], lr=1e-3)
+            optimizer = torch.optim.AdamW([*self.model.parameters(), *extra.parameters()], lr=1e-4)
             losses = []
             for _ in range(NUM_STEPS):
                 torch.manual_seed(0)  # the same dropout in each step

@@ -51,7 +51,7 @@ def test_tables_name_every_part(own: Path, capsys: pytest.CaptureFixture[str]) -
     for part in (
         "attention.num_heads",
         "LayerNorm",
-        "label place",
+        "labels: classification",
         "[in], out",
         "million at 512 tokens",
         "MiB in fp32",

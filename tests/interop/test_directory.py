@@ -21,7 +21,7 @@ from meristem.interop.directory import read_directory, write_directory
 from meristem.interop.families.esm import ESM
 from meristem.interop.parity import compare
 from meristem.interop.runners import load_transformers
-from meristem.model.config import FeedForward, Learned, RMSNorm
+from meristem.model.config import FeedForward, LayerRule, Learned, RMSNorm
 from meristem.model.heads import Readout
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard, hash_weights, import_model, load_any, load_model, save_model
@@ -337,6 +337,7 @@ def test_the_hash_changes_with_a_weight_of_a_foreign_directory(folder: Path) -> 
         ({"feedforward": FeedForward(width=128, activation="relu")}, "hidden_act must be gelu"),
         ({"position": Learned(max_positions=70, offset=0)}, r"position\.offset=0"),
         ({"final_norm": False}, "final_norm=False"),
+        ({"layers": (LayerRule(start=1, feedforward=FeedForward(width=8)),)}, r"feedforward\.width=8"),
     ],
 )
 def test_a_model_that_no_family_can_say_is_not_exported(

@@ -101,6 +101,7 @@ OWN_ORACLES = {
     "Prefix.count": "test_timm_parity.py (distilled)",
     "Prefix.is_dense": "test_bert_parity.py has one, test_timm_parity.py none",
     "Prefix.has_mean": "test_vit_parity.py",
+    "LayerRule.feedforward": "tests/model/test_layer_widths.py",
     "TransformerConfig.experts": "test_switch_parity.py, by a rule of layers",
 }
 

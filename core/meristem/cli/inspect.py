@@ -115,6 +115,7 @@ def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
 
     from meristem.cli.config_reader import read_configs
     from meristem.cli.configs import find_config
+    from meristem.cli.objective_names import objective_class
     from meristem.domain import load_domain
     from meristem.errors import ConfigError
     from meristem.model.heads import Symbols
@@ -131,9 +132,10 @@ def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"{file}: data.domain must be set, as it gives presets and vocabulary")
     domain = load_domain(data["domain"])
     tokenizer = domain.build_tokenizer(**(data.get("tokenizer") or {}))
-    architecture = resolve_architecture(model.get("architecture") or {}, domain, tokenizer)
-    with without_weights():
-        built = Model(architecture, {SYMBOLS: Symbols()} if architecture.head else {})
+    objective = objective_class(model.get("objective"))
+    architecture = resolve_architecture(model.get("architecture") or {}, domain, tokenizer, objective)
+    with without_weights():  # heads of labels are as large as the data says, and not counted
+        built = Model(architecture, {SYMBOLS: Symbols()} if objective.predicts_symbols else {})
     facts = _facts_of_architecture(architecture, built, args.length)
     return {"config": str(file), "domain": data["domain"], **facts}
 

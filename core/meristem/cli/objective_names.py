@@ -1,6 +1,7 @@
 """Names of installed objectives in configs and arguments, replaced by the import paths that jsonargparse takes."""
 
 import json
+from importlib import import_module
 from typing import Any
 
 import yaml
@@ -34,6 +35,24 @@ def with_class_path(objective: Any) -> Any:
             for key, value in objective.items()
         }
     return objective
+
+
+def objective_class(said: Any) -> type[Objective]:
+    """The class of the objective that a config names.
+
+    Raises:
+        ConfigError: there is no such class.
+    """
+    said = with_class_path(said)
+    path = str(said["class_path"] if isinstance(said, dict) and "class_path" in said else said)
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{OBJECTIVE} must name an objective; got {path!r}") from error
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ConfigError(f"{OBJECTIVE} must name an objective; got {path!r}")
+    return found
 
 
 def name_in_config(values: dict[str, Any], read: ReadConfig) -> None:

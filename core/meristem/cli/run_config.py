@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from meristem.cli.config_errors import explain, placed
 from meristem.cli.config_reader import NumberLoader, ReadConfig, read_configs
 from meristem.cli.configs import find_config
-from meristem.cli.objective_names import GROUP, name_in_arguments, name_in_config
+from meristem.cli.objective_names import GROUP, name_in_arguments, name_in_config, objective_class
 from meristem.cli.run_keys import ARCHITECTURE, FREE_KEYS, OBJECTIVE, TRAINER_DEFAULTS, TRAINER_KEYS, build_task
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
@@ -182,7 +182,8 @@ def parse(argv: list[str], verb: str) -> RunConfig | None:
             data = resolved["data"]
             domain = load_domain(data["domain"])
             tokenizer = domain.build_tokenizer(**(data["tokenizer"] or {}))
-            resolved["model"]["architecture"] = to_json(resolve_architecture(wanted, domain, tokenizer))
+            objective = objective_class(resolved["model"]["objective"])
+            resolved["model"]["architecture"] = to_json(resolve_architecture(wanted, domain, tokenizer, objective))
         except ConfigError as error:
             raise placed(error, read) from error
     if resolved["run_dir"] is None:

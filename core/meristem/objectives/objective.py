@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from torch import nn
 
 from meristem.data.parts import RunData
-from meristem.model.config import TransformerConfig
+from meristem.model.config import TokenHead, TransformerConfig
 from meristem.model.heads import HeadSpec
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted
@@ -37,6 +38,12 @@ class Objective(ABC):
     remarks: tuple[str, ...] = ()
     """What `bind` found that a user should know, one line each."""
 
+    predicts_symbols: ClassVar[bool] = False
+    """Its models have the head of symbols, which `architecture.head` describes."""
+
+    reads_pool: ClassVar[bool] = False
+    """Its loss reads the vectors of the model's own pool."""
+
     config: TransformerConfig | None = None
     """The architecture, known after `bind_model`."""
 
@@ -50,6 +57,11 @@ class Objective(ABC):
             ConfigError: the objective cannot be trained on these records.
             DataError: a label is not what the objective needs.
         """
+
+    @classmethod
+    def complete(cls, config: TransformerConfig) -> TransformerConfig:
+        """The architecture with what this objective needs and nothing is said of."""
+        return replace(config, head=TokenHead()) if cls.predicts_symbols and config.head is None else config
 
     def bind_model(self, config: TransformerConfig) -> None:
         """Learn what is trained, before anything is written.

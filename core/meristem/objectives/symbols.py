@@ -62,6 +62,8 @@ class SymbolObjective(Objective):
         label_smoothing: share of each target's probability that is spread evenly over all symbols.
     """
 
+    predicts_symbols = True
+
     def __init__(self, label_smoothing: float = 0.0):
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"objective.label_smoothing must be in [0, 1); got {label_smoothing}")

@@ -9,13 +9,17 @@ from meristem.domain import Domain
 from meristem.errors import ConfigError
 from meristem.model.config import Learned, Position, Rotary, SinCos2D, Sinusoidal, TransformerConfig
 from meristem.model.plain import from_json, merge, to_json
+from meristem.objectives.objective import Objective
 
 
-def resolve_architecture(wanted: Mapping[str, Any], domain: Domain, tokenizer: Tokenizer) -> TransformerConfig:
+def resolve_architecture(
+    wanted: Mapping[str, Any], domain: Domain, tokenizer: Tokenizer, objective: type[Objective] | None = None
+) -> TransformerConfig:
     """The whole architecture of a run.
 
     Args:
         wanted: plain values of an architecture; with `preset`, those that differ from that preset of the domain.
+        objective: that the model is trained for; it may need a head that nothing is said of.
 
     Raises:
         ConfigError: a preset that the domain does not have, or fields that do not fit each other or the tokenizer.
@@ -38,7 +42,7 @@ def resolve_architecture(wanted: Mapping[str, Any], domain: Domain, tokenizer: T
     _fill_in(values, tokenizer, wanted)
     config = from_json(TransformerConfig, values)
     _check_fit(config, tokenizer, domain.name)
-    return config
+    return config if objective is None else objective.complete(config)
 
 
 def _fill_in(values: dict[str, Any], tokenizer: Tokenizer, said: dict[str, Any]) -> None:

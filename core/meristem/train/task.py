@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from meristem.errors import CheckpointError, ConfigError
 from meristem.model.compiled import compile_blocks
-from meristem.model.config import TokenHead, TransformerConfig
+from meristem.model.config import TransformerConfig
 from meristem.model.grid import resampled
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard, load_card, load_model
@@ -98,7 +98,7 @@ class Task(L.LightningModule):
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ConfigError(f"model.ema_decay must be above 0 and below 1; got {ema_decay}")
         self.ema_decay, self.is_compiled = ema_decay, is_compiled
-        self.architecture = chosen
+        self.architecture = objective.complete(chosen)
         self.model: Model
         self.average: MovingAverage | None = None
         self.remarks: list[str] = []
@@ -127,16 +127,14 @@ class Task(L.LightningModule):
         """Build the model once data and objective are known; on the meta device it costs nothing."""
         if hasattr(self, "model"):
             return
-        heads = self.objective.heads
-        if "tokens" in heads and self.architecture.head is None:
-            self.architecture = replace(self.architecture, head=TokenHead())
         with torch.random.fork_rng():
             torch.manual_seed(fold(self.seed, "init"))
-            self.model = Model(self.architecture, heads)
+            self.model = Model(self.architecture, self.objective.heads)
             self.extra = self.objective.build(self.architecture)
         if self.init_from and not self.trainer.ckpt_path:
             self._load_initial(self.init_from)
         self.objective.start(self.model, self.extra, self.trainer.max_steps)
+        self._freeze_unused()
         if self.freeze_trunk:
             self.model.trunk.requires_grad_(False)
         if self.ema_decay is not None:
@@ -144,6 +142,18 @@ class Task(L.LightningModule):
         if self.is_compiled:
             compile_blocks(self.model.trunk, self.trainer.strategy.root_device)
         self._metrics, self._confusions = self.objective.metrics(), self.objective.confusions()
+
+    def _freeze_unused(self) -> None:
+        """Freeze the model's own pool where nothing reads it: parameters without a gradient stop several processes."""
+        pool = self.model.pool
+        names = [] if pool is None else [name for name, _ in pool.named_parameters(prefix="pool")]
+        is_read = self.objective.reads_pool or any(pool in self.model.head(name).shared for name in self.model.heads)
+        if pool is not None and names and not is_read:
+            pool.requires_grad_(False)
+            self.remarks.append(
+                f"frozen, since objective {type(self.objective).__name__} does not use the model's own pool "
+                f"(architecture.pool): {', '.join(names)}"
+            )
 
     @property
     def evaluated(self) -> Model:

@@ -183,6 +183,7 @@ class LayerRule:
         step: layers from one to the next.
         attention: in place of the model's.
         attention_norm: in place of the norm before attention.
+        feedforward: in place of the model's, such as one of another width; experts of these layers are as it says.
         experts: in place of the model's.
         position: in place of the model's; of a kind that acts in each layer.
     """
@@ -192,6 +193,7 @@ class LayerRule:
     step: int = 1
     attention: Attention | None = None
     attention_norm: Norm | None = None
+    feedforward: FeedForward | None = None
     experts: Experts | None = None
     position: Position | None = None
 
@@ -206,5 +208,5 @@ class LayerRule:
     @property
     def parts(self) -> dict[str, object]:
         """The parts that are replaced, by name."""
-        names = ("attention", "attention_norm", "experts", "position")
+        names = ("attention", "attention_norm", "feedforward", "experts", "position")
         return {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -183,7 +183,7 @@ class TransformerConfig:
             head_width=attention.width_of_heads(self.width),
             attention=attention,
             attention_norm=chosen.get("attention_norm", self.norm),
-            feedforward=self.feedforward,
+            feedforward=chosen.get("feedforward", self.feedforward),
             experts=chosen.get("experts", self.experts),
             position=chosen.get("position", self.position),
             norm=self.norm,

@@ -61,6 +61,8 @@ class SelfDistillation(Objective):
         spread_weight: of the spread regulariser; 0 leaves it out.
     """
 
+    reads_pool = True
+
     def __init__(
         self,
         crops: MultiCrop,
