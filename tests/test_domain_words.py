@@ -21,11 +21,7 @@ EXEMPT = ("core/meristem/interop/families/", "core/meristem/scaffold/")
 """Families that several domains share, and the sample domain of `domains new`."""
 
 OWED = {
-    "core/meristem/cli/score.py",
     "core/meristem/model/heads/contacts.py",
-    "core/meristem/scoring/__init__.py",
-    "core/meristem/scoring/attention_maps.py",
-    "core/meristem/scoring/contacts.py",
 }
 """Modules that still hold one. The list may only become shorter."""
 
