@@ -1,6 +1,6 @@
 """The contract that every domain keeps, as stages that can be run and as a pytest plugin.
 
-    sample -> records -> tokens -> payloads again -> views -> presets -> pack -> three steps -> vectors in files
+    sample -> records -> tokens -> payloads again -> views -> presets -> pack -> three steps -> vectors -> scores
 
 pytest loads this module at every start, so nothing heavy is imported at the top.
 """
@@ -17,6 +17,7 @@ import pytest
 from meristem.errors import UserError
 
 if TYPE_CHECKING:
+    from meristem.data.records import ReadOptions
     from meristem.data.tokenizer import Tokenizer
     from meristem.domain import Domain
     from meristem.model.config import TransformerConfig
@@ -34,6 +35,9 @@ MAX_TOKENS = 128
 
 NUM_STEPS = 3
 
+STAGES = ("sample", "records", "tokens", "decode", "views", "presets", "pack", "train", "embed", "scorers")
+"""In this order; each is a method of the contract."""
+
 
 class BrokenContract(UserError):
     """A domain does not do what every domain must; the message names the stage."""
@@ -44,9 +48,8 @@ class Stage:
     """One stage of the contract that was kept.
 
     Attributes:
-        name: of the stage.
         detail: what was counted.
-        seconds: it took.
+        seconds: how long it took.
     """
 
     name: str
@@ -56,12 +59,7 @@ class Stage:
 
 @pytest.fixture
 def check_domain() -> Callable[[str], list[Stage]]:
-    """Runs the contract on a domain by name or dotted path; the test fails with the stage that is broken.
-
-    Example:
-        def test_my_domain_keeps_the_contract(check_domain):
-            check_domain("my_lab.rna")
-    """
+    """Runs the contract on a domain by name or dotted path; the test fails with the stage that is broken."""
     return lambda name: list(run_contract(name))
 
 
@@ -80,17 +78,7 @@ def run_contract(name: str) -> Iterator[Stage]:
     domain = load_domain(name)
     with tempfile.TemporaryDirectory() as folder:
         contract = _Contract(name, domain, Path(folder))
-        for stage in (
-            contract.sample,
-            contract.records,
-            contract.tokens,
-            contract.decode,
-            contract.views,
-            contract.presets,
-            contract.pack,
-            contract.train,
-            contract.embed,
-        ):
+        for stage in (getattr(contract, stage) for stage in STAGES):
             began = time.perf_counter()
             try:
                 detail = stage()
@@ -145,8 +133,7 @@ class _Contract:
         from meristem.train.datamodule import SAMPLE, DataModule
 
         path = Path(self.domain.sample)
-        _require(path.is_file(), "sample must be a file that ships with the domain", path)
-        _require(path.stat().st_size > 0, "sample must not be empty", f"0 bytes in {path}")
+        _require(path.is_file() and path.stat().st_size > 0, "sample must be a file with something in it", path)
         self.data = DataModule(self.name, SAMPLE, **{"cache_dir": str(self.folder), **self.domain.sample_options})
         self.objective = self.domain.sample_objective()
         _require(isinstance(self.objective, Objective), "sample_objective must make an objective", self.objective)
@@ -270,18 +257,19 @@ class _Contract:
         copies = (views, pickle.loads(pickle.dumps(views)))
         num_changed = 0
         for row, record in enumerate(self.rows[:NUM_TRAINED]):
-            drawn = [self._tokens_of(one.views(record, np.random.default_rng(row))) for one in copies]
-            _require(len(drawn[0]) == views.num_views, f"views must be {views.num_views} a record", len(drawn[0]))
-            whole = [self._tokens_of(one.views(record, None)) for one in copies]
-            _require(len(whole[0]) == 1, "without a generator there must be one view", len(whole[0]))
+            seen = [one.views(record, np.random.default_rng(row)) for one in copies]
+            _require(len(seen[0]) == views.num_views, f"views must be {views.num_views} a record", len(seen[0]))
+            alone = [one.views(record, None) for one in copies]
+            _require(len(alone[0]) == 1, "without a generator there must be one view", len(alone[0]))
+            drawn, whole = ([self._tokens_of(some) for some in both] for both in (seen, alone))
             for first, again in (drawn, whole):
                 differing = [name for one, other in zip(first, again) if (name := _differing(one, other))]
                 _require(not differing, f"views of {record.source} must be the same twice", f"other {differing}")
-            [plain] = self._tokens_of((record,))
+            plain = self._tokens_of((record,))
             if views.is_training_only:
-                is_same = not _differing(whole[0][0], plain)
+                is_same = not any(map(_differing, whole[0], plain))
                 _require(is_same, "without a generator, views for training only must be the record", "another")
-            num_changed += any(_differing(one, plain) for one in drawn[0])
+            num_changed += any(_differing(one, own) for one, own in zip(drawn[0], plain * views.num_views))
         return f"{views.num_views} a record, {num_changed} of {row + 1} records changed"
 
     def _tokens_of(self, records: "tuple[Record, ...]") -> "list[Tokens]":
@@ -361,9 +349,8 @@ class _Contract:
                 optimizer.step()
                 objective.after_step(self.model, extra)
                 losses.append(loss.item())
-        falls = all(np.isfinite(losses)) and losses[-1] < losses[0]
         shown = " > ".join(f"{loss:.3f}" for loss in losses)
-        _require(bool(falls), "the loss must be finite and fall", shown)
+        _require(all(np.isfinite(losses)) and losses[-1] < losses[0], "the loss must be finite and fall", shown)
         return f"loss {shown}"
 
     def embed(self) -> str:
@@ -373,23 +360,38 @@ class _Contract:
         from meristem.inference.embed import EmbedOptions, embed_files
         from meristem.inference.formats import read_embeddings
         from meristem.model_directory import save_model
-        from meristem.types import INPUT
 
         model, found = self.folder / "model", []
         save_model(model, self.card, self.model)
-        read = self.data.read_options(self.objective)
-        column = read.columns[read.main] or (read.main if read.main != INPUT else "")
-        read = replace(read, columns={INPUT: column}, label_columns=(), group_column="")
+        read = self._verb_options()
         for name, budget in (("packed", None), ("alone", 1)):
             options = EmbedOptions(domain=self.name, precision="fp32", pool="mean", tokens_per_batch=budget, read=read)
             embed_files(model, [str(self.domain.sample)], self.folder / name, options)
             found.append(read_embeddings(self.folder / name))
         packed, alone = (np.asarray(embeddings.values) for embeddings in found)
-        _require(
-            list(found[0].ids) == [row.id for row in self.rows], "ids must be those of the sample, in order", "others"
-        )
+        are_same = list(found[0].ids) == [row.id for row in self.rows]
+        _require(are_same, "ids must be those of the sample, in order", "others")
         _require(bool(np.isfinite(packed).all()), "vectors must be finite", "some that are not")
         # looser than what core promises: here a leak between records is to be seen, not rounding on some device
         error = float(np.abs(packed - alone).max() / np.sqrt((alone**2).mean()))
         _require(error < 1e-4, "a vector must not depend on its batch mates", f"a difference of {error:.1e}")
         return f"{packed.shape[0]:,} vectors of {packed.shape[1]}, in files and back"
+
+    def scorers(self) -> str:
+        """Each scorer gives a result for every record of the sample, with the options that it has by default."""
+        from meristem.inference.score import ScoreOptions, score_files
+
+        for name, scorer in self.domain.scorers.items():
+            output = self.folder / f"{name}.{'npz' if scorer.schema is None else 'csv'}"
+            options = ScoreOptions(scorer=name, domain=self.name, read=self._verb_options())
+            records = score_files(self.folder / "model", [str(self.domain.sample)], output, options)["records"]
+            _require(records == len(self.rows), f"scorer {name} must give {len(self.rows)} results", records)
+        return ", ".join(self.domain.scorers) or "none"
+
+    def _verb_options(self) -> "ReadOptions":
+        """How verbs read the sample: its first input."""
+        from meristem.types import INPUT
+
+        read = self.data.read_options(self.objective)
+        column = read.columns[read.main] or (read.main if read.main != INPUT else "")
+        return replace(read, columns={INPUT: column}, label_columns=(), group_column="")

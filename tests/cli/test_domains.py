@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from meristem import testing
 from meristem.cli.main import main
 from meristem.data.reading.reader import Reader
 from meristem.data.similarity import Similarity
@@ -20,9 +21,10 @@ from meristem.objectives.causal import Causal
 from meristem.objectives.masked import Masked
 from meristem.objectives.supervised import Supervised, Target
 from meristem.scaffold import write_domain
+from meristem.scoring.scorer import Scorer
 from meristem.testing import BrokenContract, run_contract
 
-STAGES = ["sample", "records", "tokens", "decode", "views", "presets", "pack", "train", "embed"]
+STAGES = list(testing.STAGES)
 
 
 @pytest.fixture
@@ -260,6 +262,7 @@ MUTANTS = {
     "views that forget who they are": ("views", lambda d: {"views": Forgetful}),
     "views that need options": ("views", lambda d: {"views": lambda tokenizer, rate: Turning()}),
     "views that the tokenizer refuses": ("views", lambda d: {"views": Foreign}),
+    "a scorer that fails": ("scorers", lambda d: {"scorers": {"bad": Scorer(help="", describe=len, score=len)}}),
     "no preset": ("presets", lambda d: {"presets": {}}),
     "a preset of another vocabulary": (
         "presets",

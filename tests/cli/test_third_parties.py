@@ -103,6 +103,11 @@ def test_a_model_embeds_predicts_and_goes_out_and_back(site, run):
     predicted = rows(site.folder / "predicted.csv")
     assert len(predicted) == 48
     assert {row["sequel"] for row in predicted} <= {"goes on", "is turned"}
+    site.run("score", str(run), sample, "--scorer", "likeness", "--output", "alike.npz", "--plots", "figures")
+    with np.load(site.folder / "alike.npz") as alike:
+        assert len(alike.files) == 48
+        assert all(np.allclose(np.diag(alike[name]), 1, atol=1e-5) for name in alike.files)
+    assert len(list((site.folder / "figures").glob("*.png"))) == 48
     out = site.run("export", str(run), "exported", "--to", "hf")
     assert json.loads((site.folder / "exported" / "config.json").read_text())["model_type"] == "codenet"
     assert "sequel" in out  # CodeNet has no place for it

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lab_codes.likeness import LIKENESS
 from lab_codes.reading import CodeReader
 from lab_codes.tokenizer import PairTokenizer, vocab
 from lab_codes.views import Mirrored
@@ -43,4 +44,5 @@ domain = Domain(
     sample_options={"views": {"rate": 0.5}},
     sample_objective=sample_objective,
     views=Mirrored,
+    scorers={"likeness": LIKENESS},
 )

@@ -1,7 +1,6 @@
-"""Sequels: does the second half of a code go on where the first one ends?"""
+"""Sequels: does the second code go on where the first one ends?"""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lab_codes.head import EndsReadout
-from meristem.data.parts import RunData
+from meristem.data.parts import Encoder
 from meristem.errors import ConfigError
 from meristem.model.heads import HeadSpec
 from meristem.model.outputs import Outputs, Wanted
@@ -20,31 +19,29 @@ SEQUEL = "sequel"
 
 
 class TellSequels(Objective):
-    """Tell the second half of a code from the same half turned round, given the first.
+    """Tell a second code from the same code turned round, given the first.
 
     Args:
-        turned_frac: share of the records whose second half is turned round.
+        turned_frac: share of the records whose second code is turned round.
     """
+
+    inputs = ("first", "second")
 
     def __init__(self, turned_frac: float = 0.5):
         if not 0 < turned_frac < 1:
             raise ConfigError(f"objective.turned_frac must be above 0 and below 1; got {turned_frac}")
         self.turned_frac = turned_frac
 
-    def bind(self, data: RunData) -> None:
-        self.num_special = data.tokenizer.num_special
-
     @property
     def heads(self) -> Mapping[str, HeadSpec]:
         return {SEQUEL: EndsReadout(name=SEQUEL, classes=("goes on", "is turned"))}
 
-    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        (one,) = tokens
-        is_turned, half = bool(rng.random() < self.turned_frac), len(one) // 2
-        ids = one.ids.copy()
-        if is_turned:
-            ids[half:-1] = ids[half:-1][::-1]
-        return (replace(one, ids=ids, labels={SEQUEL: np.array(int(is_turned))}),)
+    def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
+        is_turned = bool(rng.random() < self.turned_frac)
+        second = record.inputs["second"]
+        first, then = encode("first"), encode("second", second[::-1] if is_turned else second)
+        ids = np.concatenate([first.ids[:-1], then.ids[1:]]).astype(np.int64)
+        return (Tokens(positions=np.arange(len(ids))[:, None], ids=ids, labels={SEQUEL: np.array(int(is_turned))}),)
 
     def wanted(self, batch: PackedBatch) -> Wanted:
         return Wanted((SEQUEL,))
