@@ -87,6 +87,7 @@ def run_contract(name: str) -> Iterator[Stage]:
             contract.decode,
             contract.views,
             contract.presets,
+            contract.scorers,
             contract.pack,
             contract.train,
             contract.embed,
@@ -288,6 +289,12 @@ class _Contract:
         """Tokens of all inputs of records, as packs have them."""
         column = self.tokenizer.encode_values([payload for record in records for payload in record.inputs.values()])
         return [self.tokenizer.tokens_at(column, row) for row in range(len(column))]
+
+    def scorers(self) -> str:
+        """The options of every scorer have defaults."""
+        for scorer in self.domain.scorers.values():
+            scorer.options()
+        return f"{len(self.domain.scorers)} scorers"
 
     def presets(self) -> str:
         """Every preset can be built, and fits the tokenizer; the smallest is trained."""
