@@ -20,6 +20,7 @@ from meristem.model.config import TransformerConfig
 from meristem.objectives.masked import Masked
 from meristem.objectives.objective import Objective
 from meristem.registry import find, installed
+from meristem.scoring.scorer import Scorer
 
 GROUP = "meristem.domains"
 
@@ -40,6 +41,7 @@ class Domain:
             `data.views`; None for a domain that has none.
         similarity: when two payloads are similar, for splits that keep similar ones together; None for a domain whose
             payloads cannot be compared by the bytes they share.
+        scorers: ways of scoring records that core has not, by the names that `meristem score --scorer` takes.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Domain:
     sample_objective: Callable[[], Objective] = Masked
     views: Callable[..., Views] | None = None
     similarity: Similarity | None = None
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
 
     def build_tokenizer(self, **options: Any) -> Tokenizer:
         """The domain's tokenizer with these options.

@@ -8,16 +8,19 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small_models import RESIDUES, records_with_repeats, snapshot, write_fasta
+from small_models import READOUTS, RESIDUES, records_with_repeats, snapshot, write_fasta
 
 from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.inference.chunks import ChunkReader
 from meristem.inference.embed import EmbedOptions, embed_files
 from meristem.inference.engine import Embedder, TrunkRunner
 from meristem.inference.formats import read_embeddings
+from meristem.inference.predict import PredictOptions, predict_files
+from meristem.inference.score import ScoreOptions, score_files
 from meristem.model.config import Learned
 from meristem.model_directory import load_model
 
@@ -144,6 +147,24 @@ def test_refused_records_are_named_and_the_rest_is_unchanged(
     assert manifest["refused"]["count"] == 7
     # a header line and a sequence line each
     assert [refusal["line"] for refusal in manifest["refused"]["records"]] == [2 * row + 2 for row in bad]
+
+
+def test_a_part_whose_records_were_all_refused_leaves_no_hole(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
+) -> None:
+    model, records = make_model_directory(readouts=READOUTS), records_with_repeats(rng, 20)
+    bad = [(f"bad{row}", "MK?") for row in range(16)]  # as many as a chunk holds
+    source = str(write_fasta(tmp_path / "in.fa", [*bad, *records[:16], *bad, *records[16:]]))
+    wanted = [name for name, _ in records]
+    embed_files(model, [source], tmp_path / "out", EmbedOptions(is_skipping=True))
+    assert read_embeddings(tmp_path / "out").ids.tolist() == wanted
+    for suffix, read in ((".csv", pa.csv.read_csv), (".parquet", pq.read_table)):
+        predict_files(model, [source], tmp_path / f"o{suffix}", PredictOptions(is_skipping=True))
+        score_files(model, [source], tmp_path / f"s{suffix}", ScoreOptions(is_skipping=True))
+        for name in "os":
+            table = read(tmp_path / f"{name}{suffix}")
+            assert table["id"].to_pylist() == wanted
+            assert len(table.column_names) > 2
 
 
 def test_replaced_symbols_are_counted(tmp_path: Path, make_model_directory: MakeModel) -> None:

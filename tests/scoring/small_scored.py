@@ -63,7 +63,8 @@ def draw_model(kind: str, tokenizer: AlphabetTokenizer, rng: np.random.Generator
         pattern=pick(rng, seen[kind]),
     )
     position = pick(rng, [Rotary(), Learned(max_positions=64), LinearBias()])
-    has_token_dropout = kind == "masked" and rng.random() < 0.5
+    # of a sequence that is nothing but masks, token dropout leaves nothing
+    has_token_dropout = kind == "masked" and any(tokenizer.num_special) and rng.random() < 0.5
     values: dict[str, Any] = {
         "width": 24,
         "num_layers": 2,
@@ -85,6 +86,19 @@ def draw_model(kind: str, tokenizer: AlphabetTokenizer, rng: np.random.Generator
             rule["position"] = BucketBias(num_buckets=8, max_distance=20, is_two_sided=False)
         values |= {"num_decoder_layers": 2, "layers": (LayerRule(**rule),)}
     return redrawn(Model(TransformerConfig(**values), specs(("tokens",))))
+
+
+def small_config(**changes: Any) -> TransformerConfig:
+    """One bidirectional layer over 26 symbols."""
+    values: dict[str, Any] = {
+        "width": 16,
+        "num_layers": 1,
+        "embedding": Embedding(vocab_size=26),
+        "attention": Attention(num_heads=2),
+        "feedforward": FeedForward(width=16),
+        "head": TokenHead(),
+    }
+    return TransformerConfig(**{**values, **changes})
 
 
 def redrawn(model: Model) -> Model:

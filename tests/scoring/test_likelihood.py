@@ -7,26 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_scored import KINDS, by_brute_force, draw_column, draw_model, draw_tokenizer, ids_of, redrawn
+from small_scored import KINDS, by_brute_force, draw_column, draw_model, draw_tokenizer, ids_of, redrawn, small_config
 
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import (
     Attention,
-    BlockSparse,
     Causal,
     Embedding,
-    FeedForward,
-    LayerRule,
     TokenHead,
-    TransformerConfig,
 )
 from meristem.model.model import Model
 from meristem.scoring import likelihood
 from meristem.scoring.likelihood import LikelihoodOptions, Reading, kind_of, score_column, token_log_likelihoods
 from meristem.scoring.running import ROWS_PER_CALL, RunningModel
 from meristem.types import IGNORE, Hidden, PackedBatch, TokenColumn
-from meristem_domains.vision.patches import PatchTokenizer
 from model_runs import specs
 
 
@@ -56,9 +51,8 @@ class Case:
         return RunningModel(self.model, self.tokenizer, tokens_per_batch)
 
     def rows(self, tokens_per_batch: int = 100) -> list[dict[str, Any]]:
-        return score_column(
-            self.running(tokens_per_batch), self.column, LikelihoodOptions(**self.options), self.sources
-        )
+        options = LikelihoodOptions(**self.options)
+        return list(score_column(self.running(tokens_per_batch), self.column, options, self.sources))
 
     def check(self) -> None:
         name = "pseudo_perplexity" if self.kind == "masked" else "perplexity"
@@ -133,7 +127,7 @@ def test_likelihoods_do_not_depend_on_the_token_budget(kind: str, rng: np.random
     order = rng.permutation(len(case.column))
     sources = None if case.sources is None else case.sources.take(order)
     options = LikelihoodOptions(**case.options)
-    mixed = score_column(case.running(), case.column.take(order), options, sources)
+    mixed = list(score_column(case.running(), case.column.take(order), options, sources))
     assert mixed == [wanted[row] for row in order]
 
 
@@ -153,7 +147,7 @@ def test_progress_counts_every_token_that_is_run(kind: str, rng: np.random.Gener
     case = Case(kind, rng)
     seen: list[int] = []
     running = replace(case.running(30), advance=seen.append)
-    score_column(running, case.column, LikelihoodOptions(**case.options), case.sources)
+    list(score_column(running, case.column, LikelihoodOptions(**case.options), case.sources))
     reading = _reading(case)
     assert sum(seen) == reading.work.sum()
     if kind == "masked":
@@ -308,49 +302,6 @@ def _rounded_by_rows(self: RunningModel, batch: PackedBatch, hidden: Hidden, row
     return SYMBOL_LOGITS(self, batch, hidden, rows) * (1 + 1e-5 * len(rows))
 
 
-# ---- what has no likelihood ----
-
-
-def _config(**changes: Any) -> TransformerConfig:
-    values: dict[str, Any] = {
-        "width": 16,
-        "num_layers": 1,
-        "embedding": Embedding(vocab_size=26),
-        "attention": Attention(num_heads=2),
-        "feedforward": FeedForward(width=16),
-        "head": TokenHead(),
-    }
-    return TransformerConfig(**{**values, **changes})
-
-
-TWO_SIDED = LayerRule(start=1, attention=Attention(num_heads=2))
-SPARSE = Attention(num_heads=2, pattern=Causal() & BlockSparse(block=4))
-
-
-@pytest.mark.parametrize(
-    ("config", "heads", "changes", "message"),
-    [
-        (_config(head=None), (), {}, "predicts symbols; this one has no such head"),
-        (_config(), ("tokens",), {"mask": ""}, "needs a mask symbol"),
-        (_config(num_decoder_layers=1, layers=(TWO_SIDED,)), ("tokens",), {}, "do not see those behind them"),
-        (_config(attention=SPARSE), ("tokens",), {}, "random blocks of BlockSparse"),
-    ],
-)
-def test_a_model_without_a_likelihood_is_refused(
-    config: TransformerConfig, heads: tuple[str, ...], changes: dict[str, Any], message: str, rng: np.random.Generator
-) -> None:
-    tokenizer = replace(draw_tokenizer(rng), **changes)
-    with pytest.raises(ConfigError, match=message):
-        kind_of(Model(config, specs(heads)), tokenizer)
-
-
-def test_pictures_have_no_likelihood() -> None:
-    tokenizer = PatchTokenizer(image_px=(8, 8), patch_px=4)
-    config = _config(embedding=Embedding(vocab_size=1, patch_features=48), head=None)
-    with pytest.raises(ConfigError, match="reads patches"):
-        kind_of(Model(config), tokenizer)
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
@@ -388,7 +339,7 @@ def test_as_many_inputs_as_the_model_has_sides(kind: str, rng: np.random.Generat
 
 def test_logits_of_zero_give_a_perplexity_of_the_vocabulary(rng: np.random.Generator) -> None:
     tokenizer = AlphabetTokenizer(vocab=("<b>", *"ACGT"), prefix=("<b>",))
-    config = _config(
+    config = small_config(
         embedding=Embedding(vocab_size=5),
         attention=Attention(num_heads=2, pattern=Causal()),
         head=TokenHead(is_tied=False, activation=None),

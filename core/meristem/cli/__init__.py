@@ -1,7 +1,7 @@
 """The command line: one thin file a verb, and the only place with YAML and arguments.
 
 `main.py` holds the table `VERBS`, so `meristem --help` imports no verb; a verb's module is imported when it
-is called. There are two kinds:
+is called. There are three kinds:
 
 * `Verb`: the module has
 
@@ -14,6 +14,11 @@ is called. There are two kinds:
       def run_argv(argv: list[str], verb: str) -> int
 
   with `argv` what stands behind the verb; `--help` in it is the module's own to answer.
+* `OpenVerb` (`score`): which arguments there are depends on those given, so the module has
+
+      def run_argv(argv: list[str], parser: argparse.ArgumentParser) -> int
+
+  which adds the arguments to the parser and parses them.
 
 What a verb may rely on, and must do:
 

@@ -59,18 +59,21 @@ class Verb:
 
     def call(self, name: str, argv: list[str]) -> int:
         """Parse what stands behind the verb and run it."""
-        module = importlib.import_module(self.module)
-        parser = Parser(
-            prog=f"meristem {name}",
-            description=self.help,
-            epilog=f"{TOKENIZER_HELP if self.reads_model else ''}example:\n  {self.example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        module, parser = importlib.import_module(self.module), self.parser(name)
         module.add_arguments(parser)
         if not self.reads_model:
             return int(module.run(parser.parse_args(argv)))
         argv, tokenizer = take_tokenizer_options(parser, argv)
         return int(module.run(parser.parse_args(argv, argparse.Namespace(tokenizer=tokenizer))))
+
+    def parser(self, name: str) -> Parser:
+        """A parser that has no arguments yet."""
+        return Parser(
+            prog=f"meristem {name}",
+            description=self.help,
+            epilog=f"{TOKENIZER_HELP if self.reads_model else ''}example:\n  {self.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,14 @@ class ConfiguredVerb(Verb):
 
     def call(self, name: str, argv: list[str]) -> int:
         return int(importlib.import_module(self.module).run_argv(argv, name))
+
+
+@dataclass(frozen=True)
+class OpenVerb(Verb):
+    """A verb whose arguments depend on those given: its module adds them to a parser and parses them."""
+
+    def call(self, name: str, argv: list[str]) -> int:
+        return int(importlib.import_module(self.module).run_argv(argv, self.parser(name)))
 
 
 SAMPLE = next((name for name in shipped_configs() if name.endswith("/sample")), "config.yaml")
@@ -124,9 +135,9 @@ VERBS: dict[str, Verb] = {
         "meristem generate runs/decoder/model --prompt MKT --temperature 0.8 --top-p 0.95",
         reads_model=True,
     ),
-    "score": Verb(
+    "score": OpenVerb(
         "meristem.cli.score",
-        "score records with a model: likelihoods, and what its domain makes of attention maps",
+        "write how likely records are, or what a scorer of a domain says of them",
         "meristem score runs/sample/model records.csv --output scores.csv",
         reads_model=True,
     ),

@@ -1,5 +1,6 @@
 """Empty figures, and how they are written."""
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,13 @@ def save_figure(figure: "Figure", path: Path) -> None:
     """Write a figure as a PNG, which replaces a file that is there as a whole."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
+
+
+def encode_figure(figure: "Figure") -> bytes:
+    """A figure as the bytes of a PNG."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI)
+    return stream.getvalue()
 
 
 def save_array(colours: np.ndarray, path: Path) -> None:

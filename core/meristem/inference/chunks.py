@@ -70,6 +70,7 @@ class ChunkReader:
         is_skipping: refused records are counted and left out; else they are errors.
         max_symbols: payload symbols of a chunk at most.
         num_workers: processes that encode payloads; 0 for this one.
+        max_tokens: of a record, special ones included; longer ones are refused. None for no bound.
 
     Attributes:
         num_records: read so far, refused ones left out.
@@ -89,8 +90,9 @@ class ChunkReader:
         is_skipping: bool = False,
         max_symbols: int = CHUNK_SYMBOLS,
         num_workers: int = 0,
+        max_tokens: int | None = None,
     ):
-        self._num_workers = num_workers
+        self._num_workers, self._max_tokens = num_workers, max_tokens
         self._domain, self._tokenizer, self._max_symbols = domain, tokenizer, max_symbols
         self._inputs, self._is_skipping = tuple(inputs), is_skipping
         # every payload is encoded here, which finds what is wrong with it; a chunk anew for each that is left out
@@ -110,11 +112,11 @@ class ChunkReader:
         tables = encode_tables(self._cut(), self._tokenizer, self._is_skipping, self._num_workers)
         for index, (table, encoded) in enumerate(tables):
             self._digest.add(table)
-            digest, column = self._digest.value(), encoded.column
-            table = self._kept(table, encoded)
+            digest = self._digest.value()
+            table, column = self._kept(table, encoded)
             self.num_records += table.num_rows
             self.num_symbols += int(column.lengths.sum()) - len(column) * sum(self._tokenizer.num_special)
-            self.replaced.update(column.replaced)
+            self.replaced.update(encoded.column.replaced)
             yield Chunk(index, table["id"], column, table["file"], table["line"], digest)
         if not self.num_records:
             refused = f": all {self.num_refused} were refused, {self.refused[0]}" if self.num_refused else ""
@@ -157,15 +159,28 @@ class ChunkReader:
                 columns["file"] = columns["file"].cast(pa.string())  # dictionaries of two files do not go together
                 yield pa.RecordBatch.from_pydict(columns)
 
-    def _kept(self, table: pa.RecordBatch, encoded: Encoded) -> pa.RecordBatch:
-        """The records of a table that the tokenizer takes; the others are refused."""
+    def _kept(self, table: pa.RecordBatch, encoded: Encoded) -> tuple[pa.RecordBatch, TokenColumn]:
+        """The records of a table that the tokenizer takes and that are no longer than allowed; others are refused."""
         for row, reason in encoded.refused:
-            file, line, id = (table[name][row].as_py() for name in ("file", "line", "id"))
-            refusal = Refusal(file, line, id, reason)
-            if not self._is_skipping:
-                raise DataError(f"{refusal.where}: record {id!r}: {reason}")
-            self._refuse(refusal)
-        return table.filter(pa.array(encoded.is_kept)) if encoded.refused else table
+            self._leave_out(table, row, reason)
+        table = table.filter(pa.array(encoded.is_kept)) if encoded.refused else table
+        column, limit = encoded.column, self._max_tokens
+        if limit is None or not (column.lengths > limit).any():
+            return table, column
+        special = sum(self._tokenizer.num_special)
+        is_short = column.lengths <= limit
+        for row in np.flatnonzero(~is_short).tolist():
+            got = column.lengths[row] - special
+            must = f"must be {limit - special} tokens or fewer, as the model's positions allow; got {got}"
+            self._leave_out(table, row, must)
+        return table.filter(pa.array(is_short)), column.take(np.flatnonzero(is_short))
+
+    def _leave_out(self, table: pa.RecordBatch, row: int, reason: str) -> None:
+        file, line, id = (table[name][row].as_py() for name in ("file", "line", "id"))
+        refusal = Refusal(file, line, id, reason)
+        if not self._is_skipping:
+            raise DataError(f"{refusal.where}: record {id!r}: {reason}")
+        self._refuse(refusal)
 
     def _refuse(self, refusal: Refusal) -> None:
         self.num_refused += 1

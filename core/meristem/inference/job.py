@@ -102,12 +102,14 @@ class Running(ABC):
         identity: what decides the rows beside model, input and engine, as plain values by the name of the option.
         facts: what the manifest says of the rows.
         fault: what is wrong where a row is not finite, as messages say it.
+        max_tokens: of a record, special ones included; longer ones are refused. None where windows are cut of them.
     """
 
     tokens_per_batch: int
     identity: Mapping[str, Any]
     facts: Mapping[str, Any]
     fault: str
+    max_tokens: int | None = None
 
     @abstractmethod
     def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
@@ -123,6 +125,10 @@ class Running(ABC):
     def num_values(self, column: TokenColumn) -> np.ndarray:
         """`[N]` how many results each row holds: one, or one a token."""
         return np.ones(len(column), np.int64)
+
+    def work(self, column: TokenColumn) -> np.ndarray | None:
+        """`[N]` tokens that are run for each row, as progress counts them; None for those of the payloads, once."""
+        return None
 
     def most_symbols(self, most: int) -> int:
         """Payload symbols of a chunk at most, where `most` are few enough for the time a chunk takes."""

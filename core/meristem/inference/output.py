@@ -160,8 +160,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """Finished parts in order."""
-    return sorted(path.glob("part-*.parquet"), key=lambda part: int(part.stem.removeprefix("part-")))
+    """Finished parts in order, without those whose records were all refused: these have no columns to speak of."""
+    parts = sorted(path.glob("part-*.parquet"), key=lambda part: int(part.stem.removeprefix("part-")))
+    return [part for part in parts if pq.read_metadata(part).num_rows]
 
 
 def run_id(identity: Identity) -> str:

@@ -125,8 +125,7 @@ class _Run:
         counted = None
         if "-" not in self.inputs:
             counted = self._reader()
-            for _ in counted:
-                pass
+            work = sum(self._num_tokens(chunk.column) for chunk in counted)
         identity = {
             "model": hash_weights(self.model_path),
             "input": counted.digest if counted else "<stdin>",
@@ -142,7 +141,7 @@ class _Run:
         done = self._finished(identity)
         self.report.chose(self.engine.device, self.engine.precision, self.running.tokens_per_batch)
         if counted:
-            self.report.found(counted.num_records, counted.num_symbols)
+            self.report.found(counted.num_records, work)
         else:
             self.report.found(None, None)
         if done is not None:
@@ -199,6 +198,7 @@ class _Run:
             options.is_skipping,
             self.chunk_symbols,
             options.num_workers,
+            self.running.max_tokens,
         )
 
     def _work(self, identity: dict[str, Any], workers: "Workers | InProcess") -> dict[str, Any]:
@@ -218,13 +218,14 @@ class _Run:
                     self._count(chunk, sources)
                     if chunk.index < done:
                         self._check_part(chunk, run)
-                        self.report.skipped(len(chunk), self._num_symbols(chunk.column))
+                        self.report.skipped(len(chunk), self._num_tokens(chunk.column))
                         continue
                     column = take(chunk.column, sources.new_rows)
-                    future = workers.submit(column, self._advance) if len(column) else _nothing()
+                    size = self._num_tokens(column) + len(column) * sum(self.card.tokenizer.num_special)
+                    future = workers.submit(column, self._advance, size) if len(column) else _nothing()
                     again = len(chunk) - len(column)
                     if again:
-                        num_again = self._num_symbols(chunk.column) - self._num_symbols(column)
+                        num_again = self._num_tokens(chunk.column) - self._num_tokens(column)
                         self.report.advance(again, num_again)
                     behind.put(_Piece(chunk, sources, future))
             behind.close()
@@ -260,7 +261,11 @@ class _Run:
             else:
                 self.parts.remove()
 
-    def _num_symbols(self, column: TokenColumn) -> int:
+    def _num_tokens(self, column: TokenColumn) -> int:
+        """Tokens of a column as progress counts them."""
+        work = self.running.work(column)
+        if work is not None:
+            return int(work.sum())
         return int(column.offsets[-1]) - len(column) * sum(self.card.tokenizer.num_special)
 
     def _advance(self, records: int, tokens: int) -> None:

@@ -20,7 +20,7 @@ def write_table_file(parts: Path, output: Path, is_exploded: bool = False) -> No
 
     Args:
         parts: folder of the parts.
-        output: its ending, one of `SUFFIXES`, says how; numbers in text have six digits.
+        output: its ending, one of `SUFFIXES`, says how; fp32 numbers in text have six digits, fp64 ones all.
         is_exploded: each entry of the lists in a row becomes a row of its own.
     """
     # a killed process leaves its half among the parts, which the next one clears away
@@ -38,8 +38,7 @@ def write_table_file(parts: Path, output: Path, is_exploded: bool = False) -> No
             for number, table in enumerate(_tables(parts, is_exploded)):
                 if not number:
                     lines.writerow(table.column_names)
-                texts = [[f"{v:.6g}" if isinstance(v, float) else v for v in c.to_pylist()] for c in table.columns]
-                lines.writerows(zip(*texts))
+                lines.writerows(zip(*map(_texts, table.columns)))
 
 
 def _tables(parts: Path, is_exploded: bool) -> Iterator[pa.Table]:
@@ -52,3 +51,11 @@ def _tables(parts: Path, is_exploded: bool) -> Iterator[pa.Table]:
                 {n: pc.list_flatten(table[n]) if n in lists else table[n].take(parents) for n in table.column_names}
             )
         yield table
+
+
+def _texts(column: pa.ChunkedArray) -> list[object]:
+    """The values of a column as the text of a table has them."""
+    values: list[object] = column.to_pylist()
+    if not pa.types.is_float32(column.type):
+        return values
+    return [f"{value:.6g}" if isinstance(value, float) else value for value in values]

@@ -46,11 +46,11 @@ class Workers:
             count, context, _start, (model, options.tokenizer, job, engine, ranks, threads, os.getpid())
         )
 
-    def submit(self, column: TokenColumn, advance: Advance) -> "Future[pa.Table]":
-        """Compute the rows of a column; `advance` is told when all are done."""
+    def submit(self, column: TokenColumn, advance: Advance, num_tokens: int) -> "Future[pa.Table]":
+        """Compute the rows of a column; `advance` is told of its tokens when all are done."""
         future = self._pool.submit(_compute, column)
-        sizes = len(column), int(column.lengths.sum())
-        future.add_done_callback(lambda done: advance(*sizes) if not done.cancelled() else None)
+        count = len(column)
+        future.add_done_callback(lambda done: advance(count, num_tokens) if not done.cancelled() else None)
         return future
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ class InProcess:
     def __init__(self, running: Running):
         self._running = running
 
-    def submit(self, column: TokenColumn, advance: Advance) -> "Future[pa.Table]":
+    def submit(self, column: TokenColumn, advance: Advance, num_tokens: int) -> "Future[pa.Table]":
         future: Future[pa.Table] = Future()
         try:
             future.set_result(self._running.rows(column, advance))

@@ -1,1 +1,1 @@
-"""What a model makes of records: contacts between residues, how likely they are, and where it looks."""
+"""Scores of records: the likelihood that every model of symbols has, and what a domain's own scorers are."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from meristem.data.order import plan_in_order
@@ -27,31 +28,34 @@ from meristem.model.model import SYMBOLS, Model
 from meristem.model.patterns import has_prefix, parts_of
 from meristem.model.transformer import Decoder, EncoderDecoder
 from meristem.scoring.running import RunningModel
+from meristem.scoring.scorer import Scorer, option
 from meristem.types import IGNORE, TokenColumn, Tokens
+
+TYPICAL_LENGTH = 256
+"""Tokens of a record, about: each is run as often where every token is hidden in turn."""
 
 Kind = Literal["masked", "causal", "prefix", "encoder-decoder"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodOptions:
-    """What is asked for.
+    """What is asked for; each option is for some kinds of model and refused for others.
 
     Attributes:
-        one_pass: for bidirectional models: run each sequence once, without masks, and take the probability of each
-            token given the whole sequence, itself included (the wild-type marginal of Meier 2021, doi
-            10.1101/2021.07.09.450648). It approximates the pseudo-log-likelihood, which runs a sequence of n tokens
-            n times. (The one-pass estimate of Kantroo 2024, arXiv 2407.07265, adds a regression that is trained for
-            it, and is not this.)
-        closing: for causal models and encoder-decoders: score the special tokens behind the payload too.
-        prefix_tokens: for prefix language models: payload tokens of the prefix, which are read and not scored.
-        start_id: for encoder-decoders: the symbol that the decoder reads first; None for the padding symbol, or 0
-            where there is none, as in training.
+        one_pass: take the probability of each token given the whole sequence, itself included (the wild-type marginal
+            of Meier 2021, doi 10.1101/2021.07.09.450648). It approximates the pseudo-log-likelihood, which runs a
+            sequence of n tokens n times. (The one-pass estimate of Kantroo 2024, arXiv 2407.07265, adds a regression
+            that is trained for it, and is not this.)
+        closing: score the special tokens behind the payload too.
+        prefix_tokens: payload tokens of the prefix, which are read and not scored.
+        start_id: the symbol that the decoder reads first; None for the padding symbol, or 0 where there is none, as in
+            training.
     """
 
-    one_pass: bool = False
-    closing: bool = False
-    prefix_tokens: int | None = None
-    start_id: int | None = None
+    one_pass: bool = option(False, "bidirectional models: run each record once, without masks (wild-type marginal)")
+    closing: bool = option(False, "causal models and encoder-decoders: score the special tokens behind a record too")
+    prefix_tokens: int | None = option(None, "prefix language models: tokens of the prefix, which are not scored")
+    start_id: int | None = option(None, "encoder-decoders: id of the symbol that the decoder reads first")
 
 
 def kind_of(model: Model, tokenizer: Tokenizer) -> Kind:
@@ -126,6 +130,22 @@ class Reading:
         return self.lengths * (np.minimum(self.num_scored, 1) if self.mask_id is None else self.num_scored)
 
 
+def read(
+    running: RunningModel, column: TokenColumn, options: LikelihoodOptions, sources: TokenColumn | None = None
+) -> Reading:
+    """What a model reads of a column, and what it is asked for; arguments as those of `score_column`."""
+    kind = kind_of(running.model, running.tokenizer)
+    if (kind == "encoder-decoder") != (sources is not None):
+        raise ConfigError(
+            "the likelihood of an encoder-decoder is that of a target given a source, two inputs of a record; got one"
+            if sources is None
+            else "only an encoder-decoder reads a source beside the sequence that is scored; got two inputs"
+        )
+    if sources is not None:
+        return read_pairs(running.tokenizer, sources, column, options)
+    return read_column(kind, running.tokenizer, column, options)
+
+
 def read_column(kind: Kind, tokenizer: Tokenizer, column: TokenColumn, options: LikelihoodOptions) -> Reading:
     """What a model of one stack reads of a column, and what it is asked for.
 
@@ -178,43 +198,59 @@ def read_pairs(tokenizer: Tokenizer, sources: TokenColumn, targets: TokenColumn,
 
 def score_column(
     running: RunningModel, column: TokenColumn, options: LikelihoodOptions, sources: TokenColumn | None = None
-) -> list[dict[str, Any]]:
-    """The likelihood of each record of a column, as a row of a table.
+) -> Iterator[dict[str, Any]]:
+    """The likelihood of each record of a column, as a row of a table with the columns of `schema_of`.
 
     Args:
         column: the sequences to score.
         sources: for encoder-decoders: what each sequence is the target of.
 
-    Returns:
-        `length`, the tokens of the payload; `num_scored`, the tokens that have a log-probability; `log_likelihood`,
-        their sum in nats; and `perplexity`, or `pseudo_perplexity` of a bidirectional model: exp of minus their mean,
-        None where there is none.
-
     Raises:
         ConfigError: the model has no likelihood, or not with these options or sides.
     """
-    kind = kind_of(running.model, running.tokenizer)
-    if (kind == "encoder-decoder") != (sources is not None):
-        raise ConfigError(
-            "the likelihood of an encoder-decoder is that of a target given a source, two inputs of a record; got one"
-            if sources is None
-            else "only an encoder-decoder reads a source beside the sequence that is scored; got two inputs"
-        )
-    if sources is not None:
-        reading = read_pairs(running.tokenizer, sources, column, options)
-    else:
-        reading = read_column(kind, running.tokenizer, column, options)
-    name = "pseudo_perplexity" if kind == "masked" else "perplexity"
+    names = schema_of(running, options).names
     lengths = column.lengths - sum(running.tokenizer.num_special)
-    return [
+    scores = token_log_likelihoods(running, read(running, column, options, sources))
+    for length, values in zip(lengths, scores, strict=True):
+        perplexity = _exp(-values.mean()) if len(values) else None
+        yield dict(zip(names, (int(length), len(values), float(values.sum()), perplexity), strict=True))
+
+
+def schema_of(running: RunningModel, options: LikelihoodOptions) -> pa.Schema:
+    """Columns of the table.
+
+    `length`, the tokens of the payload; `num_scored`, the tokens that have a log-probability; `log_likelihood`, their
+    sum in nats; and `perplexity`, or `pseudo_perplexity` of a bidirectional model: exp of minus their mean, missing
+    where there are none.
+    """
+    is_pseudo = kind_of(running.model, running.tokenizer) == "masked"
+    return pa.schema(
         {
-            "length": int(length),
-            "num_scored": len(scores),
-            "log_likelihood": float(scores.sum()),
-            name: _exp(-scores.mean()) if len(scores) else None,
+            "length": pa.int64(),
+            "num_scored": pa.int64(),
+            "log_likelihood": pa.float64(),
+            "pseudo_perplexity" if is_pseudo else "perplexity": pa.float64(),
         }
-        for length, scores in zip(lengths, token_log_likelihoods(running, reading), strict=True)
-    ]
+    )
+
+
+def describe(running: RunningModel, options: LikelihoodOptions) -> str:
+    """What the values are, in one line.
+
+    Raises:
+        ConfigError: as `score_column`.
+    """
+    kind = kind_of(running.model, running.tokenizer)
+    _check_options(kind, running.tokenizer, options)
+    means = {
+        "masked": "each token given all others"
+        if not options.one_pass
+        else "each token given the whole record, itself included: an approximation",
+        "causal": "each token given those before it",
+        "prefix": "each token behind the prefix given those before it",
+        "encoder-decoder": "each token of the target given those before it and the source",
+    }
+    return f"log_likelihood in nats, {means[kind]}"
 
 
 def _exp(value: float) -> float:
@@ -317,3 +353,19 @@ def _check_options(kind: Kind, tokenizer: Tokenizer, options: LikelihoodOptions)
             )
     elif options.prefix_tokens is not None:
         raise ConfigError(f"prefix_tokens has no effect on a model of kind {kind}; leave it out")
+
+
+def _num_runs(running: RunningModel, options: LikelihoodOptions) -> int:
+    is_exact = kind_of(running.model, running.tokenizer) == "masked" and not options.one_pass
+    return TYPICAL_LENGTH if is_exact else 1
+
+
+LIKELIHOOD = Scorer(
+    help="how likely each record is, in the way that suits the model: a row of a table",
+    options=LikelihoodOptions,
+    describe=describe,
+    schema=schema_of,
+    score=score_column,
+    work=lambda running, column, options: read(running, column, options).work,
+    num_runs=_num_runs,
+)

@@ -5,6 +5,7 @@ from pathlib import Path
 from meristem.data.similarity import Similarity
 from meristem.domain import Domain
 from meristem_domains.protein.alphabet import tokenizer
+from meristem_domains.protein.contacts import CONTACTS_SCORER
 from meristem_domains.protein.fasta import ProteinReader
 from meristem_domains.protein.presets import PRESETS
 
@@ -15,6 +16,7 @@ domain = Domain(
     presets=PRESETS,
     similarity=Similarity(k=5, threshold=0.25),
     sample=Path(__file__).parent / "sample.fasta",
+    scorers={"contacts": CONTACTS_SCORER},
 )
 
 __all__ = ["domain"]

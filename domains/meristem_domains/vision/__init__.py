@@ -4,6 +4,7 @@ from pathlib import Path
 
 from meristem.domain import Domain
 from meristem.objectives.objective import Objective
+from meristem_domains.vision.attention import ATTENTION
 from meristem_domains.vision.presets import PRESETS
 from meristem_domains.vision.reading import PictureReader
 from meristem_domains.vision.tokenizer import tokenizer
@@ -26,6 +27,7 @@ domain = Domain(
     sample_options={"tokenizer": {"image_px": 8, "patch_px": 2, "num_channels": 1}, "views": {"shift_frac": 0.1}},
     sample_objective=classify_digits,
     views=picture_views,
+    scorers={"attention": ATTENTION},
 )
 
 __all__ = ["domain"]

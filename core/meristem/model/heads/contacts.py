@@ -55,6 +55,7 @@ class ContactHead(Head):
         weights_LH = self.regression.weight.view(len(maps), -1)
         logits_nn: Tensor = self.regression.bias
         for weights_H, maps_Hnn in zip(weights_LH, maps):
+            maps_Hnn = maps_Hnn.to(weights_H.dtype)  # of a trunk in another precision
             corrected_Hnn = correct_average_product(maps_Hnn + maps_Hnn.transpose(1, 2))
             logits_nn = logits_nn + torch.einsum("h,hmn->mn", weights_H, corrected_Hnn)
         return logits_nn

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +10,14 @@ import torch
 
 from meristem.cli.main import main
 from meristem.data.pack import pack
+from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
+from meristem.figures.canvas import save_figure
 from meristem.model.config import Attention, Embedding, FeedForward, Learned, TransformerConfig
 from meristem.model.model import Model
-from meristem.scoring.attention_maps import attention_maps, draw_attention, maps_of
+from meristem.scoring.running import RunningModel
 from meristem.types import TokenColumn, Tokens
+from meristem_domains.vision.attention import AttentionOptions, attention_maps, draw_attention, maps_of
 from meristem_domains.vision.patches import PatchTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "probing"))  # a domain of pictures that fits in a file
@@ -35,6 +39,10 @@ def build(tokens: PatchTokenizer) -> Model:
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
     return model
+
+
+def maps(model: Model, tokenizer: Tokenizer, column: TokenColumn, **options: Any) -> list[np.ndarray]:
+    return list(attention_maps(RunningModel(model, tokenizer), column, AttentionOptions(**options)))
 
 
 def by_hand(model: Model, tokens: Tokens, grid: tuple[int, int], layer: int, query: str) -> np.ndarray:
@@ -61,7 +69,7 @@ def test_a_map_is_the_attention_of_the_class_row_or_the_mean_of_patches(
     tokenizer = PatchTokenizer(image_px=(12, 20), patch_px=4, prefix=prefix)
     model = build(tokenizer)
     images = [tokenizer.encode(rng.random((12, 20, 3), np.float32)) for _ in range(3)]
-    for got, tokens in zip(attention_maps(model, _column(images), layer, query), images, strict=True):
+    for got, tokens in zip(maps(model, tokenizer, _column(images), layer=layer, query=query), images, strict=True):
         assert got.shape == (4, 3, 5)
         # sums of at most 18 weights in fp32
         np.testing.assert_allclose(got, by_hand(model, tokens, (3, 5), layer % 3, query), atol=1e-6)
@@ -72,9 +80,9 @@ def test_a_model_without_a_class_row_looks_by_the_mean(rng: np.random.Generator)
     tokenizer = PatchTokenizer(image_px=(8, 8), patch_px=4, prefix=())
     model = build(tokenizer)
     column = _column([tokenizer.encode(rng.random((8, 8, 3), np.float32))])
-    np.testing.assert_array_equal(next(attention_maps(model, column)), next(attention_maps(model, column, -1, "mean")))
+    np.testing.assert_array_equal(maps(model, tokenizer, column), maps(model, tokenizer, column, query="mean"))
     with pytest.raises(ConfigError, match="needs a class row"):
-        next(attention_maps(model, column, -1, "class"))
+        maps(model, tokenizer, column, query="class")
 
 
 def test_maps_of_a_pack_are_those_of_each_image_alone(rng: np.random.Generator) -> None:
@@ -97,31 +105,24 @@ def test_a_grid_read_column_after_column_would_be_seen(rng: np.random.Generator)
     tokenizer = PatchTokenizer(image_px=(12, 12), patch_px=4)
     model = build(tokenizer)
     tokens = tokenizer.encode(rng.random((12, 12, 3), np.float32))
-    [got] = attention_maps(model, _column([tokens]))
+    [got] = maps(model, tokenizer, _column([tokens]))
     wanted = by_hand(model, tokens, (3, 3), 2, "class")
     np.testing.assert_allclose(got, wanted, atol=1e-6)
     assert abs(got.transpose(0, 2, 1) - wanted).max() > 1e-3
 
 
-def test_a_model_of_symbols_has_no_grid() -> None:
-    config = TransformerConfig(
-        width=16,
-        num_layers=1,
-        embedding=Embedding(vocab_size=5),
-        attention=Attention(num_heads=2),
-        feedforward=FeedForward(width=16),
-    )
-    column = TokenColumn(ids=np.array([0, 1, 2], np.int32), offsets=np.array([0, 3]))
-    with pytest.raises(ConfigError, match="needs a model of patches"):
-        next(attention_maps(Model(config), column))
-    with pytest.raises(ConfigError, match=r"layer of attention must be in 0\.\.0"):
-        next(attention_maps(Model(config), column, 1))
+def test_a_layer_that_is_not_there_is_refused(rng: np.random.Generator) -> None:
+    tokenizer = PatchTokenizer(image_px=(8, 8), patch_px=4)
+    column = _column([tokenizer.encode(rng.random((8, 8, 3), np.float32))])
+    for layer in (3, -4):
+        with pytest.raises(ConfigError, match=rf"layer of attention must be in 0\.\.2 or -3\.\.-1; got {layer}"):
+            maps(build(tokenizer), tokenizer, column, layer=layer)
 
 
 @pytest.mark.parametrize("num_channels", [None, 1, 3, 5])
 def test_a_picture_is_drawn_of_any_channels(num_channels: int | None, tmp_path: Path, rng: np.random.Generator) -> None:
     image = None if num_channels is None else rng.random((12, 20, num_channels), np.float32) * 2 - 0.5
-    draw_attention(tmp_path / "a.png", rng.random((16, 3, 5)), image, "a")
+    save_figure(draw_attention(rng.random((16, 3, 5)), image), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -131,9 +132,9 @@ def test_score_writes_arrays_and_pictures(
     folder, model = small_probes.save_image_model(tmp_path / "model")
     pictures = [rng.integers(0, 255, (16, 16, 3)).astype(np.uint8) for _ in range(3)]
     table = write_images(tmp_path / "in.parquet", pictures)
-    arguments = ["--attention", "--layer", "0", "--plots", str(tmp_path / "plots")]
+    arguments = ["--scorer", "attention", "--layer", "0", "--plots", str(tmp_path / "plots")]
     assert main(["score", str(folder), str(table), *arguments, "--output", str(tmp_path / "a.npz")]) == 0
-    assert "3 maps" in capsys.readouterr().out
+    assert "attention of block 0 over patches" in capsys.readouterr().out
     found = np.load(tmp_path / "a.npz")
     assert list(found) == ["i0", "i1", "i2"]
     tokenizer = small_probes.image_card().tokenizer
@@ -141,16 +142,6 @@ def test_score_writes_arrays_and_pictures(
         wanted = by_hand(model, tokenizer.encode(picture), (4, 4), 0, "class")
         np.testing.assert_allclose(got, wanted, atol=1e-6)
     assert [path.name for path in sorted((tmp_path / "plots").iterdir())] == [f"0000{i + 1}_i{i}.png" for i in range(3)]
-
-
-def test_score_refuses_what_has_no_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in (
-        (["--contacts", "--attention"], "give one of them"),
-        (["--query", "mean"], "have no effect without --attention"),
-    ):
-        output = str(tmp_path / ("a.npz" if "--attention" in arguments else "a.csv"))
-        assert main(["score", "model", "in", *arguments, "--output", output]) == 2
-        assert message in capsys.readouterr().err
 
 
 def _column(images: list[Tokens]) -> TokenColumn:

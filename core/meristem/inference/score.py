@@ -1,0 +1,213 @@
+"""Scores of records: a table with one row a record, or arrays by id and figures of them."""
+
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from meristem.domain import GROUP, Domain, load_domain
+from meristem.errors import ConfigError
+from meristem.figures.canvas import encode_figure
+from meristem.files import replacing, write_file
+from meristem.inference.engine import Advance, NotFinite
+from meristem.inference.job import Engine, Job, JobOptions, Running
+from meristem.inference.output import parts_of
+from meristem.inference.run import Report, run_job
+from meristem.inference.table_file import SUFFIXES, write_table_file
+from meristem.model.model import Model
+from meristem.model_directory import ModelCard
+from meristem.registry import find_all
+from meristem.scoring.likelihood import LIKELIHOOD
+from meristem.scoring.running import RunningModel
+from meristem.scoring.scorer import Scorer
+from meristem.types import TokenColumn
+
+ARRAY_CHUNK_SYMBOLS = 8192
+"""Payload symbols of a chunk at most where results are arrays, which are large."""
+
+MIN_CHUNK_SYMBOLS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(JobOptions):
+    """How to score: what `Score` takes, and how a job is run.
+
+    Attributes:
+        scorer: name of the scorer.
+        scorer_options: a value of its `options`; None for its defaults.
+        plots: folder for a PNG of each array; empty for none.
+    """
+
+    scorer: str = "likelihood"
+    scorer_options: Any = None
+    plots: str = ""
+
+
+def find_scorers(domain: str = "") -> dict[str, Scorer]:
+    """The scorers that can be asked for by name: the likelihood, and those of a domain.
+
+    Args:
+        domain: whose scorers; empty for those of all installed domains.
+
+    Raises:
+        ConfigError: no such domain, or two domains give one name to different scorers.
+    """
+    found, owners = {"likelihood": LIKELIHOOD}, {"likelihood": "meristem"}
+    domains: Mapping[str, Domain] = {domain: load_domain(domain)} if domain else find_all(GROUP)
+    for owner, one in domains.items():
+        for name, scorer in one.scorers.items():
+            if found.setdefault(name, scorer) is not scorer:
+                raise ConfigError(
+                    f"scorer {name!r} is offered by {owners[name]} and by {owner}; say which domain with --domain"
+                )
+            owners.setdefault(name, owner)
+    return found
+
+
+@dataclass(frozen=True)
+class Score(Job):
+    """Score records; arguments as in `ScoreOptions`.
+
+    Args:
+        domain: whose scorer it is; empty for any installed one.
+    """
+
+    verb: ClassVar[str] = "score"
+
+    scorer: str = "likelihood"
+    scorer_options: Any = None
+    domain: str = ""
+    plots: str = ""
+
+    def find(self) -> Scorer:
+        """The scorer of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.scorer == "likelihood":  # no domain is imported for it
+            return LIKELIHOOD
+        scorers = find_scorers(self.domain)
+        if self.scorer not in scorers:
+            raise ConfigError(f"--scorer must be one of {', '.join(scorers)}; got {self.scorer!r}")
+        return scorers[self.scorer]
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (".npz",) if self.find().schema is None else SUFFIXES
+
+    @property
+    def is_reused(self) -> bool:  # type: ignore[override]
+        return self.find().schema is not None
+
+    def start(self, card: ModelCard, model: Model, engine: Engine) -> "RunningScore":
+        return RunningScore(self, card, model, engine)
+
+    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
+        if output.suffix == ".npz":
+            _write_arrays(parts, output, self.plots)
+        else:
+            write_table_file(parts, output)
+        return ""
+
+
+class RunningScore(Running):
+    """Scores token columns."""
+
+    def __init__(self, job: Score, card: ModelCard, model: Model, engine: Engine):
+        self.scorer = job.find()
+        if job.plots and self.scorer.draw is None:
+            raise ConfigError(f"--plots has no effect on the scorer {job.scorer}, which draws nothing; leave it out")
+        self._options = self.scorer.options() if job.scorer_options is None else job.scorer_options
+        self._has_plots = bool(job.plots)
+        trunk = engine.trunk(model, card.tokenizer.num_special)
+        self.tokens_per_batch, self.max_tokens = trunk.tokens_per_batch, model.config.max_length
+        self.model = RunningModel(trunk.runnable, card.tokenizer, trunk.tokens_per_batch)
+        self.identity = {"scorer": job.scorer, **asdict(self._options), "plots": self._has_plots}
+        self.facts = {"summary": self.scorer.describe(self.model, self._options)}
+        self.fault = "its score is not finite; the model is damaged"
+
+    def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
+        special = sum(self.model.tokenizer.num_special)
+        advance = advance or (lambda records, tokens: None)
+        model = self.model.telling(lambda tokens: advance(0, tokens))
+        found = []
+        for row, result in enumerate(self.scorer.score(model, column, self._options)):
+            if not _is_finite(result):
+                raise NotFinite(row)
+            found.append(result if self.scorer.schema is not None else self._array(result, column, row))
+            advance(1, special)  # of a record, progress leaves the special rows out
+        schema = ARRAYS if self.scorer.schema is None else self.scorer.schema(self.model, self._options)
+        return pa.Table.from_pylist(found, schema)
+
+    def work(self, column: TokenColumn) -> np.ndarray:
+        return self.scorer.work(self.model, column, self._options)
+
+    def most_symbols(self, most: int) -> int:
+        most = most // max(1, self.scorer.num_runs(self.model, self._options))
+        return max(MIN_CHUNK_SYMBOLS, most if self.scorer.schema is not None else min(most, ARRAY_CHUNK_SYMBOLS))
+
+    def _array(self, values: np.ndarray, column: TokenColumn, row: int) -> dict[str, Any]:
+        plot = b""
+        if self._has_plots and self.scorer.draw is not None:
+            plot = encode_figure(self.scorer.draw(values, self.model, column.take(np.array([row]))))
+        return {"shape": list(values.shape), "values": values.astype(np.float32).ravel(), "plot": plot}
+
+
+ARRAYS = pa.schema({"shape": pa.list_(pa.int64()), "values": pa.large_list(pa.float32()), "plot": pa.large_binary()})
+"""Columns of a part that holds arrays, and PNGs of them."""
+
+
+def _is_finite(result: Any) -> bool:
+    """Whether no value of a row is nan or infinite; nan may stand in an array where there is nothing to score, but not
+    everywhere in a slice of it."""
+    if isinstance(result, np.ndarray):
+        return bool(np.isfinite(result).any(axis=tuple(range(1, result.ndim))).all())
+    return all(np.isfinite(value) for value in result.values() if isinstance(value, float))
+
+
+def _write_arrays(parts: Path, output: Path, plots: str) -> None:
+    """Write the arrays of all parts as numpy's `.npz`, each by the id of its record, and their PNGs into a folder."""
+    with replacing(output, parts) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
+        for number, (name, row) in enumerate(_named_rows(parts), start=1):
+            with file.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, row["values"].values.to_numpy().reshape(row["shape"].as_py()))
+            if plots:
+                safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80]
+                write_file(Path(plots) / f"{number:05}_{safe}.png", row["plot"].as_py())
+
+
+def _named_rows(parts: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of all parts as Arrow scalars, each with a name of its own: its id, or the id and `#2`, `#3` ..."""
+    names: set[str] = set()
+    seen: Counter[str] = Counter()
+    for part in parts_of(parts):
+        table = pq.read_table(part)
+        for row in range(len(table)):
+            name = id = table["id"][row].as_py()
+            while name in names:
+                seen[id] += 1
+                name = f"{id}#{seen[id] + 1}"
+            names.add(name)
+            yield name, {column: table[column][row] for column in ARRAYS.names}
+
+
+def score_files(
+    model: Path | str,
+    inputs: Sequence[str],
+    output: Path | str,
+    options: ScoreOptions | None = None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Score the records of files; arguments and result as those of `run_job`. `summary` says what the values are."""
+    options = options or ScoreOptions()
+    plain = JobOptions(**{field.name: getattr(options, field.name) for field in fields(JobOptions)})
+    job = Score(options.scorer, options.scorer_options, options.domain, options.plots)
+    return run_job(job, model, inputs, Path(output), plain, report)

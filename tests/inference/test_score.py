@@ -1,0 +1,166 @@
+"""Scoring in the loop that every job shares: it goes on where it was stopped, and equal records are scored once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pytest
+from small_models import random_protein, records_with_repeats, write_fasta
+
+from meristem.errors import ConfigError
+from meristem.inference.score import RunningScore, ScoreOptions, score_files
+from meristem.scoring.likelihood import LikelihoodOptions
+
+MakeModel = Callable[..., Path]
+
+
+class Killed(BaseException):
+    """Like a power cut, but it can be caught by the test."""
+
+
+@pytest.mark.parametrize("scorer", ["likelihood", "contacts"])
+def test_a_stopped_run_goes_on_and_writes_what_an_unbroken_one_writes(
+    scorer: str,
+    tmp_path: Path,
+    make_model_directory: MakeModel,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = [(f"p{row % 40}", random_protein(rng, 20)) for row in range(50)]
+    model, source = make_model_directory(), str(write_fasta(tmp_path / "in.fa", records))
+    suffix = ".csv" if scorer == "likelihood" else ".npz"
+    plots = [str(tmp_path / name) if suffix == ".npz" else "" for name in ("plots", "plots2")]
+    whole, out = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
+    score_files(model, [source], whole, ScoreOptions(scorer=scorer, plots=plots[0]))
+    real, calls = RunningScore.rows, 0
+
+    def dying(self: RunningScore, *args: object) -> pa.Table:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Killed
+        return real(self, *args)
+
+    monkeypatch.setattr(RunningScore, "rows", dying)
+    options = ScoreOptions(scorer=scorer, plots=plots[1], tokens_per_batch=77)
+    with pytest.raises(Killed):
+        score_files(model, [source], out, options)
+    assert not out.exists()
+    manifest = score_files(model, [source], out, options)
+    assert calls - 3 == 2, "the last leg costs only what was left: four chunks of 16 in all"
+    assert manifest["complete"] is True
+    assert not (tmp_path / f"out{suffix}.parts").exists()
+    if suffix == ".csv":
+        assert out.read_bytes() == whole.read_bytes()
+        return
+    with np.load(out) as got, np.load(whole) as wanted:
+        assert list(got) == list(wanted)
+        assert all(np.array_equal(got[name], wanted[name]) for name in wanted)
+    drawn = [{path.name: path.read_bytes() for path in Path(folder).iterdir()} for folder in plots]
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 50
+
+
+def test_equal_records_are_scored_once(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
+) -> None:
+    pool = [random_protein(rng) for _ in range(7)]
+    records = [(f"p{row}", pool[row % 7]) for row in range(40)]
+    output = tmp_path / "o.csv"
+    manifest = score_files(make_model_directory(), [str(write_fasta(tmp_path / "in.fa", records))], output)
+    assert (manifest["records"], manifest["computed"]) == (40, 7)
+    found = pa.csv.read_csv(output)
+    assert found["id"].to_pylist() == [name for name, _ in records]
+    assert found["log_likelihood"].to_pylist()[:7] * 5 == found["log_likelihood"].to_pylist()[:35]
+
+
+def test_progress_ends_at_what_there_was_to_do(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
+) -> None:
+    """Exact likelihoods run a record once for each of its tokens, and progress counts them all."""
+
+    class Counted:
+        total, records, tokens = 0, 0, 0
+        steps = 0
+
+        def chose(self, device: str, precision: str, tokens_per_batch: int) -> None: ...
+
+        def skipped(self, records: int, tokens: int) -> None: ...
+
+        def found(self, records: int | None, tokens: int | None) -> None:
+            self.total = tokens or 0
+
+        def advance(self, records: int, tokens: int) -> None:
+            self.records, self.tokens, self.steps = self.records + records, self.tokens + tokens, self.steps + 1
+
+    lengths = [*rng.integers(1, 50, 20), 90]
+    records = [(f"p{row}", "".join(rng.choice(list("ACDE"), n))) for row, n in enumerate(lengths)]
+    source = str(write_fasta(tmp_path / "in.fa", records))
+    model = make_model_directory()
+    for number, (one_pass, budget) in enumerate([(False, 128), (True, 128), (False, 4096)]):
+        report = Counted()
+        options = ScoreOptions(scorer_options=LikelihoodOptions(one_pass=one_pass), tokens_per_batch=budget)
+        score_files(model, [source], tmp_path / f"{number}.csv", options, report)
+        assert report.records == 21
+        assert report.tokens == report.total == sum(n + 2 if one_pass else n * (n + 2) for n in lengths)
+        if budget == 128 and not one_pass:
+            assert report.steps > 90, "a long record shows progress before its end"
+
+
+def test_another_runs_output_is_refused(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
+) -> None:
+    model, source = make_model_directory(), str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng, 5)))
+    output = tmp_path / "o.csv"
+    score_files(model, [source], output)
+    before = output.read_bytes()
+    other = ScoreOptions(scorer_options=LikelihoodOptions(one_pass=True))
+    with pytest.raises(ConfigError, match="--overwrite"):
+        score_files(model, [source], output, other)
+    assert output.read_bytes() == before
+    with pytest.raises(ConfigError, match="--scorer must be one of likelihood"):
+        score_files(model, [source], output, ScoreOptions(scorer="no"))
+
+
+DRIVER = """
+import sys, time
+from meristem.inference import chunks, run, score
+chunks.CHUNK_RECORDS = run.CHUNK_RECORDS = 16
+real = score.RunningScore.rows
+def slow(self, *args):
+    time.sleep(.02)
+    return real(self, *args)
+score.RunningScore.rows = slow
+from meristem.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_leave_the_file_of_an_unbroken_run(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
+) -> None:
+    source = str(write_fasta(tmp_path / "in.fa", [(f"p{row}", random_protein(rng, 3, 20)) for row in range(1200)]))
+    model, out = make_model_directory(), tmp_path / "out.csv"
+    score_files(model, [source], tmp_path / "whole.csv")
+    command = [sys.executable, "-c", DRIVER, "score", str(model), source, "--output", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(5):
+        had = len(list(tmp_path.glob("out.csv.parts/part-*.parquet")))
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(tmp_path.glob("out.csv.parts/part-*.parquet"))) <= had:
+            time.sleep(0.01)
+        time.sleep(float(rng.uniform(0, 0.2)))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the input must be long enough for five kills"
+    last = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.csv", "out.csv.manifest.json"]
