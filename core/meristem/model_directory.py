@@ -33,7 +33,7 @@ from meristem.registry import find, installed
 FORMAT_VERSION = 3
 CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 
-KINDS_OF_FORMAT_2 = {SYMBOLS: "symbols", "contacts": "contacts"}
+KINDS_OF_FORMAT_2 = {SYMBOLS: "symbols"}
 """Kinds of the heads that format 2 knew by name alone, beside labels."""
 
 

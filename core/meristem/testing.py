@@ -345,7 +345,7 @@ class _Contract:
             self.model = self.card.build()
             extra = objective.build(architecture)
             objective.start(self.model, extra, NUM_STEPS)
-            optimizer = torch.optim.AdamW([*self.model.parameters(), *extra.parameters()], lr=1e-3)
+            optimizer = torch.optim.AdamW([*self.model.parameters(), *extra.parameters()], lr=1e-4)
             losses = []
             for _ in range(NUM_STEPS):
                 torch.manual_seed(0)  # the same dropout in each step

@@ -306,7 +306,7 @@ def test_a_bad_record_is_refused_by_file_and_line_and_the_rest_comes(
         (b"[1, 2, 3]\n", 1),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00", 1),
         (b"\x00\x01\x02" * 100, 1),
-        (b"@read\nACGT\n+\nIIII\n", 1),
+        (b"@read\nMKV\n+\nI\n", 4),
         (b"\xff\xfe>\x00a\x00\n\x00", 1),
         (b"  \n \n", 1),
     ],

@@ -1,4 +1,4 @@
-"""Reading proteins: FASTA, A3M, and tables with a column of sequences.
+"""Reading proteins: FASTA, A3M, tables with a column of sequences, and what Biopython reads (`flat_files`).
 
 Parsing works on blocks of bytes: a few numpy passes find headers, line ends and residues, whatever the number
 of records. Letters keep their case. What is no residue is refused by file and line.
@@ -18,6 +18,7 @@ from meristem.data.reading.tables import TableFormat, keep_rows, read_table, tab
 from meristem.data.records import INPUT_PREFIX, ReadOptions, Refusal, Source, batch_of
 from meristem.data.tokenizer import column_bytes
 from meristem.errors import DataError
+from meristem_domains.protein.flat_files import Row, flat_kind, read_flat
 
 PAYLOAD_COLUMNS = (
     "sequence", "seq", "protein_sequence", "protein", "aa_seq", "aa_sequence", "amino_acid_sequence", "primary",
@@ -49,7 +50,7 @@ A3M_CLASSES = _classes(LETTERS + b"*-", LETTERS.lower() + b". \t\n")
 
 
 class ProteinReader(Reader):
-    """Reads FASTA, A3M and tables. A protein is the same in either case of letters."""
+    """Reads FASTA, A3M, tables, and `flat_files`. A protein is the same in either case of letters."""
 
     def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
         return read(source, options)
@@ -62,8 +63,8 @@ def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
     """Read the proteins of a source.
 
     What a source is, is seen by its content: FASTA begins with `>`, a table with a header line (CSV, TSV) or
-    as Parquet. Compression is undone. A3M looks like FASTA and is known by its name alone: `.a3m`, also before
-    a compression suffix; its insertions are dropped, its gaps stay.
+    as Parquet, the formats of `flat_files` with a record. Compression is undone. A3M looks like FASTA and is
+    known by its name alone: `.a3m`, also before a compression suffix; its insertions are dropped, its gaps stay.
 
     The id of a FASTA record is the first word of its header, or its number in the file, from 1, where the
     header is empty. Spaces and tabs in sequences are dropped; residues are letters, `*`, `-` and `.`.
@@ -77,6 +78,10 @@ def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
         if head.lstrip()[:1] == b">" or (is_a3m(source) and head.lstrip()[:1] == b"#"):
             options.require_bare(f"{source.name}:1", "FASTA has none (labels and splits need a table)")
             yield from read_fasta(stream, source, options)
+            return
+        if kind := flat_kind(head):
+            options.require_bare(f"{source.name}:1", f"{kind} files have none (labels and splits need a table)")
+            yield from _read_flat(stream, source, options, kind)
             return
         form = table_format(head, (*PAYLOAD_COLUMNS, *options.columns, *options.named_columns))
         if form is None:
@@ -121,21 +126,47 @@ def _pieces(stream: io.BufferedReader, source: Source, options: ReadOptions) -> 
             yield batch
 
 
+def _read_flat(stream: io.BufferedReader, source: Source, options: ReadOptions, kind: str) -> Iterator[pa.RecordBatch]:
+    """Read a file of one of `flat_files.KINDS` in batches of about `options.batch_bytes`."""
+    refuse = lambda line, id, reason: options.refuse(Refusal(source.name, line, id, reason))  # noqa: E731
+    held: list[Row] = []
+    num_bytes = 0
+
+    def batch() -> Iterator[pa.RecordBatch]:
+        ids, sequences, lines = zip(*held)
+        payloads = {options.main: pa.array(sequences, pa.large_string())}
+        return _usable(batch_of(pa.array(ids), payloads, source.name, lines), source, options)
+
+    for row in read_flat(stream, kind, source.name, min(options.batch_bytes, PIECE_BYTES), refuse):
+        held.append(row)
+        num_bytes += len(row[1])
+        if num_bytes >= options.batch_bytes:
+            yield from batch()
+            held, num_bytes = [], 0
+    if held:
+        yield from batch()
+
+
 def read_sequence_table(
     stream: io.BufferedReader, source: Source, options: ReadOptions, form: TableFormat
 ) -> Iterator[pa.RecordBatch]:
     """Read the records of a table; sequences are checked as those of a FASTA file are."""
     for batch in read_table(stream, source, options, form, PAYLOAD_COLUMNS):
-        reasons: dict[int, str] = {}
-        for name in options.columns:
-            if name not in options.foreign:
-                batch = _checked(batch, INPUT_PREFIX + name, reasons)
-        lines, ids = batch.column("line"), batch.column("id")
-        for row in sorted(reasons):
-            options.refuse(Refusal(source.name, lines[row].as_py(), ids[row].as_py(), reasons[row]))
-        batch = keep_rows(batch, np.array(sorted(reasons), np.int64))
-        if batch.num_rows:
-            yield batch
+        yield from _usable(batch, source, options)
+
+
+def _usable(batch: pa.RecordBatch, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+    """The rows whose sequences are proteins, if there is one; the others are refused."""
+    reasons: dict[int, str] = {}
+    for name in options.columns:
+        if name not in options.foreign:
+            batch = _checked(batch, INPUT_PREFIX + name, reasons)
+    lines, ids = batch.column("line"), batch.column("id")
+    for row in sorted(reasons):
+        options.refuse(Refusal(source.name, lines[row].as_py(), ids[row].as_py(), reasons[row]))
+    batch = keep_rows(batch, np.array(sorted(reasons), np.int64))
+    if batch.num_rows:
+        yield batch
 
 
 def _checked(batch: pa.RecordBatch, column: str, reasons: dict[int, str]) -> pa.RecordBatch:
@@ -182,7 +213,7 @@ def _not_fasta(head: bytes, source: Source) -> str:
     start = text[:20].split(b"\n")[0].rstrip().decode("utf-8", "backslashreplace")
     return (
         f"{source.name}:{line}: not a FASTA file: it must begin with '>', and begins with {start!r} "
-        "(nor is it a CSV, TSV or Parquet table)"
+        "(nor is it a CSV, TSV or Parquet table, nor GenBank, EMBL, UniProt or FASTQ)"
     )
 
 

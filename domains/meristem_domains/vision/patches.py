@@ -6,7 +6,7 @@ like.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,20 +18,18 @@ from meristem.data.tokenizer import Tokenizer, column_bytes
 from meristem.errors import CheckpointError, ConfigError
 from meristem.types import TokenColumn, Tokens
 from meristem_domains.vision.picture_sizes import CROPS, native_px, resized_px, resized_size
-from meristem_domains.vision.pictures import RefusedImage, load_pillow, of_row, picture_px, pixels_of, read_pixels
+from meristem_domains.vision.pictures import (
+    RefusedImage,
+    StandardImage,
+    load_pillow,
+    of_row,
+    payload_of,
+    picture_px,
+    pixels_of,
+    read_pixels,
+)
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-
-
-@dataclass(frozen=True, eq=False)
-class StandardImage:
-    """A payload that has the size and the values that the trunk sees: it is cut into patches, and nothing else.
-
-    Attributes:
-        values: `[H, W, C]` float32, mean subtracted and divided by the deviation.
-    """
-
-    values: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -219,20 +217,14 @@ class PatchTokenizer(Tokenizer):
         return self.tokens_at(self._column([self._grid_of(self._pixels(payload))]), 0)
 
     def encode_column(self, payloads: pa.Array) -> TokenColumn:
-        if isinstance(payloads, pa.ChunkedArray):
-            payloads = payloads.combine_chunks()
-        column_bytes(payloads)  # refuses what is no column of bytes
-        images = []
-        for row, payload in enumerate(payloads):
-            images.append(self._grid_of(self._pixels(payload.as_buffer().to_pybytes(), row)))
-        return self._column(images)
+        return self._column([self._grid_of(self._pixels(one, row)) for row, one in enumerate(_encoded(payloads))])
 
     def encode_values(self, values: Sequence[Any]) -> TokenColumn:
         """Encode images that a program hands over: paths, encoded bytes, images of Pillow, or arrays."""
         images = []
         for row, value in enumerate(values):
             try:
-                images.append(self._grid_of(self._pixels(_payload_of(value, row), row)))
+                images.append(self._grid_of(self._pixels(payload_of(value, row), row)))
             except RefusedImage as error:
                 if not isinstance(value, str | Path) or str(error).startswith(f"{value}: "):
                     raise
@@ -245,12 +237,8 @@ class PatchTokenizer(Tokenizer):
         Raises:
             RefusedImage: no image, or one that cannot be cut into patches.
         """
-        if isinstance(payloads, pa.ChunkedArray):
-            payloads = payloads.combine_chunks()
-        column_bytes(payloads)  # refuses what is no column of bytes
         found = np.empty(len(payloads), np.int64)
-        for row, payload in enumerate(payloads):
-            encoded = payload.as_buffer().to_pybytes()
+        for row, encoded in enumerate(_encoded(payloads)):
             if self.num_channels > 4:  # pages, which the header does not tell of
                 found[row] = math.prod(self._grid_of_size(self._pixels(encoded, row).shape))
                 continue
@@ -402,14 +390,7 @@ class PatchTokenizer(Tokenizer):
         return pixels[top : top + image_px[0], left : left + image_px[1]]
 
 
-def _payload_of(value: Any, row: int) -> Any:
-    """A payload, an array or an image of Pillow, of what a program hands over."""
-    if isinstance(value, str | Path):
-        try:
-            return Path(value).read_bytes()
-        except (OSError, ValueError) as error:
-            raise RefusedImage(row, f"{value}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if isinstance(value, bytes | np.ndarray | StandardImage) or hasattr(value, "getbands"):
-        return value
-    kinds = "a path, encoded bytes, an image of Pillow or an array [height, width, channels]"
-    raise RefusedImage(row, f"an image must be {kinds}; got {type(value).__name__}")
+def _encoded(payloads: pa.Array) -> Iterator[bytes]:
+    """The files of a column of bytes."""
+    column_bytes(payloads)  # refuses what is no column of bytes
+    return (payload.as_buffer().to_pybytes() for payload in payloads)

@@ -7,6 +7,8 @@ of a TIFF file is one of them. Colours under transparent pixels are as the file 
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,17 @@ class NoPicture(DataError):
     """Bytes that are no picture that can be used."""
 
 
+@dataclass(frozen=True, eq=False)
+class StandardImage:
+    """A payload that has the size and the values that the trunk sees: it is cut into patches, and nothing else.
+
+    Attributes:
+        values: `[H, W, C]` float32, mean subtracted and divided by the deviation.
+    """
+
+    values: np.ndarray
+
+
 class RefusedImage(RefusedSymbol):
     """A payload that is no image, or none that the tokenizer takes."""
 
@@ -60,6 +73,19 @@ def of_row(row: int) -> Iterator[None]:
         yield
     except NoPicture as error:
         raise RefusedImage(row, str(error)) from error
+
+
+def payload_of(value: Any, row: int) -> Any:
+    """A payload, an array or an image of Pillow, of what a program hands over."""
+    if isinstance(value, str | Path):
+        try:
+            return Path(value).read_bytes()
+        except (OSError, ValueError) as error:
+            raise RefusedImage(row, f"{value}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if isinstance(value, bytes | np.ndarray | StandardImage) or hasattr(value, "getbands"):
+        return value
+    kinds = "a path, encoded bytes, an image of Pillow or an array [height, width, channels]"
+    raise RefusedImage(row, f"an image must be {kinds}; got {type(value).__name__}")
 
 
 def looks_like_picture(head: bytes) -> bool:

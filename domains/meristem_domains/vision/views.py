@@ -13,8 +13,8 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
 from meristem.errors import ConfigError
 from meristem.types import Record
-from meristem_domains.vision.patches import PatchTokenizer, StandardImage
-from meristem_domains.vision.pictures import read_pixels
+from meristem_domains.vision.patches import PatchTokenizer
+from meristem_domains.vision.pictures import StandardImage, read_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,0 +1,141 @@
+"""Proteins in GenBank, EMBL, UniProt and FASTQ files, which Biopython reads."""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from meristem.data.reading.open import read_text_blocks
+from meristem.errors import ConfigError, DataError
+
+KINDS = {
+    "GenBank": re.compile(rb"LOCUS\s+\S"),
+    "UniProt": re.compile(rb"ID   \S+\s+(Reviewed|Unreviewed|STANDARD|PRELIMINARY);"),
+    "EMBL": re.compile(rb"ID   \S"),
+    "FASTQ": re.compile(rb"@[^\n]*\n[A-Za-z*.\r-]*\n([A-Za-z*.\r-]*\n)*\+"),
+}
+"""How files begin. Of several that fit, the first is taken."""
+
+FORMATS = {"GenBank": "genbank", "UniProt": "swiss", "EMBL": "embl"}
+"""Biopython's names of formats whose records end with a line `//`."""
+
+NUCLEOTIDES = re.compile(r"[ACGTUN]+", re.IGNORECASE)
+"""What a FASTQ file holds as a rule, which does not say so; hardly a protein has these letters alone."""
+
+Row = tuple[str, str, int]
+"""Id, sequence, and the line of the file that the record begins at."""
+
+
+def flat_kind(head: bytes) -> str:
+    """Which of `KINDS` a file is that begins so; empty for none."""
+    return next((kind for kind, pattern in KINDS.items() if pattern.match(head.lstrip())), "")
+
+
+def read_flat(
+    stream: io.BufferedReader, kind: str, name: str, block_bytes: int, refuse: Callable[[int, str, str], None]
+) -> Iterator[Row]:
+    """The records of a file of one of `KINDS`.
+
+    Args:
+        name: of the file, for messages.
+        block_bytes: of the file that are read at once.
+        refuse: called with line, id and reason for a record that cannot be used.
+
+    Raises:
+        ConfigError: Biopython is not installed.
+        DataError: a FASTQ file that is cut off or damaged.
+    """
+    try:
+        from Bio import SeqIO
+        from Bio.Seq import UndefinedSequenceError
+        from Bio.SeqIO.QualityIO import FastqGeneralIterator
+    except ImportError as error:
+        raise ConfigError(
+            f"{name}: {kind} files are read by Biopython; install it: pip install 'meristem[protein]'"
+        ) from error
+    lines = _Lines(stream, block_bytes)
+    if kind == "FASTQ":
+        line = 1 + lines.skip_blank()
+        try:
+            for title, text, _ in FastqGeneralIterator(lines):  # type: ignore[arg-type]
+                id = (title.split() or [f"line{line}"])[0]
+                if NUCLEOTIDES.fullmatch(text):
+                    refuse(line, id, "nucleotides (A, C, G, T, U and N alone), where a protein is expected")
+                else:
+                    yield id, text, line
+                line = lines.count  # the title of the next record has been read
+        except ValueError as error:
+            raise DataError(f"{name}:{lines.count}: damaged FASTQ record: {error}") from error
+        return
+    for line, text in _entries(lines):
+        id = text.split(maxsplit=2)[1]
+        if not text.endswith("//\n"):
+            refuse(line, id, f"{kind} record is cut off: it must end with a line //")
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of lengths, which are compared below, and of odd headers
+                record = SeqIO.read(io.StringIO(text), FORMATS[kind])
+            id, sequence = record.id or id, str(record.seq)
+        except UndefinedSequenceError:
+            refuse(line, id, f"{kind} record without a sequence")
+            continue
+        except Exception as error:  # of a damaged record, Biopython may raise anything
+            refuse(line, id, f"{kind} record that Biopython cannot read: {' '.join(str(error).split())}")
+            continue
+        declared = re.search(r"(\d+) (aa|bp|rc)\b", " ".join(text.partition("\n")[0].split()), re.IGNORECASE)
+        if declared and declared[2].lower() != "aa":
+            refuse(line, id, f"{kind} record of nucleotides ({declared[0]}), where a protein (aa) is expected")
+        elif declared and int(declared[1]) != len(sequence):
+            refuse(line, id, f"sequence must have {declared[0]}, as its first line says; got {len(sequence)}")
+        else:
+            yield id, sequence, line
+
+
+def _entries(lines: "_Lines") -> Iterator[tuple[int, str]]:
+    """First line and text of each record; blank lines between records are left out."""
+    held: list[str] = []
+    first = 0
+    for text in lines:
+        if held or text.strip():
+            first = first if held else lines.count
+            held.append(text)
+        if text.rstrip() == "//":
+            yield first, "".join([*held[:-1], "//\n"])
+            held = []
+    if held:
+        yield first, "".join(held)
+
+
+class _Lines(io.TextIOBase):
+    """Lines of a stream of bytes, which are counted as they are read."""
+
+    def __init__(self, stream: io.BufferedReader, block_bytes: int):
+        self._lines, self._next = self._split(stream, block_bytes), ""
+        self.count = 0
+
+    @staticmethod
+    def _split(stream: io.BufferedReader, block_bytes: int) -> Iterator[str]:
+        rest = b""
+        for block in read_text_blocks(stream, block_bytes):
+            *whole, rest = (rest + block).split(b"\n")
+            yield from (f"{line.decode('utf-8', 'replace')}\n" for line in whole)
+        if rest:
+            yield f"{rest.decode('utf-8', 'replace')}\n"
+
+    def skip_blank(self) -> int:
+        """Skip blank lines; how many they were."""
+        while (line := self.readline()) and not line.strip():
+            pass
+        self._next, self.count = line, self.count - bool(line)
+        return self.count
+
+    def readline(self, size: Any = -1, /) -> str:  # type: ignore[override]
+        line, self._next = self._next or next(self._lines, ""), ""
+        self.count += bool(line)
+        return line
+
+    def read(self, size: Any = -1, /) -> str:
+        """Biopython reads no bytes to see that these are text."""
+        return ""
