@@ -15,12 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from meristem.data.pack import pack
+from meristem.data.parts import Encoder
 from meristem.model.config import Full, TransformerConfig
 from meristem.model.flops import flops_per_token
 from meristem.objectives.objective import Objective
 from meristem.train.optim import OptimizerConfig
 from meristem.train.task import Task
-from meristem.types import PackedBatch, Record, Tokens
+from meristem.types import INPUT, PackedBatch, Record, Tokens
 
 OPTIMIZER = OptimizerConfig(lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), warmup_steps=0, schedule="constant")
 CLIP = 1.0
@@ -144,7 +145,7 @@ def packed(
     """
     rng = np.random.default_rng(0)
     prepared = [
-        objective.prepare(Record.of("", b"", one), (tokens,), rng)[0]
+        objective.prepare(Record.of("", b"", one), Encoder({INPUT: tokens}), rng)[0]
         for tokens, one in zip(sequences, labels or [{}] * len(sequences), strict=True)
     ]
     batch = pack(prepared, range(len(prepared)))

@@ -1,8 +1,8 @@
-"""Records in memory that have nothing but labels, for binding an objective."""
+"""Records in memory for binding an objective, and what gives it their tokens."""
 
-from meristem.data.parts import Part, RunData
+from meristem.data.parts import Encoder, Part, RunData
 from meristem.data.tokenizer import Tokenizer
-from meristem.types import Record
+from meristem.types import INPUT, Record, Tokens
 
 
 def records_of(payloads: list[str] | None = None, start: int = 2, **columns: list) -> list[Record]:
@@ -24,3 +24,14 @@ def records_of(payloads: list[str] | None = None, start: int = 2, **columns: lis
 def run_data(tokenizer: Tokenizer, payloads: list[str] | None = None, **columns: list) -> RunData:
     """Training records with these labels."""
     return RunData(tokenizer, {"train": Part.of(records_of(payloads, **columns))})
+
+
+def ready(*tokens: Tokens, tokenizer: Tokenizer | None = None, inputs: tuple[str, ...] = (INPUT,)) -> Encoder:
+    """Gives an objective these tokens, of the inputs in turn."""
+    return Encoder(dict(zip(inputs, tokens)), {} if tokenizer is None else dict.fromkeys(inputs, tokenizer))
+
+
+def encoded(tokenizer: Tokenizer, record: Record) -> Encoder:
+    """Gives an objective the tokens of the inputs of a record, and of other payloads."""
+    tokens = [tokenizer.encode(payload) for payload in record.inputs.values()]
+    return ready(*tokens, tokenizer=tokenizer, inputs=tuple(record.inputs))

@@ -15,6 +15,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
+from labelled import ready
 from meristem.data.pack import pack, pack_column
 from meristem.data.parts import Part, RunData
 from meristem.data.reading.reader import Reader
@@ -124,7 +125,7 @@ def final_loss(batch_of_records: pa.RecordBatch, rng: np.random.Generator, is_bl
     objective = Supervised([Target(name="digit", pool="cls")])
     objective.bind(RunData(tokenizer, {"train": Part.of(records)}))
     payloads = [bytes(64) if is_blank else record.payload for record in records]
-    prepared = [objective.prepare(r, (tokenizer.encode(p),), rng)[0] for r, p in zip(records, payloads)]
+    prepared = [objective.prepare(r, ready(tokenizer.encode(p)), rng)[0] for r, p in zip(records, payloads)]
     batch = pack(prepared, range(len(prepared)))
     assert batch.features is not None
     assert batch.positions.shape[1] == 2

@@ -319,7 +319,7 @@ class _Contract:
         import numpy as np
         import torch
 
-        from meristem.data.loader import PackMaker
+        from meristem.data.pack_maker import PackMaker
         from meristem.model_directory import ModelCard
         from meristem.train.task import Task
 
@@ -335,6 +335,7 @@ class _Contract:
             seed=0,
             max_tokens_per_record=most and min(most, MAX_TOKENS),
             views=self.data.views,
+            others=self.data.others,
         )
         batch = maker.make(0, np.arange(len(maker.rows)))
         counts = objective.counts(batch)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from lines import TOKENIZER, random_payloads
 
+from labelled import ready
 from meristem.data import labels as labels_module
 from meristem.data.labels import LabelColumn, as_text, number_of, sort_classes, summarize, text_column
 from meristem.data.parts import Part, RunData
@@ -54,7 +55,7 @@ def test_every_word_is_a_class_of_its_own_and_only_an_empty_cell_is_missing(kind
     for name in sorted(ODD_WORDS)[:5]:
         assert f"{name} {counts[name]}" in remark
     for record, word in zip(store.records(np.arange(len(store))), words):
-        (tokens,) = objective.prepare(record, (TOKENIZER.encode(record.payload),), rng)
+        (tokens,) = objective.prepare(record, ready(TOKENIZER.encode(record.payload)), rng)
         assert int(tokens.labels["y"]) == (sorted(ODD_WORDS).index(word) if word else IGNORE)
 
 
@@ -162,7 +163,7 @@ def test_labels_of_tokens_are_digits_or_lists_and_declared_words_are_missing(as_
     assert f"{flat['-']} tokens of them without" in objective.remarks[0]
     assert f"(0 {flat['0']}, 1 {flat['1']})" in objective.remarks[0]
     for record, label in zip(records, labels):
-        (tokens,) = objective.prepare(record, (TOKENIZER.encode(record.payload),), rng)
+        (tokens,) = objective.prepare(record, ready(TOKENIZER.encode(record.payload)), rng)
         inner = [IGNORE if word == "-" else int(word) for word in label or "-" * len(record.payload)]
         assert tokens.targets["y"].tolist() == [IGNORE, *inner, IGNORE]
 

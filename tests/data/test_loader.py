@@ -10,18 +10,20 @@ import pytest
 import torch
 from lines import RESIDUES, TOKENIZER, random_payloads
 
-import meristem.data.loader as loader_module
+import meristem.data.pack_maker as maker_module
 from meristem.data.corrupt import mask_tokens
 from meristem.data.loader import EvalLoader, TrainLoader
 from meristem.errors import ConfigError, DataError
-from meristem.types import IGNORE, PackedBatch
+from meristem.types import IGNORE, INPUT, PackedBatch
 
 
 class Hide:
     """A small masked objective that hands labels on as well."""
 
-    def prepare(self, record, tokens, rng):
-        (one,) = tokens
+    inputs, payload_inputs = (INPUT,), ()
+
+    def prepare(self, record, encode, rng):
+        one = encode(INPUT)
         is_maskable = np.ones(len(one), bool)
         is_maskable[[0, -1]] = False
         ids, targets = mask_tokens(
@@ -41,8 +43,10 @@ class Hide:
 class Bare:
     """Tokens as they are."""
 
-    def prepare(self, record, tokens, rng):
-        return tokens
+    inputs, payload_inputs = (INPUT,), ()
+
+    def prepare(self, record, encode, rng):
+        return (encode(INPUT),)
 
     def counts(self, batch):
         return {}
@@ -136,7 +140,7 @@ def test_starting_at_step_k_equals_going_through(store, num_workers):
 
 def test_the_test_of_resuming_catches_a_generator_that_is_only_continued(store, monkeypatch):
     shared = np.random.default_rng(0)
-    monkeypatch.setattr(loader_module, "record_rng", lambda seed, epoch, record: shared)
+    monkeypatch.setattr(maker_module, "record_rng", lambda seed, epoch, record: shared)
     through = [bits(batch) for batch in take(train(store), 4 * 6)]
     assert [bits(batch) for batch in take(train(store, start_step=lambda: 5), 4)] != through[4 * 5 :]
 
@@ -235,7 +239,7 @@ def test_the_global_generators_are_left_alone(store, num_workers):
 
 
 class Refuses(Bare):
-    def prepare(self, record, tokens, rng):
+    def prepare(self, record, encode, rng):
         raise DataError(f"{record.source}: no good")
 
 

@@ -13,7 +13,7 @@ from meristem.data.order import MixedStream, PackStream
 from meristem.data.records import ReadOptions, Source
 from meristem.data.store import RecordStore
 from meristem.errors import ConfigError
-from meristem.types import PackedBatch
+from meristem.types import INPUT, PackedBatch
 
 
 def random_mixture(rng: np.random.Generator) -> dict:
@@ -114,8 +114,10 @@ def test_weights_that_do_not_fit_are_refused(weights):
 class Bare:
     """Tokens as they are."""
 
-    def prepare(self, record, tokens, rng):
-        return tokens
+    inputs, payload_inputs = (INPUT,), ()
+
+    def prepare(self, record, encode, rng):
+        return (encode(INPUT),)
 
     def counts(self, batch):
         return {}

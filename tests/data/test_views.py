@@ -6,18 +6,21 @@ import numpy as np
 import pytest
 from lines import TOKENIZER, random_payloads
 
-from meristem.data.loader import EvalLoader, PackMaker, TrainLoader
+from meristem.data.loader import EvalLoader, TrainLoader
+from meristem.data.pack_maker import PackMaker
 from meristem.data.parts import Part
 from meristem.data.views import Views
-from meristem.types import PackedBatch, Record
+from meristem.types import INPUT, PackedBatch, Record
 
 
 class Keeps:
     """An objective that gives tokens as they are, with the label of the view."""
 
-    def prepare(self, record, tokens, rng):
+    inputs, payload_inputs = (INPUT,), ()
+
+    def prepare(self, record, encode, rng):
         turned = np.array(int(record.labels.get("turned", "0")))
-        return tuple(replace(one, labels={"turned": turned}) for one in tokens)
+        return (replace(encode(INPUT), labels={"turned": turned}),)
 
     def counts(self, batch):
         return {}

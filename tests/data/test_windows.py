@@ -8,19 +8,20 @@ import pyarrow as pa
 import pytest
 from lines import RESIDUES, TOKENIZER, random_payloads
 
-import meristem.data.loader as loader_module
+import meristem.data.pack_maker as maker_module
 import meristem.data.stretches as stretches
+from labelled import ready
 from meristem.data.corrupt import crop_window
-from meristem.data.loader import PackMaker
 from meristem.data.order import record_rng
 from meristem.data.pack import pack
+from meristem.data.pack_maker import PackMaker
 from meristem.data.reading.reader import Reader
 from meristem.data.records import ReadOptions, Source, batch_of
 from meristem.data.store import RecordStore
 from meristem.data.stretches import slice_column
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError, DataError
-from meristem.types import PackedBatch, Slice
+from meristem.types import INPUT, PackedBatch, Slice
 
 COMPLEMENT = str.maketrans("ACDE", "EDCA")
 
@@ -31,9 +32,12 @@ class Kept:
     def __init__(self) -> None:
         self.seen: list[tuple] = []
 
-    def prepare(self, record, tokens, rng):
-        self.seen += [(record.id, one.ids.tolist(), one.spans.tolist(), rng.random()) for one in tokens]
-        return tokens
+    inputs, payload_inputs = (INPUT,), ()
+
+    def prepare(self, record, encode, rng):
+        one = encode(INPUT)
+        self.seen.append((record.id, one.ids.tolist(), one.spans.tolist(), rng.random()))
+        return (one,)
 
     def counts(self, batch):
         return {}
@@ -74,7 +78,7 @@ def slowly(store: RecordStore, tokenizer: AlphabetTokenizer, most: int, epoch: i
         if isinstance(payload, Slice):
             payload = store.reader.fetch([payload])[0].as_py()
         tokens = crop_window(tokenizer.encode(payload), most, rng)
-        objective.prepare(record, (tokens,), rng)
+        objective.prepare(record, ready(tokens), rng)
     return objective.seen
 
 
@@ -135,7 +139,7 @@ def test_a_window_that_is_cut_elsewhere_would_be_noticed(rng, make_store, monkey
 
 def test_spans_left_as_those_of_the_window_would_be_noticed(rng, make_store, monkeypatch):
     store = make_store(["".join(rng.choice(list(RESIDUES), 200)) for _ in range(6)])
-    monkeypatch.setattr(loader_module.Cuts, "placed", lambda self, tokens, i: tokens)
+    monkeypatch.setattr(maker_module.Cuts, "placed", lambda self, tokens, i: tokens)
     made, objective = maker(store, 40)
     made.make(1, np.arange(6))
     assert objective.seen != slowly(store, TOKENIZER, 40, 1, np.arange(6))

@@ -38,23 +38,24 @@ def test_a_stopped_run_goes_on_and_writes_what_an_unbroken_one_writes(
     suffix = ".csv" if scorer == "likelihood" else ".npz"
     plots = [str(tmp_path / name) if suffix == ".npz" else "" for name in ("plots", "plots2")]
     whole, out = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
-    score_files(model, [source], whole, ScoreOptions(scorer=scorer, plots=plots[0]))
-    real, calls = RunningScore.rows, 0
+    real, calls, dies_at = RunningScore.rows, 0, -1
 
     def dying(self: RunningScore, *args: object) -> pa.Table:
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == dies_at:
             raise Killed
         return real(self, *args)
 
     monkeypatch.setattr(RunningScore, "rows", dying)
+    score_files(model, [source], whole, ScoreOptions(scorer=scorer, plots=plots[0]))
+    num_chunks, calls, dies_at = calls, 0, 3
     options = ScoreOptions(scorer=scorer, plots=plots[1], tokens_per_batch=77)
     with pytest.raises(Killed):
         score_files(model, [source], out, options)
     assert not out.exists()
     manifest = score_files(model, [source], out, options)
-    assert calls - 3 == 2, "the last leg costs only what was left: four chunks of 16 in all"
+    assert calls - 3 == num_chunks - 2 > 0, "the last leg costs only what was left"
     assert manifest["complete"] is True
     assert not (tmp_path / f"out{suffix}.parts").exists()
     if suffix == ".csv":

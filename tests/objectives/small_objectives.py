@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from labelled import encoded
 from meristem.data.pack import pack
 from meristem.data.parts import Part, RunData
 from meristem.data.tokenizer import AlphabetTokenizer
@@ -76,8 +77,8 @@ CASES: dict[str, tuple[Callable[..., Objective], TransformerConfig]] = {
     "prefix": (Prefix, PREFIX_DECODER),
     "spans": (SpanCorruption, BOTH),
     "denoising": (lambda **options: Denoising(delete_rate=0.1, **options), BOTH),
-    "sequence to sequence": (lambda **options: SequenceToSequence("other", **options), BOTH),
-    "next sentence": (lambda **options: NextSentence("other", **options), PAIRS),
+    "sequence to sequence": (SequenceToSequence, BOTH),
+    "next sentence": (NextSentence, PAIRS),
 }
 
 
@@ -94,11 +95,18 @@ def random_records(rng: np.random.Generator, count: int = 8, low: int = 3, high:
     return [Record.of(str(i), residues(), {"other": residues()}, f"x.csv:{i + 2}") for i in range(count)]
 
 
+def suited(objective: Objective, record: Record) -> Record:
+    """A record of `random_records` with the inputs that an objective reads."""
+    payloads = [record.payload, record.labels.get("other")]
+    return replace(record, inputs=dict(zip(objective.inputs, payloads)), labels={})
+
+
 def bound(objective: Objective, config: TransformerConfig | None, records: list[Record], tokenizer=TOKENIZER):
     """The objective, after all that comes before training."""
     if config is not None:
         objective.bind_model(config)
-    objective.bind(RunData(tokenizer, {"train": Part.of(records)} if records else {}))
+    parts = {"train": Part.of([suited(objective, record) for record in records])} if records else {}
+    objective.bind(RunData(tokenizer, parts))
     return objective
 
 
@@ -106,7 +114,9 @@ def prepared(objective: Objective, records: list[Record], tokenizer=TOKENIZER, s
     return [
         tokens
         for i, record in enumerate(records)
-        for tokens in objective.prepare(record, (tokenizer.encode(record.payload),), np.random.default_rng(seed + i))
+        for tokens in objective.prepare(
+            suited(objective, record), encoded(tokenizer, suited(objective, record)), np.random.default_rng(seed + i)
+        )
     ]
 
 

@@ -21,6 +21,7 @@ from small_objectives import (
 )
 from torch.nn import functional as F
 
+from labelled import ready
 from meristem.data.corrupt import crop_window
 from meristem.data.pack import pack
 from meristem.errors import ConfigError
@@ -56,7 +57,7 @@ def test_a_window_neither_begins_nor_ends_where_its_record_does_not(rng):
     seen = set()
     for seed in range(60):
         window = crop_window(TOKENIZER.encode(payload), 18, np.random.default_rng(seed))
-        (tokens,) = objective.prepare(Record.of("a", payload), (window,), rng)
+        (tokens,) = objective.prepare(Record.of("a", payload), ready(window), rng)
         text, targets = TOKENIZER.decode(window), tokens.targets[SYMBOLS]
         assert (targets[0] != IGNORE) == payload.startswith(text)
         assert (targets[-2] != IGNORE) == payload.endswith(text)
@@ -156,7 +157,7 @@ def test_every_split_of_a_payload_is_equally_likely(rng):
     objective = bound(Prefix(), PREFIX_DECODER, [record])
     tokens = TOKENIZER.encode(record.payload)
     repeats = 4_000
-    splits = [objective.prepare(record, (tokens,), rng)[0].prefix_length for _ in range(repeats)]
+    splits = [objective.prepare(record, ready(tokens), rng)[0].prefix_length for _ in range(repeats)]
     counts = np.bincount(splits)
     assert counts[:2].tolist() == [0, 0]
     # 5 standard deviations of a binomial, 5 splits

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from labelled import ready
 from meristem.data.pack import pack
 from meristem.data.parts import RunData
 from meristem.domain import load_domain
@@ -23,7 +24,7 @@ def test_only_payload_tokens_are_hidden_and_all_scored_ones_keep_their_symbol(rn
     for seed in range(50):
         sequence = "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(1, 40)))
         before = TOKENIZER.encode(sequence)
-        (after,) = objective.prepare(Record.of("a", sequence), (before,), np.random.default_rng(seed))
+        (after,) = objective.prepare(Record.of("a", sequence), ready(before), np.random.default_rng(seed))
         targets = after.targets["tokens"]
         assert targets[0] == targets[-1] == IGNORE
         assert (after.ids[[0, -1]] == before.ids[[0, -1]]).all()
@@ -47,7 +48,7 @@ def test_loss_is_the_sum_over_scored_rows_of_all_rows_logits(rng):
     model = Model(config, objective.heads)
     sequences = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), n)) for n in (5, 30, 61)]
     tokens = [
-        objective.prepare(Record.of("a", s), (TOKENIZER.encode(s),), np.random.default_rng(i))[0]
+        objective.prepare(Record.of("a", s), ready(TOKENIZER.encode(s)), np.random.default_rng(i))[0]
         for i, s in enumerate(sequences)
     ]
     batch = pack(tokens, range(3))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from labelled import run_data
+from labelled import ready, run_data
 from meristem.data.pack import pack
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
@@ -35,7 +35,7 @@ def _batch(rng: np.random.Generator, objective: Supervised, labels: list) -> Pac
     for i, label in enumerate(labels):
         image = rng.random((12, 20, 1)).astype(np.float32)
         record = Record.of(str(i), b"", {} if label is None else {"kind": label}, f"x:{i}")
-        tokens += objective.prepare(record, (TOKENIZER.encode(image),), rng)
+        tokens += objective.prepare(record, ready(TOKENIZER.encode(image)), rng)
     return pack(tokens, range(len(labels)))
 
 

@@ -17,9 +17,11 @@ from small_objectives import (
     packed,
     prepared,
     random_records,
+    suited,
 )
 from torch.nn import functional as F
 
+from labelled import encoded, ready
 from meristem.errors import ConfigError, DataError
 from meristem.model.heads import readouts_of
 from meristem.model.model import SYMBOLS
@@ -43,7 +45,7 @@ def shown(tokens) -> str:
 
 def test_a_record_becomes_two_closed_sentences_of_two_types(rng):
     records = random_records(rng, 30)
-    objective = bound(NextSentence("other", rate=0.5), PAIRS, records)
+    objective = bound(NextSentence(rate=0.5), PAIRS, records)
     others = {record.labels["other"] for record in records}
     for record, tokens in zip(records, prepared(objective, records)):
         second = shown(tokens)[len(f"<cls>{record.payload}<sep>") : -len("<sep>")]
@@ -61,10 +63,11 @@ def test_a_record_becomes_two_closed_sentences_of_two_types(rng):
 
 def test_half_of_the_seconds_are_another_records_each_equally_likely(rng):
     records = records_of([*WORDS, WORDS[0]])  # one stands twice: the same words are never a random second
-    objective = bound(NextSentence("other"), PAIRS, records)
-    tokens = TOKENIZER.encode(records[0].payload)
+    objective = bound(NextSentence(), PAIRS, records)
+    record = suited(objective, records[0])
+    encode = encoded(TOKENIZER, record)
     repeats = 4_000
-    drawn = [objective.prepare(records[0], (tokens,), rng)[0] for _ in range(repeats)]
+    drawn = [objective.prepare(record, encode, rng)[0] for _ in range(repeats)]
     seconds = [shown(one)[len("<cls>WYWYWY<sep>") : -len("<sep>")] for one in drawn]
     labels = np.array([int(one.labels[NEXT_SENTENCE]) for one in drawn])
     assert [second != WORDS[0] for second in seconds] == [label == 1 for label in labels]
@@ -73,14 +76,15 @@ def test_half_of_the_seconds_are_another_records_each_equally_likely(rng):
     counts = np.array([seconds.count(word) for word in WORDS[1:]])
     assert (np.abs(counts - repeats / 10) < 5 * np.sqrt(repeats * 0.1 * 0.9)).all()
     for frac, label in ((0.0, 0), (1.0, 1)):
-        objective = bound(NextSentence("other", random_second_frac=frac), PAIRS, records)
+        objective = bound(NextSentence(random_second_frac=frac), PAIRS, records)
         assert {int(one.labels[NEXT_SENTENCE]) for one in prepared(objective, records)} == {label}
 
 
 def test_a_record_of_validation_may_have_a_second_that_training_has_not(rng):
-    objective = bound(NextSentence("other", random_second_frac=1.0), PAIRS, records_of(WORDS))
+    objective = bound(NextSentence(random_second_frac=1.0), PAIRS, records_of(WORDS))
+    record = Record("v", {"first": "WY", "second": "AAAA"}, source="v:1")
     for _ in range(20):
-        (tokens,) = objective.prepare(Record.of("v", "WY", {"other": "AAAA"}, "v:1"), (TOKENIZER.encode("WY"),), rng)
+        (tokens,) = objective.prepare(record, encoded(TOKENIZER, record), rng)
         assert shown(tokens).split("<sep>")[1] in WORDS
 
 
@@ -89,10 +93,10 @@ def test_a_pair_is_cut_to_what_the_model_can_place(rng):
     for first, second in ((10, 100), (100, 10), (80, 90), (31, 30), (30, 31)):
         record = Record.of("a", "A" * first, {"other": "C" * second}, "x:1")
         other = Record.of("b", "A", {"other": "D"}, "x:2")
-        objective = bound(NextSentence("other", random_second_frac=0), PAIRS, [record, other])
+        objective = bound(NextSentence(random_second_frac=0), PAIRS, [record, other])
         # the loader has cropped the payload to what the model can place already
-        tokens = TOKENIZER.encode("A" * min(first, limit - 2))
-        (pair,) = objective.prepare(record, (tokens,), rng)
+        tokens = [TOKENIZER.encode(payload) for payload in ("A" * min(first, limit - 2), "C" * second)]
+        (pair,) = objective.prepare(suited(objective, record), ready(*tokens, inputs=objective.inputs), rng)
         a, b = shown(pair).removeprefix("<cls>").removesuffix("<sep>").split("<sep>")
         assert len(pair) == min(limit, first + second + 3)
         assert set(a) == {"A"}
@@ -104,7 +108,7 @@ def test_a_pair_is_cut_to_what_the_model_can_place(rng):
 
 def test_loss_is_masked_symbols_and_the_class_from_the_models_pool(rng):
     records = random_records(rng)
-    objective = bound(NextSentence("other"), PAIRS, records)
+    objective = bound(NextSentence(), PAIRS, records)
     model = built(objective, PAIRS)
     batch = packed(objective, records)
     out = objective.loss_of(model, objective.build(PAIRS), batch)
@@ -126,12 +130,10 @@ def test_loss_is_masked_symbols_and_the_class_from_the_models_pool(rng):
 
 def test_what_cannot_be_trained_is_refused(rng):
     with pytest.raises(ConfigError, match=r"embedding\.token_types of 2; got 0"):
-        NextSentence("other").bind_model(replace(PAIRS, embedding=replace(PAIRS.embedding, token_types=0)))
+        NextSentence().bind_model(replace(PAIRS, embedding=replace(PAIRS.embedding, token_types=0)))
     with pytest.raises(ConfigError, match=r"pool: \{kind: Prefix, is_dense: true\}"):
-        NextSentence("other").bind_model(replace(PAIRS, pool=None))
-    with pytest.raises(DataError, match=r"x\.csv:2: column 'other' must hold two different texts"):
-        bound(NextSentence("other"), PAIRS, records_of(["ACD", "ACD"]))
-    with pytest.raises(DataError, match=r"x\.csv:3: column 'other' must hold a text; got None"):
-        bound(NextSentence("other"), PAIRS, records_of(["ACD", None]))
+        NextSentence().bind_model(replace(PAIRS, pool=None))
+    with pytest.raises(DataError, match=r"x\.csv:2: the input 'second' must have two different payloads"):
+        bound(NextSentence(), PAIRS, records_of(["ACD", "ACD"]))
     with pytest.raises(ConfigError, match="random_second_frac"):
-        NextSentence("other", random_second_frac=1.2)
+        NextSentence(random_second_frac=1.2)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from labelled import records_of, run_data
+from labelled import ready, records_of, run_data
 from meristem.data.corrupt import crop_window
 from meristem.data.pack import pack
 from meristem.data.parts import Part, RunData
@@ -38,7 +38,7 @@ def _bound(targets: list[Target], payloads: list[str] | None = None, **columns) 
 
 def _prepare(objective, sequence: str, **labels):
     record = Record.of("p1", sequence, labels, "file.csv:7")
-    return objective.prepare(record, (TOKENIZER.encode(sequence),), np.random.default_rng(0))[0]
+    return objective.prepare(record, ready(TOKENIZER.encode(sequence)), np.random.default_rng(0))[0]
 
 
 def test_missing_labels_count_for_nothing(rng):
@@ -103,7 +103,7 @@ def test_token_labels_follow_the_window_that_a_record_is_cropped_to(rng):
     for seed in range(20):
         window = crop_window(TOKENIZER.encode(sequence), 9, np.random.default_rng(seed))
         record = Record.of("p", sequence, {"ss": labels}, "file.csv:1")
-        (tokens,) = objective.prepare(record, (window,), rng)
+        (tokens,) = objective.prepare(record, ready(window), rng)
         residues = TOKENIZER.decode(tokens)
         expected = [ord(labels[sequence.index(residue)]) - ord("A") for residue in residues]
         assert tokens.targets["ss"].tolist() == [IGNORE, *expected, IGNORE]
@@ -195,7 +195,7 @@ def test_labels_are_counted_in_every_part_and_declared_words_are_missing(task):
         f"test 1 with a label, 2 without ({shown[2]})"
     )
     (tokens,) = objective.prepare(
-        Record.of("a", "M", {"y": "NA"}, ""), (TOKENIZER.encode("M"),), np.random.default_rng(0)
+        Record.of("a", "M", {"y": "NA"}, ""), ready(TOKENIZER.encode("M")), np.random.default_rng(0)
     )
     assert np.isnan(tokens.labels["y"]) if task == "regression" else tokens.labels["y"] == IGNORE
 

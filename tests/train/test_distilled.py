@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_proteins import random_proteins
 
-from labelled import run_data
+from labelled import ready, run_data
 from meristem.data.pack import pack
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
@@ -54,7 +54,7 @@ def _batch(rng: np.random.Generator, objective: Distilled, labels: list) -> Pack
     tokens = []
     for i, (sequence, label) in enumerate(zip(random_proteins(rng, len(labels)), labels)):
         record = Record.of(str(i), sequence, {} if label is None else {"place": label}, f"x:{i}")
-        tokens += objective.prepare(record, (TOKENIZER.encode(sequence),), rng)
+        tokens += objective.prepare(record, ready(TOKENIZER.encode(sequence)), rng)
     return pack(tokens, range(len(labels)))
 
 

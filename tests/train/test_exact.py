@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from labelled import run_data
+from labelled import ready, run_data
 from meristem.data.pack import pack
 from meristem.data.parts import RunData
 from meristem.domain import load_domain
@@ -58,7 +58,7 @@ def _prepared(objective, rng, labels=None) -> list:
     tokens = []
     for i, sequence in enumerate(sequences):
         record = Record.of(str(i), sequence, labels(i, sequence) if labels else {}, f"x:{i}")
-        tokens += objective.prepare(record, (TOKENIZER.encode(sequence),), np.random.default_rng(i))
+        tokens += objective.prepare(record, ready(TOKENIZER.encode(sequence)), np.random.default_rng(i))
     return tokens
 
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from labelled import ready
 from meristem.data.pack import pack
 from meristem.data.parts import RunData
 from meristem.model.config import Attention, Embedding, FeedForward, Init, Prefix, SinCos2D, TransformerConfig
@@ -62,7 +63,8 @@ def picture_records(rng: np.random.Generator, count: int) -> list[Record]:
 
 def packed_views(objective: SelfDistillation, records: list[Record], seed: int = 0) -> PackedBatch:
     """The pack of all views of these records."""
-    views = [objective.prepare(record, (), np.random.default_rng([seed, row])) for row, record in enumerate(records)]
+    rngs = [np.random.default_rng([seed, row]) for row in range(len(records))]
+    views = [objective.prepare(record, ready(), rng) for record, rng in zip(records, rngs)]
     return pack([one for of_record in views for one in of_record], [r for r, some in enumerate(views) for _ in some])
 
 

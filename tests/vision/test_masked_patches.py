@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from labelled import ready
 from meristem.data.pack import pack
 from meristem.data.parts import RunData
 from meristem.data.tokenizer import AlphabetTokenizer
@@ -64,7 +65,7 @@ def pictures(rng: np.random.Generator, sizes: list[tuple[int, int]]) -> list[np.
 
 def packed(objective, tokenizer: PatchTokenizer, images: list[np.ndarray], seeds=None) -> PackedBatch:
     sides = [
-        objective.prepare(Record.of(str(i), b""), (tokenizer.encode(image),), np.random.default_rng(seed))
+        objective.prepare(Record.of(str(i), b""), ready(tokenizer.encode(image)), np.random.default_rng(seed))
         for i, (image, seed) in enumerate(zip(images, seeds or range(len(images))))
     ]
     return pack([side for pair in sides for side in pair], [i // 2 for i in range(2 * len(sides))])
@@ -191,7 +192,7 @@ def test_the_number_of_hidden_patches_is_exact_and_planned_for(rate: float, rng)
     sizes = [(PATCH * int(rng.integers(1, 7)), PATCH * int(rng.integers(1, 7))) for _ in range(20)]
     for size, image in zip([*sizes, (PATCH, PATCH)], pictures(rng, [*sizes, (PATCH, PATCH)])):
         tokens = NATIVE.encode(image)
-        source, main = objective.prepare(Record.of("a", b""), (tokens,), rng)
+        source, main = objective.prepare(Record.of("a", b""), ready(tokens), rng)
         num_patches = size[0] * size[1] // PATCH**2
         wanted = min(max(round(rate * num_patches), 1), num_patches - 1)
         is_hidden = main.targets[PIXELS] != IGNORE
@@ -211,9 +212,9 @@ def test_every_patch_is_hidden_as_often_as_another_and_by_the_given_generator_al
     tokens = FIXED.encode(pictures(rng, [(SIDE, SIDE)])[0])
     hits = np.zeros(len(tokens))
     for seed in range(400):
-        _, one = objective.prepare(Record.of("a", b""), (tokens,), np.random.default_rng(seed))
+        _, one = objective.prepare(Record.of("a", b""), ready(tokens), np.random.default_rng(seed))
         hits += one.targets[PIXELS] != IGNORE
-    _, again = objective.prepare(Record.of("a", b""), (tokens,), np.random.default_rng(399))
+    _, again = objective.prepare(Record.of("a", b""), ready(tokens), np.random.default_rng(399))
     assert (again.targets[PIXELS] == one.targets[PIXELS]).all()
     # 400 draws of 0.75: a deviation is 8.7, and 16 patches stay within 5 of them but once in 100,000 runs
     assert (abs(hits[1:] - 300) < 45).all()

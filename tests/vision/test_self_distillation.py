@@ -19,6 +19,7 @@ from small_pictures import (
 )
 from torch import nn
 
+from labelled import ready
 from meristem.data.parts import RunData
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError
@@ -49,13 +50,13 @@ def test_views_lie_in_one_pack_without_padding(rng):
     assert sorted(zip(batch.records, batch.labels[VIEW].tolist())) == [(r, v) for r in range(5) for v in range(4)]
     pixels = read_pixels(records[0].payload, 3)
     drawn = CROPS.draw(pixels, np.random.default_rng(7))
-    views = objective.prepare(records[0], (), np.random.default_rng(7))
+    views = objective.prepare(records[0], ready(), np.random.default_rng(7))
     for view, (wanted, tokens) in enumerate(zip(drawn, views, strict=True)):
         large_or_small = objective.tokenizers[view >= 2]
         # standardised and back
         np.testing.assert_allclose(large_or_small.decode(tokens), wanted, atol=1e-6)
         assert tokens.positions.max() == (3 if view < 2 else 1)
-    other = objective.prepare(records[0], (), np.random.default_rng(8))
+    other = objective.prepare(records[0], ready(), np.random.default_rng(8))
     assert not np.array_equal(other[0].features, views[0].features)
 
 
@@ -66,7 +67,7 @@ def test_views_have_their_sizes_whatever_the_size_of_pictures(rng):
     ):
         objective = objective_of()
         objective.bind(RunData(tokenizer))
-        views = objective.prepare(picture_records(rng, 1)[0], (), rng)
+        views = objective.prepare(picture_records(rng, 1)[0], ready(), rng)
         assert [len(tokens) for tokens in views] == [17, 17, 5, 5]
 
 

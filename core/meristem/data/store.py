@@ -212,13 +212,13 @@ class RecordStore:
         """`rows` as records; missing labels are left out.
 
         Args:
-            is_whole: `[N]` whose payloads are read; those of others are a `Slice` of the store. None for all.
+            is_whole: `[N]` whose first input is read; that of others is a `Slice` of the store. None for all.
         """
         rows = np.asarray(rows)
         whole = rows if is_whole is None else rows[is_whole]
         columns = {}
         for name in self._schema.names:
-            is_input = name.startswith(INPUT_PREFIX)
+            is_input = name == INPUT_PREFIX + self.inputs[0]
             column = self._take(name, whole if is_input else rows)
             columns[name] = slices_of(column) if is_sliced(column.type) else column.to_pylist()
             if is_input and len(whole) < len(rows):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from meristem.data.parts import Encoder
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig, sees_the_future
 from meristem.model.model import SYMBOLS
@@ -39,8 +40,9 @@ class Causal(SymbolObjective):
                     "such as pattern: {kind: Causal} (architecture.attention.pattern)"
                 )
 
-    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        return tuple(replace(one, targets={**one.targets, SYMBOLS: self._next_symbols(one)}) for one in tokens)
+    def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
+        tokens = encode(self.inputs[0])
+        return (replace(tokens, targets={**tokens.targets, SYMBOLS: self._next_symbols(tokens)}),)
 
     def _next_symbols(self, tokens: Tokens) -> np.ndarray:
         """`[n]` the symbol behind each row, where it is asked for."""

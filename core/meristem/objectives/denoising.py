@@ -3,11 +3,10 @@
 import numpy as np
 
 from meristem.data.corrupt import delete_tokens, infill_tokens
-from meristem.data.parts import RunData
+from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError
 from meristem.objectives.symbols import require_fractions
 from meristem.objectives.two_sided import TwoSided
-from meristem.types import Record
 
 
 class Denoising(TwoSided):
@@ -57,7 +56,7 @@ class Denoising(TwoSided):
         return 2 * lengths
 
     def sides_of(
-        self, record: Record, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator
+        self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         source = payload
         if self.delete_rate:

@@ -7,7 +7,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from meristem.data.corrupt import mask_tokens
-from meristem.data.parts import RunData
+from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError
 from meristem.model.heads.symbols import SymbolLoss
 from meristem.model.model import SYMBOLS
@@ -64,8 +64,8 @@ class Masked(SymbolObjective):
         if self.random_frac and not len(self._random_ids):
             raise ConfigError("objective.random_frac must be 0 where the tokenizer names no random symbols")
 
-    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        return tuple(self._mask(one, rng) for one in tokens)
+    def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
+        return (self._mask(encode(self.inputs[0]), rng),)
 
     def _mask(self, tokens: Tokens, rng: np.random.Generator) -> Tokens:
         is_maskable = np.ones(len(tokens), bool) if tokens.is_special is None else ~tokens.is_special

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from meristem.data.parts import RunData
+from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import TransformerConfig
 from meristem.model.heads import HeadSpec, Readout
@@ -16,24 +16,24 @@ from meristem.model.model import SYMBOLS
 from meristem.model.outputs import Outputs, Wanted
 from meristem.objectives.masked import Masked
 from meristem.objectives.symbols import HitRate, request_symbols, require_fractions
-from meristem.objectives.text_column import TextColumn
-from meristem.types import LossOut, PackedBatch, Record, Term, Tokens
+from meristem.types import LossOut, PackedBatch, Payload, Record, Term, Tokens
 
 NEXT_SENTENCE = "next_sentence"
 
 IS_NEXT, IS_RANDOM = 0, 1
 
+FIRST, SECOND = "first", "second"
+
 
 class NextSentence(Masked):
     """Masked symbols, and whether the second sentence follows the first (Devlin et al. 2019, section 3.1, task 2).
 
-    The payload is the first sentence, a column holds the one that follows it. A record becomes one sequence: the
-    payload as the tokenizer closes it, then the second sentence, of token type 1, closed alike. For some, drawn anew
-    each epoch, the second is that of another training record. The class is read by the model's own pool. A pair that
+    The input `first` is a sentence, `second` the one that follows it. A record becomes one sequence: the first sentence
+    as its tokenizer closes it, then the second, of token type 1, closed alike. For some, drawn anew each epoch, the
+    second is that of another training record. The class is read by the model's own pool. A pair that
     is longer than the model can place loses the end of its longer sentence.
 
     Args:
-        second_column: label column of the second sentences; every record needs one.
         random_second_frac: fraction of the pairs whose second sentence is another record's.
         rate: fraction of the tokens of both sentences that are to be predicted.
         mask_frac: fraction of those that are hidden.
@@ -42,9 +42,10 @@ class NextSentence(Masked):
         label_smoothing: of symbols: share of each target's probability that is spread evenly over all.
     """
 
+    inputs = (FIRST, SECOND)
+
     def __init__(
         self,
-        second_column: str,
         random_second_frac: float = 0.5,
         rate: float = 0.15,
         mask_frac: float = 0.8,
@@ -54,22 +55,19 @@ class NextSentence(Masked):
     ):
         super().__init__(rate, mask_frac, random_frac, mean_span, label_smoothing)
         require_fractions({"random_second_frac": random_second_frac})
-        self.second_column, self.random_second_frac = second_column, random_second_frac
-        self.label_columns = (second_column,)
-        self._column: TextColumn | None = None
-        self._seconds: tuple[str, ...] = ()
-        self._place: dict[str, int] = {}
+        self.random_second_frac = random_second_frac
+        self._seconds: tuple[Payload, ...] = ()
+        self._place: dict[Payload, int] = {}
 
     def bind(self, data: RunData) -> None:
         super().bind(data)
-        self._column = TextColumn.learn(self.second_column, data)
         train = data.parts["train"]
-        self._place = {str(second): i for i, second in enumerate(dict.fromkeys(train.labels(self.second_column)))}
+        self._place = {second: i for i, second in enumerate(dict.fromkeys(train.inputs(SECOND)))}
         self._seconds = tuple(self._place)
         if len(self._seconds) < 2:
             raise DataError(
-                f"{train.where(0)}: column {self.second_column!r} must hold two different texts or more among the "
-                f"training records; got {len(self._seconds)}"
+                f"{train.where(0)}: the input {SECOND!r} must have two different payloads or more among the training "
+                f"records; got {len(self._seconds)}"
             )
 
     def bind_model(self, config: TransformerConfig) -> None:
@@ -85,28 +83,21 @@ class NextSentence(Masked):
                 "pool: {kind: Prefix, is_dense: true} (architecture.pool); got none"
             )
 
-    def lengths(self, lengths: np.ndarray) -> np.ndarray:
-        assert self._column is not None, "bind comes first"
-        return np.ceil(lengths + self._column.mean_tokens).astype(lengths.dtype)
-
     @property
     def heads(self) -> Mapping[str, HeadSpec]:
         return {**super().heads, NEXT_SENTENCE: Readout(name=NEXT_SENTENCE, classes=("next", "random"), pool=None)}
 
-    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        return tuple(self._pair(record, one, rng) for one in tokens)
-
-    def _pair(self, record: Record, first: Tokens, rng: np.random.Generator) -> Tokens:
-        assert self._column is not None, "bind comes first"
-        second = self._column.text_of(record)
+    def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
+        first, second = encode(FIRST), encode(SECOND)
         is_random = bool(rng.random() < self.random_second_frac)
         if is_random:
-            second = self._another(second, rng)
+            second = encode(SECOND, self._another(record.inputs[SECOND], rng))
         before, behind = first.frame
-        firsts, seconds = self._trim(first.ids, self._column.encode(second, record.source), behind)
+        num_closing = second.frame[1]
+        firsts, seconds = self._trim(first.ids, behind, second.ids[second.frame[0] :], num_closing)
         ids = np.concatenate([firsts, seconds]).astype(np.int64)
         is_special = np.zeros(len(ids), bool)
-        for start, stop in ((0, before), (len(firsts) - behind, len(firsts)), (len(ids) - behind, len(ids))):
+        for start, stop in ((0, before), (len(firsts) - behind, len(firsts)), (len(ids) - num_closing, len(ids))):
             is_special[start:stop] = True
         pair = Tokens(
             positions=np.arange(len(ids))[:, None],
@@ -115,9 +106,9 @@ class NextSentence(Masked):
             labels={NEXT_SENTENCE: np.array(IS_RANDOM if is_random else IS_NEXT)},
             is_special=is_special,
         )
-        return self._mask(pair, rng)
+        return (self._mask(pair, rng),)
 
-    def _another(self, second: str, rng: np.random.Generator) -> str:
+    def _another(self, second: Payload, rng: np.random.Generator) -> Payload:
         """A sentence that differs from `second`, each of them equally likely."""
         own = self._place.get(second)
         if own is None:  # a record of validation
@@ -125,13 +116,15 @@ class NextSentence(Masked):
         drawn = int(rng.integers(len(self._seconds) - 1))
         return self._seconds[drawn + (drawn >= own)]
 
-    def _trim(self, firsts: np.ndarray, seconds: np.ndarray, num_closing: int) -> tuple[np.ndarray, np.ndarray]:
+    def _trim(
+        self, firsts: np.ndarray, behind: int, seconds: np.ndarray, num_closing: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Both sentences within the model's positions; the special rows that close each stay."""
         limit = None if self.config is None else self.config.max_length
         if limit is None or len(firsts) + len(seconds) <= limit:
             return firsts, seconds
         num_second = min(len(seconds), max(limit // 2, limit - len(firsts)))
-        return _shorten(firsts, limit - num_second, num_closing), _shorten(seconds, num_second, num_closing)
+        return _shorten(firsts, limit - num_second, behind), _shorten(seconds, num_second, num_closing)
 
     def wanted(self, batch: PackedBatch) -> Wanted:
         symbols = request_symbols(batch, self.label_smoothing)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from torch import nn
 
-from meristem.data.parts import RunData
+from meristem.data.parts import Encoder, RunData
 from meristem.model.config import TokenHead, TransformerConfig
 from meristem.model.heads import HeadSpec
 from meristem.model.model import Model
@@ -30,7 +30,10 @@ class Objective(ABC):
     """
 
     inputs: tuple[str, ...] = (INPUT,)
-    """Inputs of the records that this objective reads, the first one first."""
+    """Inputs of the records that this objective reads. Windows are cut from the first, and labels of tokens are its."""
+
+    payload_inputs: tuple[str, ...] = ()
+    """Those of `inputs` that `prepare` reads as payloads, from the record; no tokens are made of them ahead."""
 
     label_columns: tuple[str, ...] = ()
     """Label columns of the records that this objective reads."""
@@ -72,17 +75,18 @@ class Objective(ABC):
         self.config = config
 
     def lengths(self, lengths: np.ndarray) -> np.ndarray:
-        """`[N]` rows that records of so many tokens have in a pack, on both sides together; packs are planned by it.
+        """`[N]` rows that records of so many tokens, of all inputs, have in a pack; packs are planned by it.
 
         Known after `bind`. An estimate will do: a pack that is fuller than planned takes more memory, no more.
         """
         return lengths
 
     @abstractmethod
-    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        """Views, pairs, corruption, labels of one record: a pure function of its arguments.
+    def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
+        """The sequences of one record, corrupted, paired and labelled: a pure function of its arguments.
 
         Args:
+            encode: gives the tokens of an input by its name, and those of other payloads.
             rng: keyed by (seed, epoch, record); nothing else may be drawn from.
         """
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from meristem.data.parts import Encoder
 from meristem.errors import ConfigError
 from meristem.model.config import Both, Either, InPrefix, Pattern, TransformerConfig
 from meristem.model.model import SYMBOLS
@@ -30,17 +31,15 @@ class Prefix(Causal):
                 "pattern: {kind: Either, parts: [{kind: Causal}, {kind: InPrefix}]} (architecture.attention.pattern)"
             )
 
-    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        return tuple(self._split(one, rng) for one in tokens)
-
-    def _split(self, tokens: Tokens, rng: np.random.Generator) -> Tokens:
+    def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
+        tokens = encode(self.inputs[0])
         before, behind = tokens.frame
         num_payload = len(tokens) - before - behind
         prefix_length = before + (int(rng.integers(1, num_payload)) if num_payload > 1 else 0)
         targets = self._next_symbols(tokens)
         # the last row of the prefix predicts the first one behind it
         targets[: max(prefix_length - 1, 0)] = IGNORE
-        return replace(tokens, prefix_length=prefix_length, targets={**tokens.targets, SYMBOLS: targets})
+        return (replace(tokens, prefix_length=prefix_length, targets={**tokens.targets, SYMBOLS: targets}),)
 
 
 def _has_prefix(pattern: Pattern) -> bool:

@@ -3,11 +3,10 @@
 import numpy as np
 
 from meristem.data.corrupt import cut_spans, draw_spans
-from meristem.data.parts import RunData
+from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError
 from meristem.objectives.symbols import require_fractions
 from meristem.objectives.two_sided import TwoSided
-from meristem.types import Record
 
 
 class SpanCorruption(TwoSided):
@@ -70,7 +69,7 @@ class SpanCorruption(TwoSided):
         return np.ceil(lengths + 2 * num_spans + self._num_closing + 1).astype(lengths.dtype)
 
     def sides_of(
-        self, record: Record, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator
+        self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         most = len(self._sentinel_ids) - 1
         spans = draw_spans(len(payload), rng, rate=self.rate, mean_span=self.mean_span, most=most)

@@ -17,14 +17,13 @@ from torchmetrics.classification import (
 )
 from torchmetrics.regression import MeanAbsoluteError, R2Score, SpearmanCorrCoef
 
-from meristem.data.labels import Label
-from meristem.data.parts import RunData
+from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError
 from meristem.model.heads import HeadSpec
 from meristem.model.outputs import Outputs, Wanted
 from meristem.objectives.mixing import Mixing, mix
 from meristem.objectives.objective import Objective
-from meristem.objectives.targets import BoundTarget, Target, encode, learn
+from meristem.objectives.targets import BoundTarget, Target, encode_labels, learn
 from meristem.shapes import Float, Int, Tensor
 from meristem.types import IGNORE, LossOut, PackedBatch, Record, Term, Tokens
 
@@ -76,27 +75,22 @@ class Supervised(Objective):
     def heads(self) -> Mapping[str, HeadSpec]:
         return {name: bound.readout for name, bound in self._bound.items()}
 
-    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        by_record = {
-            name: encode(record.labels.get(name), bound, record)
-            for name, bound in self._bound.items()
-            if bound.target.level == "record"
-        }
-        prepared = []
-        for one in tokens:
-            by_token = {
-                name: self._token_targets(record.labels.get(name), bound, one, record)
-                for name, bound in self._bound.items()
-                if bound.target.level == "token"
-            }
-            prepared.append(replace(one, labels={**one.labels, **by_record}, targets={**one.targets, **by_token}))
-        return tuple(prepared)
+    def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
+        tokens = encode(self.inputs[0])
+        labels, targets = {}, {}
+        for name, bound in self._bound.items():
+            known = encode_labels(record.labels.get(name), bound, record)
+            if bound.target.level == "record":
+                labels[name] = known
+            else:
+                targets[name] = self._token_targets(known, bound, tokens)
+        return (replace(tokens, labels={**tokens.labels, **labels}, targets={**tokens.targets, **targets}),)
 
-    def _token_targets(self, value: Label, bound: BoundTarget, tokens: Tokens, record: Record) -> np.ndarray:
+    @staticmethod
+    def _token_targets(encoded: np.ndarray, bound: BoundTarget, tokens: Tokens) -> np.ndarray:
         """Targets of the rows of a sequence, which may be a window of its record (its spans say which)."""
         inner = tokens.payload_rows
         rows = np.full(len(tokens), IGNORE, np.int64 if bound.is_classes else np.float32)
-        encoded = encode(value, bound, record)
         if encoded.ndim:
             assert tokens.spans is not None, "targets of tokens need to know where each token lies"
             encoded = encoded[tokens.spans[inner, 0]]

@@ -196,7 +196,7 @@ def _readout(target: Target, **learned: Any) -> Readout:
     )
 
 
-def encode(value: Label, bound: BoundTarget, record: Record) -> np.ndarray:
+def encode_labels(value: Label, bound: BoundTarget, record: Record) -> np.ndarray:
     """The labels of a record as the loss takes them: codes of classes (`IGNORE` where missing), or scaled values (nan).
 
     A number where the record has one label, or none; `[n]` where its tokens have labels.

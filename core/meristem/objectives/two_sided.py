@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from meristem.data.parts import RunData
+from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig, sees_the_future
 from meristem.model.model import SYMBOLS
@@ -31,7 +31,7 @@ class TwoSided(SymbolObjective):
         self._start_id = 0
 
     def bind(self, data: RunData) -> None:
-        tokenizer = data.tokenizer
+        tokenizer = data.tokenizer_of(self.inputs[-1])
         self._start_id = (tokenizer.pad_id or 0) if self.start_id is None else self.start_id
         last = len(tokenizer.vocab) - 1
         if not 0 <= self._start_id <= last:
@@ -53,31 +53,30 @@ class TwoSided(SymbolObjective):
                     f"{{start: {config.num_layers}, attention: {{pattern: {{kind: Causal}}}}}} (architecture.layers)"
                 )
 
-    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        sides: list[Tokens] = []
-        for one in tokens:
-            if one.features is not None:
-                raise ConfigError(f"objective {type(self).__name__} needs a domain of symbols; got patches")
-            before, behind = one.frame
-            stop = len(one) - behind
-            payload, closing = one.ids[before:stop], one.ids[stop:]
-            source, target = self.sides_of(record, payload, closing, rng)
-            target = np.array(target, np.int64)
-            read = np.append([self._start_id], target[:-1])
-            sides += [
-                _sequence([one.ids[:before], closing], source, is_source=True),
-                _sequence([read[:1], read[:0]], read[1:], targets={SYMBOLS: target}),
-            ]
-        return tuple(sides)
+    def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
+        tokens = encode(self.inputs[0])
+        if tokens.features is not None:
+            raise ConfigError(f"objective {type(self).__name__} needs a domain of symbols; got patches")
+        before, behind = tokens.frame
+        stop = len(tokens) - behind
+        payload, closing = tokens.ids[before:stop], tokens.ids[stop:]
+        source, target = self.sides_of(encode, payload, closing, rng)
+        target = np.array(target, np.int64)
+        read = np.append([self._start_id], target[:-1])
+        return (
+            _sequence([tokens.ids[:before], closing], source, is_source=True),
+            _sequence([read[:1], read[:0]], read[1:], targets={SYMBOLS: target}),
+        )
 
     @abstractmethod
     def sides_of(
-        self, record: Record, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator
+        self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """The source without its special rows, and the target with the rows that close it; neither is empty.
 
         Args:
-            payload: `[n]` symbols without special rows.
+            encode: gives the tokens of other inputs.
+            payload: `[n]` symbols of the first input, without special rows.
             closing: the special rows behind them.
         """
 

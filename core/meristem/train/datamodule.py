@@ -16,6 +16,7 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
 from meristem.domain import Domain, load_domain
 from meristem.errors import ConfigError, DataError
+from meristem.model.config import TransformerConfig
 from meristem.model.grid import with_grid
 from meristem.objectives.objective import Objective
 from meristem.train.task import Task
@@ -55,6 +56,31 @@ class Split:
             raise ConfigError(f"data.split: fractions must be 0 or more and leave some for training; got {fracs}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """Who reads an input.
+
+    Attributes:
+        domain: whose tokenizer does; empty for the domain of the run.
+        tokenizer: options of that tokenizer.
+    """
+
+    domain: str = ""
+    tokenizer: dict[str, Any] | None = None
+
+    def build_tokenizer(self, domain: Domain) -> Tokenizer:
+        """The tokenizer of the input.
+
+        Args:
+            domain: of the run.
+
+        Raises:
+            ConfigError: no such domain, or an option that its tokenizer does not take.
+        """
+        own = load_domain(self.domain) if self.domain else domain
+        return own.build_tokenizer(**(self.tokenizer or {}))
+
+
 SAMPLE = "@sample"
 
 DEFAULT_SPLIT = Split()
@@ -74,6 +100,7 @@ class DataModule(L.LightningDataModule):
         id_column: column of a table that holds the ids; empty for `id` where there is one.
         group_column: column of a table that names what must stay in one part of the split, such as a patient.
         tokenizer: options of the domain's tokenizer.
+        inputs: domain and tokenizer of inputs that the domain's own tokenizer does not read, by name of the input.
         views: options of the domain's views of a record; null for the records as they are.
         split: how records are dealt to training, validation and test.
         tokens_per_pack: tokens that a device computes at once: the memory it takes goes with it.
@@ -96,6 +123,7 @@ class DataModule(L.LightningDataModule):
         id_column: str = "",
         group_column: str = "",
         tokenizer: dict[str, Any] | None = None,
+        inputs: dict[str, Input] | None = None,
         views: dict[str, Any] | None = None,
         split: Split = DEFAULT_SPLIT,
         tokens_per_pack: int = 8192,
@@ -115,6 +143,10 @@ class DataModule(L.LightningDataModule):
         self.column, self.id_column, self.group_column = column, id_column, group_column
         self._tokenizer_options = dict(tokenizer or {})
         self.tokenizer: Tokenizer = self.domain.build_tokenizer(**self._tokenizer_options)
+        self.inputs = inputs or {}
+        self.others: dict[str, Tokenizer] = {
+            name: one.build_tokenizer(self.domain) for name, one in self.inputs.items()
+        }
         self.view_options = views
         self.views: Views | None = None if views is None else self.domain.build_views(self.tokenizer, **views)
         self.split = split
@@ -150,6 +182,14 @@ class DataModule(L.LightningDataModule):
             ConfigError: data and model do not fit.
         """
         objective, given = task.objective, task.init_card
+        unknown = [name for name in self.inputs if name not in objective.inputs[1:]]
+        if unknown:
+            raise ConfigError(
+                f"data.inputs must name inputs of the objective behind its first one, which data.tokenizer reads: "
+                f"{', '.join(objective.inputs[1:]) or 'none'}; got {unknown[0]!r}"
+            )
+        for name, tokenizer in self.others.items():
+            self._require_fit(name, tokenizer, task.architecture)
         if given is not None:
             self.tokenizer = given.tokenizer.adapted(self.domain.build_tokenizer, self._tokenizer_options)
             task.architecture = with_grid(task.architecture, self.tokenizer.grid)
@@ -170,7 +210,7 @@ class DataModule(L.LightningDataModule):
             raise DataError(f"{', '.join(self.sources)}: no record is left for training; see data.split")
         self._require_sources(store)
         objective.bind_model(task.architecture)
-        objective.bind(RunData(self.tokenizer, self.parts, self.missing_labels))
+        objective.bind(RunData(self.tokenizer, self.parts, self.missing_labels, self.others))
         self.remarks += objective.remarks
         self._position_limit = task.architecture.max_length
         # a window of the rows of patches would not be a grid
@@ -178,6 +218,15 @@ class DataModule(L.LightningDataModule):
         limits = [limit for limit in (wanted, self._position_limit) if limit]
         self.max_tokens_per_record = min(limits, default=None)
         self.remarks.append(self._summary())
+
+    def _require_fit(self, name: str, tokenizer: Tokenizer, architecture: TransformerConfig) -> None:
+        """See that the model has a row for each symbol of an input."""
+        rows, wanted = architecture.embedding.vocab_size, len(tokenizer.vocab)
+        if wanted > rows:
+            raise ConfigError(
+                f"the input {name!r} has {wanted} symbols, and the model rows for {rows}; "
+                f"set model.architecture.embedding.vocab_size to {wanted} or more"
+            )
 
     def read_options(self, objective: Objective, split_column: str = "") -> ReadOptions:
         """How the sources are read for an objective.
@@ -187,6 +236,7 @@ class DataModule(L.LightningDataModule):
         """
         return ReadOptions(
             columns=columns_of(self.column, objective.inputs),
+            foreign=tuple(name for name, one in self.inputs.items() if one.domain not in ("", self.domain.name)),
             id_column=self.id_column,
             label_columns=objective.label_columns,
             split_column=split_column,
@@ -205,13 +255,16 @@ class DataModule(L.LightningDataModule):
         )
 
     def _usable(self, store: RecordStore, rows: np.ndarray) -> np.ndarray:
-        """The rows that the tokenizer takes.
+        """The rows whose inputs their tokenizers take.
 
         Raises:
-            DataError: one that it does not take, where none is to be skipped.
+            DataError: one that is not taken, where none is to be skipped.
         """
-        lengths = store.token_lengths(self.tokenizer, rows, self.refused.append if self.on_error == "skip" else None)
-        return rows[np.asarray(lengths) >= 0]
+        skip = self.refused.append if self.on_error == "skip" else None
+        for name in store.inputs:
+            lengths = store.token_lengths(self.others.get(name, self.tokenizer), rows, skip, name)
+            rows = rows[np.asarray(lengths) >= 0]
+        return rows
 
     def _deal(self, store: RecordStore) -> dict[str, np.ndarray]:
         """Rows of each part."""
@@ -240,11 +293,15 @@ class DataModule(L.LightningDataModule):
 
     def _summary(self) -> str:
         parts = []
-        for name, part in self.parts.items():
-            num_tokens = int(part.store.token_lengths(self.tokenizer, part.rows).sum())
-            parts.append(f"{name} {len(part):,} records ({num_tokens:,} tokens)")
+        for part_name, part in self.parts.items():
+            num_tokens = sum(
+                int(part.store.token_lengths(self.others.get(name, self.tokenizer), part.rows, name=name).sum())
+                for name in part.store.inputs
+            )
+            parts.append(f"{part_name} {len(part):,} records ({num_tokens:,} tokens)")
         train, limit = self.parts["train"], self.max_tokens_per_record
-        num_cropped = int((train.store.token_lengths(self.tokenizer, train.rows) > limit).sum()) if limit else 0
+        lengths = train.store.token_lengths(self.tokenizer, train.rows, name=train.store.inputs[0])
+        num_cropped = int((lengths > limit).sum()) if limit else 0
         crops = f"; {num_cropped:,} are longer than {limit} tokens and trained on in random windows"
         mixed = ""
         if self.weights is not None:
@@ -269,6 +326,7 @@ class DataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             max_tokens_per_record=self.max_tokens_per_record,
             views=self.views,
+            others=self.others,
             weights=self.weights,
             start_step=self.first_step,
         )
@@ -302,4 +360,5 @@ class DataModule(L.LightningDataModule):
             # an evaluation takes whole records wherever the model can
             max_tokens_per_record=self._position_limit,
             views=self.views,
+            others=self.others,
         )

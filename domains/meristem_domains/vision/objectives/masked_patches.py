@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from meristem.data.parts import RunData
+from meristem.data.parts import Encoder, RunData
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import Attention, Embedding, FeedForward, Init, SinCos2D, TransformerConfig
@@ -102,11 +102,9 @@ class MaskedPatches(Objective):
         num_hidden = self._num_hidden(lengths - sum(self._tokenizer.num_special))
         return 2 * lengths - num_hidden
 
-    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        return tuple(side for one in tokens for side in self._sides_of(one, rng))
-
-    def _sides_of(self, tokens: Tokens, rng: np.random.Generator) -> tuple[Tokens, Tokens]:
+    def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
         """What the trunk reads, and all that the decoder is to know of."""
+        tokens = encode(self.inputs[0])
         assert tokens.features is not None, "patches have features"
         patches = tokens.payload_rows
         num_hidden = int(self._num_hidden(np.array(len(patches))))

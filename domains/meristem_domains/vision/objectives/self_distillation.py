@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from meristem.data.parts import RunData
+from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError
 from meristem.model.config import Learned, TransformerConfig
 from meristem.model.model import Model
@@ -17,7 +17,7 @@ from meristem.model.outputs import Outputs, Wanted
 from meristem.objectives.objective import Objective
 from meristem.objectives.teacher import PrototypeHead, Teacher
 from meristem.shapes import Float, Tensor
-from meristem.types import Layout, LossOut, PackedBatch, Record, Term, Tokens
+from meristem.types import INPUT, Layout, LossOut, PackedBatch, Record, Term, Tokens
 from meristem_domains.vision.multi_crop import NUM_GLOBAL, MultiCrop
 from meristem_domains.vision.objectives.teacher_metrics import TeacherEntropy, UsedEntropy, ViewGap
 from meristem_domains.vision.patches import PatchTokenizer
@@ -61,6 +61,7 @@ class SelfDistillation(Objective):
         spread_weight: of the spread regulariser; 0 leaves it out.
     """
 
+    payload_inputs = (INPUT,)
     reads_pool = True
 
     def __init__(
@@ -145,8 +146,8 @@ class SelfDistillation(Objective):
         large, small = self.view_lengths
         return np.full_like(lengths, NUM_GLOBAL * large + self.crops.num_local * small)
 
-    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        """The views, cut out of the picture itself: its tokens are those of one size."""
+    def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
+        """The views, cut out of the picture itself."""
         large, small = self.tokenizers
         assert isinstance(record.payload, bytes)
         views = self.crops.draw(read_pixels(record.payload, large.num_channels), rng)

@@ -1,0 +1,202 @@
+"""Making one pack: read the records, cut and tokenize their inputs, and have the objective prepare them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from meristem.data.corrupt import crop_window
+from meristem.data.order import record_rng
+from meristem.data.pack import pack
+from meristem.data.parts import Encoder
+from meristem.data.store import RecordStore
+from meristem.data.tokenizer import Tokenizer
+from meristem.data.views import Views
+from meristem.errors import ConfigError
+from meristem.types import PackedBatch, Record, TokenColumn, Tokens
+
+
+class Prepares(Protocol):
+    """What the data path asks of an objective."""
+
+    inputs: tuple[str, ...]
+    payload_inputs: tuple[str, ...]
+
+    def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]: ...
+
+    def counts(self, batch: PackedBatch) -> Mapping[str, float]: ...
+
+    def lengths(self, lengths: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, eq=False)
+class PackMaker:
+    """Reads, tokenises, crops and prepares the records of a pack.
+
+    Attributes:
+        store: of the records.
+        rows: `[N]` rows of the store that take part, as in one part of a split.
+        tokenizer: of every input that is not in `others`.
+        objective: corrupts and labels.
+        seed: what happens to a record depends on (seed, epoch, row) alone.
+        max_tokens_per_record: longer records are cropped to a random window, another one each epoch;
+            special tokens are counted and kept. None crops nothing.
+        views: of the records; None for the records as they are.
+        is_training: views are drawn anew each epoch; else each record has one, the same each time.
+        others: tokenizers of inputs.
+    """
+
+    store: RecordStore
+    rows: np.ndarray
+    tokenizer: Tokenizer
+    objective: Prepares
+    seed: int
+    max_tokens_per_record: int | None = None
+    views: Views | None = None
+    is_training: bool = True
+    others: Mapping[str, Tokenizer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        least = sum(self.tokenizer.num_special) + 1
+        if self.max_tokens_per_record is not None and self.max_tokens_per_record < least:
+            raise ConfigError(
+                f"max_tokens_per_record must leave room for one token beside the {least - 1} special ones; "
+                f"got {self.max_tokens_per_record}"
+            )
+
+    def full_lengths(self) -> np.ndarray:
+        """`[N]` tokens of the first input of each record, before cropping.
+
+        Raises:
+            DataError: a payload that the tokenizer refuses, by file and line.
+        """
+        return self._lengths_of(self.main)
+
+    def _lengths_of(self, name: str) -> np.ndarray:
+        return np.asarray(self.store.token_lengths(self.tokenizers[name], self.rows, name=name))
+
+    @property
+    def main(self) -> str:
+        """The input that windows are cut from."""
+        return self.objective.inputs[0]
+
+    @cached_property
+    def tokenizers(self) -> Mapping[str, Tokenizer]:
+        """Tokenizer of each input."""
+        return {name: self.others.get(name, self.tokenizer) for name in self.objective.inputs}
+
+    def lengths(self) -> np.ndarray:
+        """`[N]` rows of each record as it reaches a pack."""
+        lengths = np.minimum(self.full_lengths(), self.max_tokens_per_record or np.iinfo(np.int32).max)
+        for name in self.objective.inputs[1:]:
+            lengths = lengths + self._lengths_of(name)
+        return self.objective.lengths(lengths) * (self.views.num_views if self.views and self.is_training else 1)
+
+    @property
+    def _has_views(self) -> bool:
+        """Records are not taken as they are."""
+        return self.views is not None and (self.is_training or not self.views.is_training_only)
+
+    def num_cropped(self) -> int:
+        """Records that are longer than `max_tokens_per_record`."""
+        if self.max_tokens_per_record is None:
+            return 0
+        return int((self.full_lengths() > self.max_tokens_per_record).sum())
+
+    def make(self, epoch: int, members: np.ndarray) -> PackedBatch:
+        """The pack of these `members` of `rows`, as they are in `epoch`."""
+        rows = self.rows[members]
+        rngs = [record_rng(self.seed, epoch, row) for row in rows.tolist()]
+        cuts = self._cuts(rows, members, rngs)
+        records = self.store.records(rows, cuts.stops < 0)
+        seen: list[tuple[Record, ...]] = [(record,) for record in records]
+        if self._has_views:
+            assert self.views is not None
+            seen = [self.views.views(record, rng if self.is_training else None) for record, rng in zip(records, rngs)]
+        columns = self._columns(seen, rows, cuts)
+        sequences: list[Tokens] = []
+        indices: list[int] = []
+        place = 0
+        for i, (row, rng, views) in enumerate(zip(rows.tolist(), rngs, seen)):
+            for view in views:
+                ready = {name: self.tokenizers[name].tokens_at(column, place) for name, column in columns.items()}
+                if (tokens := ready.get(self.main)) is not None:
+                    tokens = tokens if self._has_views else cuts.placed(tokens, i)
+                    most = self.max_tokens_per_record
+                    ready[self.main] = tokens if most is None else crop_window(tokens, most, rng)
+                prepared = self.objective.prepare(view, Encoder(ready, self.tokenizers), rng)
+                sequences += prepared
+                indices += [row] * len(prepared)
+                place += 1
+        return pack(sequences, indices)
+
+    def _columns(self, seen: list[tuple[Record, ...]], rows: np.ndarray, cuts: "Cuts") -> dict[str, TokenColumn]:
+        """Tokens of each input that the objective reads as tokens, view after view."""
+        columns = {}
+        for name, tokenizer in self.tokenizers.items():
+            if name in self.objective.payload_inputs:
+                continue
+            if self._has_views:
+                columns[name] = tokenizer.encode_values([view.inputs[name] for views in seen for view in views])
+            elif name == self.main:
+                columns[name] = tokenizer.encode_column(cuts.payloads(self.store, rows, name))
+            else:
+                columns[name] = tokenizer.encode_column(self.store.payloads(rows, name))
+        return columns
+
+    def _cuts(self, rows: np.ndarray, members: np.ndarray, rngs: Sequence[np.random.Generator]) -> "Cuts":
+        """Where records that are too long are cut before they are encoded, each place equally likely."""
+        cuts = Cuts(np.zeros(len(rows), np.int64), np.full(len(rows), -1, np.int64), np.zeros(len(rows), np.int64))
+        per_token, most = self.tokenizer.symbols_per_token, self.max_tokens_per_record
+        if most is None or per_token is None or self._has_views or self.main in self.objective.payload_inputs:
+            return cuts
+        long = np.flatnonzero(self._lengths[members] > most)
+        if len(long):
+            cuts.sizes[long] = self.store.sizes(rows[long], self.main)
+            width = (most - sum(self.tokenizer.num_special)) * per_token
+            for i in long.tolist():
+                cuts.starts[i] = rngs[i].integers(max(int(cuts.sizes[i]) - width, 0) + 1)
+            cuts.stops[long] = np.minimum(cuts.starts[long] + width, cuts.sizes[long])
+        return cuts
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return self.full_lengths()
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Windows of the records of a pack.
+
+    Attributes:
+        starts: `[N]` first symbol of each window.
+        stops: `[N]` the symbol behind its last; -1 where the record is taken whole.
+        sizes: `[N]` symbols of the record, where it is cut.
+    """
+
+    starts: np.ndarray
+    stops: np.ndarray
+    sizes: np.ndarray
+
+    def payloads(self, store: RecordStore, rows: np.ndarray, name: str) -> pa.Array:
+        """The payloads of an input of `rows`, of those that are cut their windows alone."""
+        is_cut = self.stops >= 0
+        if not is_cut.any():
+            return store.payloads(rows, name)
+        whole = store.payloads(rows[~is_cut], name)
+        cut = store.stretches(rows[is_cut], self.starts[is_cut], self.stops[is_cut], name)
+        order = np.argsort(np.concatenate([np.flatnonzero(~is_cut), np.flatnonzero(is_cut)]))
+        return pa.concat_arrays([whole, cut.cast(whole.type)]).take(pa.array(order))
+
+    def placed(self, tokens: Tokens, i: int) -> Tokens:
+        """The tokens of record `i`, with the places that they have in the whole record."""
+        if self.stops[i] < 0 or tokens.spans is None:
+            return tokens
+        before, behind = tokens.frame
+        spans = tokens.spans + self.starts[i]
+        spans[:before] = 0
+        spans[len(spans) - behind :] = self.sizes[i]
+        return replace(tokens, spans=spans)
