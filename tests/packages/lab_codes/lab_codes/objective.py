@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from lab_codes.head import EndsReadout
-from meristem.data.parts import RunData
+from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError
 from meristem.model.heads import HeadSpec
 from meristem.model.outputs import Outputs, Wanted
 from meristem.objectives.objective import Objective
-from meristem.types import LossOut, PackedBatch, Record, Term, Tokens
+from meristem.types import INPUT, LossOut, PackedBatch, Record, Term, Tokens
 
 SEQUEL = "sequel"
 
@@ -38,8 +38,8 @@ class TellSequels(Objective):
     def heads(self) -> Mapping[str, HeadSpec]:
         return {SEQUEL: EndsReadout(name=SEQUEL, classes=("goes on", "is turned"))}
 
-    def prepare(self, record: Record, tokens: tuple[Tokens, ...], rng: np.random.Generator) -> tuple[Tokens, ...]:
-        (one,) = tokens
+    def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
+        one = encode(INPUT)
         is_turned, half = bool(rng.random() < self.turned_frac), len(one) // 2
         ids = one.ids.copy()
         if is_turned:
