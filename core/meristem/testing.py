@@ -292,9 +292,7 @@ class _Contract:
 
     def scorers(self) -> str:
         """The options of every scorer have defaults."""
-        for scorer in self.domain.scorers.values():
-            scorer.options()
-        return f"{len(self.domain.scorers)} scorers"
+        return f"{len([scorer.options() for scorer in self.domain.scorers.values()])} scorers"
 
     def presets(self) -> str:
         """Every preset can be built, and fits the tokenizer; the smallest is trained."""
