@@ -20,9 +20,7 @@ OTHER_PEOPLES = ("matplotlib.image",)
 EXEMPT = ("core/meristem/interop/families/", "core/meristem/scaffold/")
 """Families that several domains share, and the sample domain of `domains new`."""
 
-OWED = {
-    "core/meristem/model/heads/contacts.py",
-}
+OWED: set[str] = set()
 """Modules that still hold one. The list may only become shorter."""
 
 

@@ -17,7 +17,6 @@ import pytest
 from meristem.errors import UserError
 
 if TYPE_CHECKING:
-    from meristem.data.records import ReadOptions
     from meristem.data.tokenizer import Tokenizer
     from meristem.domain import Domain
     from meristem.model.config import TransformerConfig
@@ -32,6 +31,9 @@ NUM_TRAINED = 16
 
 MAX_TOKENS = 128
 """Longer records are cropped to so many tokens for the training steps, which would take long otherwise."""
+
+NUM_SCORED = 4
+"""Records of the sample that scorers see."""
 
 NUM_STEPS = 3
 
@@ -360,10 +362,13 @@ class _Contract:
         from meristem.inference.embed import EmbedOptions, embed_files
         from meristem.inference.formats import read_embeddings
         from meristem.model_directory import save_model
+        from meristem.types import INPUT
 
         model, found = self.folder / "model", []
         save_model(model, self.card, self.model)
-        read = self._verb_options()
+        read = self.data.read_options(self.objective)  # a verb reads one input, here the first
+        column = read.columns[read.main] or (read.main if read.main != INPUT else "")
+        read = replace(read, columns={INPUT: column}, label_columns=(), group_column="")
         for name, budget in (("packed", None), ("alone", 1)):
             options = EmbedOptions(domain=self.name, precision="fp32", pool="mean", tokens_per_batch=budget, read=read)
             embed_files(model, [str(self.domain.sample)], self.folder / name, options)
@@ -378,20 +383,15 @@ class _Contract:
         return f"{packed.shape[0]:,} vectors of {packed.shape[1]}, in files and back"
 
     def scorers(self) -> str:
-        """Each scorer gives a result for every record of the sample, with the options that it has by default."""
-        from meristem.inference.score import ScoreOptions, score_files
+        """Each scorer gives a result for every record, with the options that it has by default."""
+        from meristem.scoring.running import RunningModel
 
+        running = RunningModel(self.model.eval(), self.tokenizer)
+        payloads = [next(iter(row.inputs.values())) for row in self.rows[:NUM_SCORED]]
+        column = self.tokenizer.encode_values(payloads)
         for name, scorer in self.domain.scorers.items():
-            output = self.folder / f"{name}.{'npz' if scorer.schema is None else 'csv'}"
-            options = ScoreOptions(scorer=name, domain=self.name, read=self._verb_options())
-            records = score_files(self.folder / "model", [str(self.domain.sample)], output, options)["records"]
-            _require(records == len(self.rows), f"scorer {name} must give {len(self.rows)} results", records)
+            options = scorer.options()
+            scorer.describe(running, options)
+            got = len(list(scorer.score(running, column, options)))
+            _require(got == len(payloads), f"scorer {name} must give a result for each of {len(payloads)} records", got)
         return ", ".join(self.domain.scorers) or "none"
-
-    def _verb_options(self) -> "ReadOptions":
-        """How verbs read the sample: its first input."""
-        from meristem.types import INPUT
-
-        read = self.data.read_options(self.objective)
-        column = read.columns[read.main] or (read.main if read.main != INPUT else "")
-        return replace(read, columns={INPUT: column}, label_columns=(), group_column="")

@@ -1,6 +1,6 @@
 """What crosses a floor: the frozen values that data flows through, in order.
 
-    file -> Record -> Tokens -> (objective.prepare) Tokens -> PackedBatch -> Hidden -> LossOut, or rows of a file
+    file -> Record -> Tokens -> (objective.prepare) Tokens -> PackedBatch -> Outputs -> LossOut, or rows of a file
 
 Domains differ in `Tokens` alone. From `PackedBatch` on there is no padding and
 no batch axis: sequences lie end to end along `T`, and a `Layout` says where each begins.

@@ -26,10 +26,9 @@ from meristem.model.config import (
     TransformerConfig,
 )
 from meristem.model.model import SYMBOLS, Model
-from meristem.model.outputs import Wanted
 from meristem.model.position import SinusoidalLayer
 from meristem.types import Hidden, PackedBatch, Tokens
-from model_runs import specs
+from model_runs import outputs_of, specs
 
 # of the reference's path for inference, which an odd number of heads cannot take
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
@@ -189,8 +188,8 @@ def compare(model: Model, reference: Reference, shape: Shape, rng: np.random.Gen
     """The same pairs through both, here packed, there padded; and the gradients of the same weighing of logits."""
     pairs = [tuple(rng.integers(0, shape.vocab_size, n) for n in lengths) for lengths in shape.lengths]
     batch = pack_pairs(pairs)
-    outputs = model(batch, Wanted((SYMBOLS,)))
-    hidden, ours = outputs.hidden, by_record(batch, outputs.heads[SYMBOLS])
+    hidden = model.trunk(batch)
+    ours = by_record(batch, outputs_of(model, batch))
     our_decoded = by_record(batch, hidden.final)
     our_memory = by_record(batch.source, hidden.source.final)
 
@@ -261,8 +260,7 @@ def make(rng: np.random.Generator) -> Callable[..., tuple[Model, Reference]]:
         reference = redraw(Reference(shape), rng)
         model = Model(original(shape, **changes), specs([SYMBOLS]))
         weights = as_ours(dict(reference.named_parameters()), shape)
-        kept = {name: weights[name].detach().clone() for name in model.state_dict()}
-        model.load_state_dict(kept, strict=True)
+        model.load_state_dict({name: weights[name].detach().clone() for name in model.state_dict()}, strict=True)
         return model, reference
 
     return build

@@ -11,7 +11,7 @@ from meristem.model.model import SYMBOLS
 from meristem.model.outputs import Wanted
 from meristem.objectives.causal import Causal
 from meristem.objectives.masked import Masked
-from meristem.objectives.symbols import request_symbols, score_symbols
+from meristem.objectives.symbols import request_symbols
 from meristem.types import IGNORE
 from model_runs import outputs_of
 
@@ -81,7 +81,7 @@ def test_smoothed_loss_is_that_of_torch_and_figures_stay_unsmoothed(make, smooth
     if smoothing:
         # the mutant: smoothing with the other sign
         request = request_symbols(batch, -smoothing)
-        mutant = score_symbols(model(batch, Wanted(requests={SYMBOLS: request}))).term.sum
+        mutant = model(batch, Wanted(requests={SYMBOLS: request})).losses[SYMBOLS].total
         assert abs(mutant - slow) > 1e-2 * abs(slow)
 
 

@@ -33,6 +33,7 @@ from meristem.model.model import Model
 from meristem.model_directory import ModelCard, save_model
 from meristem.scoring.running import RunningModel
 from meristem.scoring.scorer import NoOptions
+from meristem.testing import BrokenContract, run_contract
 from meristem_domains.protein.alphabet import tokenizer as protein_tokenizer
 from meristem_domains.protein.contacts import contact_maps
 from model_runs import specs
@@ -388,3 +389,12 @@ def test_one_name_for_two_scorers_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ConfigError, match="scorer 'contacts' is offered by protein and by other; say which"):
         find_scorers()
     assert find_scorers("protein")["contacts"] is protein.scorers["contacts"]
+
+
+def test_the_contract_refuses_a_scorer_without_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoiled = OTHER_DOMAIN.replace('symbol: Literal["A", "C"] = option("A", "which is counted")', "symbol: str")
+    assert spoiled != OTHER_DOMAIN
+    (tmp_path / "spoiled_domain.py").write_text(spoiled)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BrokenContract, match=r"scorers: .*missing 1 required keyword-only argument: 'symbol'"):
+        list(run_contract("spoiled_domain:domain"))

@@ -5,6 +5,7 @@ from dataclasses import MISSING, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from meristem.cli.tokenizer_options import as_flag
 from meristem.errors import ConfigError
 
 
@@ -29,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser, options: type, title: str) -> N
             )
         try:
             group.add_argument(
-                flag_of(field.name), default=field.default, dest=field.name, help=field.metadata.get("help"), **how
+                as_flag(field.name), default=field.default, dest=field.name, help=field.metadata.get("help"), **how
             )
         except argparse.ArgumentError as error:
             raise ConfigError(f"{options.__name__}.{field.name} needs another name: {error.message}") from error
@@ -46,12 +47,7 @@ def options_of(args: argparse.Namespace, options: type) -> Any:
 
 def flags_of(options: type) -> list[str]:
     """The options of the command line that a dataclass stands for."""
-    return [flag_of(field.name) for field in fields(options)]
-
-
-def flag_of(name: str) -> str:
-    """The option of the command line that a field stands for."""
-    return f"--{name.replace('_', '-')}"
+    return [as_flag(field.name) for field in fields(options)]
 
 
 def _kind_of(hint: Any) -> dict[str, Any] | None:

@@ -67,7 +67,7 @@ def tokenizer_options() -> dict[str, tuple[str, ...]]:
 
 
 def as_flag(option: str) -> str:
-    """A tokenizer option as the command line says it."""
+    """A name, such as that of an option of a tokenizer or a scorer, as the command line says it."""
     return f"--{option.replace('_', '-')}"
 
 

@@ -4,7 +4,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -137,7 +137,7 @@ class RunningScore(Running):
     def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
         special = sum(self.model.tokenizer.num_special)
         advance = advance or (lambda records, tokens: None)
-        model = self.model.telling(lambda tokens: advance(0, tokens))
+        model = replace(self.model, advance=lambda tokens: advance(0, tokens))
         found = []
         for row, result in enumerate(self.scorer.score(model, column, self._options)):
             if not _is_finite(result):

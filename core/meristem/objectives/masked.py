@@ -9,10 +9,11 @@ from torchmetrics import Metric
 from meristem.data.corrupt import mask_tokens
 from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError
+from meristem.model.heads.symbols import SymbolLoss
 from meristem.model.model import SYMBOLS
 from meristem.model.outputs import Outputs
 from meristem.objectives.objective import Objective
-from meristem.objectives.symbols import HitRate, Perplexity, SymbolObjective, require_fractions, score_symbols
+from meristem.objectives.symbols import HitRate, Perplexity, SymbolObjective, require_fractions
 from meristem.types import LossOut, PackedBatch, Record, Tokens
 
 HIDDEN = "hidden"
@@ -82,7 +83,7 @@ class Masked(SymbolObjective):
         return replace(tokens, ids=ids, targets={**tokens.targets, SYMBOLS: targets})
 
     def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
-        scored = score_symbols(outputs)
+        scored: SymbolLoss = outputs.losses[SYMBOLS]
         is_hidden_M = batch.ids.index_select(0, scored.rows) == self._mask_id
         return LossOut(
             terms={SYMBOLS: scored.term},

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,25 +13,8 @@ from meristem.model.heads.symbols import SymbolLoss
 from meristem.model.model import SYMBOLS
 from meristem.model.outputs import HeadRequest, Outputs, Wanted
 from meristem.objectives.objective import Objective
-from meristem.shapes import Float, Int, Tensor
-from meristem.types import IGNORE, LossOut, PackedBatch, Term
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The rows of a pack that have a symbol to predict, and how they were predicted.
-
-    Attributes:
-        term: of the loss.
-        rows: `[M]` where they are.
-        targets: `[M]` their symbols.
-        figures: `[M, 2]` for metrics: 1 for a hit, and the loss (nats) without smoothing.
-    """
-
-    term: Term
-    rows: Int[Tensor, "M"]
-    targets: Int[Tensor, "M"]
-    figures: Float[Tensor, "M 2"]
+from meristem.shapes import Tensor
+from meristem.types import IGNORE, LossOut, PackedBatch
 
 
 def request_symbols(batch: PackedBatch, label_smoothing: float = 0.0) -> HeadRequest:
@@ -45,14 +27,6 @@ def request_symbols(batch: PackedBatch, label_smoothing: float = 0.0) -> HeadReq
     targets_T = batch.targets[SYMBOLS]
     rows_M = (targets_T != IGNORE).nonzero().squeeze(1)
     return HeadRequest(rows_M, targets_T.index_select(0, rows_M), label_smoothing)
-
-
-def score_symbols(outputs: Outputs) -> Scored:
-    """The loss of a model that was asked by `request_symbols`."""
-    found: SymbolLoss = outputs.losses[SYMBOLS]
-    count = torch.tensor(float(len(found.targets)), device=found.total.device)
-    figures_M2 = torch.stack([found.is_hit.float(), found.nats], dim=1)
-    return Scored(Term(found.total, count), found.rows, found.targets, figures_M2)
 
 
 class SymbolObjective(Objective):
@@ -77,7 +51,7 @@ class SymbolObjective(Objective):
         return Wanted(requests={SYMBOLS: request_symbols(batch, self.label_smoothing)})
 
     def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
-        scored = score_symbols(outputs)
+        scored: SymbolLoss = outputs.losses[SYMBOLS]
         return LossOut({SYMBOLS: scored.term}, {SYMBOLS: scored.figures}, {SYMBOLS: scored.targets})
 
     def metrics(self) -> dict[str, Metric]:
@@ -103,7 +77,7 @@ def require_fractions(fractions: Mapping[str, float], above_zero: Sequence[str] 
 
 
 class _MeanFigure(Metric):
-    """The mean of one column of `Scored.figures`, over all scored rows at once: no logits are kept."""
+    """The mean of one column of `SymbolLoss.figures`, over all scored rows at once: no logits are kept."""
 
     column: int
     total: Tensor

@@ -137,7 +137,8 @@ def read(
     kind = kind_of(running.model, running.tokenizer)
     if (kind == "encoder-decoder") != (sources is not None):
         raise ConfigError(
-            "the likelihood of an encoder-decoder is that of a target given a source, two inputs of a record; got one"
+            "the likelihood of an encoder-decoder is that of a target given a source, two inputs of a record; "
+            "got one (in Python, score_column of this module takes both)"
             if sources is None
             else "only an encoder-decoder reads a source beside the sequence that is scored; got two inputs"
         )

@@ -1,7 +1,7 @@
 """A model as scorers run it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -33,10 +33,6 @@ class RunningModel:
     tokenizer: Tokenizer
     tokens_per_batch: int = 4096
     advance: Callable[[int], None] = lambda count: None
-
-    def telling(self, advance: Callable[[int], None]) -> "RunningModel":
-        """The same, which reports to another."""
-        return replace(self, advance=advance)
 
     @torch.inference_mode()
     def symbol_log_probabilities(

@@ -9,12 +9,12 @@ import torch
 from meristem.data.pack import pack_column
 from meristem.errors import ConfigError
 from meristem.figures.canvas import new_figure
-from meristem.model.heads.contacts import CONTACTS, correct_average_product, payload_maps
 from meristem.model.model import Model
 from meristem.model.outputs import Wanted
 from meristem.scoring.running import RunningModel
 from meristem.scoring.scorer import NoOptions, Scorer
 from meristem.types import TokenColumn
+from meristem_domains.protein.contact_head import CONTACTS, correct_average_product, payload_maps
 
 
 def contact_maps(running: RunningModel, column: TokenColumn, options: NoOptions) -> Iterator[np.ndarray]:

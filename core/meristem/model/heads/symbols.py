@@ -18,7 +18,7 @@ from meristem.model.norm import build_norm
 from meristem.model.outputs import HeadRequest
 from meristem.model.pool import PoolLayer
 from meristem.shapes import Bool, Float, Int, Tensor
-from meristem.types import Hidden, PackedBatch
+from meristem.types import Hidden, PackedBatch, Term
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,16 @@ class SymbolLoss(NamedTuple):
     is_hit: Bool[Tensor, "M"]
     rows: Int[Tensor, "M"]
     targets: Int[Tensor, "M"]
+
+    @property
+    def term(self) -> Term:
+        """The sum, and the number of rows that it is counted over."""
+        return Term(self.total, torch.tensor(float(len(self.rows)), device=self.total.device))
+
+    @property
+    def figures(self) -> Float[Tensor, "M 2"]:
+        """What metrics read of each row: 1 for a hit, and the loss (nats) without smoothing."""
+        return torch.stack([self.is_hit.float(), self.nats], dim=1)
 
 
 class SymbolHead(Head):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from meristem.model.config import TransformerConfig
-from meristem.model.heads.head import Head, HeadSpec
+from meristem.model.heads import Head, HeadSpec
 from meristem.model.init import init_weights
 from meristem.model.outputs import HeadRequest
 from meristem.shapes import Float, Tensor
