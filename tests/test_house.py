@@ -87,6 +87,28 @@ def _names(path: Path) -> list[str]:
     return names
 
 
+OTHER_PROCESSES = re.compile(
+    r"torch\.distributed|from torch import .*\bdistributed|all_reduce|all_gather|is_global_zero|global_rank|local_rank|"
+    r"rank_zero_only|trainer\.(?:world_size|node_rank)|strategy\.(?:reduce|broadcast|barrier|all_gather)"
+)
+"""Words of code that asks for a rank, or speaks to another process."""
+
+
+def names_other_processes(text: str) -> list[int]:
+    return [number for number, line in enumerate(text.splitlines(), 1) if OTHER_PROCESSES.search(line)]
+
+
+def test_only_ranks_knows_of_other_processes():
+    """What is collective must be called by all, which is easy to see in one module and nowhere else."""
+    files = tracked("core/meristem/*.py", "domains/*.py")
+    found = [path.relative_to(ROOT) for path in files if names_other_processes(path.read_text("utf-8"))]
+    assert found == [Path("core/meristem/train/ranks.py")]
+    # the mutants: what stood in trainer callbacks, and in a teacher
+    assert names_other_processes("def f(trainer):\n    if trainer.is_global_zero:\n        pass") == [2]
+    assert names_other_processes("torch.distributed.all_reduce(seen)\nrank = trainer.global_rank") == [1, 2]
+    assert names_other_processes("packs = accumulate * trainer.world_size") == [1]
+
+
 def test_every_config_is_shipped_and_has_its_header():
     files = tracked("configs/*.yaml")
     assert len(files) == len(shipped_configs()) == NUM_CONFIGS

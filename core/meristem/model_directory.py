@@ -29,6 +29,7 @@ from meristem.model.init import without_weights
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.plain import from_json, to_json
 from meristem.registry import find, installed
+from meristem.shapes import Tensor
 
 FORMAT_VERSION = 3
 CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
@@ -70,8 +71,11 @@ class ModelCard:
         return model
 
 
-def save_model(path: Path | str, card: ModelCard, model: Model) -> None:
+def save_model(path: Path | str, card: ModelCard, model: Model, tensors: Mapping[str, Tensor] | None = None) -> None:
     """Write a model directory: all of it or nothing, replacing one that is there.
+
+    Args:
+        tensors: the model's parameters and buffers by name, where it holds shares of them only.
 
     Raises:
         CheckpointError: the place holds something that is no model directory, or cannot be written.
@@ -81,8 +85,9 @@ def save_model(path: Path | str, card: ModelCard, model: Model) -> None:
         raise CheckpointError(f"{path} must be new, empty or a model directory; it holds something else")
     try:
         with replacing_folder(path) as part:
-            tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-            save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+            given = model.state_dict() if tensors is None else tensors
+            whole = {name: value.detach().cpu().contiguous() for name, value in given.items()}
+            save_file(whole, part / WEIGHTS, metadata={"format": "pt"})
             _write_json(part / TOKENIZER, {"kind": card.tokenizer.kind, **card.tokenizer.to_json()})
             (part / README).write_text(_readme(card, model), encoding="utf-8")
             _write_json(part / CONFIG, card_to_json(card))

@@ -311,6 +311,7 @@ class _Contract:
 
         from meristem.data.pack_maker import PackMaker
         from meristem.model_directory import ModelCard
+        from meristem.train.ranks import Ranks
         from meristem.train.task import Task
 
         task, objective = Task(self.architecture, self.objective), self.objective
@@ -349,7 +350,7 @@ class _Contract:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                objective.after_step(self.model, extra)
+                objective.after_step(self.model, extra, Ranks())
                 losses.append(loss.item())
         shown = " > ".join(f"{loss:.3f}" for loss in losses)
         _require(all(np.isfinite(losses)) and losses[-1] < losses[0], "the loss must be finite and fall", shown)

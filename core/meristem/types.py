@@ -327,6 +327,7 @@ class PackedBatch:
         step_counts: scored targets by name in the whole optimiser step, over all its packs and ranks.
             A loss is a sum divided by these, so that packing and accumulation do not weigh it.
         source: the packed source side of an encoder-decoder, sequence for sequence.
+        is_repeat: another process evaluates this pack. This one runs it, so all run equally many, and counts nothing.
     """
 
     layout: Layout
@@ -339,6 +340,7 @@ class PackedBatch:
     records: tuple[int, ...] = ()
     step_counts: Mapping[str, float] = field(default_factory=dict)
     source: "PackedBatch | None" = None
+    is_repeat: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedBatch":
         """Move every tensor; Lightning's transfer hook calls this."""

@@ -184,9 +184,33 @@ def test_masks_of_an_evaluation_do_not_depend_on_packing_or_pass(store):
     assert targets_of(one) == expected
     assert targets_of(evaluation(store, tokens_per_pack=77)) == expected
     shares = [evaluation(store, rank=rank, world_size=3) for rank in range(3)]
-    assert sum(len(share) for share in shares) == len(one) == len(list(one))
     assert {k: v for share in shares for k, v in targets_of(share).items()} == expected
-    assert [len(list(share)) for share in shares] == [len(share) for share in shares]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("limit", [1.0, 2, 0.3])
+def test_shares_of_an_evaluation_are_equally_long_and_hold_each_pack_once(store, limit, num_workers):
+    whole = [bits(batch) for batch in evaluation(store)]
+    wanted = whole[: {1.0: len(whole), 2: 2, 0.3: int(0.3 * len(whole))}[limit]]
+    assert wanted
+    world_size = int(np.random.default_rng().integers(2, 6)) if limit != 2 else 5  # more processes than packs
+    shares = [
+        list(evaluation(store, rank=rank, world_size=world_size, limit=limit, num_workers=num_workers))
+        for rank in range(world_size)
+    ]
+    lengths = {len(share) for share in shares}
+    assert lengths == {-(-len(wanted) // world_size)} == {len(evaluation(store, world_size=world_size, limit=limit))}
+    own = [[bits(batch) for batch in share if not batch.is_repeat] for share in shares]
+    assert [own[i % world_size][i // world_size] for i in range(len(wanted))] == wanted
+    assert sum(map(len, own)) == len(wanted)
+    assert all(bits(batch) in wanted for share in shares for batch in share)
+
+
+@pytest.mark.parametrize("limit", [-1, -0.5, 1.5, 0.001])
+def test_a_limit_out_of_range_is_refused(store, limit):
+    with pytest.raises(ConfigError, match=rf"trainer.limit_val_batches must be .*; got {limit} of \d+ packs"):
+        evaluation(store, limit=limit)
+    assert len(evaluation(store, limit=0)) == 0
 
 
 def test_tokens_of_the_loader_equal_those_of_the_tokenizer(payloads):

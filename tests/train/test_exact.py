@@ -1,14 +1,18 @@
 """Every target weighs the same, however a step is packed, accumulated and shared out."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from labelled import ready, run_data
 from meristem.data.pack import pack
 from meristem.data.parts import RunData
 from meristem.domain import load_domain
 from meristem.model.config import Attention, Embedding, FeedForward, TokenHead, TransformerConfig
+from meristem.model.heads.labels import Standardise
 from meristem.model.model import Model
 from meristem.objectives.masked import Masked
 from meristem.objectives.supervised import Supervised, Target
@@ -143,6 +147,35 @@ def test_groups_decay_linear_maps_alone_and_cover_every_parameter():
     assert {id(p) for group in parameter_groups(model, 0.1) for p in group["params"]} == {
         id(p) for p in model.heads.parameters()
     }
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_running_figures_move_at_the_end_of_a_step_by_all_packs_in_their_order(count, rng):
+    def shares() -> list[list[torch.Tensor]]:
+        """Rows of the packs of each micro-step, by rank; one record, as a pack may hold, is no figure of a spread."""
+        return [[torch.randn(int(rng.integers(1, 6)), 7) for _ in range(count)] for _ in range(2)]
+
+    layers = [Standardise(7).train() for _ in range(count)]
+    mean, var = torch.zeros(7), torch.ones(7)
+    for _ in range(3):
+        micro_steps = shares()
+        for packs in micro_steps:
+            for layer, rows in zip(layers, packs):
+                before = layer.mean.clone()
+                made = layer(rows)
+                assert torch.equal(layer.mean, before)
+                if len(rows) > 1:
+                    assert torch.equal(made, F.batch_norm(rows, mean.clone(), var.clone(), training=True, eps=1e-10))
+        for layer in layers:
+            layer.take_in(Mock(side_effect=micro_steps))
+        for rows in (rows for packs in micro_steps for rows in packs if len(rows) > 1):
+            F.batch_norm(rows, mean, var, training=True, eps=1e-10)
+        assert all(torch.equal(layer.mean, mean) and torch.equal(layer.var, var) for layer in layers)
+    layers[0].eval()
+    rows = torch.randn(4, 7)
+    assert torch.equal(layers[0](rows), F.batch_norm(rows, mean, var, eps=1e-10))
+    layers[0].take_in(lambda rows: [rows])  # nothing is learnt from an evaluation
+    assert torch.equal(layers[0].mean, mean)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "inverse_sqrt", "constant"])

@@ -12,6 +12,7 @@ from meristem.data.pack import pack
 from meristem.data.parts import RunData
 from meristem.model.config import Attention, Embedding, FeedForward, Init, Prefix, SinCos2D, TransformerConfig
 from meristem.model.model import Model
+from meristem.train.ranks import Ranks
 from meristem.types import PackedBatch, Record
 from meristem_domains.vision.multi_crop import MultiCrop
 from meristem_domains.vision.objectives.self_distillation import SelfDistillation
@@ -91,7 +92,7 @@ def take_step(
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    objective.after_step(model, extra)
+    objective.after_step(model, extra, Ranks())
     return float(loss.detach())
 
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from meristem.cli.main import main
 from meristem.model.config import Init
+from meristem.train.ranks import Ranks
 from meristem_domains.vision.objectives.self_distillation import (
     DISTILLATION,
     SelfDistillation,
@@ -57,7 +58,7 @@ def test_the_teacher_begins_as_the_student_and_follows_it(rng):
         assert not torch.equal(own, other)
     # the mutant: no step behind the student leaves the teacher where it began
     frozen = [own.clone() for own, _ in pairs]
-    objective.after_step = lambda model, extra: None
+    objective.after_step = lambda model, extra, processes: None
     take_step(objective, model, extra, packed_views(objective, records), optimizer)
     assert all(torch.equal(own, old) for (own, _), old in zip(pairs, frozen))
 
@@ -72,7 +73,7 @@ def test_the_centre_is_that_of_all_packs_of_a_step_and_of_none_in_evaluation(rng
     for batch in packs:
         objective.loss_of(model, extra, batch)
     assert not extra["teacher"].center.any()
-    objective.after_step(model, extra)
+    objective.after_step(model, extra, Ranks())
     torch.testing.assert_close(extra["teacher"].center, scores.mean(0), atol=1e-6, rtol=1e-5)
     assert not extra["teacher"].training
 
@@ -222,8 +223,8 @@ def test_a_stopped_run_ends_as_one_that_was_never_stopped(rng, tmp_path, monkeyp
 
     follow = SelfDistillation.after_step
 
-    def stop_at_third(self, model, extra):
-        follow(self, model, extra)
+    def stop_at_third(self, model, extra, processes):
+        follow(self, model, extra, processes)
         if int(extra["teacher"].step) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -106,6 +106,9 @@ class TrainLoader:
 class EvalLoader:
     """One pass over records, the same each time: shortest first, corrupted as in epoch 0 always.
 
+    Every process has equally many packs, since running a model may be collective: where the packs do not come out even,
+    some get one that another process has, marked as `is_repeat`.
+
     Args:
         store: of the records.
         rows: rows of the store.
@@ -119,6 +122,10 @@ class EvalLoader:
         max_tokens_per_record: longer records are cropped to a window, the same each time (`num_cropped`).
         views: of the records; None for the records as they are.
         others: tokenizers of inputs.
+        limit: packs to take, the first ones, over all processes: a number, or (a float) a share of them.
+
+    Raises:
+        ConfigError: a number that is out of range, or a share that leaves no pack.
     """
 
     def __init__(
@@ -136,6 +143,7 @@ class EvalLoader:
         max_tokens_per_record: int | None = None,
         views: Views | None = None,
         others: Mapping[str, Tokenizer] | None = None,
+        limit: int | float = 1.0,
     ):
         _check_shares(rank, world_size, num_workers)
         if tokens_per_pack < 1:
@@ -143,7 +151,7 @@ class EvalLoader:
         self.maker = PackMaker(
             store, np.asarray(rows), tokenizer, objective, seed, max_tokens_per_record, views, False, others or {}
         )
-        self.plan = plan_in_order(self.maker.lengths(), tokens_per_pack)
+        self.plan = _first_packs(plan_in_order(self.maker.lengths(), tokens_per_pack), limit)
         self.rank, self.world_size = rank, world_size
         self._packs = _InWorkers(_Packs(self.maker, self.plan, rank, world_size), num_workers)
 
@@ -153,7 +161,7 @@ class EvalLoader:
         return self.maker.num_cropped()
 
     def __len__(self) -> int:
-        return len(range(self.rank, len(self.plan), self.world_size))
+        return -(-len(self.plan) // self.world_size)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         return iter(self._packs)
@@ -192,9 +200,11 @@ class _Packs(IterableDataset):
 
     def __iter__(self) -> Iterator[PackedBatch]:
         worker, num_workers = _who()
-        own = range(self.rank, len(self.plan), self.world_size)
+        num = len(self.plan)
+        own = range(self.rank, -(-num // self.world_size) * self.world_size, self.world_size)
         for i in own[worker::num_workers]:
-            yield self.maker.make(0, self.plan[i])
+            batch = self.maker.make(0, self.plan[i % num])
+            yield batch if i < num else replace(batch, is_repeat=True)
 
 
 class _Carried(IterableDataset):
@@ -241,6 +251,18 @@ def _who() -> tuple[int, int]:
     """Number of this worker, and how many there are."""
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 1)
+
+
+def _first_packs(plan: Plan, limit: int | float) -> Plan:
+    """The packs that a limit leaves of an evaluation."""
+    is_share = isinstance(limit, float)
+    count = int(limit * len(plan)) if is_share else min(int(limit), len(plan))
+    if limit < 0 or (is_share and limit > 1) or (len(plan) and limit and not count):
+        raise ConfigError(
+            "trainer.limit_val_batches must be a number of packs, 0 or more, or a share of them up to 1.0 that leaves "
+            f"one or more; got {limit} of {len(plan)} packs"
+        )
+    return Plan(plan.records, plan.starts[:count], plan.stops[:count])
 
 
 def _check_shares(rank: int, world_size: int, num_workers: int) -> None:

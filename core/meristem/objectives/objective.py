@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 from torch import nn
@@ -14,10 +14,21 @@ from meristem.model.heads import HeadSpec
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted
 from meristem.objectives.routing import routing_counts, routing_figures, routing_terms
+from meristem.shapes import Tensor
 from meristem.types import IGNORE, INPUT, LossOut, PackedBatch, Record, Tokens
 
 if TYPE_CHECKING:  # it imports scipy and torchvision, for seconds, and verbs that only read models need none of it
     from torchmetrics import Metric
+
+
+class Processes(Protocol):
+    """The processes that train together. Every one of them must make the same calls, in the same order."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes; its shape must be the same in each."""
+
+    def gather(self, rows: Tensor) -> list[Tensor]:
+        """The tensor `[n, ...]` of every process, by rank; n may differ."""
 
 
 class Objective(ABC):
@@ -186,5 +197,9 @@ class Objective(ABC):
         """Figures of a pack by name, `[H, W, 3]` bytes of red, green and blue; written at each validation."""
         return {}
 
-    def after_step(self, model: Model, extra: nn.ModuleDict) -> None:
-        """Called after each optimiser step: a teacher's moving average lives here."""
+    def after_step(self, model: Model, extra: nn.ModuleDict, processes: Processes) -> None:
+        """Called after each optimiser step, in every process: a teacher's moving average lives here.
+
+        Args:
+            processes: those that train together; what was seen in a step is seen by all of them.
+        """

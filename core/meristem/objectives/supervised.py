@@ -20,9 +20,11 @@ from torchmetrics.regression import MeanAbsoluteError, R2Score, SpearmanCorrCoef
 from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError
 from meristem.model.heads import HeadSpec
+from meristem.model.heads.labels import Standardise
+from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted
 from meristem.objectives.mixing import Mixing, mix
-from meristem.objectives.objective import Objective
+from meristem.objectives.objective import Objective, Processes
 from meristem.objectives.targets import BoundTarget, Target, encode_labels, learn
 from meristem.shapes import Float, Int, Tensor
 from meristem.types import IGNORE, LossOut, PackedBatch, Record, Term, Tokens
@@ -155,6 +157,11 @@ class Supervised(Objective):
             outputs: of the model, those of each target among them.
         """
         return {}
+
+    def after_step(self, model: Model, extra: nn.ModuleDict, processes: Processes) -> None:
+        for module in model.heads.modules():
+            if isinstance(module, Standardise):
+                module.take_in(processes.gather)
 
     def metrics(self) -> dict[str, Metric]:
         found = super().metrics()

@@ -143,15 +143,13 @@ class Teacher(nn.Module):
         self._seen = (total, count) if self._seen is None else (self._seen[0] + total, self._seen[1] + count)
 
     @torch.no_grad()
-    def follow(self, model: Model, head: PrototypeHead) -> None:
+    def follow(self, model: Model, head: PrototypeHead, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
         """Take a step behind the student: weights, centre, and the counter of both schedules."""
         share = 1 - self.momentum
         for own, other in self._pairs(model, head):
             own.lerp_(other.to(own.dtype), share.to(own.dtype))
         if self._seen is not None:
-            seen = torch.cat(self._seen)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(seen)
+            seen = sum_over_processes(torch.cat(self._seen))
             self.center.lerp_((seen[:-1] / seen[-1]).to(self.center.dtype), 1 - self.center_momentum)
             self._seen = None
         self.step += 1

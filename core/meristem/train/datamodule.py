@@ -19,6 +19,7 @@ from meristem.errors import ConfigError, DataError
 from meristem.model.config import TransformerConfig
 from meristem.model.grid import with_grid
 from meristem.objectives.objective import Objective
+from meristem.train.ranks import Ranks
 from meristem.train.task import Task
 
 
@@ -158,6 +159,7 @@ class DataModule(L.LightningDataModule):
         self.remarks: list[str] = []
         self.refused: list[Refusal] = []
         self.parts: dict[str, Part] = {}
+        self.limits: dict[str, int | float] = {}
         self.build_progress: Callable[[int, int], None] | None = None
         if not self.sources:
             raise ConfigError("data.sources must name one file or more; got none (--data.sources FILE)")
@@ -312,7 +314,7 @@ class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         trainer = self.trainer
         assert trainer is not None
-        train = self.parts["train"]
+        train, ranks = self.parts["train"], Ranks.of(trainer)
         return TrainLoader(
             train.store,
             train.rows,
@@ -320,9 +322,9 @@ class DataModule(L.LightningDataModule):
             self.objective,
             seed=self.seed,
             tokens_per_pack=self.tokens_per_pack,
-            packs_per_step=trainer.accumulate_grad_batches * trainer.world_size,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            packs_per_step=trainer.accumulate_grad_batches * ranks.count,
+            rank=ranks.number,
+            world_size=ranks.count,
             num_workers=self.num_workers,
             max_tokens_per_record=self.max_tokens_per_record,
             views=self.views,
@@ -345,8 +347,8 @@ class DataModule(L.LightningDataModule):
         return self._eval_loader("test")
 
     def _eval_loader(self, part: Literal["validation", "test"]) -> EvalLoader:
-        trainer, records = self.trainer, self.parts[part]
-        assert trainer is not None
+        assert self.trainer is not None
+        records, ranks = self.parts[part], Ranks.of(self.trainer)
         return EvalLoader(
             records.store,
             records.rows,
@@ -354,11 +356,12 @@ class DataModule(L.LightningDataModule):
             self.objective,
             seed=self.seed,
             tokens_per_pack=self.tokens_per_pack,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            rank=ranks.number,
+            world_size=ranks.count,
             num_workers=self.num_workers,
             # an evaluation takes whole records wherever the model can
             max_tokens_per_record=self._position_limit,
             views=self.views,
             others=self.others,
+            limit=self.limits.get(part, 1.0),
         )

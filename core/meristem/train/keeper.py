@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,11 +16,11 @@ from meristem.errors import CheckpointError
 from meristem.files import replacing
 from meristem.model_directory import save_model
 from meristem.train.curves import draw_curves
+from meristem.train.ranks import Ranks, full_state
 from meristem.train.recorder import Recorder
 from meristem.train.run_directory import RunDirectory
-from meristem.train.task import Task
+from meristem.train.task import STOP_SIGNALS, Task
 from meristem.train.watch import Watch
-
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints are whole or not there, and hold weights and plain values alone."""
@@ -70,7 +71,6 @@ class Keeper(L.Callback):
         self.num_worse = 0
         self.is_stopped_early = False
         self._saved_step = -1
-        self._signal: int | None = None
         self._old_handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,15 +80,16 @@ class Keeper(L.Callback):
         self.best, self.best_step, self.num_worse = state["best"], state["best_step"], state["num_worse"]
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        assert isinstance(task, Task)
         self._saved_step = trainer.global_step if trainer.ckpt_path else -1
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._old_handlers[number] = signal.signal(number, self._ask)
+        for number in STOP_SIGNALS:
+            self._old_handlers[number] = signal.signal(number, partial(self._ask, task))
         if not trainer.ckpt_path:
             self.save(trainer)  # from here on the same command always finds something to go on from
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        """Stop at the next whole step; a second signal does not wait."""
-        self._signal = number
+    def _ask(self, task: Task, number: int, frame: FrameType | None) -> None:
+        """Stop all processes at a whole step, this one or the next; a second signal does not wait."""
+        task.wish = number
         self.restore_handlers()
         self.say("stopping after this step")
 
@@ -100,59 +101,61 @@ class Keeper(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        assert isinstance(task, Task)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if self.watch.is_due(trainer):
             if trainer.global_step == trainer.max_steps:
                 trainer.should_stop = True  # or Lightning leaves without a validation
             return
-        self._save_if_due(trainer, task)
+        self._save_if_due(trainer, task, task.stop_signal)
 
     def on_validation_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
-        if self._signal is not None:
-            raise Stopped(self._signal, self._saved_step)
+        assert isinstance(task, Task)
+        if number := task.agree_to_stop():
+            raise Stopped(number, self._saved_step)
 
     def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
         assert isinstance(task, Task)
         value = self.recorder.last_validation.get(self.watch.monitor, float("nan"))
-        if self.watch.is_better(value, self.best):
+        ranks = Ranks.of(trainer)
+        if ranks.first_says(self.watch.is_better(value, self.best)):
             self.best, self.best_step, self.num_worse = value, trainer.global_step, 0
             self._save_model(trainer, task, self.run.best_model)
         else:
             self.num_worse += 1
         if self.watch.patience and self.num_worse >= self.watch.patience:
             self.is_stopped_early = trainer.should_stop = True
-        if trainer.is_global_zero:
+        if ranks.is_first:
             draw_curves(self.run.metrics, self.run.curves)
-        self._save_if_due(trainer, task)
+        self._save_if_due(trainer, task, task.agree_to_stop())
 
-    def _save_if_due(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        assert isinstance(task, Task)
-        if self._signal is not None or trainer.global_step % self.watch.save_every_n_steps == 0:
+    def _save_if_due(self, trainer: L.Trainer, task: Task, stop_signal: int) -> None:
+        if stop_signal or trainer.global_step % self.watch.save_every_n_steps == 0:
             self.recorder.flush(trainer, task)
             self.save(trainer)
-        if self._signal is not None:
-            raise Stopped(self._signal, self._saved_step)
+        if stop_signal:
+            raise Stopped(stop_signal, self._saved_step)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the checkpoint to go on from, after what is written of its steps."""
+        """Write the checkpoint to go on from, after what is written of its steps; collective."""
         if self._saved_step == trainer.global_step:
             return
         trainer.save_checkpoint(self.run.last_checkpoint)
         self._saved_step = trainer.global_step
-        if trainer.is_global_zero:
+        if Ranks.of(trainer).is_first:
             self.run.write_state(step=trainer.global_step, finished=None)
 
     def finish(self, trainer: L.Trainer, task: Task) -> None:
-        """Leave the last model, the best where nothing was validated, and the reason of the end."""
+        """Leave the last model, the best where nothing was validated, and the reason of the end; collective."""
         self.recorder.flush(trainer, task)
         self.save(trainer)
         self._save_model(trainer, task, self.run.last_model)
         if self.best is None:
             self._save_model(trainer, task, self.run.best_model)
-        if trainer.is_global_zero:
+        if task.ranks.is_first:
             draw_curves(self.run.metrics, self.run.curves)
             reason = f"no better {self.watch.monitor} for {self.num_worse} validations" if self.is_stopped_early else ""
             self.run.write_state(
@@ -164,8 +167,9 @@ class Keeper(L.Callback):
             )
 
     def _save_model(self, trainer: L.Trainer, task: Task, path: Path) -> None:
-        if not trainer.is_global_zero:
+        tensors = full_state(task.evaluated)
+        if not task.ranks.is_first:
             return
         facts: dict[str, float] = {"steps": trainer.global_step}
         facts |= {name: round(value, 5) for name, value in self.recorder.last_validation.items()}
-        save_model(path, replace(task.card, facts=facts), task.evaluated)
+        save_model(path, replace(task.card, facts=facts), task.evaluated, tensors)

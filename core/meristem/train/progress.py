@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 
 from meristem.progress import Progress
+from meristem.train.ranks import Ranks
 from meristem.train.recorder import Recorder
 
 
@@ -22,7 +23,7 @@ class TrainingProgress(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self._step = trainer.global_step
-        if trainer.is_global_zero:
+        if Ranks.of(trainer).is_first:
             self._shown = Progress(trainer.max_steps, "steps", title="fit", done=self._step).__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:

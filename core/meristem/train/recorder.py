@@ -13,6 +13,7 @@ import lightning as L
 from meristem.errors import CheckpointError
 from meristem.files import write_file
 from meristem.shapes import Tensor
+from meristem.train.ranks import Ranks
 from meristem.train.run_directory import RunDirectory
 from meristem.train.task import NotFinite, StepResult, Task
 from meristem.train.watch import Watch
@@ -92,7 +93,7 @@ class Recorder(L.Callback):
         self._began = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        if trainer.is_global_zero:
+        if Ranks.of(trainer).is_first:
             self.file.keep_up_to(trainer.global_step)
         self._began = time.monotonic()
 
@@ -146,7 +147,7 @@ class Recorder(L.Callback):
         self._began = time.monotonic()
 
     def _write(self, trainer: L.Trainer, row: Mapping[str, Any]) -> None:
-        if trainer.is_global_zero:
+        if Ranks.of(trainer).is_first:
             self.file.add(row, self._columns)
 
 

@@ -16,6 +16,7 @@ from meristem.train.datamodule import DataModule
 from meristem.train.gallery import Gallery
 from meristem.train.keeper import AtomicCheckpointIO, Keeper
 from meristem.train.progress import TrainingProgress
+from meristem.train.ranks import Ranks
 from meristem.train.recorder import Recorder, evaluation_values
 from meristem.train.run_directory import RunDirectory
 from meristem.train.task import Task
@@ -50,7 +51,7 @@ def fit(
         raise ConfigError(f"trainer.max_steps must be 1 or more; got {trainer_options['max_steps']}")
     try:
         with _fewer_warnings():
-            trainer = build_trainer(trainer_options, [*callbacks, keeper], run, watch)
+            trainer = build_trainer(_limited(trainer_options, data), [*callbacks, keeper], run, watch)
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             keeper.finish(trainer, task)
     finally:
@@ -98,7 +99,8 @@ def evaluate(
         )
     caught = _Caught()
     with _fewer_warnings():
-        trainer = build_trainer({**trainer_options, "logger": False, "max_steps": 1}, [caught], None, Watch())
+        options = {**_limited(trainer_options, data), "logger": False, "max_steps": 1}
+        trainer = build_trainer(options, [caught], None, Watch())
         run = trainer.test if part == "test" else trainer.validate
         run(task, datamodule=data, verbose=False, ckpt_path=checkpoint, weights_only=True)
     if task.fresh_heads:
@@ -144,6 +146,15 @@ def build_trainer(
     )
 
 
+def _limited(options: dict[str, Any], data: DataModule) -> dict[str, Any]:
+    """Options whose limit of validation packs is for all processes together; Lightning's is for each of them."""
+    limit = options.get("limit_val_batches")
+    if limit is None:
+        return options
+    data.limits = {"validation": limit}
+    return {**options, "limit_val_batches": 1.0} if isinstance(limit, float) and limit else options
+
+
 class _Greeter(L.Callback):
     """Says once what is trained on what, before the first step."""
 
@@ -152,7 +163,8 @@ class _Greeter(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         assert isinstance(task, Task)
-        if not trainer.is_global_zero:
+        ranks = Ranks.of(trainer)
+        if not ranks.is_first:
             return
         num_parameters = sum(p.numel() for p in task.model.parameters())
         num_trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
@@ -162,7 +174,7 @@ class _Greeter(L.Callback):
             self.say(line)
         self.say(
             f"model: {num_parameters:,} parameters{trained}, {config.num_layers} layers of width {config.width}; "
-            f"{task.device.type} x {trainer.world_size}, {trainer.precision}"
+            f"{task.device.type} x {ranks.count}, {trainer.precision}"
         )
         if trainer.ckpt_path:
             self.say(f"goes on from step {trainer.global_step:,}")

@@ -1,7 +1,9 @@
 """A model, an objective and an optimiser as Lightning runs them, exact in what is summed and what is random."""
 
 import hashlib
-from collections.abc import Mapping
+import signal
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +21,13 @@ from meristem.model_directory import ModelCard, load_card, load_model
 from meristem.objectives.objective import Objective
 from meristem.shapes import Tensor
 from meristem.train.ema import MovingAverage
+from meristem.train.loops import place_loops
 from meristem.train.optim import OptimizerConfig, build_optimizer
+from meristem.train.ranks import Ranks
 from meristem.types import PackedBatch, Term
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that end a run after a whole step; where two come, the first of these counts."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,13 @@ class Task(L.LightningModule):
         self._num_tokens = 0
         self.grad_norm: Tensor = torch.zeros(())
         self.step_lr = 0.0
+        self.wish = 0
+        self._agreed_wish = 0
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together."""
+        return Ranks.of(self.trainer)
 
     @property
     def card(self) -> ModelCard:
@@ -206,7 +220,7 @@ class Task(L.LightningModule):
         return batch.to(device)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        accumulate, world = self.trainer.accumulate_grad_batches, self.ranks.count
         micro = batch_idx % accumulate
         if micro == 0:
             self._sums, self._num_tokens = {}, 0
@@ -223,17 +237,30 @@ class Task(L.LightningModule):
         return loss
 
     def _count_over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """What each term counts in the whole step, on all ranks."""
-        if self.trainer.world_size == 1:
-            return dict(counts)
+        """What each term counts in the whole step, on all ranks; wishes to stop travel with it."""
         names = sorted(counts)
-        values = torch.tensor([counts[name] for name in names], dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(values)
-        return dict(zip(names, values.tolist()))
+        values = [*(counts[name] for name in names), *(float(self.wish == one) for one in STOP_SIGNALS)]
+        summed = self.ranks.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        self._agreed_wish = _first_wish(summed[len(names) :])
+        return dict(zip(names, summed))
 
     def _reseed(self, micro: int) -> None:
-        """Make everything random in the model a function of (seed, step, micro-step, rank)."""
-        torch.manual_seed(fold(self.seed, "step", self.trainer.global_step, micro, self.trainer.global_rank))
+        """Make everything random in the model a function of (seed, step, number of the pack in the step)."""
+        pack = micro * self.ranks.count + self.ranks.number
+        torch.manual_seed(fold(self.seed, "step", self.trainer.global_step, pack, 0))
+
+    @property
+    def stop_signal(self) -> int:
+        """Number of the signal that asks all processes to stop after this step; 0 for none.
+
+        One that reaches a process of several during a step (`wish`) is known to all of them in the next.
+        """
+        return self.wish if self.ranks.count == 1 else self._agreed_wish
+
+    def agree_to_stop(self) -> int:
+        """The same, of what was asked up to now; collective."""
+        self._agreed_wish = _first_wish(self.ranks.any([self.wish == one for one in STOP_SIGNALS]))
+        return self._agreed_wish
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -248,7 +275,7 @@ class Task(L.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.objective.after_step(self.model, self.extra)
+        self.objective.after_step(self.model, self.extra, self.ranks)
         if self.average is not None:
             self.average.update(self.model, self.extra, self.trainer.global_step + 1)
 
@@ -256,11 +283,14 @@ class Task(L.LightningModule):
         self._sums, self._num_tokens = {}, 0
         for metric in (*self._metrics.values(), *self._confusions.values()):
             metric.to(self.device).reset()
+            metric.dist_sync_fn = lambda values, group: self.ranks.gather(values)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         extra = self.extra if self.average is None else self.average.extra
         out = self.objective.loss_of(self.evaluated, extra, batch)
-        self._add(out.terms)
+        self._add(out.terms, is_counted=not batch.is_repeat)
+        if batch.is_repeat:
+            return
         self._num_tokens += batch.layout.num_tokens
         for name, metric in (*self._metrics.items(), *self._confusions.items()):
             key = name.partition("/")[0]
@@ -272,20 +302,28 @@ class Task(L.LightningModule):
 
     def metric_values(self) -> dict[str, float]:
         """Metrics of the part just evaluated, by name."""
-        return {name: float(metric.compute()) for name, metric in self._metrics.items() if metric.update_called}
+        return {name: float(value) for name, value in self._computed(self._metrics).items()}
 
     def confusion_values(self) -> dict[str, Tensor]:
         """`[C, C]` by name: records (or tokens) of each class, by the class that they were taken for."""
-        return {name: metric.compute().cpu() for name, metric in self._confusions.items() if metric.update_called}
+        return {name: value.cpu() for name, value in self._computed(self._confusions).items()}
+
+    def _computed(self, metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
+        """Metrics that any process has figures for; collective."""
+        has_figures = self.ranks.any([metric.update_called for metric in metrics.values()])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a process without figures computes those of the others
+            return {name: one.compute() for (name, one), is_there in zip(metrics.items(), has_figures) if is_there}
 
     def metric_names(self) -> list[str]:
         """All that an evaluation reports beside the loss."""
         return list(self._metrics)
 
-    def _add(self, terms: Mapping[str, Term]) -> None:
-        """Add up sums and counts on the device: no step waits for a figure."""
+    def _add(self, terms: Mapping[str, Term], is_counted: bool = True) -> None:
+        """Add up sums and counts on the device: no step waits for a figure; or nothing, but for the names."""
         for name, term in terms.items():
             pair = torch.stack([term.sum.detach().double(), term.count.detach().double()])
+            pair = pair if is_counted else torch.zeros_like(pair)
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
             self._weights[name] = term.weight
 
@@ -293,10 +331,7 @@ class Task(L.LightningModule):
         """Sums and counts of all terms (in order of name), and tokens, over all ranks: `[2 * terms + 1]`."""
         parts = [self._sums[name] for name in sorted(self._sums)]
         tokens = torch.tensor([float(self._num_tokens)], dtype=torch.float64, device=self.device)
-        flat = torch.cat([*parts, tokens])
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(flat)
-        return flat
+        return self.ranks.sum(torch.cat([*parts, tokens]))
 
     def result_of(self, flat: Tensor) -> StepResult:
         """The figures that `summed` gave, on the host."""
@@ -308,7 +343,7 @@ class Task(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["meristem"] = {
-            "packs_per_step": self.trainer.accumulate_grad_batches * self.trainer.world_size,
+            "packs_per_step": self.trainer.accumulate_grad_batches * self.ranks.count,
             "seed": self.seed,
         }
 
@@ -317,7 +352,7 @@ class Task(L.LightningModule):
         said = checkpoint.get("meristem")
         if said is None:
             raise CheckpointError("the checkpoint was not written by meristem fit")
-        packs_per_step = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        packs_per_step = self.trainer.accumulate_grad_batches * self.ranks.count
         if said["packs_per_step"] != packs_per_step:
             raise ConfigError(
                 "trainer.accumulate_grad_batches times devices must stay as it was; "
@@ -329,30 +364,9 @@ class Task(L.LightningModule):
             )
 
 
-def place_loops(loops: dict[str, Any], step: int, accumulate: int) -> None:
-    """Set the counters of Lightning's fit loop to "step whole steps done, validation after them done too".
-
-    A checkpoint may be written in a hook, when some counters are ahead of others; Lightning then guesses
-    where to go on. All of them follow from the step.
-    """
-    packs = step * accumulate
-
-    def set_all(progress: dict[str, Any], value: int) -> None:
-        for part in ("total", "current"):
-            for key in progress[part]:
-                progress[part][key] = value
-
-    set_all(loops["epoch_loop.batch_progress"], packs)
-    loops["epoch_loop.batch_progress"]["is_last_batch"] = False
-    set_all(loops["epoch_loop.scheduler_progress"], step)
-    optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
-    set_all(optimizer["step"], step)
-    set_all(optimizer["zero_grad"], step)
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step
-    for part in ("total", "current"):
-        loops["epoch_progress"][part] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        for key in loops["epoch_loop.val_loop.batch_progress"][part]:
-            loops["epoch_loop.val_loop.batch_progress"][part][key] = 0
+def _first_wish(has_wish: Sequence[float]) -> int:
+    """The stop signal that counts of those that any process got."""
+    return next((int(one) for one, wished in zip(STOP_SIGNALS, has_wish) if wished), 0)
 
 
 def fold(seed: int, *parts: int | str) -> int:

@@ -1,6 +1,6 @@
 """The head that predicts a label of records or of tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -140,12 +140,17 @@ class LabelHead(Head):
         return outputs[:num_rows]
 
 
+STANDARDISE_EPS = 1e-10
+"""Added to a variance; the pooled vectors of mutants differ little, so it must be smaller still."""
+
+
 class Standardise(nn.Module):
     """Batch normalisation without its affine part, as linear probes have it (He 2022, arXiv 2111.06377).
 
     For records that differ little, such as the variants of one text: their pooled vectors share almost
     everything, and a head would first have to amplify what they do not share. In training the figures are
-    those of the pack, and running ones where a pack holds one record; in evaluation always the running ones.
+    those of the pack, and running ones where a pack holds one record; in evaluation always the running ones. Running
+    figures move at the end of a step, by the packs of all processes in their order.
     """
 
     mean: Tensor
@@ -156,8 +161,22 @@ class Standardise(nn.Module):
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("var", torch.ones(width))
+        self._seen: list[Tensor] = []
 
     def forward(self, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
-        uses_pack = self.training and len(rows) > 1
-        # differences between mutants are small against the vectors: eps must be smaller still
-        return F.batch_norm(rows, self.mean, self.var, None, None, uses_pack, self.momentum, eps=1e-10)
+        if self.training:
+            self._seen.append(rows.detach())
+            if len(rows) > 1:
+                return F.batch_norm(rows, None, None, None, None, True, eps=STANDARDISE_EPS)
+        return F.batch_norm(rows, self.mean, self.var, eps=STANDARDISE_EPS)
+
+    @torch.no_grad()
+    def take_in(self, gather: Callable[[Tensor], list[Tensor]]) -> None:
+        """Move the running figures by the packs seen since the last call.
+
+        Args:
+            gather: gives the tensor of every process, by rank.
+        """
+        seen, self._seen = self._seen, []
+        for part in (part for rows in seen for part in gather(rows) if len(part) > 1):
+            F.batch_norm(part, self.mean, self.var, None, None, True, self.momentum, STANDARDISE_EPS)

@@ -14,7 +14,7 @@ from meristem.errors import ConfigError
 from meristem.model.config import Learned, TransformerConfig
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted
-from meristem.objectives.objective import Objective
+from meristem.objectives.objective import Objective, Processes
 from meristem.objectives.teacher import PrototypeHead, Teacher
 from meristem.shapes import Float, Tensor
 from meristem.types import INPUT, Layout, LossOut, PackedBatch, Record, Term, Tokens
@@ -173,9 +173,9 @@ class SelfDistillation(Objective):
         teacher, head = _parts(extra)
         teacher.begin_as(model, head, total_steps)
 
-    def after_step(self, model: Model, extra: nn.ModuleDict) -> None:
+    def after_step(self, model: Model, extra: nn.ModuleDict, processes: Processes) -> None:
         teacher, head = _parts(extra)
-        teacher.follow(model, head)
+        teacher.follow(model, head, processes.sum)
 
     def wanted(self, batch: PackedBatch) -> Wanted:
         return Wanted(is_pooled=True, num_special=self.tokenizers[0].num_special)
