@@ -1,6 +1,7 @@
 """What a run leaves behind: a checkpoint to go on from, the best and the last model, its curves."""
 
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,10 @@ from meristem.train.recorder import Recorder
 from meristem.train.run_directory import RunDirectory
 from meristem.train.task import STOP_SIGNALS, Task
 from meristem.train.watch import Watch
+
+MAX_DRAWING_FRAC = 0.05
+"""Share of a run's time that curves may take; they are drawn anew at fewer validations where drawing takes more."""
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints are whole or not there, and hold weights and plain values alone."""
@@ -71,6 +76,7 @@ class Keeper(L.Callback):
         self.num_worse = 0
         self.is_stopped_early = False
         self._saved_step = -1
+        self._drawn_at, self._drawing_seconds = time.monotonic(), 1.0
         self._old_handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,8 +134,9 @@ class Keeper(L.Callback):
             self.num_worse += 1
         if self.watch.patience and self.num_worse >= self.watch.patience:
             self.is_stopped_early = trainer.should_stop = True
-        if ranks.is_first:
-            draw_curves(self.run.metrics, self.run.curves)
+        is_time = MAX_DRAWING_FRAC * (time.monotonic() - self._drawn_at) > self._drawing_seconds
+        if ranks.is_first and is_time:
+            self._draw()
         self._save_if_due(trainer, task, task.agree_to_stop())
 
     def _save_if_due(self, trainer: L.Trainer, task: Task, stop_signal: int) -> None:
@@ -156,7 +163,7 @@ class Keeper(L.Callback):
         if self.best is None:
             self._save_model(trainer, task, self.run.best_model)
         if task.ranks.is_first:
-            draw_curves(self.run.metrics, self.run.curves)
+            self._draw()
             reason = f"no better {self.watch.monitor} for {self.num_worse} validations" if self.is_stopped_early else ""
             self.run.write_state(
                 step=trainer.global_step,
@@ -165,6 +172,12 @@ class Keeper(L.Callback):
                 max_steps=trainer.max_steps,
                 patience=self.watch.patience,
             )
+
+    def _draw(self) -> None:
+        began = time.monotonic()
+        draw_curves(self.run.metrics, self.run.curves)
+        self._drawn_at = time.monotonic()
+        self._drawing_seconds = self._drawn_at - began
 
     def _save_model(self, trainer: L.Trainer, task: Task, path: Path) -> None:
         tensors = full_state(task.evaluated)
