@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test parity lint types bench docs clean
+.PHONY: help setup demo test slow parity lint types bench docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,8 +23,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train on a sample of real proteins, embed it, find neighbours, draw a map
 	$(BIN)/python examples/demo_protein.py
 
-test: $(STAMP)  ## run every test that this machine can run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+test: $(STAMP)  ## run the tests that this machine can run, but for the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+slow: $(STAMP)  ## run the slow tests: processes that are killed, compiled steps, several processes, packages of others
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
 
 parity: $(STAMP)  ## compare every family with the library it comes from, and write docs/parity.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --write-parity tests/interop tests/vision tests/dna tests/generation tests/model/test_original_transformer.py
