@@ -164,7 +164,7 @@ def loading(path: Path, folder: Path, options: Options) -> Finding:
 
     def embed() -> None:
         model.eval()
-        Embedder(Engine("fp32", options.device).trunk(model, TOKENIZER.num_special), "mean").embed(column)
+        Embedder(Engine("fp32", options.device).trunk(model), "mean").embed(column)
 
     programs = {
         "meristem loader": lambda: list(islice(iter(loader), num_packs)),
