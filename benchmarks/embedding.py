@@ -60,7 +60,6 @@ class Case:
     model: Model
     column: TokenColumn
     where: str
-    num_special: tuple[int, int]
     options: Options
 
     @property
@@ -75,7 +74,7 @@ class Case:
     def engine(self, precision: str, is_compiled: bool = False) -> Embedder:
         """The one of `meristem embed`."""
         made = Engine(precision, self.options.device, is_compiled=is_compiled)
-        return Embedder(made.trunk(self.model, self.num_special), "mean")
+        return Embedder(made.trunk(self.model), "mean")
 
     def batches(self) -> dict[str, list[np.ndarray]]:
         """Rows of each batch, by how people and experts choose them."""
@@ -92,8 +91,8 @@ def findings(options: Options) -> Iterator[Finding]:
         column, where = proteins(options, 24 if options.is_quick else records)
         with tempfile.TemporaryDirectory() as folder:
             peer = save_peer(Path(folder), layers, width, heads).to(options.device)
-            card, model = load_any(Path(folder))
-        case = Case(name, peer, model, column, where, card.tokenizer.num_special, options)
+            _, model = load_any(Path(folder))
+        case = Case(name, peer, model, column, where, options)
         yield from [on_gpu(case)] if is_gpu else on_cpu(case)
         if options.is_quick:
             return

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -28,7 +29,7 @@ from steps import OPTIMIZER, OurStep
 from transformers import EsmTokenizer
 
 from meristem.api import read_embeddings
-from meristem.data.loader import TrainLoader
+from meristem.data.loader import PackMaker, TrainLoader
 from meristem.data.parts import RunData
 from meristem.data.records import PAYLOAD, ReadOptions, Source
 from meristem.data.store import RecordStore
@@ -43,6 +44,7 @@ from meristem_domains.protein.presets import PRESETS
 DOMAIN = load_domain("protein")
 TOKENIZER = DOMAIN.tokenizer()
 SIZE_MB, PACKED_MB, SLOW_MB, QUICK_MB = 100, 20, 0.3, 1
+CROP_TOKENS, SHORT_RESIDUES, CROPS = 1024, 1_000, 50
 LINE_RESIDUES = 60
 TOLERANCE = 1e-4
 
@@ -70,6 +72,7 @@ def findings(options: Options) -> Iterator[Finding]:
         yield tokenizing(wrapped, options)
         yield slow_tokenizing(proteins, slow, folder, options)
         yield loading(path, folder, options)
+        yield cropping(folder, options)
         yield starting(folder, proteins[0], options)
 
 
@@ -161,7 +164,7 @@ def loading(path: Path, folder: Path, options: Options) -> Finding:
 
     def embed() -> None:
         model.eval()
-        Embedder(Engine("fp32", options.device).trunk(model, TOKENIZER.num_special), "mean").embed(column)
+        Embedder(Engine("fp32", options.device).trunk(model), "mean").embed(column)
 
     programs = {
         "meristem loader": lambda: list(islice(iter(loader), num_packs)),
@@ -176,6 +179,51 @@ def loading(path: Path, folder: Path, options: Options) -> Finding:
         work=sum(pack.layout.num_tokens for pack in packs),
         notes=[f"Embedding takes whole records: {share:.2f} times the tokens of the cropped ones."],
     )
+
+
+def cropping(folder: Path, options: Options) -> Finding:
+    """One window of a short record and of a very long one: the cost must not depend on the length."""
+    rng = np.random.default_rng(0)
+    sizes = {"a record of 1 thousand": SHORT_RESIDUES, "a record of 100 million": SIZE_MB * 10**6}
+    if options.is_quick:
+        sizes = {"a record of 1 thousand": SHORT_RESIDUES, "a record of 1 million": QUICK_MB * 10**6}
+    makers = {}
+    for name, size in sizes.items():
+        path = folder / f"{size}.fasta"
+        residues = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", np.uint8)[rng.integers(0, 20, size)]
+        path.write_bytes(b">one\n" + residues.tobytes() + b"\n")
+        store = RecordStore.build(DOMAIN.reader, [Source(str(path))], ReadOptions(), name=DOMAIN.name, cache_dir=folder)
+        objective = Masked()
+        objective.bind(RunData(TOKENIZER))
+        makers[name] = PackMaker(store, np.arange(1), TOKENIZER, objective, 0, CROP_TOKENS)
+
+    def crop(maker: PackMaker) -> None:
+        for epoch in range(CROPS):
+            maker.make(epoch, np.zeros(1, np.int64))
+
+    programs = {name: partial(crop, maker) for name, maker in makers.items()}
+    return Finding(
+        f"{CROPS} windows of {CROP_TOKENS:,} tokens, masked and packed, of records of residues",
+        "From stores whose lengths are known.",
+        race(programs, options),
+        reference=next(iter(sizes)),
+        work=CROPS,
+        unit="windows",
+        values={f"memory of a window, {name}": f"{peak_bytes(run) / 1e3:,.0f} kB" for name, run in programs.items()},
+    )
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """What a run holds at most beside what was there: of Python, numpy and Arrow."""
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
 
 
 def starting(folder: Path, protein: tuple[str, str], options: Options) -> Finding:

@@ -154,14 +154,12 @@ def our_forward(
     case: Case, dtype: torch.dtype, options: Options, is_compiled: bool = False
 ) -> Callable[[], np.ndarray]:
     """Class probabilities as `meristem predict` makes them; on a GPU, of a pack that is there already."""
-    runner = TrunkRunner(
-        case.ours.task.model, case.tokenizer.num_special, dtype=dtype, device=options.device, is_compiled=is_compiled
-    )
+    runner = TrunkRunner(case.ours.task.model, dtype=dtype, device=options.device, is_compiled=is_compiled)
     predictor, column = Predictor(runner), column_of(case.pictures)
     if options.device == "cpu":
         return lambda: predictor.predict(column)[LABEL].values
     (readout,) = predictor.readouts
-    wanted = Wanted((LABEL,), num_special=runner.num_special, rounds_alike=True, num_first=0)
+    wanted = Wanted((LABEL,), rounds_alike=True, num_first=0)
     batch = pack_column(column, np.arange(len(column)), range(len(column))).to(options.device)
 
     @torch.inference_mode()
@@ -268,7 +266,7 @@ def column_of(pictures: list[Tokens]) -> TokenColumn:
     ids, features, positions = (
         np.concatenate([getattr(tokens, name) for tokens in pictures]) for name in ("ids", "features", "positions")
     )
-    return TokenColumn(ids=ids, offsets=offsets, features=features, positions=positions)
+    return TokenColumn(ids=ids, offsets=offsets, features=features, positions=positions, is_special=ids >= 0)
 
 
 def one_size(options: Options) -> Case:

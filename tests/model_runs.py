@@ -10,9 +10,9 @@ from meristem.shapes import Tensor
 from meristem.types import PackedBatch
 
 
-def outputs_of(model: Model, batch: PackedBatch, head: str = SYMBOLS, num_special: tuple[int, int] = (0, 0)) -> Tensor:
+def outputs_of(model: Model, batch: PackedBatch, head: str = SYMBOLS) -> Tensor:
     """What one head says of all rows of a pack."""
-    outputs: Tensor = model(batch, Wanted((head,), num_special=num_special)).heads[head]
+    outputs: Tensor = model(batch, Wanted((head,))).heads[head]
     return outputs
 
 

@@ -181,7 +181,7 @@ def test_an_embedding_of_an_image_does_not_depend_on_its_batch_mates(batch_of_re
     model = Model(TINY)
     rows = {}
     for budget in (17, 17 * 5, 10_000):
-        runner = TrunkRunner(model, tokenizer.num_special, tokens_per_batch=budget)
+        runner = TrunkRunner(model, tokens_per_batch=budget)
         found = {}
         for part in runner.run(column):
             for start, length, record in zip(part.layout.starts, part.layout.lengths, part.records):

@@ -11,7 +11,7 @@ from meristem.data.tokenizer import RefusedSymbol
 from meristem.errors import ConfigError, DataError
 from meristem.generation.text import Generator, check_options
 from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS
-from meristem.inference.embed import EmbedOptions, default_pool, embed_files
+from meristem.inference.embed import EmbedOptions, default_pool, embed_files, require_class_row
 from meristem.inference.engine import PRECISIONS, Embedder, NotFinite, TrunkRunner, best_device, best_precision
 from meristem.inference.formats import Embeddings, read_embeddings
 from meristem.inference.predictor import Prediction, Predictor
@@ -64,6 +64,7 @@ class LoadedModel:
             >>> meristem.load("runs/sample").embed(["MKTAYIAKQR", "GSHMLEDP"]).shape
         """
         pool = default_pool(self.card) if pool is None else pool
+        require_class_row(pool, self.card)
         embedder = Embedder(self._trunk(layer, tokens_per_batch, precision), pool)
         pieces: list[np.ndarray] = []
         for first, column in self._columns(sequences):
@@ -130,8 +131,7 @@ class LoadedModel:
         precision = best_precision(precision, self.device)
         if precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of auto, {', '.join(PRECISIONS)}; got {precision!r}")
-        num_special = self.card.tokenizer.num_special
-        return TrunkRunner(self.model, num_special, layer, tokens_per_batch, PRECISIONS[precision], self.device)
+        return TrunkRunner(self.model, layer, tokens_per_batch, PRECISIONS[precision], self.device)
 
     def _columns(self, sequences: Iterable[Any]) -> Iterator[tuple[int, TokenColumn]]:
         one = {str: "one string", bytes: "one payload", Path: "one path"}

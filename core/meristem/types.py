@@ -179,6 +179,11 @@ class TokenColumn:
             return self.lengths
         return np.diff(np.concatenate([[0], np.cumsum(~self.is_special)])[self.offsets])
 
+    @property
+    def payload_ids(self) -> np.ndarray:
+        """`[sum of payload_lengths]` symbols without the special ones."""
+        return self.ids if self.is_special is None else self.ids[~self.is_special]
+
     def take(self, rows: np.ndarray) -> "TokenColumn":
         """The sequences at `rows`, in that order; what was replaced is not counted anew."""
         index, offsets = self.index_of(np.asarray(rows))
@@ -220,16 +225,9 @@ class Layout:
 
     @classmethod
     def of(
-        cls,
-        lengths: "list[int] | tuple[int, ...] | np.ndarray",
-        min_rows: int = MIN_ROWS,
-        is_special: np.ndarray | None = None,
+        cls, lengths: Sequence[int] | np.ndarray, min_rows: int = MIN_ROWS, is_special: np.ndarray | None = None
     ) -> "Layout":
-        """Lay out sequences of these lengths, with spare rows up to `min_rows`.
-
-        Args:
-            is_special: `[num_tokens]` whether a row is one of `special_rows`.
-        """
+        """Lay out sequences of these lengths, with spare rows up to `min_rows`; `is_special` says it of each row."""
         host = tuple(int(n) for n in lengths)
         special = () if is_special is None else tuple(np.flatnonzero(is_special).tolist())
         return cls(lengths=host, num_spare=max(0, min_rows - sum(host)), special_rows=special)
@@ -265,28 +263,6 @@ class Layout:
     def starts(self) -> tuple[int, ...]:
         """First row of each segment."""
         return tuple(np.concatenate([[0], np.cumsum(self.segments)[:-1]]).astype(int).tolist())
-
-    @cached_property
-    def payload_parts(self) -> "tuple[slice | np.ndarray, ...]":
-        """Rows of each sequence that are not special, counted from its first row: a slice, or an index with gaps.
-
-        Of a sequence that has special rows only, all.
-        """
-        is_payload = np.ones(self.num_tokens, bool)
-        is_payload[list(self.special_rows)] = False
-        rows = np.flatnonzero(is_payload)
-        bounds = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        stops = np.searchsorted(rows, bounds).tolist()
-        parts: list[slice | np.ndarray] = []
-        for first, last, start, length in zip(stops, stops[1:], bounds.tolist(), self.lengths):
-            own = rows[first:last] - start
-            if not len(own):
-                parts.append(slice(0, length))
-            elif own[-1] - own[0] < len(own):
-                parts.append(slice(int(own[0]), int(own[-1]) + 1))
-            else:
-                parts.append(own)
-        return tuple(parts)
 
     @cached_property
     def is_even(self) -> bool:

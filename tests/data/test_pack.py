@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from meristem.data.pack import pack, pack_column
 from meristem.data.tokenizer import AlphabetTokenizer
+from meristem.framing import frame_of, payload_parts
 from meristem.types import IGNORE, MIN_ROWS, PackedBatch, TokenColumn, Tokens
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -69,6 +70,36 @@ def test_column_path_equals_the_path_of_single_sequences(payloads, data):
     rows = np.array(data.draw(st.permutations(range(len(payloads)))))[: len(payloads) // 2 + 1]
     slow = pack([tokenizer.encode(payloads[row]) for row in rows], (rows + 7).tolist())
     assert_equal(pack_column(column, rows, (rows + 7).tolist()), slow)
+
+
+@given(LENGTHS, st.integers(0, 1000))
+@settings(deadline=None)
+def test_a_pack_knows_its_special_rows_and_those_of_payloads(lengths, seed):
+    rng = np.random.default_rng(seed)
+    masks = [rng.random(n) < rng.choice([0, 0.3, 1]) if rng.random() < 0.8 else None for n in lengths]
+    layout = (batch := pack([sequence(n, 0, is_special=m) for n, m in zip(lengths, masks)], range(len(lengths)))).layout
+    special = []
+    for i, record in enumerate(batch.records):
+        is_special = np.zeros(lengths[record], bool) if masks[record] is None else masks[record]
+        special += [layout.starts[i] + j for j in range(lengths[record]) if is_special[j]]
+        assert np.arange(lengths[record])[payload_parts(layout)[i]].tolist() == np.flatnonzero(~is_special).tolist()
+        assert isinstance(payload_parts(layout)[i], slice) == (np.diff(np.flatnonzero(~is_special)) <= 1).all()
+    assert layout.special_rows == tuple(special)
+    spare = pack([sequence(3, 0)], [0]).layout
+    assert spare.special_rows == ()
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 2), st.integers(0, 2))
+def test_the_frame_of_a_column_is_what_stands_around_each_payload(payloads, before, behind):
+    offsets = np.cumsum([0, *(n + before + behind for n in payloads)])
+    expected = [row for n in payloads for row in [True] * before + [False] * n + [True] * behind]
+    is_special = frame_of(offsets, (before, behind))
+    assert is_special.tolist() == expected
+    column = TokenColumn(np.arange(len(expected)), offsets, is_special=is_special)
+    assert column.payload_lengths.tolist() == payloads
+    assert column.payload_ids.tolist() == np.flatnonzero(~is_special).tolist()
+    taken = column.take(np.arange(len(payloads))[::-1])
+    assert taken.payload_lengths.tolist() == payloads[::-1]
 
 
 def test_source_side_stays_aligned_with_the_main_side(rng):

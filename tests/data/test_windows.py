@@ -1,17 +1,19 @@
 """Records that are too long are cut before they are encoded: the same windows, and nothing beside them is read."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from lines import RESIDUES, TOKENIZER, random_payloads
+from lines import RESIDUES, TOKENIZER, LinesReader, random_payloads
 
-import meristem.data.pack_maker as maker_module
 import meristem.data.stretches as stretches
 from labelled import ready
-from meristem.data.corrupt import crop_window
+from meristem.data.corrupt import crop_at, crop_window
+from meristem.data.cuts import Cuts
 from meristem.data.order import record_rng
 from meristem.data.pack import pack
 from meristem.data.pack_maker import PackMaker
@@ -19,9 +21,17 @@ from meristem.data.reading.reader import Reader
 from meristem.data.records import ReadOptions, Source, batch_of
 from meristem.data.store import RecordStore
 from meristem.data.stretches import slice_column
-from meristem.data.tokenizer import AlphabetTokenizer
+from meristem.data.subwords import SubwordTokenizer
+from meristem.data.tokenizer import AlphabetTokenizer, RefusedSymbol
 from meristem.errors import ConfigError, DataError
 from meristem.types import INPUT, PackedBatch, Slice
+from meristem_domains.dna.kmers import KmerTokenizer
+from small_vocabularies import trained
+
+
+def kmer_vocabulary(k: int) -> tuple[str, ...]:
+    return ("<cls>", "<eos>", *("".join(word) for word in itertools.product("ATCG", repeat=k)), *"ATCGN")
+
 
 COMPLEMENT = str.maketrans("ACDE", "EDCA")
 
@@ -139,7 +149,7 @@ def test_a_window_that_is_cut_elsewhere_would_be_noticed(rng, make_store, monkey
 
 def test_spans_left_as_those_of_the_window_would_be_noticed(rng, make_store, monkeypatch):
     store = make_store(["".join(rng.choice(list(RESIDUES), 200)) for _ in range(6)])
-    monkeypatch.setattr(maker_module.Cuts, "placed", lambda self, tokens, i: tokens)
+    monkeypatch.setattr(Cuts, "window", lambda self, tokens, i, store, row: tokens)
     made, objective = maker(store, 40)
     made.make(1, np.arange(6))
     assert objective.seen != slowly(store, TOKENIZER, 40, 1, np.arange(6))
@@ -218,3 +228,140 @@ def test_lengths_of_an_alphabet_are_those_of_encoding(rng):
     assert np.array_equal(tokenizer.lengths(payloads), tokenizer.encode_column(payloads).lengths)
     batch = pack([tokenizer.encode(payload.as_py()) for payload in payloads], range(50))
     assert sorted(batch.layout.lengths) == sorted(tokenizer.lengths(payloads).tolist())
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """What a run holds at most beside what was there: of Python, numpy and Arrow."""
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+
+
+@pytest.mark.parametrize("kind", ["alphabet", "subwords"])
+def test_memory_of_a_window_does_not_depend_on_the_length_of_the_record(rng, tmp_path, kind):
+    tokenizer = TOKENIZER if kind == "alphabet" else SubwordTokenizer(trained("word pieces").to_str())
+    texts = [("ACDEFGHIKL" if kind == "alphabet" else "a model of text ") * n for n in (200, 200_000)]
+    made, _ = maker(text_store(texts, tmp_path), 128, tokenizer)
+    made.full_lengths()
+    for row in (0, 1):  # what is known once is known
+        made.make(0, np.array([row]))
+    short, long = (peak_bytes(lambda row=row: made.make(1, np.array([row]))) for row in (0, 1))
+    assert long < 2 * short
+
+
+# --- tokens of several bytes -----------------------------------------------------------------------------------------
+
+WORDS = ["gene", "kinase", "a", "\u00e9t\u00e9", "\u4e2d\u6587", "of", "\U0001f642", "binding", "the", "-"]
+
+
+def random_text(rng: np.random.Generator, num_words: int) -> str:
+    return " ".join(rng.choice(WORDS, num_words))
+
+
+def text_store(texts: Sequence[str], folder: Path) -> RecordStore:
+    (folder / "texts.txt").write_text("".join(f"t{i}\t{text}\n" for i, text in enumerate(texts)), encoding="utf-8")
+    source = Source(str(folder / "texts.txt"))
+    return RecordStore.build(LinesReader(), [source], ReadOptions(), name="lines", cache_dir=folder / "cache")
+
+
+@pytest.mark.parametrize("kind", ["word pieces", "framed byte pairs", "unigrams"])
+def test_windows_of_subwords_are_tokens_of_the_whole_text_in_their_places(rng, tmp_path, kind):
+    tokenizer = SubwordTokenizer(trained(kind).to_str())
+    texts = [random_text(rng, int(n)) for n in rng.integers(1, 2_000, 6)]
+    store = text_store(texts, tmp_path)
+    most = int(rng.integers(sum(tokenizer.num_special) + 1, 40))
+    made, objective = maker(store, most, tokenizer)
+    num_cut, num_torn = 0, 0
+    for epoch in range(12):
+        objective.seen.clear()
+        made.make(epoch, np.arange(6))
+        for (_, ids, spans, _), text in zip(objective.seen, texts):
+            whole = tokenizer.encode(text)
+            before, behind = tokenizer.num_special
+            assert len(ids) == min(most, len(whole))
+            assert ids[:before] == whole.ids[:before].tolist()
+            assert ids[len(ids) - behind :] == whole.ids[len(whole) - behind :].tolist()
+            assert all(span == [0, 0] for span in spans[:before])
+            assert all(span == [len(text)] * 2 for span in spans[len(ids) - behind :])
+            own, inner = (
+                list(zip(ids, map(tuple, spans)))[before : len(ids) - behind],
+                range(before, len(whole) - behind),
+            )
+            known = {(int(whole.ids[i]), tuple(whole.spans[i].tolist())) for i in inner}
+            num_cut += len(ids) < len(whole)
+            num_torn += not set(own) <= known
+            starts = [span[0] for _, span in own]
+            assert starts == sorted(starts)
+    assert num_cut > 12
+    assert num_torn == 0, "context is long enough that no word of these texts is cut in two"
+
+
+def test_windows_of_subwords_reach_both_ends_and_no_character_is_cut(rng, tmp_path):
+    tokenizer = SubwordTokenizer(trained("unigrams").to_str())
+    text = "\u4e2d " + random_text(rng, 40) + " \U0001f642"
+    made, objective = maker(text_store([text], tmp_path), 6, tokenizer)
+    for epoch in range(2_500):
+        made.make(epoch, np.array([0]))
+    covered = np.zeros(len(text), int)
+    for _, _, spans, _ in objective.seen:
+        for start, stop in spans:
+            covered[start:stop] += 1
+    assert covered[np.flatnonzero([not c.isspace() for c in text])].min() > 0
+    # the last window comes about as often as all that begin in it together
+    assert covered[-10:].mean() < 3 * covered[20:-20].mean()
+
+
+@pytest.mark.parametrize("trial", range(4))
+def test_windows_of_kmers_are_as_long_as_asked_for_and_lie_where_they_say(rng, tmp_path, trial):
+    tokenizer = KmerTokenizer(vocab=kmer_vocabulary(3), prefix=("<cls>",))
+    payloads = ["".join(rng.choice(list("ACGTN"), int(n), p=[0.24] * 4 + [0.04])) for n in rng.integers(1, 3_000, 8)]
+    made, objective = maker(text_store(payloads, tmp_path), 25, tokenizer)
+    made.make(trial, np.arange(8))
+    for (_, ids, spans, _), payload in zip(objective.seen, payloads):
+        assert len(ids) == min(25, len(tokenizer.encode(payload)))
+        assert [payload[a:b] for a, b in spans] == ["", *(tokenizer.vocab[i] for i in ids[1:])]
+
+
+def test_lengths_of_long_payloads_are_counted_in_pieces_and_what_is_refused_is_found(rng, monkeypatch):
+    monkeypatch.setattr("meristem.data.tokenizer.PIECE_BYTES", 100)
+    tokenizer = KmerTokenizer(vocab=kmer_vocabulary(3), suffix=("<eos>",))
+    payloads = ["".join(rng.choice(list("ACGT"), int(n))) for n in rng.integers(1, 900, 10)]
+    exact = np.array([len(tokenizer.encode(payload)) for payload in payloads])
+    got = tokenizer.lengths(pa.array(payloads, pa.large_string()))
+    # a piece of 100 bases is 33 words and a base
+    assert (np.abs(got - exact) <= 3 * np.array([len(payload) // 100 for payload in payloads])).all()
+    at = int(rng.integers(500, 600))
+    payloads[4] = "A" * at + "1" + "A" * 400
+    with pytest.raises(RefusedSymbol, match=f"'1' is not in the alphabet .* at position {at + 1}$") as caught:
+        tokenizer.lengths(pa.array(payloads, pa.large_string()))
+    assert (caught.value.row, caught.value.offset) == (4, at)
+    words = SubwordTokenizer(trained("word pieces").to_str())
+    texts = [random_text(rng, 200) for _ in range(3)]
+    whole = np.array([len(words.encode(text)) for text in texts])
+    assert (np.abs(words.lengths(pa.array(texts, pa.large_string())) - whole) <= whole / 5 + 2).all()
+
+
+SUBWORD_MUTANTS = {
+    "bytes for characters": ("meristem.data.store.RecordStore.characters", lambda self, row, byte, name="": byte),
+    "no context": ("meristem.data.cuts.CONTEXT_BYTES", 0),
+    "the last tokens": ("meristem.data.cuts.crop_at", lambda tokens, most, first: crop_at(tokens, most, len(tokens))),
+}
+
+
+@pytest.mark.parametrize("name", ["bytes for characters", "no context"])
+def test_subwords_that_lie_elsewhere_would_be_noticed(rng, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(*SUBWORD_MUTANTS[name])
+    with pytest.raises(AssertionError):
+        test_windows_of_subwords_are_tokens_of_the_whole_text_in_their_places(rng, tmp_path, "word pieces")
+
+
+def test_windows_that_never_reach_the_beginning_would_be_noticed(rng, tmp_path, monkeypatch):
+    monkeypatch.setattr(*SUBWORD_MUTANTS["the last tokens"])
+    with pytest.raises(AssertionError):
+        test_windows_of_subwords_reach_both_ends_and_no_character_is_cut(rng, tmp_path)

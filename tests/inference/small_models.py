@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from meristem.framing import frame_of
 from meristem.model.config import Attention, Embedding, FeedForward, TokenHead, TransformerConfig
 from meristem.model.heads import Readout
 from meristem.model.model import Model
@@ -49,7 +50,8 @@ def tiny_model(**parts: object) -> Model:
 
 def column_of(sequences: list[np.ndarray]) -> TokenColumn:
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])]).astype(np.int64)
-    return TokenColumn(ids=np.concatenate(sequences).astype(np.int16), offsets=offsets)
+    is_special = frame_of(offsets, (1, 1))
+    return TokenColumn(ids=np.concatenate(sequences).astype(np.int16), offsets=offsets, is_special=is_special)
 
 
 def random_ids(rng: np.random.Generator, num_residues: int) -> np.ndarray:

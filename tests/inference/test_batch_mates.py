@@ -35,7 +35,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def embed(model: Model, sequences: list[np.ndarray], pool: str, budget: int) -> list[np.ndarray]:
-    embedder = Embedder(TrunkRunner(model, (1, 1), tokens_per_batch=budget), pool)
+    embedder = Embedder(TrunkRunner(model, tokens_per_batch=budget), pool)
     column = column_of(sequences)
     return np.split(embedder.embed(column), np.cumsum(embedder.num_vectors(column))[:-1])
 
@@ -99,10 +99,9 @@ def test_bf16_stays_near_fp32(rng: np.random.Generator) -> None:
     model = tiny_model(width=64)
     column = column_of([random_ids(rng, int(n)) for n in rng.integers(5, 200, 10)])
     exact, rounded = (
-        Embedder(TrunkRunner(model, (1, 1), dtype=dtype), "mean").embed(column)
-        for dtype in (torch.float32, torch.bfloat16)
+        Embedder(TrunkRunner(model, dtype=dtype), "mean").embed(column) for dtype in (torch.float32, torch.bfloat16)
     )
     # bf16 keeps 8 bits, 0.4 % a rounding; some dozen roundings in two layers
     assert np.abs(exact - rounded).max() < 0.03 * np.sqrt((exact**2).mean())
-    again = Embedder(TrunkRunner(model, (1, 1)), "mean").embed(column)
+    again = Embedder(TrunkRunner(model), "mean").embed(column)
     assert np.array_equal(again, exact), "the model's own weights must not have been rounded"

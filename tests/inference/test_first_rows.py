@@ -24,7 +24,7 @@ def _model(**parts: object) -> Model:
 def _made(model: Model, column) -> tuple[list[np.ndarray], list[int]]:
     """Vectors and probabilities, and how many rows left the last block."""
     made: list[int] = []
-    runner = TrunkRunner(model, (1, 1), tokens_per_batch=500)
+    runner = TrunkRunner(model, tokens_per_batch=500)
     hook = runner.runnable.trunk.final_norm.register_forward_hook(lambda _, __, rows: made.append(len(rows)))
     values = [Embedder(runner, "cls").embed(column), Predictor(runner).predict(column)["place"].values]
     hook.remove()
@@ -47,6 +47,6 @@ def test_windows_of_a_long_record_are_whole(rng):
     """A mean over windows reads every row, also where the pool that follows reads the first alone."""
     column = column_of([random_ids(rng, length) for length in (20, 300)])
     model = _model(position=Learned(max_positions=130))
-    rows = {rows.records: rows for rows in TrunkRunner(model, (1, 1)).run(column, Wanted(num_first=1))}
+    rows = {rows.records: rows for rows in TrunkRunner(model).run(column, Wanted(num_first=1))}
     assert rows[(1,)].layout.lengths == (302,)
     assert rows[(0,)].layout.lengths == (1,)

@@ -22,8 +22,8 @@ def test_packs_are_halved_until_they_fit(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, column = tiny_model(), column_of([random_ids(rng, n) for n in rng.integers(2, 90, 60)])
-    wanted = Embedder(TrunkRunner(model, (1, 1)), "mean").embed(column)
-    runner = TrunkRunner(model, (1, 1))
+    wanted = Embedder(TrunkRunner(model), "mean").embed(column)
+    runner = TrunkRunner(model)
     run_pack, sizes = runner._run_pack, []
 
     def run(column, rows, wanted):
@@ -44,7 +44,7 @@ def test_packs_are_halved_until_they_fit(
 
 
 def test_a_sequence_that_does_not_fit_alone_is_named(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = TrunkRunner(tiny_model(), (1, 1))
+    runner = TrunkRunner(tiny_model())
 
     def run(column, rows, wanted):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -57,7 +57,7 @@ def test_a_sequence_that_does_not_fit_alone_is_named(rng: np.random.Generator, m
 def test_another_error_is_not_taken_for_want_of_memory(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = TrunkRunner(tiny_model(), (1, 1))
+    runner = TrunkRunner(tiny_model())
 
     def run(column, rows, wanted):
         raise RuntimeError("shapes do not match")
@@ -77,11 +77,11 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 model = tiny_model(width=64, num_heads=4)
 column = column_of([random_ids(np.random.default_rng(0), 500) for _ in range(400)])
-runner = TrunkRunner(model, (1, 1), tokens_per_batch=1000)
+runner = TrunkRunner(model, tokens_per_batch=1000)
 wanted = Embedder(runner, "mean").embed(column)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, used + 100_000_000))
-runner = TrunkRunner(model, (1, 1), tokens_per_batch=1_000_000)
+runner = TrunkRunner(model, tokens_per_batch=1_000_000)
 got = Embedder(runner, "mean").embed(column)
 assert np.array_equal(got, wanted)
 print(runner.tokens_per_batch)
@@ -114,7 +114,7 @@ def test_the_budget_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_a_token_takes_is_not_underestimated(rng: np.random.Generator) -> None:
     """The peak of tensors alive, as the profiler counts them, is below the estimate and not far below."""
     model = tiny_model(width=64, num_heads=4)
-    runner = TrunkRunner(model, (1, 1), tokens_per_batch=4096)
+    runner = TrunkRunner(model, tokens_per_batch=4096)
     column = column_of([random_ids(rng, 510) for _ in range(8)])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         list(runner.run(column))

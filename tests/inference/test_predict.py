@@ -30,7 +30,7 @@ def slow_outputs(card: ModelCard, loaded: Model, text: str) -> dict[str, np.ndar
     found = {}
     with torch.inference_mode():
         for readout in card.readouts:
-            out = outputs_of(loaded, batch, readout.name, (1, 1)).double()
+            out = outputs_of(loaded, batch, readout.name).double()
             out = out[:1] if readout.level == "record" else out[1 : 1 + len(text)]
             if readout.task == "classification":
                 out = out.exp() / out.exp().sum(-1, keepdim=True)
@@ -103,9 +103,9 @@ def test_a_prediction_is_the_same_alone_and_beside_any_others(
     many = Readout(name="kind", classes=tuple(f"{number:03}" for number in range(100)))
     _, model = load_model(make_model_directory(readouts=(*READOUTS, many), **parts))
     sequences = [random_ids(rng, int(n)) for n in rng.integers(1, 80, 23)]
-    alone = [Predictor(TrunkRunner(model, (1, 1))).predict(column_of([ids])) for ids in sequences]
+    alone = [Predictor(TrunkRunner(model)).predict(column_of([ids])) for ids in sequences]
     for budget in (1, 200, 100_000):
-        together = Predictor(TrunkRunner(model, (1, 1), tokens_per_batch=budget)).predict(column_of(sequences))
+        together = Predictor(TrunkRunner(model, tokens_per_batch=budget)).predict(column_of(sequences))
         for name, prediction in together.items():
             for row, values in enumerate(prediction.split()):
                 assert np.array_equal(values, alone[row][name].values), (name, row, budget)

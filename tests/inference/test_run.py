@@ -30,7 +30,7 @@ MakeModel = Callable[..., Path]
 def slow_vectors(model: Path, sequences: list[str], pool: str, layer: int = -1) -> list[np.ndarray]:
     """The oracle: one sequence at a time, straight from the trunk."""
     card, loaded = load_model(model)
-    embedder = Embedder(TrunkRunner(loaded, card.tokenizer.num_special, layer), pool)
+    embedder = Embedder(TrunkRunner(loaded, layer), pool)
     return [
         embedder.embed(card.tokenizer.encode_column(pa.array([text], pa.large_string()))).squeeze(
             0 if pool != "none" else ()

@@ -12,7 +12,7 @@ from meristem.model.config import Learned
 
 @pytest.fixture
 def embedder() -> Embedder:
-    return Embedder(TrunkRunner(tiny_model(), (1, 1), tokens_per_batch=2048), "mean")
+    return Embedder(TrunkRunner(tiny_model(), tokens_per_batch=2048), "mean")
 
 
 def test_the_line_is_found_again(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +33,6 @@ def test_overheads_of_short_sequences_make_no_negative_time(
 
 def test_lengths_end_where_positions_do() -> None:
     model = tiny_model(position=Learned(max_positions=130, offset=2))
-    measured = measure_throughput(Embedder(TrunkRunner(model, (1, 1), tokens_per_batch=512), "mean"), rounds=1)
+    measured = measure_throughput(Embedder(TrunkRunner(model, tokens_per_batch=512), "mean"), rounds=1)
     assert list(measured.tokens_per_second) == [64, 128]
     assert isinstance(measured, Throughput)

@@ -13,6 +13,7 @@ from foreign import LINEAR, OTHERS, Adapter
 from packs import config
 from torch import nn
 
+from meristem.framing import frame_of
 from meristem.generation.few_rows import for_few_rows, min_rows_of
 from meristem.generation.steps import Steps
 from meristem.inference import engine, trunks
@@ -104,7 +105,8 @@ def build(name: str) -> Model:
 
 def random_column(rng: np.random.Generator) -> TokenColumn:
     sequences = [rng.integers(0, VOCAB - 1, length).astype(np.int16) for length in rng.integers(3, 20, 4)]
-    return TokenColumn(np.concatenate(sequences), np.cumsum([0, *map(len, sequences)]))
+    offsets = np.cumsum([0, *map(len, sequences)])
+    return TokenColumn(np.concatenate(sequences), offsets, is_special=frame_of(offsets, (1, 1)))
 
 
 @contextmanager
@@ -118,7 +120,7 @@ def as_it_is() -> Iterator[None]:
 
 def run(model: Model, column: TokenColumn, few: Callable[[Model], Model] = for_few_rows) -> Results:
     """What every verb makes of a column."""
-    runner = TrunkRunner(model, (1, 1))
+    runner = TrunkRunner(model)
     found: Results = {}
     for pool in ("none", *(["own"] if model.pool is not None else [])):
         found[f"embed {pool}"] = torch.from_numpy(Embedder(runner, pool).embed(column))
@@ -258,7 +260,7 @@ def test_a_setting_of_a_foreign_layer_is_followed(dtype: torch.dtype, rng: np.ra
     LINEAR["adapter"](model, "trunk.blocks.0.attention.out")
 
     def embedded() -> np.ndarray:
-        return Embedder(TrunkRunner(model, (1, 1), dtype=dtype), "none").embed(column)
+        return Embedder(TrunkRunner(model, dtype=dtype), "none").embed(column)
 
     before = embedded()
     adapter = model.get_submodule("trunk.blocks.0.attention.out")
@@ -267,7 +269,7 @@ def test_a_setting_of_a_foreign_layer_is_followed(dtype: torch.dtype, rng: np.ra
     after = embedded()
     assert np.abs(after - before).max() > 0.01
     with as_it_is():
-        wanted = Embedder(TrunkRunner(model, (1, 1)), "none").embed(column)
+        wanted = Embedder(TrunkRunner(model), "none").embed(column)
     # bf16 keeps 8 bits, through one block
     np.testing.assert_allclose(after, wanted, atol=1e-4 if dtype == torch.float32 else 0.2)
 

@@ -167,7 +167,7 @@ def test_a_label_by_the_models_own_pool_does_not_depend_on_batch_mates(pool: obj
     def outputs(records: list[int]) -> dict[int, torch.Tensor]:
         batch = pack([sequences[record] for record in records], records)
         with torch.inference_mode():
-            vectors = model(batch, Wanted(is_pooled=True, num_special=(2, 0))).pooled
+            vectors = model(batch, Wanted(is_pooled=True)).pooled
         return dict(zip(batch.records, vectors))
 
     together = outputs(list(range(7)))

@@ -113,7 +113,7 @@ def _loss_by_hand(objective: Supervised, model: Model, batch: PackedBatch, seed:
     """Soft targets written out, as a table of probabilities."""
     torch.manual_seed(seed)
     mixed = mix(batch, objective.mixing, GRID, batch.labels["kind"] != IGNORE)
-    logits = outputs_of(model, mixed.batch, "kind", (1, 0))
+    logits = outputs_of(model, mixed.batch, "kind")
     labels = batch.labels["kind"]
     soft = mixed.shares[:, None] * F.one_hot(labels, 3) + (1 - mixed.shares[:, None]) * F.one_hot(
         labels[mixed.partners], 3

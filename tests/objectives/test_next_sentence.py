@@ -54,6 +54,8 @@ def test_a_record_becomes_two_closed_sentences_of_two_types(rng):
         assert int(tokens.labels[NEXT_SENTENCE]) == (0 if is_next else 1)
         assert second in others
         assert tokens.token_types.tolist() == [0] * (len(record.payload) + 2) + [1] * (len(second) + 1)
+        whole = np.where(tokens.targets[SYMBOLS] == IGNORE, tokens.ids, tokens.targets[SYMBOLS])
+        assert tokens.is_special.tolist() == np.isin(whole, [CLS, SEP]).tolist()
         targets = tokens.targets[SYMBOLS]
         assert not set(targets) & {CLS, SEP, MASK}
         assert (targets[1:-1] != IGNORE).any()

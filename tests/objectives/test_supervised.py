@@ -71,7 +71,7 @@ def test_class_weights_are_those_of_torch(rng):
     batch = pack(tokens, range(4))
     model = Model(CONFIG, objective.heads).eval()
     term = objective.loss_of(model, objective.build(CONFIG), batch).terms["place"]
-    logits = outputs_of(model, batch, "place", TOKENIZER.num_special)
+    logits = outputs_of(model, batch, "place")
     expected = F.cross_entropy(logits, batch.labels["place"], torch.tensor(weights))
     torch.testing.assert_close(term.sum / term.count, expected)
 

@@ -61,7 +61,7 @@ def _batch(rng: np.random.Generator, objective: Distilled, labels: list) -> Pack
 @torch.no_grad()
 def _by_hand(student: Model, teacher: Model, batch: PackedBatch, temperature: float, is_hard: bool) -> float:
     total = 0.0
-    own, given = (outputs_of(one, batch, "place", TOKENIZER.num_special).double() for one in (student, teacher))
+    own, given = (outputs_of(one, batch, "place").double() for one in (student, teacher))
     for q, p in zip((own / temperature).softmax(-1), (given / temperature).softmax(-1)):
         if is_hard:
             total -= float(q[p.argmax()].log())

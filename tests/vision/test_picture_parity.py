@@ -140,7 +140,7 @@ def our_rows(model: LoadedModel, files: list[Path]) -> torch.Tensor:
     """All rows `[N, n, D]`: special ones too, which no verb writes."""
     column = model.card.tokenizer.encode_values(files)
     found: dict[int, torch.Tensor] = {}
-    for rows in TrunkRunner(model.model, model.card.tokenizer.num_special).run(column):
+    for rows in TrunkRunner(model.model).run(column):
         found |= dict(zip(rows.records, rows.values[: rows.layout.num_tokens].split(list(rows.layout.lengths))))
     return torch.stack([found[row] for row in range(len(files))])
 

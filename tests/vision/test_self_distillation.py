@@ -81,8 +81,8 @@ def shuffled(batch, rng):
 def slow_loss(objective, model, extra, batch) -> float:
     """Two loops, one view at a time."""
     teacher, head = extra["teacher"], extra["head"]
-    vectors = model.pool(model.trunk(batch).final, batch.layout, (1, 0))
-    taught = teacher.model.pool(teacher.model.trunk(batch).final, batch.layout, (1, 0))
+    vectors = model.pool(model.trunk(batch).final, batch.layout)
+    taught = teacher.model.pool(teacher.model.trunk(batch).final, batch.layout)
     total = 0.0
     for i, record in enumerate(batch.records):
         for j, other in enumerate(batch.records):
@@ -198,8 +198,8 @@ def test_gradient_reaches_the_student_and_never_the_teacher(rng):
     class Leaky(Teacher):
         """The mutant: a teacher whose parameters learn."""
 
-        def scores(self, batch, num_special):
-            return self.head(self.model.pool(self.model.trunk(batch).final, batch.layout, num_special))
+        def scores(self, batch):
+            return self.head(self.model.pool(self.model.trunk(batch).final, batch.layout))
 
         def distribution(self, scores):
             return ((scores - self.center) / self.temperature.float()).softmax(-1)

@@ -48,7 +48,7 @@ def test_the_teacher_begins_as_the_student_and_follows_it(rng):
         momentum = 1 - 0.1 * 0.5 * (1 + math.cos(math.pi * min(1, step / 10)))
         assert float(teacher.momentum) == pytest.approx(momentum)
         batch = packed_views(objective, records, step)
-        mean = teacher.scores(large_views(batch, 17), (1, 0)).mean(0)
+        mean = teacher.scores(large_views(batch, 17)).mean(0)
         take_step(objective, model, extra, batch, optimizer)
         center = 0.8 * center + 0.2 * mean
         slow = [momentum * old + (1 - momentum) * other.double() for old, (_, other) in zip(slow, pairs)]
@@ -66,7 +66,7 @@ def test_the_teacher_begins_as_the_student_and_follows_it(rng):
 def test_the_centre_is_that_of_all_packs_of_a_step_and_of_none_in_evaluation(rng):
     objective, (model, extra) = objective_of(center_momentum=0.0), built(objective_of(center_momentum=0.0))
     packs = [packed_views(objective, picture_records(rng, count), seed) for seed, count in enumerate((2, 5))]
-    scores = torch.cat([extra["teacher"].scores(large_views(batch, 17), (1, 0)) for batch in packs])
+    scores = torch.cat([extra["teacher"].scores(large_views(batch, 17)) for batch in packs])
     extra.eval()
     objective.loss_of(model, extra, packs[0])
     extra.train()

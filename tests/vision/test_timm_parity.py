@@ -148,7 +148,7 @@ def forget_distillation(model: Model) -> None:
 def take_registers_for_patches(model: Model) -> None:
     """The mean goes over special rows too."""
     pool, forward = model.pool, model.pool.forward
-    pool.forward = lambda rows, layout, num_special: forward(rows, layout, (0, 0))
+    pool.forward = lambda rows, layout: forward(rows, replace(layout, special_rows=()))
 
 
 def drop_pool_norm(model: Model) -> None:

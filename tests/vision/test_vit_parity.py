@@ -234,7 +234,7 @@ def test_a_pooler_without_tanh_is_caught(case_of: CaseOf, rng: np.random.Generat
     def forget_tanh(model: Model) -> None:
         pool = model.pool
         pool.forward = (
-            lambda rows, layout, num_special: pool.dense(  # type: ignore[union-attr]
+            lambda rows, layout: pool.dense(  # type: ignore[union-attr]
                 torch.stack([part[0] for part in rows.split([*layout.lengths, layout.num_spare])[:-1]])
             )
         )

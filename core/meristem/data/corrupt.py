@@ -178,11 +178,23 @@ def crop_window(tokens: Tokens, max_tokens: int, rng: np.random.Generator) -> To
     """
     if len(tokens) <= max_tokens:
         return tokens
+    return crop_at(tokens, max_tokens, int(rng.integers(len(tokens) - max_tokens + 1)))
+
+
+def crop_at(tokens: Tokens, max_tokens: int, first: int) -> Tokens:
+    """As `crop_window`, from a given token on.
+
+    Args:
+        first: where the window begins, counted from the first token of the payload; where fewer tokens follow than a
+            window holds, it is the last ones.
+    """
+    if len(tokens) <= max_tokens:
+        return tokens
     assert not tokens.targets
     before, behind = tokens.frame
-    length = max_tokens - before - behind
-    start = before + int(rng.integers(len(tokens) - before - behind - length + 1))
-    kept = np.r_[:before, start : start + length, len(tokens) - behind : len(tokens)]
+    start = before + min(first, len(tokens) - max_tokens)
+    stop = start + max_tokens - before - behind
+    kept = np.r_[:before, start:stop, len(tokens) - behind : len(tokens)]
     return replace(
         tokens,
         positions=tokens.positions[:max_tokens],

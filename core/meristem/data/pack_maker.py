@@ -1,14 +1,14 @@
 """Making one pack: read the records, cut and tokenize their inputs, and have the objective prepare them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
 
 from meristem.data.corrupt import crop_window
+from meristem.data.cuts import Cuts
 from meristem.data.order import record_rng
 from meristem.data.pack import pack
 from meristem.data.parts import Encoder
@@ -111,7 +111,7 @@ class PackMaker:
         rows = self.rows[members]
         rngs = [record_rng(self.seed, epoch, row) for row in rows.tolist()]
         cuts = self._cuts(rows, members, rngs)
-        records = self.store.records(rows, cuts.stops < 0)
+        records = self.store.records(rows, ~cuts.is_cut)
         seen: list[tuple[Record, ...]] = [(record,) for record in records]
         if self._has_views:
             assert self.views is not None
@@ -124,7 +124,7 @@ class PackMaker:
             for view in views:
                 ready = {name: self.tokenizers[name].tokens_at(column, place) for name, column in columns.items()}
                 if (tokens := ready.get(self.main)) is not None:
-                    tokens = tokens if self._has_views else cuts.placed(tokens, i)
+                    tokens = cuts.window(tokens, i, self.store, row)
                     most = self.max_tokens_per_record
                     ready[self.main] = tokens if most is None else crop_window(tokens, most, rng)
                 prepared = self.objective.prepare(view, Encoder(ready, self.tokenizers), rng)
@@ -133,7 +133,7 @@ class PackMaker:
                 place += 1
         return pack(sequences, indices)
 
-    def _columns(self, seen: list[tuple[Record, ...]], rows: np.ndarray, cuts: "Cuts") -> dict[str, TokenColumn]:
+    def _columns(self, seen: list[tuple[Record, ...]], rows: np.ndarray, cuts: Cuts) -> dict[str, TokenColumn]:
         """Tokens of each input that the objective reads as tokens, view after view."""
         columns = {}
         for name, tokenizer in self.tokenizers.items():
@@ -142,61 +142,18 @@ class PackMaker:
             if self._has_views:
                 columns[name] = tokenizer.encode_values([view.inputs[name] for views in seen for view in views])
             elif name == self.main:
-                columns[name] = tokenizer.encode_column(cuts.payloads(self.store, rows, name))
+                columns[name] = tokenizer.encode_column(cuts.payloads(self.store, rows))
             else:
                 columns[name] = tokenizer.encode_column(self.store.payloads(rows, name))
         return columns
 
-    def _cuts(self, rows: np.ndarray, members: np.ndarray, rngs: Sequence[np.random.Generator]) -> "Cuts":
-        """Where records that are too long are cut before they are encoded, each place equally likely."""
-        cuts = Cuts(np.zeros(len(rows), np.int64), np.full(len(rows), -1, np.int64), np.zeros(len(rows), np.int64))
-        per_token, most = self.tokenizer.symbols_per_token, self.max_tokens_per_record
-        if most is None or per_token is None or self._has_views or self.main in self.objective.payload_inputs:
-            return cuts
-        long = np.flatnonzero(self._lengths[members] > most)
-        if len(long):
-            cuts.sizes[long] = self.store.sizes(rows[long], self.main)
-            width = (most - sum(self.tokenizer.num_special)) * per_token
-            for i in long.tolist():
-                cuts.starts[i] = rngs[i].integers(max(int(cuts.sizes[i]) - width, 0) + 1)
-            cuts.stops[long] = np.minimum(cuts.starts[long] + width, cuts.sizes[long])
-        return cuts
+    def _cuts(self, rows: np.ndarray, members: np.ndarray, rngs: Sequence[np.random.Generator]) -> Cuts:
+        """Where records that are too long are cut before they are encoded."""
+        most, name = self.max_tokens_per_record, self.main
+        if most is None or self._has_views or name in self.objective.payload_inputs:
+            return Cuts.none(len(rows))
+        return Cuts.draw(self.store, rows, self._lengths[members] > most, self.tokenizers[name], most, rngs, name)
 
     @cached_property
     def _lengths(self) -> np.ndarray:
         return self.full_lengths()
-
-
-@dataclass(frozen=True)
-class Cuts:
-    """Windows of the records of a pack.
-
-    Attributes:
-        starts: `[N]` first symbol of each window.
-        stops: `[N]` the symbol behind its last; -1 where the record is taken whole.
-        sizes: `[N]` symbols of the record, where it is cut.
-    """
-
-    starts: np.ndarray
-    stops: np.ndarray
-    sizes: np.ndarray
-
-    def payloads(self, store: RecordStore, rows: np.ndarray, name: str) -> pa.Array:
-        """The payloads of an input of `rows`, of those that are cut their windows alone."""
-        is_cut = self.stops >= 0
-        if not is_cut.any():
-            return store.payloads(rows, name)
-        whole = store.payloads(rows[~is_cut], name)
-        cut = store.stretches(rows[is_cut], self.starts[is_cut], self.stops[is_cut], name)
-        order = np.argsort(np.concatenate([np.flatnonzero(~is_cut), np.flatnonzero(is_cut)]))
-        return pa.concat_arrays([whole, cut.cast(whole.type)]).take(pa.array(order))
-
-    def placed(self, tokens: Tokens, i: int) -> Tokens:
-        """The tokens of record `i`, with the places that they have in the whole record."""
-        if self.stops[i] < 0 or tokens.spans is None:
-            return tokens
-        before, behind = tokens.frame
-        spans = tokens.spans + self.starts[i]
-        spans[:before] = 0
-        spans[len(spans) - behind :] = self.sizes[i]
-        return replace(tokens, spans=spans)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from meristem.data.labels import text_column
 from meristem.data.reading.reader import Reader
@@ -32,9 +33,9 @@ from meristem.data.records import (
 )
 from meristem.data.store_cache import default_cache_dir, locked, sizes_of, store_key, writable
 from meristem.data.store_writer import END, Progress, write_store
-from meristem.data.stretches import bytes_at, is_sliced, size_at, slice_sizes, slices_of
+from meristem.data.stretches import bytes_at, characters_before, is_sliced, is_text, size_at, slice_sizes, slices_of
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer
-from meristem.errors import DataError
+from meristem.errors import ConfigError, DataError
 from meristem.files import replacing
 from meristem.types import INPUT, Payload, Record, Slice
 
@@ -53,6 +54,7 @@ class RecordStore:
         self.refused = [Refusal(**values) for values in end["refused"]]
         self._files: list[str] = end["files"]
         self._source_ends = np.cumsum(end["counts"])
+        self._is_ascii: dict[str, np.ndarray] = {}  # by input, of each record, once it is asked for
         self._chunks = chunks
         self._schema: pa.Schema = chunks[0].schema
         self._bounds = np.cumsum([0, *(chunk.num_rows for chunk in chunks)])
@@ -200,6 +202,20 @@ class RecordStore:
         cut = [bytes_at(column, row, start, stop) for (column, row), (start, stop) in zip(columns, parts)]
         return pa.array(cut, pa.large_binary()).view(kind)
 
+    def is_text(self, name: str = INPUT) -> bool:
+        """Whether an input is a text, of which a character may be several bytes."""
+        return is_text(self._schema.field(INPUT_PREFIX + name).type)
+
+    def characters(self, row: int, byte: int, name: str = INPUT) -> int:
+        """Characters of a text that begin before a byte of it: at once where all are ASCII, else they are counted."""
+        [chunk], [place] = self._places(np.array([row]))
+        column = self._chunks[chunk].column(INPUT_PREFIX + name)
+        if name not in self._is_ascii:
+            parts = [part.column(INPUT_PREFIX + name) for part in self._chunks]
+            same = [pc.equal(pc.utf8_length(part), pc.binary_length(part)) for part in parts]
+            self._is_ascii[name] = np.concatenate([part.to_numpy(zero_copy_only=False) for part in same])
+        return byte if self._is_ascii[name][row] else characters_before(column, place, byte)
+
     def source_of(self, rows: np.ndarray) -> np.ndarray:
         """`[N]` number of the source that each of `rows` was read from, in the order in which sources were given."""
         return np.searchsorted(self._source_ends, rows, side="right")
@@ -276,6 +292,10 @@ class RecordStore:
         for chunk, first in zip(self._chunks, self._bounds.tolist()):
             payloads, done = chunk.column(INPUT_PREFIX + name), 0
             if is_sliced(payloads.type):  # of slices nothing is read
+                if tokenizer.symbols_per_token is None:
+                    raise ConfigError(
+                        f"slices of files need a tokenizer that can encode parts; {tokenizer.kind} cannot"
+                    )
                 lengths[first : first + len(payloads)] = tokenizer.length_of(slice_sizes(payloads))
                 continue
             while done < len(payloads):

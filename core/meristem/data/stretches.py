@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from meristem.types import Slice
 
@@ -49,15 +50,34 @@ def size_at(column: pa.Array, row: int) -> int:
 
 
 def bytes_at(column: pa.Array, row: int, start: int, stop: int) -> memoryview:
-    """A part of the payload of a row, where it lies.
+    """A part of the payload of a row, where it lies; of a text, whole characters alone.
 
     Args:
         column: of strings or bytes.
         start: first byte.
         stop: the byte behind the last.
     """
+    first, last = _bounds(column, row)
+    data = memoryview(column.buffers()[2].slice(first, last - first))
+    if is_text(column.type):
+        while start < stop and data[start] & 0xC0 == 0x80:  # inside a character
+            start += 1
+        while start < stop < len(data) and data[stop] & 0xC0 == 0x80:
+            stop -= 1
+    return data[start:stop]
+
+
+def characters_before(column: pa.Array, row: int, byte: int) -> int:
+    """Characters of the text of a row that begin before a byte of it."""
     first, _ = _bounds(column, row)
-    return memoryview(column.buffers()[2].slice(first + start, stop - start))
+    bounds = pa.py_buffer(np.array([0, byte], np.int64))
+    text = pa.Array.from_buffers(pa.large_string(), 1, [None, bounds, column.buffers()[2].slice(first, byte)])
+    return int(pc.utf8_length(text)[0].as_py())
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of payloads holds texts."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _bounds(column: pa.Array, row: int) -> tuple[int, int]:

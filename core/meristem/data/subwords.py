@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes, frame_of
+from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
 from meristem.errors import CheckpointError, ConfigError
+from meristem.framing import frame_of
 from meristem.types import TokenColumn, Tokens
 
 ROLES = ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
@@ -118,6 +119,14 @@ class SubwordTokenizer(Tokenizer):
     def random_ids(self) -> np.ndarray:
         there = [i for i, symbol in enumerate(self.vocab) if symbol]
         return np.setdiff1d(np.array(there, np.int64), self.special_ids)
+
+    @property
+    def symbols_per_token(self) -> int:
+        """Most texts have 3 to 6 bytes a token; a window of a text with more than 16 has fewer tokens than it may."""
+        return 16
+
+    def length_of(self, sizes: np.ndarray) -> np.ndarray:
+        return -(-sizes // 4) + sum(self.num_special)
 
     def encode(self, payload: str) -> Tokens:
         try:

@@ -9,6 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,10 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from meristem.errors import CheckpointError, ConfigError, DataError
+from meristem.framing import frame_of
 from meristem.types import TokenColumn, Tokens
 
-_REFUSED = 255
-"""In the table of an alphabet: a byte that is no symbol."""
+_REFUSED = 255  # in the table of an alphabet: a byte that is no symbol
 
 PIECE_BYTES = 1 << 22
 """Bytes that are looked through at once."""
@@ -66,12 +67,8 @@ class Tokenizer(ABC):
         is_special = None if column.is_special is None else column.is_special[own]
         stops = np.arange(1, len(ids) + 1) if is_special is None else np.cumsum(~is_special)
         starts = np.append(0, stops[:-1])
-        return Tokens(
-            positions=np.arange(len(ids))[:, None],
-            ids=ids,
-            spans=np.stack([starts, stops], axis=1),
-            is_special=is_special,
-        )
+        spans = np.stack([starts, stops], axis=1)
+        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans, is_special=is_special)
 
     def encode_values(self, values: Sequence[Any]) -> TokenColumn:
         """Encode payloads that a program hands over, as `encode_column`."""
@@ -80,18 +77,30 @@ class Tokenizer(ABC):
     def lengths(self, payloads: pa.Array) -> np.ndarray:
         """`[N]` tokens of each payload, special ones included.
 
-        Raises:
-            DataError: as `encode_column`.
+        A payload of more than `PIECE_BYTES` that can be cut is counted piece by piece, so that memory does not grow
+        with it: an estimate where a token may lie across two pieces. Raises what `encode_column` raises.
         """
-        return self.encode_column(payloads).lengths
-
-    def estimate_lengths(self, payloads: pa.Array) -> np.ndarray:
-        """`[N]` tokens of each payload without the special ones, about, without a look at what is in it."""
-        return np.diff(column_bytes(payloads)[1])
+        text, bounds = column_bytes(payloads)
+        if self.symbols_per_token is None or (np.diff(bounds) <= PIECE_BYTES).all():
+            return self.encode_column(payloads).lengths
+        found = np.full(len(payloads), sum(self.num_special), np.int64)
+        for row, (start, end) in enumerate(pairwise(bounds.tolist())):
+            while start < end:
+                stop = min(start + PIECE_BYTES, end)
+                while start + PIECE_BYTES - 4 < stop < end and text[stop] & 0xC0 == 0x80:  # inside a character
+                    stop -= 1
+                piece = pa.array([text[start:stop].tobytes()], pa.large_binary())
+                try:
+                    found[row] += self.encode_column(piece).payload_lengths[0]
+                except RefusedSymbol as error:
+                    offset = start - int(bounds[row]) + error.offset
+                    raise RefusedSymbol(row, offset, error.symbol, error.reason) from error
+                start = stop
+        return found
 
     @property
     def symbols_per_token(self) -> int | None:
-        """Bytes of a payload that a token stands for at most, where any part of a payload can be encoded alone.
+        """Bytes of a payload that a token stands for at most, or nearly always, where parts can be encoded alone.
 
         A record that is too long is then cut before it is encoded, and what lies beside the window is not read. None
         where the place of a token in the payload cannot be told without encoding what lies before it.
@@ -99,19 +108,11 @@ class Tokenizer(ABC):
         return None
 
     def length_of(self, sizes: np.ndarray) -> np.ndarray:
-        """`[N]` tokens of payloads of so many symbols, special ones included, which are not looked at.
+        """`[N]` tokens, special ones included, of payloads of so many bytes that are not looked at; an estimate.
 
-        Args:
-            sizes: `[N]` symbols of each payload.
-
-        Raises:
-            ConfigError: the tokenizer cannot tell.
+        Exact where each byte is a token.
         """
-        if self.symbols_per_token is None:
-            raise ConfigError(
-                f"slices of files need a tokenizer that can encode any part of a payload alone; {self.kind} cannot"
-            )
-        return -(-sizes // self.symbols_per_token) + sum(self.num_special)
+        return -(-sizes // (self.symbols_per_token or 1)) + sum(self.num_special)
 
     @property
     def num_features(self) -> int:
@@ -230,11 +231,12 @@ class RefusedSymbol(DataError):
         row: row of the column it stands in (0 for a single payload).
         offset: byte of the payload.
         symbol: what was found.
+        reason: why it is refused.
     """
 
     def __init__(self, row: int, offset: int, symbol: str, reason: str):
         super().__init__(f"{reason} at position {offset + 1}")
-        self.row, self.offset, self.symbol = row, offset, symbol
+        self.row, self.offset, self.symbol, self.reason = row, offset, symbol, reason
 
 
 @dataclass(frozen=True)
@@ -367,22 +369,6 @@ class AlphabetTokenizer(Tokenizer):
         reason = "is refused here" if symbol.upper() in self.refuse else "is not in the alphabet"
         allowed = "".join(symbol for symbol in self.vocab if len(symbol) == 1 and symbol not in self.refuse)
         raise RefusedSymbol(row, at - int(bounds[row]), symbol, f"{symbol!r} {reason} ({allowed})")
-
-
-def frame_of(offsets: np.ndarray, num_special: tuple[int, int]) -> np.ndarray:
-    """`[sum of n]` whether a row is special, where each sequence of a column has so many before and behind its payload.
-
-    Args:
-        offsets: `[N + 1]` where each sequence begins.
-        num_special: special rows before and behind each payload.
-    """
-    before, behind = num_special
-    is_special = np.zeros(int(offsets[-1]), bool)
-    for i in range(before):
-        is_special[offsets[:-1] + i] = True
-    for i in range(behind):
-        is_special[offsets[1:] - 1 - i] = True
-    return is_special
 
 
 def _count(text: bytearray, byte: int) -> int:

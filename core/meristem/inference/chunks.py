@@ -115,7 +115,7 @@ class ChunkReader:
             digest = self._digest.value()
             table, column = self._kept(table, encoded)
             self.num_records += table.num_rows
-            self.num_symbols += int(column.lengths.sum()) - len(column) * sum(self._tokenizer.num_special)
+            self.num_symbols += int(column.payload_lengths.sum())
             self.replaced.update(encoded.column.replaced)
             yield Chunk(index, table["id"], column, table["file"], table["line"], digest)
         if not self.num_records:
@@ -131,7 +131,8 @@ class ChunkReader:
         held: list[pa.RecordBatch] = []
         num_records = num_symbols = 0
         for batch in self._batches():
-            ends = np.cumsum(self._tokenizer.estimate_lengths(batch.column(PAYLOAD)))
+            sizes = np.diff(column_bytes(batch.column(PAYLOAD))[1])
+            ends = np.cumsum(self._tokenizer.length_of(sizes) - sum(self._tokenizer.num_special))
             at = 0
             while at < batch.num_rows:
                 used = int(ends[at - 1]) if at else 0
@@ -167,10 +168,10 @@ class ChunkReader:
         column, limit = encoded.column, self._max_tokens
         if limit is None or not (column.lengths > limit).any():
             return table, column
-        special = sum(self._tokenizer.num_special)
         is_short = column.lengths <= limit
         for row in np.flatnonzero(~is_short).tolist():
-            got = column.lengths[row] - special
+            got = column.payload_lengths[row]
+            special = column.lengths[row] - got
             must = f"must be {limit - special} tokens or fewer, as the model's positions allow; got {got}"
             self._leave_out(table, row, must)
         return table.filter(pa.array(is_short)), column.take(np.flatnonzero(is_short))

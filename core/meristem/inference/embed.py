@@ -71,7 +71,8 @@ class RunningEmbed(Running):
 
     def __init__(self, job: Embed, card: ModelCard, model: Model, engine: Engine):
         pool = job.pool or default_pool(card)
-        trunk = engine.trunk(model, card.tokenizer.num_special, job.layer)
+        require_class_row(pool, card)
+        trunk = engine.trunk(model, job.layer)
         self.embedder = Embedder(trunk, pool)
         self.tokens_per_batch = trunk.tokens_per_batch
         self.identity = {"pool": pool, "layer": trunk.layer}
@@ -82,18 +83,16 @@ class RunningEmbed(Running):
         )
         self._is_pooled = pool != "none"
         self._vocab = pa.array(card.tokenizer.vocab, pa.string())
-        self._num_special = card.tokenizer.num_special
 
     def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
         values = self.embedder.embed(column, advance)
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-        lengths = column.lengths - sum(self._num_special)
+        lengths = column.payload_lengths
         columns = {"length": pa.array(lengths, pa.int32())}
         if self._is_pooled:
             return pa.table({**columns, "embedding": vectors})
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        starts = column.offsets[:-1] + self._num_special[0]
-        symbols = column.ids[np.repeat(starts - bounds[:-1], lengths) + np.arange(bounds[-1])]
+        symbols = column.payload_ids
         # a patch is no symbol
         tokens = pa.DictionaryArray.from_arrays(pa.array(symbols, pa.int32(), mask=symbols < 0), self._vocab)
         offsets = pa.array(bounds, pa.int32())
@@ -111,6 +110,16 @@ def default_pool(card: ModelCard) -> str:
     """The model's own pooling, and mean where it has none."""
     own = card.architecture.pool
     return next((name for name, pool in PLAIN_POOLS.items() if pool == own), "mean" if own is None else "own")
+
+
+def require_class_row(pool: str, card: ModelCard) -> None:
+    """Refuse pool cls for a model whose sequences begin with no special row.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if pool == "cls" and not card.tokenizer.num_special[0]:
+        raise ConfigError("pool cls needs a class row before the payload and this model has none; use mean")
 
 
 def embed_files(

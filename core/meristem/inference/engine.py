@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from meristem.data.order import plan_in_order
 from meristem.data.pack import pack_column
 from meristem.errors import ConfigError, DataError
+from meristem.framing import payload_parts
 from meristem.inference.memory import fitting_tokens, give_back_memory, is_out_of_memory
 from meristem.inference.trunks import compiled_trunk, runnable_trunk, with_runnable_heads
 from meristem.inference.windows import WindowMean, cut
@@ -25,7 +26,7 @@ from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted
 from meristem.model.pool import PoolLayer
 from meristem.shapes import Float, Tensor
-from meristem.types import Hidden, Layout, PackedBatch, TokenColumn
+from meristem.types import Hidden, Layout, PackedBatch, TokenColumn, Tokens
 
 PLAIN_POOLS: dict[str, Pool] = {"mean": Mean(), "cls": Prefix(), "max": Max()}
 
@@ -90,13 +91,17 @@ class Rows:
         """Of the hidden rows."""
         return self.outputs.hidden.layout
 
+    def payloads_of(self, values: np.ndarray) -> Iterator[np.ndarray]:
+        """The rows of each sequence that are not special, of `[T, ...]` values of all rows."""
+        for start, length, part in zip(self.layout.starts, self.layout.lengths, payload_parts(self.layout)):
+            yield values[start : start + length][part]
+
 
 class TrunkRunner:
     """Runs the trunk over columns, within a token budget.
 
     Args:
         model: moved to `device`.
-        num_special: special rows before and behind each payload.
         layer: whose rows are wanted; counted from the last where negative.
         tokens_per_batch: tokens that a pack holds at most, but for a single longer sequence; None for as many as
             suit the device and the memory at hand. It is halved when a pack does not fit after all.
@@ -111,7 +116,6 @@ class TrunkRunner:
     def __init__(
         self,
         model: Model,
-        num_special: tuple[int, int],
         layer: int = -1,
         tokens_per_batch: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -122,7 +126,6 @@ class TrunkRunner:
         self.model = model.to(self.device).eval()
         trunk = compiled_trunk(model, dtype) if is_compiled else runnable_trunk(model, dtype)
         self.runnable = with_runnable_heads(self.model).over(trunk)
-        self.num_special = num_special
         self.layer = model.trunk.resolve_layer(layer)
         if tokens_per_batch is None:
             tokens_per_batch = fitting_tokens(model.config, self.device, dtype)
@@ -146,9 +149,8 @@ class TrunkRunner:
         is_long = lengths > limit if limit is not None else np.zeros(len(lengths), bool)
         yield from self._run_packs(column, np.flatnonzero(~is_long), wanted)
         for row in np.flatnonzero(is_long):
-            ids = column.ids[column.offsets[row] : column.offsets[row + 1]]
             batch = pack_column(column, np.array([row]), [int(row)]).to(self.device)
-            yield Rows(self.runnable(batch, wanted.behind(self._run_windows(ids))), batch.records)
+            yield Rows(self.runnable(batch, wanted.behind(self._run_windows(column, int(row), batch))), batch.records)
 
     def _run_packs(self, column: TokenColumn, rows: np.ndarray, wanted: Wanted) -> Iterator[Rows]:
         """The packs of `rows`, longest sequences first: what does not fit in memory is known at once.
@@ -208,10 +210,13 @@ class TrunkRunner:
             wanted = wanted.behind(Hidden(hidden.layers[self.layer], hidden.layout))
         return Rows(self.runnable(batch, wanted), batch.records)
 
-    def _run_windows(self, ids: np.ndarray) -> Hidden:
+    def _run_windows(self, column: TokenColumn, row: int, batch: PackedBatch) -> Hidden:
         limit = self.model.config.max_length
         assert limit is not None
-        windows = cut(ids, self.num_special, limit)
+        own = slice(column.offsets[row], column.offsets[row + 1])
+        is_special = None if column.is_special is None else column.is_special[own]
+        ids = column.ids[own]
+        windows = cut(Tokens(positions=np.arange(len(ids))[:, None], ids=ids, is_special=is_special), limit)
         mean = WindowMean(windows, self.model.config.width, self.device)
         made: dict[int, Tensor] = {}
         for rows in self._run_packs(windows.column, np.arange(len(windows.column)), ROWS_ALONE):
@@ -219,8 +224,7 @@ class TrunkRunner:
                 made[index] = rows.values[start : start + length]
         for index in sorted(made):  # sums depend on their order, and packs on the budget
             mean.add(index, made[index])
-        layout = Layout.of([len(ids)]).to(self.device)
-        return Hidden(F.pad(mean.rows(), (0, 0, 0, layout.num_spare)), layout)
+        return Hidden(F.pad(mean.rows(), (0, 0, 0, batch.layout.num_spare)), batch.layout)
 
 
 class Embedder:
@@ -237,8 +241,6 @@ class Embedder:
     def __init__(self, trunk: TrunkRunner, pool: str):
         if pool not in POOLS:
             raise ConfigError(f"pool must be one of {', '.join(POOLS)}; got {pool!r}")
-        if pool == "cls" and not trunk.num_special[0]:
-            raise ConfigError("pool cls needs a class row before the payload and this model has none; use mean")
         if pool == "own" and trunk.model.pool is None:
             raise ConfigError("pool own needs a model that has a pooling of its own, and this one has none; use mean")
         width = trunk.model.config.width
@@ -255,7 +257,7 @@ class Embedder:
         """`[N]` vectors that each sequence gets."""
         if self.is_pooled:
             return np.ones(len(column), np.int64)
-        return column.lengths - sum(self.trunk.num_special)
+        return column.payload_lengths
 
     @torch.inference_mode()
     def embed(self, column: TokenColumn, advance: Advance | None = None) -> np.ndarray:
@@ -267,17 +269,14 @@ class Embedder:
         counts = self.num_vectors(column)
         ends = np.cumsum(counts)
         values = np.empty((int(ends[-1]) if len(ends) else 0, self.width), np.float32)
-        before, behind = self.trunk.num_special
-        num_special = self.trunk.num_special
-        wanted = Wanted(is_pooled=self._is_own, num_special=num_special, num_first=self._num_first, is_source_only=True)
+        wanted = Wanted(is_pooled=self._is_own, num_first=self._num_first, is_source_only=True)
         for rows, made in _one_late((rows, self._vectors(rows)) for rows in self.trunk.run(column, wanted)):
             host = made.float().cpu().numpy()
             if self.is_pooled:
                 values[list(rows.records)] = host
             else:
-                for record, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
-                    place = slice(ends[record] - counts[record], ends[record])
-                    values[place] = host[start + before : start + length - behind]
+                for record, own in zip(rows.records, rows.payloads_of(host)):
+                    values[ends[record] - counts[record] : ends[record]] = own
             if advance is not None:
                 advance(len(rows.records), rows.layout.num_tokens)
         self._check_finite(values, ends)
@@ -287,7 +286,7 @@ class Embedder:
     def _vectors(self, rows: Rows) -> Tensor:
         if rows.outputs.pooled is not None:
             return rows.outputs.pooled
-        return rows.values if self.pool is None else self.pool(rows.values, rows.layout, self.trunk.num_special)
+        return rows.values if self.pool is None else self.pool(rows.values, rows.layout)
 
     def _check_finite(self, values: np.ndarray, ends: np.ndarray) -> None:
         # a sum is finite when all its terms are, or nearly always: look closer where it is not

@@ -81,11 +81,10 @@ class Engine:
     tokens_per_batch: int | None = None
     is_compiled: bool = False
 
-    def trunk(self, model: Model, num_special: tuple[int, int], layer: int = -1) -> TrunkRunner:
-        """Runs the trunk of a model up to a layer; special rows stand before and behind each payload."""
+    def trunk(self, model: Model, layer: int = -1) -> TrunkRunner:
+        """Runs the trunk of a model up to a layer."""
         return TrunkRunner(
             model,
-            num_special,
             layer,
             self.tokens_per_batch,
             PRECISIONS[self.precision],

@@ -58,7 +58,7 @@ class RunningPredict(Running):
     """Predicts labels of token columns."""
 
     def __init__(self, job: Predict, card: ModelCard, model: Model, engine: Engine):
-        trunk = engine.trunk(model, card.tokenizer.num_special)
+        trunk = engine.trunk(model)
         self.predictor = Predictor(trunk, job.labels)
         if job.is_per_token and all(readout.level == "record" for readout in self.predictor.readouts):
             raise ConfigError("one row a token needs a label of tokens; this model has labels of records only")
@@ -72,10 +72,8 @@ class RunningPredict(Running):
         predictions = self.predictor.predict(column, advance)
         if not self._is_per_token:
             return pa.table(_arrays(record_columns(predictions)))
-        before, behind = self._tokenizer.num_special
         lengths = self.num_values(column)
-        is_payload = np.concatenate([np.r_[[False] * before, [True] * n, [False] * behind] for n in lengths])
-        symbols = column.ids[is_payload.astype(bool)]
+        symbols = column.payload_ids
         columns = _arrays(
             {
                 "position": [place for n in lengths for place in range(1, n + 1)],
@@ -87,8 +85,7 @@ class RunningPredict(Running):
         return pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
 
     def num_values(self, column: TokenColumn) -> np.ndarray:
-        lengths = column.lengths - sum(self._tokenizer.num_special)
-        return lengths if self._is_per_token else np.ones_like(lengths)
+        return column.payload_lengths if self._is_per_token else np.ones(len(column), np.int64)
 
 
 def _arrays(columns: Mapping[str, list[object]]) -> dict[str, pa.Array]:

@@ -71,15 +71,13 @@ class Predictor:
         Raises:
             NotFinite: names the first sequence whose prediction is not finite.
         """
-        token_lengths = column.lengths - sum(self.trunk.num_special)
+        token_lengths = column.payload_lengths
         found = {
             readout.name: _empty(readout, np.ones(len(column), np.int64) if _is_pooled(readout) else token_lengths)
             for readout in self.readouts
         }
-        before, behind = self.trunk.num_special
         names = [readout.name for readout in self.readouts]
-        num_special = self.trunk.num_special
-        wanted = Wanted(names, num_special=num_special, rounds_alike=True, num_first=0, is_source_only=True)
+        wanted = Wanted(names, rounds_alike=True, num_first=0, is_source_only=True)
         for rows in self.trunk.run(column, wanted):
             for readout in self.readouts:
                 into = found[readout.name]
@@ -88,9 +86,8 @@ class Predictor:
                 if _is_pooled(readout):
                     into.values[list(rows.records)] = values
                     continue
-                for record, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
-                    place = slice(ends[record] - into.lengths[record], ends[record])
-                    into.values[place] = values[start + before : start + length - behind]
+                for record, own in zip(rows.records, rows.payloads_of(values)):
+                    into.values[ends[record] - into.lengths[record] : ends[record]] = own
             if advance is not None:
                 advance(len(rows.records), rows.layout.num_tokens)
         for prediction in found.values():

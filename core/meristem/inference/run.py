@@ -266,7 +266,7 @@ class _Run:
         work = self.running.work(column)
         if work is not None:
             return int(work.sum())
-        return int(column.offsets[-1]) - len(column) * sum(self.card.tokenizer.num_special)
+        return int(column.payload_lengths.sum())
 
     def _advance(self, records: int, tokens: int) -> None:
         self.report.advance(records, tokens - records * sum(self.card.tokenizer.num_special))

@@ -127,7 +127,7 @@ class RunningScore(Running):
             raise ConfigError(f"--plots has no effect on the scorer {job.scorer}, which draws nothing; leave it out")
         self._options = self.scorer.options() if job.scorer_options is None else job.scorer_options
         self._has_plots = bool(job.plots)
-        trunk = engine.trunk(model, card.tokenizer.num_special)
+        trunk = engine.trunk(model)
         self.tokens_per_batch, self.max_tokens = trunk.tokens_per_batch, model.config.max_length
         self.model = RunningModel(trunk.runnable, card.tokenizer, trunk.tokens_per_batch)
         self.identity = {"scorer": job.scorer, **asdict(self._options), "plots": self._has_plots}

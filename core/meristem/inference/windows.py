@@ -12,7 +12,7 @@ import torch
 
 from meristem.errors import ConfigError
 from meristem.shapes import Float, Tensor
-from meristem.types import TokenColumn
+from meristem.types import TokenColumn, Tokens
 
 OVERLAP_FRAC = 0.25
 """Share of a window that it has in common with the next one, at least."""
@@ -27,40 +27,43 @@ class Windows:
         starts: first payload token of each window.
         width: payload tokens of each window.
         num_tokens: of the whole sequence, special rows included.
-        num_special: special rows before and behind.
+        frame: special rows before and behind the payload.
     """
 
     column: TokenColumn
     starts: np.ndarray
     width: int
     num_tokens: int
-    num_special: tuple[int, int]
+    frame: tuple[int, int]
 
 
-def cut(ids: np.ndarray, num_special: tuple[int, int], max_length: int) -> Windows:
-    """Cut a sequence into windows.
+def cut(tokens: Tokens, max_length: int) -> Windows:
+    """Cut a sequence of symbols into windows.
 
     Args:
-        ids: `[n]` symbols, special ones included; more than `max_length`.
-        num_special: special rows before and behind the payload.
+        tokens: more than `max_length`, special ones included.
         max_length: tokens that positions allow.
 
     Raises:
         ConfigError: positions allow nothing beside the special rows.
     """
-    before, behind = num_special
+    before, behind = tokens.frame
     width = max_length - before - behind
     if width < 1:
         raise ConfigError(f"positions must allow more than {before + behind} special rows; got {max_length}")
-    payload = ids[before : len(ids) - behind]
+    num_payload = len(tokens) - before - behind
     step = max(1, width - int(np.ceil(width * OVERLAP_FRAC)))
-    count = 1 + -(-(len(payload) - width) // step)
-    starts = np.round(np.linspace(0, len(payload) - width, count)).astype(np.int64)
-    rows = np.empty((count, max_length), ids.dtype)
-    rows[:, :before], rows[:, max_length - behind :] = ids[:before], ids[len(ids) - behind :]
-    rows[:, before : before + width] = payload[starts[:, None] + np.arange(width)]
-    column = TokenColumn(ids=rows.reshape(-1), offsets=np.arange(count + 1, dtype=np.int64) * max_length)
-    return Windows(column, starts, width, len(ids), num_special)
+    count = 1 + -(-(num_payload - width) // step)
+    starts = np.round(np.linspace(0, num_payload - width, count)).astype(np.int64)
+    rows = np.empty((count, max_length), np.int64)
+    rows[:, :before], rows[:, max_length - behind :] = np.arange(before), np.arange(len(tokens) - behind, len(tokens))
+    rows[:, before : before + width] = before + starts[:, None] + np.arange(width)
+    column = TokenColumn(
+        ids=tokens.ids[rows.reshape(-1)],
+        offsets=np.arange(count + 1, dtype=np.int64) * max_length,
+        is_special=None if tokens.is_special is None else tokens.is_special[rows.reshape(-1)],
+    )
+    return Windows(column, starts, width, len(tokens), tokens.frame)
 
 
 class WindowMean:
@@ -73,7 +76,7 @@ class WindowMean:
 
     def add(self, index: int, rows: Float[Tensor, "n D"]) -> None:
         """Add the rows of window `index`; a special row is averaged over all windows."""
-        before, behind = self._windows.num_special
+        before, behind = self._windows.frame
         start, width = int(self._windows.starts[index]), self._windows.width
         num_tokens = self._windows.num_tokens
         for place, part in (

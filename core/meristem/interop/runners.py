@@ -19,6 +19,7 @@ import torch
 
 from meristem.data.pack import pack
 from meristem.data.tokenizer import Tokenizer
+from meristem.framing import frame_of
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.outputs import Wanted
 from meristem.shapes import Tensor
@@ -67,7 +68,6 @@ def run_ours(model: Model, tokenizer: Tokenizer, sequences: Sequence[Tokens]) ->
     depth = config.num_decoder_layers or config.num_layers
     wanted = Wanted(
         list(model.heads),
-        num_special=tokenizer.num_special,
         layers=range(depth + 1),
         source_layers=range(config.num_layers + 1),  # the two sides may be of different depth
         is_pooled=model.pool is not None,
@@ -115,7 +115,8 @@ def random_tokens(tokenizer: Tokenizer, length: int, rng: np.random.Generator, n
     ids = np.concatenate([framed.ids[:before], payload, framed.ids[len(framed.ids) - behind :]]).astype(np.int64)
     split = rng.integers(1, len(ids) + 1)
     types = np.minimum(np.arange(len(ids)) >= split, num_types - 1).astype(np.int64) if num_types > 1 else None
-    return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, token_types=types)
+    is_special = frame_of(np.array([0, len(ids)]), (before, behind))
+    return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, token_types=types, is_special=is_special)
 
 
 def draw_sequences(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Tokens]:

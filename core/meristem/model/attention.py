@@ -52,7 +52,7 @@ def first_rows(layout: Layout, count: int) -> KeptRows:
     """The first rows of each sequence; all of one that has fewer."""
     lengths = [min(count, length) for length in layout.lengths]
     rows = np.concatenate([np.arange(start, start + n) for start, n in zip(layout.starts, lengths)])
-    chosen = Layout.of(lengths)
+    chosen = Layout.of(lengths, is_special=np.isin(rows, layout.special_rows))
     rows = np.append(rows, np.zeros(chosen.num_spare, rows.dtype))
     return KeptRows(torch.from_numpy(rows).to(layout.device, non_blocking=True), chosen.to(layout.device))
 

@@ -54,7 +54,7 @@ class Model(nn.Module):
         if wanted.is_source_only and batch.source is not None:
             batch = batch.source
         hidden = wanted.hidden or self._run_trunk(batch, wanted, list(heads.values()))
-        pooled = self.pool(hidden.final, hidden.layout, wanted.num_special) if wanted.is_pooled and self.pool else None
+        pooled = self.pool(hidden.final, hidden.layout) if wanted.is_pooled and self.pool else None
         values = {name: head(hidden, batch, wanted.heads[name]) for name, head in heads.items()}
         losses = {name for name, request in wanted.heads.items() if request.targets is not None}
         return Outputs(

@@ -18,7 +18,6 @@ class HeadRequest:
         targets: `[M]` classes of these rows. A head that can, such as that of symbols, then gives its loss and never
             holds all logits at once.
         label_smoothing: share of each target's probability that is spread evenly over all classes; with `targets`.
-        num_special: special rows before and behind each payload.
         rounds_alike: no bit of an output may depend on how many others are computed with it, on a CPU.
     """
 
@@ -27,11 +26,10 @@ class HeadRequest:
         rows: Int[Tensor, "M"] | None = None,
         targets: Int[Tensor, "M"] | None = None,
         label_smoothing: float = 0.0,
-        num_special: tuple[int, int] = (0, 0),
         rounds_alike: bool = False,
     ):
         self.rows, self.targets, self.label_smoothing = rows, targets, label_smoothing
-        self.num_special, self.rounds_alike = num_special, rounds_alike
+        self.rounds_alike = rounds_alike
 
 
 class Wanted:
@@ -42,7 +40,6 @@ class Wanted:
     Args:
         heads: names of the heads to run on all rows.
         requests: heads to run otherwise, by name.
-        num_special: special rows before and behind each payload; pools and heads of labels leave them out.
         rounds_alike: as in `HeadRequest`, of the heads named in `heads`.
         layers: hidden states to keep: 0 is the input of the first block, k the output of the k-th, -1 the last one.
         source_layers: the same of an encoder-decoder's source side; None for those of `layers`.
@@ -61,7 +58,6 @@ class Wanted:
         heads: Collection[str] = (),
         *,
         requests: Mapping[str, HeadRequest] | None = None,
-        num_special: tuple[int, int] = (0, 0),
         rounds_alike: bool = False,
         layers: Collection[int] = (),
         source_layers: Collection[int] | None = None,
@@ -72,9 +68,7 @@ class Wanted:
         cache: Cache | None = None,
         hidden: Hidden | None = None,
     ):
-        plain = HeadRequest(num_special=num_special, rounds_alike=rounds_alike)
-        self.heads = dict.fromkeys(heads, plain) | dict(requests or {})
-        self.num_special = num_special
+        self.heads = dict.fromkeys(heads, HeadRequest(rounds_alike=rounds_alike)) | dict(requests or {})
         self.layers, self.source_layers, self.attentions = layers, source_layers, attentions
         self.is_pooled, self.num_first, self.is_source_only = is_pooled, num_first, is_source_only
         self.cache, self.hidden = cache, hidden

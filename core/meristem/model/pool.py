@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from meristem.framing import payload_parts
 from meristem.model.config import AttentionPool, Full, Init, Max, Mean, Pool, Prefix, TransformerConfig
 from meristem.model.feedforward import ACTIVATIONS
 from meristem.model.init import init_weights
@@ -19,27 +20,21 @@ from meristem.shapes import Float, Tensor
 from meristem.types import Layout
 
 
-def pool_rows(
-    pool: Pool, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int] = (0, 0)
-) -> Float[Tensor, "S W"]:
+def pool_rows(pool: Pool, x: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "S W"]:
     """One vector a sequence, in fp32, of a pool without weights; several prefix rows stand side by side.
 
-    Args:
-        num_special: special rows before and behind each payload; means and maxima leave them out, unless
-            there is nothing else.
+    Means and maxima leave out the special rows of the layout, unless a sequence has no others.
     """
     reduce = _together if x.is_cuda else _one_by_one
-    return reduce(pool, x, layout, num_special)
+    return reduce(pool, x, layout)
 
 
-def _one_by_one(pool: Pool, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int]) -> Tensor:
-    before, behind = num_special
+def _one_by_one(pool: Pool, x: Float[Tensor, "T D"], layout: Layout) -> Tensor:
     # split once: the gradient of a slice would be a tensor of all rows, and that for each sequence
     sequences = x.split([*layout.lengths, x.shape[0] - layout.num_tokens])[:-1]
     vectors = []
-    for rows_nD in sequences:
-        has_inner = len(rows_nD) > before + behind
-        inner_nD = rows_nD[before : len(rows_nD) - behind] if has_inner else rows_nD
+    for rows_nD, part in zip(sequences, payload_parts(layout)):
+        inner_nD = _payload_of(rows_nD, part)
         match pool:
             case Mean():
                 vectors.append(inner_nD.float().mean(0))
@@ -53,21 +48,19 @@ def _one_by_one(pool: Pool, x: Float[Tensor, "T D"], layout: Layout, num_special
     return torch.stack(vectors)
 
 
-def _together(pool: Pool, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int]) -> Tensor:
+def _together(pool: Pool, x: Float[Tensor, "T D"], layout: Layout) -> Tensor:
     """The same of all sequences at once: a GPU would wait for the launches of a loop."""
     if isinstance(pool, Prefix):
         starts_S1 = torch.tensor(layout.starts[: layout.num_sequences])[:, None]
         rows_Sp = (starts_S1 + torch.arange(pool.count)).to(x.device, non_blocking=True)
         first_SW = x[rows_Sp].float().flatten(1)
-        return torch.cat([first_SW, _together(Mean(), x, layout, num_special)], 1) if pool.has_mean else first_SW
-    before, behind = num_special
-    lengths_S = np.array(layout.lengths)
-    has_inner_S = lengths_S > before + behind
-    parts_S3 = np.stack([has_inner_S * before, lengths_S - has_inner_S * (before + behind), has_inner_S * behind], 1)
-    parts = torch.from_numpy(np.append(parts_S3, len(x) - layout.num_tokens)).to(x.device, non_blocking=True)
+        return torch.cat([first_SW, _together(Mean(), x, layout)], 1) if pool.has_mean else first_SW
     kind = {Mean: "mean", Max: "max"}[type(pool)]
-    reduced = torch.segment_reduce(x.float(), kind, lengths=parts, unsafe=True)
-    return reduced[:-1].unflatten(0, (-1, 3))[:, 1]
+    rows, lengths = _inner_rows(layout)
+    lengths_S = torch.from_numpy(lengths).to(x.device, non_blocking=True)
+    if len(rows) < layout.num_tokens:
+        x = x.index_select(0, torch.from_numpy(rows).to(x.device, non_blocking=True))
+    return torch.segment_reduce(x[: len(rows)].float(), kind, lengths=lengths_S, unsafe=True)
 
 
 def _num_rows(pool: Prefix) -> int:
@@ -93,11 +86,9 @@ class PoolLayer(nn.Module):
         """First rows of each sequence that are all it reads; None where it reads others."""
         return self.config.count if isinstance(self.config, Prefix) and not self.config.has_mean else None
 
-    def forward(
-        self, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int] = (0, 0)
-    ) -> Float[Tensor, "S W"]:
-        """One vector a sequence, in fp32; arguments as those of `pool_rows`."""
-        return pool_rows(self.config, x, layout, num_special)
+    def forward(self, x: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "S W"]:
+        """One vector a sequence, in fp32, without the special rows of the layout where `pool_rows` leaves them out."""
+        return pool_rows(self.config, x, layout)
 
 
 class NormedMean(PoolLayer):
@@ -108,10 +99,8 @@ class NormedMean(PoolLayer):
         self.norm = build_norm(config.norm, config.width)
         init_weights(self, config.init, config.num_layers)
 
-    def forward(
-        self, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int] = (0, 0)
-    ) -> Float[Tensor, "S W"]:
-        return self.norm(pool_rows(self.config, x, layout, num_special))
+    def forward(self, x: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "S W"]:
+        return self.norm(pool_rows(self.config, x, layout))
 
 
 class DensePrefix(PoolLayer):
@@ -122,10 +111,8 @@ class DensePrefix(PoolLayer):
         self.dense = nn.Linear(config.width * _num_rows(pool), config.width)
         init_weights(self, config.init, config.num_layers)
 
-    def forward(
-        self, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int] = (0, 0)
-    ) -> Float[Tensor, "S W"]:
-        first_SW = pool_rows(self.config, x, layout, num_special)
+    def forward(self, x: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "S W"]:
+        first_SW = pool_rows(self.config, x, layout)
         return self.dense(_with_spare(first_SW))[: layout.num_sequences].tanh()
 
 
@@ -142,13 +129,11 @@ class AttentionPoolLayer(PoolLayer):
         self.activation = ACTIVATIONS[pool.activation]
         init_weights(self, config.init, config.num_layers)
 
-    def forward(
-        self, x: Float[Tensor, "T D"], layout: Layout, num_special: tuple[int, int] = (0, 0)
-    ) -> Float[Tensor, "S W"]:
+    def forward(self, x: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "S W"]:
         x = x.float()
         kv_THE = self.kv(x).unflatten(-1, (2 * self.num_heads, -1))
         if not self.has_special:
-            kv_THE, layout = _payload_rows(kv_THE, layout, num_special)
+            kv_THE, layout = _payload_rows(kv_THE, layout)
         k_THE, v_THE = kv_THE.chunk(2, dim=1)
         q_layout = Layout((1,) * layout.num_sequences, device=layout.device)
         # one product for one query, then as many rows as there are sequences: the same bits for each
@@ -168,14 +153,27 @@ def _with_spare(rows_SW: Float[Tensor, "S W"]) -> Float[Tensor, "s W"]:
     return nn.functional.pad(rows_SW, (0, 0, 0, -len(rows_SW) % 16))
 
 
-def _payload_rows(
-    rows: Float[Tensor, "T H E"], layout: Layout, num_special: tuple[int, int]
-) -> tuple[Float[Tensor, "t H E"], Layout]:
+def _payload_of(rows: Float[Tensor, "n D"], part: slice | np.ndarray) -> Float[Tensor, "m D"]:
+    """The rows of a sequence that are not special; all where there are no others."""
+    inner = rows[part] if isinstance(part, slice) else rows[torch.from_numpy(part).to(rows.device)]
+    return inner if len(inner) else rows
+
+
+def _inner_rows(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a pack that are not special, and how many each sequence has; all of a sequence that has no others."""
+    is_inner = np.ones(layout.num_tokens, bool)
+    is_inner[list(layout.special_rows)] = False
+    sequences = np.repeat(np.arange(layout.num_sequences), layout.lengths)
+    counts = np.bincount(sequences[is_inner], minlength=layout.num_sequences)
+    is_inner |= (counts == 0)[sequences]
+    return np.flatnonzero(is_inner), np.where(counts == 0, layout.lengths, counts)
+
+
+def _payload_rows(rows: Float[Tensor, "T H E"], layout: Layout) -> tuple[Float[Tensor, "t H E"], Layout]:
     """The rows of the payloads' own tokens, and where they lie; of a sequence that has none, all."""
-    before, behind = num_special
     *sequences, spare = rows.split([*layout.lengths, layout.num_spare])
-    inner = [part[before : len(part) - behind] if len(part) > before + behind else part for part in sequences]
-    return torch.cat([*inner, spare]), replace(layout, lengths=tuple(map(len, inner)))
+    inner = [_payload_of(part, own) for part, own in zip(sequences, payload_parts(layout))]
+    return torch.cat([*inner, spare]), replace(layout, lengths=tuple(map(len, inner)), special_rows=())
 
 
 def build_pool(pool: Pool, config: TransformerConfig) -> PoolLayer:

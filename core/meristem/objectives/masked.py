@@ -51,7 +51,6 @@ class Masked(SymbolObjective):
         self.rate, self.mask_frac, self.random_frac, self.mean_span = rate, mask_frac, random_frac, mean_span
         self._mask_id = -1
         self._random_ids = np.zeros(0, np.int64)
-        self._num_special = (0, 0)
 
     def bind(self, data: RunData) -> None:
         tokenizer = data.tokenizer
@@ -60,7 +59,6 @@ class Masked(SymbolObjective):
                 f"objective {type(self).__name__} needs a tokenizer with a mask symbol; this one has none"
             )
         self._mask_id, self._random_ids = tokenizer.mask_id, tokenizer.random_ids
-        self._num_special = tokenizer.num_special
         if self.random_frac and not len(self._random_ids):
             raise ConfigError("objective.random_frac must be 0 where the tokenizer names no random symbols")
 

@@ -128,7 +128,7 @@ class NextSentence(Masked):
 
     def wanted(self, batch: PackedBatch) -> Wanted:
         symbols = request_symbols(batch, self.label_smoothing)
-        return Wanted((NEXT_SENTENCE,), num_special=self._num_special, requests={SYMBOLS: symbols})
+        return Wanted((NEXT_SENTENCE,), requests={SYMBOLS: symbols})
 
     def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
         out = super().loss(outputs, extra, batch)

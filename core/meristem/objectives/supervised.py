@@ -53,7 +53,6 @@ class Supervised(Objective):
         self.label_columns = tuple(names)
         self.mixing = mixing
         self._bound: dict[str, BoundTarget] = {}
-        self._num_special = (0, 0)
         self._grid: tuple[int, ...] = ()
         for target in targets if mixing.is_on else ():
             if target.level == "token" or target.task == "regression" or target.class_weights is not None:
@@ -64,7 +63,7 @@ class Supervised(Objective):
 
     def bind(self, data: RunData) -> None:
         tokenizer = data.tokenizer
-        self._num_special, self._grid = tokenizer.num_special, tokenizer.grid
+        self._grid = tokenizer.grid
         if self.mixing.is_on and not self._grid:
             raise ConfigError(
                 "objective.mixing needs records that are patches on one grid, as data.tokenizer makes them; "
@@ -125,7 +124,7 @@ class Supervised(Objective):
         return replace(mixed.batch, labels={**batch.labels, PARTNER: mixed.partners, SHARE: mixed.shares})
 
     def wanted(self, batch: PackedBatch) -> Wanted:
-        return Wanted(tuple(self._bound), num_special=self._num_special, num_first=0)
+        return Wanted(tuple(self._bound), num_first=0)
 
     def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
         terms, predictions, targets = {}, {}, {}

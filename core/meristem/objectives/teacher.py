@@ -124,9 +124,9 @@ class Teacher(nn.Module):
         return first + (last - first) * (self.step / max(1, self.warmup_steps)).clamp(max=1)
 
     @torch.no_grad()
-    def scores(self, batch: PackedBatch, num_special: tuple[int, int]) -> Float[Tensor, "S C"]:
+    def scores(self, batch: PackedBatch) -> Float[Tensor, "S C"]:
         """Scores of the sequences of a pack, in its order, as they come out of the head."""
-        scores: Tensor = self.head(self.model(batch, Wanted(is_pooled=True, num_special=num_special)).pooled)
+        scores: Tensor = self.head(self.model(batch, Wanted(is_pooled=True)).pooled)
         return scores.float()
 
     @torch.no_grad()

@@ -210,7 +210,7 @@ def score_column(
         ConfigError: the model has no likelihood, or not with these options or sides.
     """
     names = schema_of(running, options).names
-    lengths = column.lengths - sum(running.tokenizer.num_special)
+    lengths = column.payload_lengths
     scores = token_log_likelihoods(running, read(running, column, options, sources))
     for length, values in zip(lengths, scores, strict=True):
         perplexity = _exp(-values.mean()) if len(values) else None

@@ -93,6 +93,10 @@ class KmerTokenizer(Tokenizer):
         return self._index[self.special[role]] if role in self.special else None
 
     @property
+    def symbols_per_token(self) -> int:
+        return self.k
+
+    @property
     def random_ids(self) -> np.ndarray:
         return np.unique(np.concatenate([self._words, self._singles[: len(BASES)]])).astype(np.int64)
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from meristem.framing import payload_parts
 from meristem.model.config import TransformerConfig
 from meristem.model.heads import Head, HeadSpec
 from meristem.model.init import init_weights
@@ -48,7 +49,7 @@ class ContactHead(Head):
         init_weights(self, config.init, config.num_layers)
 
     def forward(self, hidden: Hidden, batch: PackedBatch, request: HeadRequest) -> list[Float[Tensor, "n n"]]:
-        return [self._logits(maps) for maps in payload_maps(hidden, request.num_special)]
+        return [self._logits(maps) for maps in payload_maps(hidden)]
 
     def _logits(self, maps: Sequence[Float[Tensor, "H n n"]]) -> Float[Tensor, "n n"]:
         """Of one sequence, layer by layer, so that only the maps themselves are held for all of them."""
@@ -61,13 +62,11 @@ class ContactHead(Head):
         return logits_nn
 
 
-def payload_maps(hidden: Hidden, num_special: tuple[int, int]) -> list[list[Float[Tensor, "H n n"]]]:
+def payload_maps(hidden: Hidden) -> list[list[Float[Tensor, "H n n"]]]:
     """Attention between the tokens of each payload: by sequence, the maps of each layer kept."""
-    before, behind = num_special
-    inner = [slice(before, length - behind) for length in hidden.layout.lengths]
     return [
-        [hidden.attentions[layer][index][:, rows, rows] for layer in sorted(hidden.attentions)]
-        for index, rows in enumerate(inner)
+        [hidden.attentions[layer][index][:, rows][:, :, rows] for layer in sorted(hidden.attentions)]
+        for index, rows in enumerate(payload_parts(hidden.layout))
     ]
 
 

@@ -25,16 +25,15 @@ def contact_maps(running: RunningModel, column: TokenColumn, options: NoOptions)
 
     One sequence at a time: the maps of all layers take `4 * L * H * n * n` bytes.
     """
-    num_special = running.tokenizer.num_special
     for row in range(len(column)):
         with torch.inference_mode():
             batch = pack_column(column, np.array([row]), [row]).to(running.model.device)
             if has_contact_weights(running.model):
-                [logits] = running.model(batch, Wanted((CONTACTS,), num_special=num_special)).heads[CONTACTS]
+                [logits] = running.model(batch, Wanted((CONTACTS,))).heads[CONTACTS]
                 values = logits.sigmoid()
             else:
                 wanted = Wanted(attentions=range(running.model.config.num_layers))
-                [maps] = payload_maps(running.model(batch, wanted).hidden, num_special)
+                [maps] = payload_maps(running.model(batch, wanted).hidden)
                 values = torch.stack([correct_average_product(m + m.transpose(1, 2)).mean(0) for m in maps]).mean(0)
         running.advance(batch.layout.num_tokens)
         yield values.float().cpu().numpy()

@@ -248,8 +248,8 @@ class PatchTokenizer(Tokenizer):
             found[row] = math.prod(self._grid_of_size(size))
         return found + len(self.prefix)
 
-    def estimate_lengths(self, payloads: pa.Array) -> np.ndarray:
-        return np.full(len(payloads), self.max_patches or math.prod(self.grid))
+    def length_of(self, sizes: np.ndarray) -> np.ndarray:
+        return np.full(len(sizes), len(self.prefix) + (self.max_patches or math.prod(self.grid)))
 
     def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
         assert column.features is not None

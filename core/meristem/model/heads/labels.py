@@ -127,7 +127,7 @@ class LabelHead(Head):
         assert request.targets is None, "a head of labels gives no loss"
         assert request.rows is None, "a head of labels gives all its outputs"
         pool = self._pool
-        rows = hidden.final if pool is None else pool(hidden.final, hidden.layout, request.num_special)
+        rows = hidden.final if pool is None else pool(hidden.final, hidden.layout)
         num_rows = len(rows)
         rows = rows.to(next((one.dtype for one in self.parameters()), rows.dtype))
         if request.rounds_alike:

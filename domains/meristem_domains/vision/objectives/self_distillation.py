@@ -178,15 +178,15 @@ class SelfDistillation(Objective):
         teacher.follow(model, head, processes.sum)
 
     def wanted(self, batch: PackedBatch) -> Wanted:
-        return Wanted(is_pooled=True, num_special=self.tokenizers[0].num_special)
+        return Wanted(is_pooled=True)
 
     def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
         teacher, head = _parts(extra)
-        num_special, num_views, vectors_SD = self.tokenizers[0].num_special, self.crops.num_views, outputs.pooled
+        num_views, vectors_SD = self.crops.num_views, outputs.pooled
         assert vectors_SD is not None, "the model was asked for its pool"
         student_NVC = by_record(head(vectors_SD).float(), batch, num_views)
         large = large_views(batch, self.view_lengths[0])
-        teacher_NGC = by_record(teacher.scores(large, num_special), large, NUM_GLOBAL)
+        teacher_NGC = by_record(teacher.scores(large), large, NUM_GLOBAL)
         if head.training:
             teacher.remember(teacher_NGC)
         targets_NGC = teacher.distribution(teacher_NGC)
@@ -237,9 +237,11 @@ def large_views(batch: PackedBatch, length: int) -> PackedBatch:
     lengths = batch.layout.lengths
     first = lengths.index(length)
     assert set(lengths[first:]) == {length}, "a large view lies before a small one"
-    rows = slice(batch.layout.starts[first], None)
+    start = batch.layout.starts[first]
+    rows = slice(start, None)
     assert batch.features is not None
-    layout = Layout(lengths[first:], batch.layout.num_spare, batch.layout.device)
+    special = tuple(row - start for row in batch.layout.special_rows if row >= start)
+    layout = Layout(lengths[first:], batch.layout.num_spare, batch.layout.device, special_rows=special)
     return PackedBatch(
         layout=layout,
         positions=batch.positions[rows],
