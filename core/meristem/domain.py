@@ -17,12 +17,18 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
-from meristem.objectives.masked import Masked
 from meristem.objectives.objective import Objective
 from meristem.registry import find, installed
 from meristem.scoring.scorer import Scorer
 
 GROUP = "meristem.domains"
+
+
+def masked_symbols() -> Objective:
+    """Symbols that are hidden, which most domains can be trained for."""
+    from meristem.objectives.masked import Masked  # imports torchmetrics, which takes seconds
+
+    return Masked()
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Domain:
     presets: Mapping[str, TransformerConfig]
     sample: Path
     sample_options: Mapping[str, Any] = field(default_factory=dict)
-    sample_objective: Callable[[], Objective] = Masked
+    sample_objective: Callable[[], Objective] = masked_symbols
     views: Callable[..., Views] | None = None
     similarity: Similarity | None = None
     scorers: Mapping[str, Scorer] = field(default_factory=dict)

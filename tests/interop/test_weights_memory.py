@@ -23,6 +23,9 @@ from pathlib import Path
 import torch._dynamo  # torch loads it when the meta device is first used; it is not the model's memory
 import meristem.interop.directory as directory
 from meristem.interop import weights
+from meristem.interop.family import installed_families
+
+installed_families()  # nor are the libraries that families of other domains import
 
 def memory(name):  # that of getrusage would be inherited from the process of the tests
     lines = Path("/proc/self/status").read_text().splitlines()

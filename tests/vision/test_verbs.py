@@ -53,7 +53,7 @@ def trained(trained_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_domain_keeps_the_contract(check_domain):
-    assert [stage.name for stage in check_domain("vision")][-1] == "embed"
+    assert [stage.name for stage in check_domain("vision")][-1] == "scorers"
 
 
 def test_the_sample_is_the_digits_of_scikit_learn():
