@@ -33,8 +33,8 @@ from model_runs import outputs_of, specs
 # of the reference's path for inference, which an odd number of heads cannot take
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 
-TOLERANCE = 1e-5
-"""Of logits and layers of about 1: the same fp32 operations, padded there and packed here."""
+TOLERANCE = 3e-5
+"""Of logits and layers of about 1: the same fp32 operations, padded there and packed here; one draw in hundreds reaches 1.4e-5."""
 
 GRADIENT_TOLERANCE = 1e-4
 """Of a gradient, relative to its largest entry: sums over all rows, in another order."""
