@@ -130,6 +130,8 @@ def test_another_runs_output_is_refused(
         score_files(model, [source], output, ScoreOptions(scorer="no"))
 
 
+NUM_KILLS = 20
+
 DRIVER = """
 import sys, time
 from meristem.inference import chunks, run, score
@@ -148,19 +150,19 @@ sys.exit(main(sys.argv[1:]))
 def test_kills_at_random_moments_leave_the_file_of_an_unbroken_run(
     tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
 ) -> None:
-    source = str(write_fasta(tmp_path / "in.fa", [(f"p{row}", random_protein(rng, 3, 20)) for row in range(1200)]))
+    source = str(write_fasta(tmp_path / "in.fa", [(f"p{row}", random_protein(rng, 3, 20)) for row in range(3200)]))
     model, out = make_model_directory(), tmp_path / "out.csv"
     score_files(model, [source], tmp_path / "whole.csv")
     command = [sys.executable, "-c", DRIVER, "score", str(model), source, "--output", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for _ in range(5):
+    for _ in range(NUM_KILLS):
         had = len(list(tmp_path.glob("out.csv.parts/part-*.parquet")))
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(list(tmp_path.glob("out.csv.parts/part-*.parquet"))) <= had:
             time.sleep(0.01)
         time.sleep(float(rng.uniform(0, 0.2)))
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the input must be long enough for five kills"
+        assert process.wait() == -signal.SIGKILL, "the input must be long enough for all kills"
     last = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
