@@ -83,7 +83,7 @@ def test_wide_models_give_the_same_alone_as_among_others(
     assert min_rows_of(model) == MIN_REORDERED_ROWS
     assert all(alone_and_together(model, rng))
     monkeypatch.setattr(ReorderedLinear, "forward", by_number_of_rows)
-    assert not all(alone_and_together(model, rng))
+    assert not all(all(alone_and_together(model, rng)) for _ in range(5)), "greedy symbols of few prompts may be equal"
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -9,7 +9,7 @@ import pyarrow as pa
 from meristem.data.corrupt import crop_at
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import Tokenizer
-from meristem.types import INPUT, Tokens
+from meristem.types import Tokens
 
 CONTEXT_BYTES = 64
 """Bytes before a window that are encoded with it where a token may be several bytes: its first token is then no part of
@@ -36,14 +36,14 @@ class Cuts:
     starts: np.ndarray
     stops: np.ndarray
     places: np.ndarray
-    name: str = INPUT
+    name: str
     max_tokens: int = 0
     has_characters: bool = False
 
     @classmethod
-    def none(cls, count: int) -> "Cuts":
-        """Of records that are all taken whole."""
-        return cls(np.zeros(count, np.int64), np.full(count, -1, np.int64), np.zeros(count, np.int64))
+    def none(cls, count: int, name: str) -> "Cuts":
+        """Of records whose input `name` is taken whole."""
+        return cls(np.zeros(count, np.int64), np.full(count, -1, np.int64), np.zeros(count, np.int64), name)
 
     @classmethod
     def draw(
@@ -54,7 +54,7 @@ class Cuts:
         tokenizer: Tokenizer,
         max_tokens: int,
         rngs: Sequence[np.random.Generator],
-        name: str = INPUT,
+        name: str,
     ) -> "Cuts":
         """Windows of the records that are too long, where they can be cut.
 
@@ -64,11 +64,11 @@ class Cuts:
             rngs: one for each of `rows`, which is drawn from where its record is cut.
             name: of the input.
         """
-        cuts, per_token = cls.none(len(rows)), tokenizer.symbols_per_token
+        cuts, per_token = cls.none(len(rows), name), tokenizer.symbols_per_token
         if per_token is None or not is_long.any():
             return cuts
         has_characters = per_token > 1 and store.is_text(name)
-        cuts = replace(cuts, name=name, max_tokens=max_tokens, has_characters=has_characters)
+        cuts = replace(cuts, max_tokens=max_tokens, has_characters=has_characters)
         room = max_tokens - sum(tokenizer.num_special)
         width = room * per_token + (CONTEXT_BYTES if per_token > 1 else 0)
         long = np.flatnonzero(is_long)

@@ -151,7 +151,7 @@ class PackMaker:
         """Where records that are too long are cut before they are encoded."""
         most, name = self.max_tokens_per_record, self.main
         if most is None or self._has_views or name in self.objective.payload_inputs:
-            return Cuts.none(len(rows))
+            return Cuts.none(len(rows), name)
         return Cuts.draw(self.store, rows, self._lengths[members] > most, self.tokenizers[name], most, rngs, name)
 
     @cached_property
