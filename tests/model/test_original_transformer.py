@@ -34,7 +34,7 @@ from model_runs import outputs_of, specs
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 
 TOLERANCE = 3e-5
-"""Of logits and layers of about 1: the same fp32 operations, padded there and packed here; one draw in hundreds reaches 1.4e-5."""
+"""Of logits and layers of about 1: the same fp32 operations, padded there and packed here. Few draws reach 1.4e-5."""
 
 GRADIENT_TOLERANCE = 1e-4
 """Of a gradient, relative to its largest entry: sums over all rows, in another order."""

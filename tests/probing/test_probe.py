@@ -117,7 +117,7 @@ def test_values_get_ridge_and_rank_correlation(tmp_path: Path, model: Path, tabl
 
     for method in ("linear", "knn"):
         given = [[float(row[key]) for row in predicted] for key in ("label", method)]
-        assert found[method]["spearman"] == pytest.approx(spearmanr(*given).statistic, abs=5e-3)  # six digits in CSV tie ranks
+        assert found[method]["spearman"] == pytest.approx(spearmanr(*given).statistic, abs=5e-3)  # six digits tie
     assert (tmp_path / "probe" / "values.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "probe" / "confusion.png").exists()
 
