@@ -1,11 +1,7 @@
 """A run that is stopped or killed goes on, and what it has finished stays."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from kills import finish, kill_at_random_moments, parts_in
 from small_models import records_with_repeats, snapshot, write_fasta
 
 from meristem.errors import ConfigError, DataError
@@ -91,22 +88,9 @@ def test_five_kills_at_random_moments_leave_the_rows_of_an_unbroken_run(
     source = str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng, 1200)))
     embed_files(model, [source], tmp_path / "whole")
     command = [sys.executable, "-c", DRIVER, "embed", str(model), source, "--output", str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    kills = 0
-    for _ in range(5):
-        had = len(list(tmp_path.glob("out/part-*.parquet")))
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        # wait until it works, whatever the start takes, then strike at any moment: also while a part is written
-        while process.poll() is None and len(list(tmp_path.glob("out/part-*.parquet"))) <= had:
-            time.sleep(0.01)
-        time.sleep(float(rng.uniform(0, 0.3)))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills == 5
-    done = len(list(tmp_path.glob("out/part-*.parquet")))
-    assert 0 < done < 75, "the input must be long enough for five kills"
-    last = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert last.returncode == 0, last.stderr
+    kill_at_random_moments(command, tmp_path / "out", 5, 0.3, rng)
+    assert 0 < parts_in(tmp_path / "out") < 75, "the input must be long enough for five kills"
+    finish(command)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
     assert not list(tmp_path.glob("out/*.tmp"))
 

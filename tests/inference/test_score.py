@@ -1,10 +1,6 @@
 """Scoring in the loop that every job shares: it goes on where it was stopped, and equal records are scored once."""
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
+from kills import finish, kill_at_random_moments
 from small_models import random_protein, records_with_repeats, write_fasta
 
 from meristem.errors import ConfigError
@@ -154,16 +151,7 @@ def test_kills_at_random_moments_leave_the_file_of_an_unbroken_run(
     model, out = make_model_directory(), tmp_path / "out.csv"
     score_files(model, [source], tmp_path / "whole.csv")
     command = [sys.executable, "-c", DRIVER, "score", str(model), source, "--output", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for _ in range(NUM_KILLS):
-        had = len(list(tmp_path.glob("out.csv.parts/part-*.parquet")))
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(tmp_path.glob("out.csv.parts/part-*.parquet"))) <= had:
-            time.sleep(0.01)
-        time.sleep(float(rng.uniform(0, 0.2)))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the input must be long enough for all kills"
-    last = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert last.returncode == 0, last.stderr
+    kill_at_random_moments(command, tmp_path / "out.csv.parts", NUM_KILLS, 0.2, rng)
+    finish(command)
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.csv", "out.csv.manifest.json"]
