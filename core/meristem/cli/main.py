@@ -285,7 +285,7 @@ def _terminate_as_exit() -> Iterator[None]:
 
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Warnings about installed packages are one line each, without the place in our code."""
+    """Print each warning about an installed package as one line, without the file and line that raised it."""
     show = warnings.showwarning
 
     def say(message: Warning | str, category: type[Warning], *args: Any, **options: Any) -> None:

@@ -18,7 +18,7 @@ a word that was cut in two."""
 
 @dataclass(frozen=True)
 class Cuts:
-    """Windows of the records of a pack.
+    """Which part of each record of a pack is encoded.
 
     A window begins at a byte drawn uniformly from those at which the window would still fit if every byte were a token.
     It is the first `max_tokens` tokens from there on, or the last ones of the payload where fewer follow. Where each

@@ -90,7 +90,7 @@ def sort_classes(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def named(counts: Counter[str]) -> str:
-    """Classes with their counts, for messages: `a 12, b 3`."""
+    """The names of classes, each with its count, as a message shows them: `a 12, b 3`."""
     names = sort_classes(counts)
     more = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(f"{name} {counts[name]:,}" for name in names[:MAX_NAMED]) + more

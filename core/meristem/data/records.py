@@ -233,7 +233,7 @@ def input_names(schema: pa.Schema) -> tuple[str, ...]:
 
 
 def label_names(schema: pa.Schema) -> tuple[str, ...]:
-    """Names of the labels that records of a batch have, in their order."""
+    """Names of the label columns of a record batch, in the order of its columns."""
     return tuple(name.removeprefix(LABEL_PREFIX) for name in schema.names if name.startswith(LABEL_PREFIX))
 
 

@@ -205,7 +205,7 @@ def reordered(
 
 
 def _copy_around(module: nn.Module, stand_ins: dict[int, nn.Module], kept: Collection[int]) -> nn.Module:
-    """The module with the stand-ins (by `id` of what they stand for) in it: copied where it holds any, else itself."""
+    """A copy of the module with `stand_ins` (keyed by `id` of a layer) in place of layers; itself if it has none."""
     if id(module) in stand_ins or id(module) in kept or not is_own(module):
         return stand_ins.get(id(module), module)
     parts = {n: None if one is None else _copy_around(one, stand_ins, kept) for n, one in module._modules.items()}

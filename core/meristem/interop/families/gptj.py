@@ -33,7 +33,7 @@ def _joined_shares(tensors: Sequence[Tensor], config: TransformerConfig) -> Tens
 
 
 def _cut_shares(tensor: Tensor, config: TransformerConfig) -> Sequence[Tensor]:
-    """The inverse of `_joined_shares`."""
+    """Split what `_joined_shares` joined."""
     queries, keys, values = tensor.unflatten(0, (3, SHARES, -1)).unbind(0)
     return [torch.stack([queries, values, keys], dim=1).flatten(0, 2)]
 
