@@ -37,7 +37,7 @@ from meristem.domain import load_domain
 from meristem.inference.chunks import ChunkReader
 from meristem.inference.engine import Embedder
 from meristem.inference.job import Engine
-from meristem.objectives.masked import Masked
+from meristem.objectives.masked import MaskedTokens
 from meristem.train.task import Task
 from meristem_domains.protein.presets import PRESETS
 
@@ -143,11 +143,11 @@ def loading(path: Path, folder: Path, options: Options) -> Finding:
     """Stored records to masked packs, and what the smallest model makes of the same packs."""
     num_packs = 2 if options.is_quick else 4
     store = RecordStore.build(DOMAIN.reader, [Source(str(path))], ReadOptions(), name=DOMAIN.name, cache_dir=folder)
-    objective = Masked()
+    objective = MaskedTokens()
     objective.bind(RunData(TOKENIZER))
     loader = TrainLoader(
         store, np.arange(len(store)), TOKENIZER, objective,
-        seed=0, tokens_per_pack=4096, packs_per_step=1, max_tokens_per_record=1024,
+        seed=0, tokens_per_batch=4096, packs_per_step=1, max_tokens_per_record=1024,
     )  # fmt: skip
     packs = list(islice(iter(loader), num_packs))
     moved = [pack.to(options.device) for pack in packs]
@@ -193,7 +193,7 @@ def cropping(folder: Path, options: Options) -> Finding:
         residues = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", np.uint8)[rng.integers(0, 20, size)]
         path.write_bytes(b">one\n" + residues.tobytes() + b"\n")
         store = RecordStore.build(DOMAIN.reader, [Source(str(path))], ReadOptions(), name=DOMAIN.name, cache_dir=folder)
-        objective = Masked()
+        objective = MaskedTokens()
         objective.bind(RunData(TOKENIZER))
         makers[name] = PackMaker(store, np.arange(1), TOKENIZER, objective, 0, CROP_TOKENS)
 

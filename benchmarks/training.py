@@ -34,7 +34,7 @@ from meristem.data.records import PAYLOAD, ReadOptions, Source
 from meristem.domain import load_domain
 from meristem.interop.families.gpt2 import TABLE
 from meristem.model.config import Init, TransformerConfig
-from meristem.objectives.causal import Causal as CausalObjective
+from meristem.objectives.next_token import NextToken
 from meristem.train.run import build_trainer
 from meristem.train.task import Task
 from meristem.train.watch import Watch
@@ -90,7 +90,7 @@ def findings(options: Options) -> Iterator[Finding]:
 
 def our_step(shape: Shape, options: Options) -> OurStep:
     """Our decoder of a shape."""
-    task = Task(shape.architecture, CausalObjective(), OPTIMIZER)
+    task = Task(shape.architecture, NextToken(), OPTIMIZER)
     task.objective.bind_model(task.architecture)
     step = OurStep(task, options)
     redraw(task.model)
@@ -210,7 +210,7 @@ def documents(name: str, shape: Shape, what: str, lengths: np.ndarray, options: 
     ours = our_step(shape, options)
     peers = peer_steps(shape, ours, options, of_one_size=False)
     tokens = int(lengths.sum())
-    plan = plan_epoch(lengths, tokens_per_pack=-(-tokens // num_steps) * 11 // 10, seed=0, epoch=0)
+    plan = plan_epoch(lengths, tokens_per_batch=-(-tokens // num_steps) * 11 // 10, seed=0, epoch=0)
     packs = [packed(ours.task.objective, [symbols(sequences[i]) for i in rows], options) for rows in plan]
     batches = [padded(sequences[at : at + BATCH], options) for at in range(0, len(sequences), BATCH)]
     scored = tokens - len(lengths)  # the last of each has none behind it
@@ -275,7 +275,7 @@ def loop_overhead(options: Options) -> Finding:
         clock = Clock(options)
         settings = {"max_steps": steps + 1, "accelerator": options.device, "devices": 1, "gradient_clip_val": CLIP}
         trainer = build_trainer(settings, [clock], None, Watch())
-        task = Task(shape.architecture, CausalObjective(), OPTIMIZER)
+        task = Task(shape.architecture, NextToken(), OPTIMIZER)
         task.objective.bind_model(task.architecture)
         trainer.fit(task, DataLoader([batch] * (steps + 1), batch_size=None))  # type: ignore[arg-type]
         return clock.seconds

@@ -20,12 +20,12 @@ from meristem.registry import GROUPS, find, find_all, installed
 OBJECTIVES = "meristem.objectives"
 
 OBJECTIVE = """
-from meristem.objectives.masked import Masked
+from meristem.objectives.masked import MaskedTokens
 
-class HidesCodes(Masked):
+class HidesCodes(MaskedTokens):
     '''An objective whose registered name is not the name of its class.'''
 
-    def __init__(self, rate: float = 0.3, inner: Masked | None = None):
+    def __init__(self, rate: float = 0.3, inner: MaskedTokens | None = None):
         super().__init__(rate=rate)
         self.inner = inner
 """
@@ -75,10 +75,10 @@ def test_an_unknown_name_is_refused_and_the_known_ones_are_listed(group):
 
 def test_a_built_in_piece_is_found_under_its_name():
     from meristem.data.tokenizer import AlphabetTokenizer
-    from meristem.objectives.masked import Masked
+    from meristem.objectives.masked import MaskedTokens
 
     assert find("meristem.tokenizers", "alphabet") is AlphabetTokenizer
-    assert find_all(OBJECTIVES)["Masked"] is Masked
+    assert find_all(OBJECTIVES)["MaskedTokens"] is MaskedTokens
     assert set(installed("meristem.tokenizers")) >= {"alphabet", "patches", "subwords"}
     for name, kind in find_all("meristem.tokenizers").items():
         assert kind.kind == name
@@ -105,7 +105,7 @@ def test_a_package_that_cannot_be_imported_leaves_the_others_working(what, site)
 
 
 def test_two_packages_with_one_name_are_both_named_and_neither_is_taken(site):
-    source = "from meristem.objectives.masked import Masked as Piece"
+    source = "from meristem.objectives.masked import MaskedTokens as Piece"
     for package in ("lab-one", "lab-two"):
         module = package.replace("-", "_")
         write_package(site, package, {OBJECTIVES: {"Twice": f"{module}:Piece"}}, {module: source})
@@ -151,7 +151,8 @@ def test_a_model_directory_cannot_name_what_is_imported(tmp_path, site):
 
 
 @pytest.mark.parametrize(
-    "said", ["codes", "{class_path: codes}", "{class_path: codes, init_args: {rate: 0.2, inner: {class_path: Masked}}}"]
+    "said",
+    ["codes", "{class_path: codes}", "{class_path: codes, init_args: {rate: 0.2, inner: {class_path: MaskedTokens}}}"],
 )
 def test_an_objective_is_configured_by_its_registered_name(said, site, tmp_path):
     write_package(site, "lab-codes", {OBJECTIVES: {"codes": "lab_codes:HidesCodes"}}, {"lab_codes": OBJECTIVE})
@@ -159,7 +160,7 @@ def test_an_objective_is_configured_by_its_registered_name(said, site, tmp_path)
     objective = parse(["--config", path], "fit").values["model"]["objective"]
     assert objective["class_path"] == "lab_codes.HidesCodes"
     assert objective["init_args"]["rate"] == (0.2 if "rate" in said else 0.3)
-    as_argument = parse(["--config", written_config(tmp_path, "Masked"), "--model.objective", said], "fit")
+    as_argument = parse(["--config", written_config(tmp_path, "MaskedTokens"), "--model.objective", said], "fit")
     assert as_argument.values["model"]["objective"] == objective
 
 
@@ -172,15 +173,17 @@ def test_a_later_config_may_name_an_objective_as_the_resolved_one_of_an_earlier_
 
 
 def test_arguments_that_are_not_of_the_objective_pass_as_they_are():
-    given = ["--data.sources", "Masked", "--model.objective.rate=0.2", "--model.objective"]
+    given = ["--data.sources", "MaskedTokens", "--model.objective.rate=0.2", "--model.objective"]
     assert name_in_arguments(given) == given
-    assert with_class_path({"class_path": "a.Path", "init_args": {"name": "Masked"}})["init_args"] == {"name": "Masked"}
+    assert with_class_path({"class_path": "a.Path", "init_args": {"name": "MaskedTokens"}})["init_args"] == {
+        "name": "MaskedTokens"
+    }
 
 
 def test_training_is_not_touched_by_a_broken_package_that_it_does_not_need(site, tmp_path, capsys):
     source = "import no_such_library"
     write_package(site, "lab-broken", {OBJECTIVES: {"Hazy": "lab_broken:Hazy"}}, {"lab_broken": source})
-    assert parse(["--config", written_config(tmp_path, "Masked")], "fit") is not None
+    assert parse(["--config", written_config(tmp_path, "MaskedTokens")], "fit") is not None
     path = written_config(tmp_path, "Hazy")
     with pytest.raises(ConfigError, match=r"run\.yaml:4: .*lab-broken 1\.0 cannot be imported: .*no_such_library"):
         parse(["--config", path], "fit")
@@ -194,7 +197,7 @@ def test_a_broken_package_is_one_line_of_a_verb_that_asks_for_all(site, tmp_path
     assert done.returncode == 0, done.stderr
     [line] = done.stderr.splitlines()
     assert line.startswith("meristem: warning: the objective 'Hazy' of the installed package lab-broken 1.0 cannot be")
-    assert "Masked" in done.stdout
+    assert "MaskedTokens" in done.stdout
 
 
 def test_a_registered_name_that_is_no_objective_is_refused(site, tmp_path):

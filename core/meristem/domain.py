@@ -26,9 +26,9 @@ GROUP = "meristem.domains"
 
 def masked_symbols() -> Objective:
     """Symbols that are hidden, which most domains can be trained for."""
-    from meristem.objectives.masked import Masked  # imports torchmetrics, which takes seconds
+    from meristem.objectives.masked import MaskedTokens  # imports torchmetrics, which takes seconds
 
-    return Masked()
+    return MaskedTokens()
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from meristem.data.similarity import Similarity
 from meristem.data.views import Views
 from meristem.domain import Domain, domain_of_model, load_domain
 from meristem.errors import ConfigError
-from meristem.objectives.causal import Causal
-from meristem.objectives.masked import Masked
+from meristem.objectives.masked import MaskedTokens
+from meristem.objectives.next_token import NextToken
 from meristem.objectives.supervised import Supervised, Target
 from meristem.scaffold import write_domain
 from meristem.scoring.scorer import Scorer
@@ -206,14 +206,14 @@ def _with_symbols(config, num_symbols=9, **parts):
     return dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, vocab_size=num_symbols, **parts))
 
 
-class _Unlearned(Masked):
+class _Unlearned(MaskedTokens):
     def loss_of(self, model, extra, batch):
         out = super().loss_of(model, extra, batch)
         terms = {name: dataclasses.replace(term, sum=-term.sum) for name, term in out.terms.items()}
         return dataclasses.replace(out, terms={n: dataclasses.replace(t, sum=t.sum * 0 + 1) for n, t in terms.items()})
 
 
-class _Miscounting(Masked):
+class _Miscounting(MaskedTokens):
     def counts(self, batch):
         return {name: count + 1 for name, count in super().counts(batch).items()}
 
@@ -278,13 +278,13 @@ MUTANTS = {
     ),
     "options that a run does not take": ("sample", lambda d: {"sample_options": {"colour": "red"}}),
     "options that the tokenizer does not take": ("sample", lambda d: {"sample_options": {"tokenizer": {"k": 3}}}),
-    "an objective that is none": ("sample", lambda d: {"sample_objective": lambda: "Masked"}),
-    "an objective that cannot be made": ("sample", lambda d: {"sample_objective": lambda: Masked(rate=3)}),
+    "an objective that is none": ("sample", lambda d: {"sample_objective": lambda: "MaskedTokens"}),
+    "an objective that cannot be made": ("sample", lambda d: {"sample_objective": lambda: MaskedTokens(rate=3)}),
     "an objective without its labels": (
         "records",
         lambda d: {"sample_objective": lambda: Supervised([Target(name="x")])},
     ),
-    "an objective that the presets are not for": ("train", lambda d: {"sample_objective": Causal}),
+    "an objective that the presets are not for": ("train", lambda d: {"sample_objective": NextToken}),
     "an objective that learns nothing": ("train", lambda d: {"sample_objective": _Unlearned}),
     "an objective that miscounts": ("train", lambda d: {"sample_objective": _Miscounting}),
     "symbols that the loss never sees right": (

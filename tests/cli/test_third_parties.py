@@ -55,7 +55,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 FIT = (
     *("fit", "--data.domain", "lab-codes", "--data.sources", "@sample", "--model.architecture", "tiny"),
-    *("--model.objective", "Sequel", "--data.views", "{rate: 0.3}", "--data.tokens_per_pack", "200"),
+    *("--model.objective", "Sequel", "--data.views", "{rate: 0.3}", "--data.tokens_per_batch", "200"),
     *("--trainer.accelerator", "cpu", "--watch.validate_every_n_steps", "20", "--watch.save_every_n_steps", "5"),
 )
 

@@ -68,12 +68,12 @@ def store(rng, payloads, make_store):
 
 def train(store, objective=None, rows=None, **options) -> TrainLoader:
     rows = np.arange(len(store)) if rows is None else rows
-    options = {"seed": 7, "tokens_per_pack": 200, "packs_per_step": 4, **options}
+    options = {"seed": 7, "tokens_per_batch": 200, "packs_per_step": 4, **options}
     return TrainLoader(store, rows, TOKENIZER, objective or Hide(), **options)
 
 
 def evaluation(store, objective=None, **options) -> EvalLoader:
-    options = {"seed": 7, "tokens_per_pack": 200, **options}
+    options = {"seed": 7, "tokens_per_batch": 200, **options}
     return EvalLoader(store, np.arange(len(store)), TOKENIZER, objective or Hide(), **options)
 
 
@@ -91,12 +91,12 @@ def bits(batch: PackedBatch) -> tuple:
     )
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_change_nothing(store, num_workers):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(store, workers):
     expected = [bits(batch) for batch in take(train(store), 22)]
-    assert [bits(batch) for batch in take(train(store, num_workers=num_workers), 22)] == expected
+    assert [bits(batch) for batch in take(train(store, workers=workers), 22)] == expected
     expected = [bits(batch) for batch in evaluation(store)]
-    loader = evaluation(store, num_workers=num_workers)
+    loader = evaluation(store, workers=workers)
     for _ in range(2):
         assert [bits(batch) for batch in loader] == expected
 
@@ -128,11 +128,11 @@ def test_step_counts_are_the_sums_over_the_packs_of_the_step(store):
         assert all(batch.step_counts == expected for batch in step)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_starting_at_step_k_equals_going_through(store, num_workers):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_starting_at_step_k_equals_going_through(store, workers):
     through = [bits(batch) for batch in take(train(store), 4 * 12)]
     start = [5]
-    loader = train(store, num_workers=num_workers, start_step=lambda: start[0])
+    loader = train(store, workers=workers, start_step=lambda: start[0])
     assert [bits(batch) for batch in take(loader, 4 * 7)] == through[4 * 5 :]
     start[0] = 9  # asked anew whenever iteration begins
     assert [bits(batch) for batch in take(loader, 4 * 3)] == through[4 * 9 :]
@@ -182,20 +182,20 @@ def test_masks_of_an_evaluation_do_not_depend_on_packing_or_pass(store):
     expected = targets_of(one)
     assert sorted(expected) == list(range(120))
     assert targets_of(one) == expected
-    assert targets_of(evaluation(store, tokens_per_pack=77)) == expected
+    assert targets_of(evaluation(store, tokens_per_batch=77)) == expected
     shares = [evaluation(store, rank=rank, world_size=3) for rank in range(3)]
     assert {k: v for share in shares for k, v in targets_of(share).items()} == expected
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("limit", [1.0, 2, 0.3])
-def test_shares_of_an_evaluation_are_equally_long_and_hold_each_pack_once(store, limit, num_workers):
+def test_shares_of_an_evaluation_are_equally_long_and_hold_each_pack_once(store, limit, workers):
     whole = [bits(batch) for batch in evaluation(store)]
     wanted = whole[: {1.0: len(whole), 2: 2, 0.3: int(0.3 * len(whole))}[limit]]
     assert wanted
     world_size = int(np.random.default_rng().integers(2, 6)) if limit != 2 else 5  # more processes than packs
     shares = [
-        list(evaluation(store, rank=rank, world_size=world_size, limit=limit, num_workers=num_workers))
+        list(evaluation(store, rank=rank, world_size=world_size, limit=limit, workers=workers))
         for rank in range(world_size)
     ]
     lengths = {len(share) for share in shares}
@@ -251,13 +251,13 @@ def test_long_records_are_cropped_to_a_window_of_their_own_each_epoch_and_counte
         train(store, max_tokens_per_record=2)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_global_generators_are_left_alone(store, num_workers):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_generators_are_left_alone(store, workers):
     torch.manual_seed(3)
     np.random.seed(3)  # noqa: NPY002
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
-    take(train(store, num_workers=num_workers), 5)
-    list(evaluation(store, num_workers=num_workers))
+    take(train(store, workers=workers), 5)
+    list(evaluation(store, workers=workers))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
 
@@ -267,21 +267,21 @@ class Refuses(Bare):
         raise DataError(f"{record.source}: no good")
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_data_error_of_a_worker_stays_one_line(store, num_workers):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_error_of_a_worker_stays_one_line(store, workers):
     for loader in (train, evaluation):
         with pytest.raises(DataError, match=r"^.*\.txt:\d+: no good$") as caught:
-            take(loader(store, Refuses(), num_workers=num_workers), 1)
+            take(loader(store, Refuses(), workers=workers), 1)
         assert "\n" not in str(caught.value)
 
 
 def test_settings_that_cannot_work_are_refused(store):
     with pytest.raises(ConfigError, match=r"multiple of the number of processes \(2\); got 3; nearest: 4"):
         train(store, packs_per_step=3, world_size=2)
-    with pytest.raises(ConfigError, match="num_workers"):
-        train(store, num_workers=-1)
-    with pytest.raises(ConfigError, match="tokens_per_pack"):
-        evaluation(store, tokens_per_pack=0)
+    with pytest.raises(ConfigError, match="workers"):
+        train(store, workers=-1)
+    with pytest.raises(ConfigError, match="tokens_per_batch"):
+        evaluation(store, tokens_per_batch=0)
     with pytest.raises(ConfigError, match="at least one record"):
         train(store, rows=np.zeros(0, int))
 

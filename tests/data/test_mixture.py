@@ -23,7 +23,7 @@ def random_mixture(rng: np.random.Generator) -> dict:
         "lengths": rng.integers(1, 40, sizes.sum()),
         "source_of": rng.permutation(np.repeat(np.arange(count), sizes)),
         "weights": rng.uniform(0.05, 1, count).tolist(),
-        "tokens_per_pack": int(rng.integers(40, 120)),
+        "tokens_per_batch": int(rng.integers(40, 120)),
         "packs_per_step": int(rng.integers(1, 5)),
         "seed": int(rng.integers(2**32)),
     }
@@ -45,7 +45,7 @@ def slowly(mixture: dict, count: int) -> list[tuple[int, list[int]]]:
         source = max(sources, key=lambda s: (shares[s] * total - tokens[s], -s))
         stream = PackStream(
             mixture["lengths"][rows[source]],
-            tokens_per_pack=mixture["tokens_per_pack"],
+            tokens_per_batch=mixture["tokens_per_batch"],
             packs_per_step=1,
             seed=mixture["seed"] + source,
         )
@@ -84,7 +84,7 @@ def test_tokens_of_each_source_are_near_its_share_at_every_pack(rng, trial):
     for _, members in packs_of(MixedStream(**mixture), 80):
         tokens[mixture["source_of"][members[0]]] += mixture["lengths"][members].sum()
         off = np.abs(tokens - shares * tokens.sum())
-        assert off.max() <= len(shares) * mixture["tokens_per_pack"]
+        assert off.max() <= len(shares) * mixture["tokens_per_batch"]
 
 
 def test_shares_that_are_ignored_would_be_noticed(rng, monkeypatch):
@@ -108,7 +108,7 @@ def test_going_on_in_the_middle_gives_the_same_steps(rng, trial):
 def test_weights_that_do_not_fit_are_refused(weights):
     lengths, source_of = np.full(6, 10), np.array([0, 0, 0, 1, 1, 1])
     with pytest.raises(ConfigError, match="one number above 0 for each source"):
-        MixedStream(lengths, source_of, weights, tokens_per_pack=50, packs_per_step=1, seed=0)
+        MixedStream(lengths, source_of, weights, tokens_per_batch=50, packs_per_step=1, seed=0)
 
 
 class Bare:
@@ -150,15 +150,15 @@ def test_a_store_knows_the_source_of_each_record(rng, tmp_path, trial):
     assert pickle.loads(pickle.dumps(store)).source_of(rows).tolist() == [expected[row] for row in rows]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_goes_on_in_the_middle_and_gives_each_source_its_share(rng, tmp_path, num_workers):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_in_the_middle_and_gives_each_source_its_share(rng, tmp_path, workers):
     store, source_of = mixed_store(rng, tmp_path, [40, 12, 25])
     rows = np.sort(rng.permutation(len(store))[:60])
 
     def batches(start: int, count: int) -> list[PackedBatch]:
         loader = TrainLoader(
-            store, rows, TOKENIZER, Bare(), seed=5, tokens_per_pack=150, packs_per_step=3, weights=[2, 5, 3],
-            num_workers=num_workers, start_step=lambda: start,
+            store, rows, TOKENIZER, Bare(), seed=5, tokens_per_batch=150, packs_per_step=3, weights=[2, 5, 3],
+            workers=workers, start_step=lambda: start,
         )  # fmt: skip
         return list(itertools.islice(loader, count))
 

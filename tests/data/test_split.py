@@ -14,7 +14,7 @@ from meristem.data.split import split_by_column, split_by_hash, split_by_similar
 from meristem.data.store import RecordStore
 from meristem.domain import load_domain
 from meristem.errors import ConfigError, DataError
-from meristem.objectives.masked import Masked
+from meristem.objectives.masked import MaskedTokens
 from meristem.train.datamodule import DataModule, Split
 
 FRACTIONS = {"train": 0.7, "validation": 0.2, "test": 0.1}
@@ -232,7 +232,7 @@ def test_a_domain_says_what_is_similar_and_a_user_says_otherwise(rng, make_store
     for name, numbers in {"own": {}, "same": {"k": 5, "threshold": 0.25}, "other": {"k": 20}}.items():
         split = Split(method="similarity", validation_frac=0.4, **numbers)
         data = DataModule("protein", str(file), split=split, cache_dir=str(tmp_path / "cache"))
-        store = data._store(data.sources, data.read_options(Masked()))
+        store = data._store(data.sources, data.read_options(MaskedTokens()))
         parts[name] = {part: rows.tolist() for part, rows in data._deal(store).items()}
     assert parts["own"] == parts["same"] != parts["other"]
 

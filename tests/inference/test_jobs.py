@@ -178,7 +178,7 @@ def test_encoding_in_processes_gives_what_one_process_gives(
     records = [(f"p{i}", random_protein(rng) + ("1" if is_skipping and i % 7 == 3 else "")) for i in range(60)]
     source = str(write_fasta(tmp_path / "in.fa", records))
     done = [
-        embed_files(model, [source], tmp_path / f"w{n}", EmbedOptions(num_workers=n, is_skipping=is_skipping))
+        embed_files(model, [source], tmp_path / f"w{n}", EmbedOptions(workers=n, is_skipping=is_skipping))
         for n in (0, 2)
     ]
     assert content(tmp_path / "w0") == content(tmp_path / "w2")

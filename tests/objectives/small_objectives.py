@@ -28,12 +28,12 @@ from meristem.model.config import (
     Prefix as PrefixPool,
 )
 from meristem.model.model import SYMBOLS, Model
-from meristem.objectives.causal import Causal
 from meristem.objectives.denoising import Denoising
-from meristem.objectives.masked import Masked
+from meristem.objectives.masked import MaskedTokens
 from meristem.objectives.next_sentence import NextSentence
+from meristem.objectives.next_token import NextToken
 from meristem.objectives.objective import Objective
-from meristem.objectives.prefix import Prefix
+from meristem.objectives.prefix_lm import PrefixLM
 from meristem.objectives.sequence_to_sequence import SequenceToSequence
 from meristem.objectives.spans import SpanCorruption
 from meristem.types import PackedBatch, Record, Tokens
@@ -72,9 +72,9 @@ PAIRS = replace(
 )
 
 CASES: dict[str, tuple[Callable[..., Objective], TransformerConfig]] = {
-    "masked": (Masked, ENCODER),
-    "causal": (Causal, DECODER),
-    "prefix": (Prefix, PREFIX_DECODER),
+    "masked": (MaskedTokens, ENCODER),
+    "causal": (NextToken, DECODER),
+    "prefix": (PrefixLM, PREFIX_DECODER),
     "spans": (SpanCorruption, BOTH),
     "denoising": (lambda **options: Denoising(delete_rate=0.1, **options), BOTH),
     "sequence to sequence": (SequenceToSequence, BOTH),

@@ -11,7 +11,7 @@ from meristem.domain import load_domain
 from meristem.errors import ConfigError
 from meristem.model.config import Attention, Embedding, FeedForward, TokenHead, TransformerConfig
 from meristem.model.model import Model
-from meristem.objectives.masked import Masked
+from meristem.objectives.masked import MaskedTokens
 from meristem.types import IGNORE, Record
 from model_runs import outputs_of
 
@@ -19,7 +19,7 @@ TOKENIZER = load_domain("protein").tokenizer()
 
 
 def test_only_payload_tokens_are_hidden_and_all_scored_ones_keep_their_symbol(rng):
-    objective = Masked(rate=0.4)
+    objective = MaskedTokens(rate=0.4)
     objective.bind(RunData(TOKENIZER))
     for seed in range(50):
         sequence = "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(1, 40)))
@@ -43,7 +43,7 @@ def test_loss_is_the_sum_over_scored_rows_of_all_rows_logits(rng):
         feedforward=FeedForward(width=64),
         head=TokenHead(),
     )
-    objective = Masked()
+    objective = MaskedTokens()
     objective.bind(RunData(TOKENIZER))
     model = Model(config, objective.heads)
     sequences = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), n)) for n in (5, 30, 61)]
@@ -69,4 +69,4 @@ def test_loss_is_the_sum_over_scored_rows_of_all_rows_logits(rng):
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(ConfigError, match="objective"):
-        Masked(**options)
+        MaskedTokens(**options)

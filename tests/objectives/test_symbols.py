@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from meristem.errors import ConfigError
 from meristem.model.model import SYMBOLS
 from meristem.model.outputs import Wanted
-from meristem.objectives.causal import Causal
-from meristem.objectives.masked import Masked
+from meristem.objectives.masked import MaskedTokens
+from meristem.objectives.next_token import NextToken
 from meristem.objectives.symbols import request_symbols
 from meristem.types import IGNORE
 from model_runs import outputs_of
@@ -63,7 +63,7 @@ def test_preparing_is_a_pure_function_of_record_and_generator(name, rng):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
-@pytest.mark.parametrize("make", [Causal, Masked])
+@pytest.mark.parametrize("make", [NextToken, MaskedTokens])
 def test_smoothed_loss_is_that_of_torch_and_figures_stay_unsmoothed(make, smoothing, rng):
     records = random_records(rng)
     objective = bound(make(label_smoothing=smoothing), DECODER, records)
@@ -87,7 +87,7 @@ def test_smoothed_loss_is_that_of_torch_and_figures_stay_unsmoothed(make, smooth
 
 def test_perplexity_bits_and_accuracy_are_of_all_rows_at_once(rng):
     records = random_records(rng, count=12)
-    objective = bound(Causal(label_smoothing=0.3), DECODER, records)
+    objective = bound(NextToken(label_smoothing=0.3), DECODER, records)
     model = built(objective, DECODER)
     metrics = objective.metrics()
     losses, hits = [], []

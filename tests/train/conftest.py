@@ -25,12 +25,12 @@ model:
     feedforward: {width: 64, dropout: 0.1}
     head: {}
   dropout: 0.1
-  objective: {class_path: Masked}
+  objective: {class_path: MaskedTokens}
   optimizer: {lr: 1e-3, warmup_steps: 5}
 data:
   domain: protein
   sources: proteins.fasta
-  tokens_per_pack: 256
+  tokens_per_batch: 256
   split: {validation_frac: 0.2}
 trainer: {max_steps: 40, accumulate_grad_batches: 2, accelerator: cpu}
 watch: {validate_every_n_steps: 7, save_every_n_steps: 3}

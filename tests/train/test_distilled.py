@@ -121,7 +121,8 @@ def test_a_run_with_a_teacher_is_trained_validated_and_gone_on_with(bench, rng):
     rows = "".join(f"{sequence},{'abc'[len(sequence) % 3]}\n" for sequence in proteins)
     (bench.path / "labels.csv").write_text("sequence,place\n" + rows)
     bench.replace(
-        "objective: {class_path: Masked}", "objective: {class_path: Supervised, init_args: {targets: [{name: place}]}}"
+        "objective: {class_path: MaskedTokens}",
+        "objective: {class_path: Supervised, init_args: {targets: [{name: place}]}}",
     )
     bench.replace("proteins.fasta", "labels.csv")
     bench.replace("max_steps: 40", "max_steps: 7")

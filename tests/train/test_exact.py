@@ -14,7 +14,7 @@ from meristem.domain import load_domain
 from meristem.model.config import Attention, Embedding, FeedForward, TokenHead, TransformerConfig
 from meristem.model.heads.labels import Standardise
 from meristem.model.model import Model
-from meristem.objectives.masked import Masked
+from meristem.objectives.masked import MaskedTokens
 from meristem.objectives.supervised import Supervised, Target
 from meristem.train.optim import OptimizerConfig, lr_factor, parameter_groups
 from meristem.train.recorder import MetricsFile
@@ -88,8 +88,8 @@ def _supervised() -> Supervised:
     return objective
 
 
-def _masked() -> Masked:
-    objective = Masked(rate=0.3)
+def _masked() -> MaskedTokens:
+    objective = MaskedTokens(rate=0.3)
     objective.bind(RunData(TOKENIZER))
     return objective
 

@@ -38,7 +38,7 @@ CONFIG = """
 model:
   objective: {class_path: Supervised, init_args: {targets: [{name: kind, pool: own}]}}
   optimizer: {lr: 1e-3, warmup_steps: 2}
-data: {domain: protein, sources: kinds.csv, tokens_per_pack: 400, split: {validation_frac: 0.2}}
+data: {domain: protein, sources: kinds.csv, tokens_per_batch: 400, split: {validation_frac: 0.2}}
 trainer: {max_steps: 2, accelerator: cpu, enable_progress_bar: false, logger: false}
 watch: {validate_every_n_steps: 2, save_every_n_steps: 2}
 """

@@ -34,7 +34,7 @@ model:
 data:
   domain: protein
   sources: proteins.csv
-  tokens_per_pack: 200
+  tokens_per_batch: 200
   split: {method: column, column: part}
 trainer: {max_steps: 4, accelerator: cpu, enable_progress_bar: false, logger: false}
 watch: {validate_every_n_steps: 2, save_every_n_steps: 2}

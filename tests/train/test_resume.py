@@ -59,7 +59,7 @@ def test_asked_to_stop_it_saves_and_goes_on(bench, rng, number, expected_code):
 @pytest.mark.slow
 def test_seed_decides_losses_and_workers_do_not(bench):
     bench.replace("max_steps: 40", "max_steps: 9")
-    runs = {"a": [], "b": [], "workers": ["--data.num_workers", "2"], "other": ["--seed", "1"]}
+    runs = {"a": [], "b": [], "workers": ["--data.workers", "2"], "other": ["--seed", "1"]}
     for name, arguments in runs.items():
         done = bench.run("--run_dir", name, *arguments)
         assert done.code == 0, done.err

@@ -28,7 +28,7 @@ model:
 data:
   domain: protein
   sources: table.csv
-  tokens_per_pack: 512
+  tokens_per_batch: 512
   split: {method: column, column: part}
 trainer: {max_steps: 12, accelerator: cpu}
 watch: {validate_every_n_steps: 4, save_every_n_steps: 5, monitor: place/mcc, mode: max}

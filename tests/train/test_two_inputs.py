@@ -24,7 +24,7 @@ model:
     head: {}
   objective: {class_path: SequenceToSequence}
   optimizer: {lr: 1e-3, warmup_steps: 2}
-data: {domain: protein, sources: pairs.csv, tokens_per_pack: 512, split: {validation_frac: 0.3}}
+data: {domain: protein, sources: pairs.csv, tokens_per_batch: 512, split: {validation_frac: 0.3}}
 trainer: {max_steps: 4, accelerator: cpu}
 watch: {validate_every_n_steps: 2}
 """
@@ -41,7 +41,7 @@ model:
     head: {}
   objective: {class_path: NextSentence}
   optimizer: {lr: 1e-3, warmup_steps: 2}
-data: {domain: protein, sources: pairs.csv, tokens_per_pack: 512, split: {validation_frac: 0.3}}
+data: {domain: protein, sources: pairs.csv, tokens_per_batch: 512, split: {validation_frac: 0.3}}
 trainer: {max_steps: 4, accelerator: cpu}
 watch: {validate_every_n_steps: 2}
 """

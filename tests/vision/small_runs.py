@@ -22,7 +22,7 @@ data:
   domain: vision
   sources: pets
   tokenizer: {image_px: [8, 12], patch_px: 4}
-  tokens_per_pack: 70
+  tokens_per_batch: 70
   split: {validation_frac: 0.2}
 trainer: {max_steps: 6, accelerator: cpu, logger: false}
 watch: {validate_every_n_steps: 3, save_every_n_steps: 3}

@@ -225,7 +225,7 @@ MANY = [
     "30",
     "--watch.validate_every_n_steps",
     "15",
-    "--data.num_workers",
+    "--data.workers",
     "2",
     "--data.on_error",
     "skip",

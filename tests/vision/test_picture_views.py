@@ -140,9 +140,9 @@ def _packs(store: RecordStore, count: int = 6, **options) -> list:
         TOKENIZER,
         _objective(store),
         seed=4,
-        tokens_per_pack=17 * 4,
+        tokens_per_batch=17 * 4,
         packs_per_step=1,
-        num_workers=0,
+        workers=0,
         views=views,
     )
     return list(itertools.islice(iter(loader), count))
@@ -151,8 +151,8 @@ def _packs(store: RecordStore, count: int = 6, **options) -> list:
 def test_packs_are_equal_with_workers_and_anew_and_other_in_each_epoch(store):
     first = _packs(store)
     views = domain.build_views(TOKENIZER, crop_scale=[0.4, 1], auto_augment="rand-m9", erase=0.5)
-    options = {"seed": 4, "tokens_per_pack": 17 * 4, "packs_per_step": 1, "views": views}
-    loader = TrainLoader(store, np.arange(len(store)), TOKENIZER, _objective(store), num_workers=2, **options)
+    options = {"seed": 4, "tokens_per_batch": 17 * 4, "packs_per_step": 1, "views": views}
+    loader = TrainLoader(store, np.arange(len(store)), TOKENIZER, _objective(store), workers=2, **options)
     in_workers = list(itertools.islice(iter(loader), len(first)))
     for one, again, other in zip(first, _packs(store), in_workers):
         assert one.records == again.records == other.records
@@ -187,7 +187,7 @@ def test_repeats_are_other_views_of_one_picture_in_one_pack_of_the_planned_size(
 def test_evaluation_sees_pictures_as_they_are(store):
     views = domain.build_views(TOKENIZER, flip=1.0, erase=1.0, repeats=2)
     rows = np.arange(len(store))
-    loader = EvalLoader(store, rows, TOKENIZER, _objective(store), seed=0, tokens_per_pack=1000, views=views)
+    loader = EvalLoader(store, rows, TOKENIZER, _objective(store), seed=0, tokens_per_batch=1000, views=views)
     (batch,) = loader
     for record, values in zip(batch.records, batch.features.view(12, 17, -1)):
         wanted = TOKENIZER.encode(store.records(np.array([record]))[0].payload)

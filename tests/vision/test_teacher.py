@@ -203,7 +203,7 @@ data:
   domain: vision
   sources: pictures
   tokenizer: {image_px: 8, patch_px: 2, num_channels: 1}
-  tokens_per_pack: 512
+  tokens_per_batch: 512
   split: {validation_frac: 0.3}
 trainer: {max_steps: 8, accelerator: cpu, enable_progress_bar: false, accumulate_grad_batches: 2, logger: false}
 watch: {validate_every_n_steps: 4, save_every_n_steps: 4, monitor: distillation/gap}

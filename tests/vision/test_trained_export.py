@@ -31,7 +31,7 @@ model:
   ema_decay: 0.5
   objective: {class_path: Supervised, init_args: {targets: [{name: label, pool: own}]}}
   optimizer: {lr: 1e-3, warmup_steps: 1, layer_decay: 0.7}
-data: {domain: vision, sources: pets, tokens_per_pack: 200, split: {validation_frac: 0.25}}
+data: {domain: vision, sources: pets, tokens_per_batch: 200, split: {validation_frac: 0.25}}
 trainer: {max_steps: 4, accelerator: cpu, enable_progress_bar: false, logger: false}
 watch: {validate_every_n_steps: 4, save_every_n_steps: 4}
 """

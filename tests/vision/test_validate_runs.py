@@ -22,7 +22,7 @@ data:
   domain: vision
   sources: pictures
   tokenizer: {{image_px: 16, patch_px: 4}}
-  tokens_per_pack: 300
+  tokens_per_batch: 300
   split: {{validation_frac: 0.3, test_frac: 0.2}}
 trainer: {{max_steps: 6, accelerator: cpu, enable_progress_bar: false, logger: false}}
 watch: {{validate_every_n_steps: 6, save_every_n_steps: 6}}

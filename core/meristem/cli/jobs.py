@@ -61,7 +61,7 @@ def job_options(args: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_batch": args.tokens_per_batch,
         "precision": args.precision,
         "devices": args.devices,
-        "num_workers": args.workers,
+        "workers": args.workers,
         "is_compiled": args.compile,
         "domain": args.domain,
         "tokenizer": args.tokenizer,

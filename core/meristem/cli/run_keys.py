@@ -50,7 +50,7 @@ FREE_KEYS = (
     "trainer.num_nodes",
     "trainer.strategy",
     "trainer.accumulate_grad_batches",
-    "data.num_workers",
+    "data.workers",
     "data.cache_dir",
     "watch",
     "run_dir",
@@ -75,8 +75,8 @@ def build_task(
     Args:
         architecture: a preset of the domain (`preset: esm2_8m`), or the fields of a transformer (`width`,
             `num_layers`, `attention.num_heads`, `feedforward.width` ...), or both: fields go over the preset's.
-        objective: what the model is trained for: the name of an installed objective (`Masked`, `Causal`, `Supervised`
-            ...), or the import path of a class.
+        objective: what the model is trained for: the name of an installed objective (`MaskedTokens`, `NextToken`,
+            `Supervised` ...), or the import path of a class.
         optimizer: AdamW and its schedule.
         init_from: a model directory to start from; its architecture is then used.
         freeze_trunk: only heads are trained.

@@ -34,11 +34,11 @@ class TrainLoader:
         tokenizer: of every input that is not in `others`.
         objective: bound already.
         seed: of the run.
-        tokens_per_pack: tokens that a pack holds at most, but for a single longer record.
+        tokens_per_batch: tokens that a pack holds at most, but for a single longer record.
         packs_per_step: packs of an optimiser step over all ranks and accumulation.
         rank: of this process.
         world_size: processes that share each step.
-        num_workers: processes that prepare steps ahead; 0 prepares in this one. Without effect on what comes.
+        workers: processes that prepare steps ahead; 0 prepares in this one. Without effect on what comes.
         max_tokens_per_record: longer records are cropped to a random window each epoch (`num_cropped`).
         views: of the records; None for the records as they are.
         others: tokenizers of inputs.
@@ -59,18 +59,18 @@ class TrainLoader:
         objective: Prepares,
         *,
         seed: int,
-        tokens_per_pack: int,
+        tokens_per_batch: int,
         packs_per_step: int,
         rank: int = 0,
         world_size: int = 1,
-        num_workers: int = 0,
+        workers: int = 0,
         max_tokens_per_record: int | None = None,
         views: Views | None = None,
         others: Mapping[str, Tokenizer] | None = None,
         weights: Sequence[float] | None = None,
         start_step: Callable[[], int] = lambda: 0,
     ):
-        _check_shares(rank, world_size, num_workers)
+        _check_shares(rank, world_size, workers)
         if packs_per_step % world_size:
             nearest = max(1, round(packs_per_step / world_size)) * world_size
             raise ConfigError(
@@ -83,13 +83,15 @@ class TrainLoader:
         lengths = self.maker.lengths()
         self.stream: Stream
         if weights is None:
-            self.stream = PackStream(lengths, tokens_per_pack=tokens_per_pack, packs_per_step=packs_per_step, seed=seed)
+            self.stream = PackStream(
+                lengths, tokens_per_batch=tokens_per_batch, packs_per_step=packs_per_step, seed=seed
+            )
         else:
             sources = store.source_of(self.maker.rows)
             self.stream = MixedStream(
-                lengths, sources, weights, tokens_per_pack=tokens_per_pack, packs_per_step=packs_per_step, seed=seed
+                lengths, sources, weights, tokens_per_batch=tokens_per_batch, packs_per_step=packs_per_step, seed=seed
             )
-        self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        self.rank, self.world_size, self.workers = rank, world_size, workers
         self.start_step = start_step
 
     @property
@@ -99,7 +101,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[PackedBatch]:
         steps = _Steps(self.maker, self.stream, self.rank, self.world_size, self.start_step())
-        for packs in _InWorkers(steps, self.num_workers):
+        for packs in _InWorkers(steps, self.workers):
             yield from packs
 
 
@@ -115,10 +117,10 @@ class EvalLoader:
         tokenizer: of every input that is not in `others`.
         objective: bound already.
         seed: of the run.
-        tokens_per_pack: tokens that a pack holds at most, but for a single longer record.
+        tokens_per_batch: tokens that a pack holds at most, but for a single longer record.
         rank: takes each `world_size`-th pack, from its own number on.
         world_size: processes that share the pass.
-        num_workers: processes that prepare packs ahead; without effect on what comes.
+        workers: processes that prepare packs ahead; without effect on what comes.
         max_tokens_per_record: longer records are cropped to a window, the same each time (`num_cropped`).
         views: of the records; None for the records as they are.
         others: tokenizers of inputs.
@@ -136,24 +138,24 @@ class EvalLoader:
         objective: Prepares,
         *,
         seed: int,
-        tokens_per_pack: int,
+        tokens_per_batch: int,
         rank: int = 0,
         world_size: int = 1,
-        num_workers: int = 0,
+        workers: int = 0,
         max_tokens_per_record: int | None = None,
         views: Views | None = None,
         others: Mapping[str, Tokenizer] | None = None,
         limit: int | float = 1.0,
     ):
-        _check_shares(rank, world_size, num_workers)
-        if tokens_per_pack < 1:
-            raise ConfigError(f"tokens_per_pack must be at least 1; got {tokens_per_pack}")
+        _check_shares(rank, world_size, workers)
+        if tokens_per_batch < 1:
+            raise ConfigError(f"tokens_per_batch must be at least 1; got {tokens_per_batch}")
         self.maker = PackMaker(
             store, np.asarray(rows), tokenizer, objective, seed, max_tokens_per_record, views, False, others or {}
         )
-        self.plan = _first_packs(plan_in_order(self.maker.lengths(), tokens_per_pack), limit)
+        self.plan = _first_packs(plan_in_order(self.maker.lengths(), tokens_per_batch), limit)
         self.rank, self.world_size = rank, world_size
-        self._packs = _InWorkers(_Packs(self.maker, self.plan, rank, world_size), num_workers)
+        self._packs = _InWorkers(_Packs(self.maker, self.plan, rank, world_size), workers)
 
     @property
     def num_cropped(self) -> int:
@@ -178,7 +180,7 @@ class _Steps(IterableDataset):
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
-        worker, num_workers = _who()
+        worker, workers = _who()
         step = self.start + worker
         while True:
             own = self.stream.step(step)[self.rank :: self.world_size]
@@ -188,7 +190,7 @@ class _Steps(IterableDataset):
                 for name, count in self.maker.objective.counts(batch).items():
                     counts[name] = counts.get(name, 0.0) + float(count)
             yield [replace(batch, step_counts=counts) for batch in packs]
-            step += num_workers
+            step += workers
 
 
 class _Packs(IterableDataset):
@@ -199,10 +201,10 @@ class _Packs(IterableDataset):
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        worker, num_workers = _who()
+        worker, workers = _who()
         num = len(self.plan)
         own = range(self.rank, -(-num // self.world_size) * self.world_size, self.world_size)
-        for i in own[worker::num_workers]:
+        for i in own[worker::workers]:
             batch = self.maker.make(0, self.plan[i % num])
             yield batch if i < num else replace(batch, is_repeat=True)
 
@@ -225,13 +227,13 @@ class _Carried(IterableDataset):
 class _InWorkers:
     """Iterates over a data set in worker processes. The global generators of torch stay untouched."""
 
-    def __init__(self, dataset: IterableDataset, num_workers: int):
+    def __init__(self, dataset: IterableDataset, workers: int):
         self.loader = DataLoader(
             _Carried(dataset),
             batch_size=None,
             collate_fn=_as_it_is,
-            num_workers=num_workers,
-            prefetch_factor=PREFETCH_STEPS if num_workers else None,
+            num_workers=workers,
+            prefetch_factor=PREFETCH_STEPS if workers else None,
             # not persistent: torch 2.15 waits 5 s for each worker that is done when a loader is given up
             generator=torch.Generator(),
         )
@@ -265,7 +267,7 @@ def _first_packs(plan: Plan, limit: int | float) -> Plan:
     return Plan(plan.records, plan.starts[:count], plan.stops[:count])
 
 
-def _check_shares(rank: int, world_size: int, num_workers: int) -> None:
+def _check_shares(rank: int, world_size: int, workers: int) -> None:
     assert 0 <= rank < world_size
-    if num_workers < 0:
-        raise ConfigError(f"num_workers must be 0 or more; got {num_workers}")
+    if workers < 0:
+        raise ConfigError(f"workers must be 0 or more; got {workers}")

@@ -52,14 +52,14 @@ class Plan(Sequence[np.ndarray]):
         return self.records[self.starts[i] : self.stops[i]]
 
 
-def plan_epoch(lengths: np.ndarray, *, tokens_per_pack: int, seed: int, epoch: int) -> Plan:
+def plan_epoch(lengths: np.ndarray, *, tokens_per_batch: int, seed: int, epoch: int) -> Plan:
     """Every record once, in packs of like lengths, records and packs in an order of their own each epoch.
 
-    A record longer than `tokens_per_pack` is a pack of its own.
+    A record longer than `tokens_per_batch` is a pack of its own.
 
     Args:
         lengths: `[N]` tokens of each record.
-        tokens_per_pack: tokens that a pack holds at most, but for a single longer record.
+        tokens_per_batch: tokens that a pack holds at most, but for a single longer record.
         seed: of the run.
         epoch: from 0.
     """
@@ -74,18 +74,18 @@ def plan_epoch(lengths: np.ndarray, *, tokens_per_pack: int, seed: int, epoch: i
     windows[0][1::2] = windows[0][1::2, ::-1].copy()
     if len(windows[0]) % 2:
         windows[1][:] = windows[1][:, ::-1].copy()
-    starts, stops = _fill(lengths[order], tokens_per_pack)
+    starts, stops = _fill(lengths[order], tokens_per_batch)
     shuffled = _generator(seed, _PACK_ORDER, epoch).permutation(len(starts))
     return Plan(order, starts[shuffled], stops[shuffled])
 
 
-def plan_in_order(lengths: np.ndarray, tokens_per_pack: int) -> Plan:
+def plan_in_order(lengths: np.ndarray, tokens_per_batch: int) -> Plan:
     """Every record once, shortest first, equal lengths in their own order; for evaluation and embedding.
 
-    A record longer than `tokens_per_pack` is a pack of its own.
+    A record longer than `tokens_per_batch` is a pack of its own.
     """
     order = np.argsort(lengths, kind="stable")
-    return Plan(order, *_fill(lengths[order], tokens_per_pack))
+    return Plan(order, *_fill(lengths[order], tokens_per_batch))
 
 
 class Stream(Protocol):
@@ -105,7 +105,7 @@ class PackStream:
 
     Args:
         lengths: `[N]` tokens of each record.
-        tokens_per_pack: as in `plan_epoch`.
+        tokens_per_batch: as in `plan_epoch`.
         packs_per_step: packs of a step over all ranks and accumulation.
         seed: of the run.
 
@@ -113,16 +113,16 @@ class PackStream:
         ConfigError: there is no record, or a number that must be positive is not.
     """
 
-    def __init__(self, lengths: np.ndarray, *, tokens_per_pack: int, packs_per_step: int, seed: int):
+    def __init__(self, lengths: np.ndarray, *, tokens_per_batch: int, packs_per_step: int, seed: int):
         if not len(lengths):
             raise ConfigError("there must be at least one record to train on; got none")
-        for name, value in [("tokens_per_pack", tokens_per_pack), ("packs_per_step", packs_per_step)]:
+        for name, value in [("tokens_per_batch", tokens_per_batch), ("packs_per_step", packs_per_step)]:
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1; got {value}")
         if not 0 <= seed < 2**64:
             raise ConfigError(f"seed must be in [0, 2**64); got {seed}")
         self.lengths = lengths
-        self.tokens_per_pack = tokens_per_pack
+        self.tokens_per_batch = tokens_per_batch
         self.packs_per_step = packs_per_step
         self.seed = seed
         self._ends: list[int] = []  # packs up to the end of each epoch
@@ -144,7 +144,7 @@ class PackStream:
             while len(self._plans) > 1:
                 del self._plans[next(iter(self._plans))]
             self._plans[epoch] = plan_epoch(
-                self.lengths, tokens_per_pack=self.tokens_per_pack, seed=self.seed, epoch=epoch
+                self.lengths, tokens_per_batch=self.tokens_per_batch, seed=self.seed, epoch=epoch
             )
         return self._plans[epoch]
 
@@ -161,7 +161,7 @@ class MixedStream:
         lengths: `[N]` tokens of each record.
         source_of: `[N]` source of each record, counted from 0.
         weights: share of the tokens of each source; they need not add up to 1.
-        tokens_per_pack: as in `plan_epoch`.
+        tokens_per_batch: as in `plan_epoch`.
         packs_per_step: packs of a step over all ranks and accumulation.
         seed: random seed of the run.
 
@@ -175,7 +175,7 @@ class MixedStream:
         source_of: np.ndarray,
         weights: Sequence[float],
         *,
-        tokens_per_pack: int,
+        tokens_per_batch: int,
         packs_per_step: int,
         seed: int,
     ):
@@ -190,7 +190,7 @@ class MixedStream:
         self._lengths, self._rows = lengths, [np.flatnonzero(source_of == i) for i in range(len(weights))]
         # another seed for each source: two of equal size are not in step
         self._streams = [
-            PackStream(lengths[rows], tokens_per_pack=tokens_per_pack, packs_per_step=1, seed=(seed + i) % 2**64)
+            PackStream(lengths[rows], tokens_per_batch=tokens_per_batch, packs_per_step=1, seed=(seed + i) % 2**64)
             for i, rows in enumerate(self._rows)
         ]
         self._order: list[int] = []  # source of each pack, as far as it is known
@@ -218,12 +218,12 @@ class MixedStream:
         return epoch, self._rows[source][members]
 
 
-def _fill(lengths: np.ndarray, tokens_per_pack: int) -> tuple[np.ndarray, np.ndarray]:
+def _fill(lengths: np.ndarray, tokens_per_batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut records into packs in their order, each as full as it goes; where each begins and ends."""
     ends = np.cumsum(lengths, dtype=np.int64)
     starts, at, used = [], 0, 0
     while at < len(lengths):
         starts.append(at)
-        at = max(at + 1, int(np.searchsorted(ends, used + tokens_per_pack, side="right")))
+        at = max(at + 1, int(np.searchsorted(ends, used + tokens_per_batch, side="right")))
         used = int(ends[at - 1])
     return np.array(starts, np.int64), np.array([*starts[1:], len(lengths)][: len(starts)], np.int64)

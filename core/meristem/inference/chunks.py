@@ -69,7 +69,7 @@ class ChunkReader:
         options: how to read; its `on_error` is replaced.
         is_skipping: refused records are counted and left out; else they are errors.
         max_symbols: payload symbols of a chunk at most.
-        num_workers: processes that encode payloads; 0 for this one.
+        workers: processes that encode payloads; 0 for this one.
         max_tokens: of a record, special ones included; longer ones are refused. None for no bound.
 
     Attributes:
@@ -89,10 +89,10 @@ class ChunkReader:
         options: ReadOptions,
         is_skipping: bool = False,
         max_symbols: int = CHUNK_SYMBOLS,
-        num_workers: int = 0,
+        workers: int = 0,
         max_tokens: int | None = None,
     ):
-        self._num_workers, self._max_tokens = num_workers, max_tokens
+        self._num_workers, self._max_tokens = workers, max_tokens
         self._domain, self._tokenizer, self._max_symbols = domain, tokenizer, max_symbols
         self._inputs, self._is_skipping = tuple(inputs), is_skipping
         # every payload is encoded here, which finds what is wrong with it; a chunk anew for each that is left out

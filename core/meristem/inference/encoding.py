@@ -47,25 +47,25 @@ def encode(tokenizer: Tokenizer, payloads: pa.Array, is_skipping: bool) -> Encod
 
 
 def encode_tables(
-    tables: Iterable[pa.RecordBatch], tokenizer: Tokenizer, is_skipping: bool, num_workers: int = 0
+    tables: Iterable[pa.RecordBatch], tokenizer: Tokenizer, is_skipping: bool, workers: int = 0
 ) -> Iterator[tuple[pa.RecordBatch, Encoded]]:
     """Each table and its tokens, in the order of the tables.
 
     Args:
         is_skipping: refused records are left out; else encoding a table ends at the first.
-        num_workers: processes that encode; 0 for this one. Without effect on what comes.
+        workers: processes that encode; 0 for this one. Without effect on what comes.
     """
-    if not num_workers:
+    if not workers:
         for table in tables:
             yield table, encode(tokenizer, table[PAYLOAD], is_skipping)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, _start, (tokenizer, is_skipping)) as pool:
+    with ProcessPoolExecutor(workers, context, _start, (tokenizer, is_skipping)) as pool:
         waiting: deque = deque()
         try:
             for table in tables:
                 waiting.append((table, pool.submit(_encode, table[PAYLOAD])))
-                if len(waiting) > 2 * num_workers:
+                if len(waiting) > 2 * workers:
                     done, future = waiting.popleft()
                     yield done, future.result()
             while waiting:

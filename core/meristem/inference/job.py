@@ -30,7 +30,7 @@ class JobOptions:
         tokens_per_batch: tokens that are run at once at most; None for what suits the device.
         precision: fp32, bf16, or auto: bf16 on a GPU and fp32 on a CPU.
         devices: GPUs (or processes on a CPU) that share the work.
-        num_workers: processes that turn payloads into tokens, which takes long for encoded files; 0 for a thread.
+        workers: processes that turn payloads into tokens, which takes long for encoded files; 0 for a thread.
         is_compiled: torch compiles the blocks, where it can; results then agree within rounding.
         domain: name of the domain that reads the inputs; the model's own where empty.
         tokenizer: options of the domain's tokenizer that are to differ from the model's.
@@ -42,7 +42,7 @@ class JobOptions:
     tokens_per_batch: int | None = None
     precision: str = "auto"
     devices: int = 1
-    num_workers: int = 0
+    workers: int = 0
     is_compiled: bool = False
     domain: str = ""
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class JobOptions:
     def __post_init__(self) -> None:
         if self.precision not in ("auto", *PRECISIONS):
             raise ConfigError(f"precision must be one of auto, {', '.join(PRECISIONS)}; got {self.precision!r}")
-        for name, least in (("devices", 1), ("tokens_per_batch", 1), ("num_workers", 0)):
+        for name, least in (("devices", 1), ("tokens_per_batch", 1), ("workers", 0)):
             got = getattr(self, name)
             if got is not None and got < least:
                 raise ConfigError(f"{name} must be {least} or more; got {got}")

@@ -197,7 +197,7 @@ class _Run:
             options.read,
             options.is_skipping,
             self.chunk_symbols,
-            options.num_workers,
+            options.workers,
             self.running.max_tokens,
         )
 

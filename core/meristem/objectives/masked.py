@@ -20,7 +20,7 @@ HIDDEN = "hidden"
 """Scored tokens that show the mask symbol: those left as they are would flatter a perplexity."""
 
 
-class Masked(SymbolObjective):
+class MaskedTokens(SymbolObjective):
     """Predict masked symbols.
 
     Args:

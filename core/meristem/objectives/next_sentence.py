@@ -14,7 +14,7 @@ from meristem.model.config import TransformerConfig
 from meristem.model.heads import HeadSpec, Readout
 from meristem.model.model import SYMBOLS
 from meristem.model.outputs import Outputs, Wanted
-from meristem.objectives.masked import Masked
+from meristem.objectives.masked import MaskedTokens
 from meristem.objectives.symbols import HitRate, request_symbols, require_fractions
 from meristem.types import LossOut, PackedBatch, Payload, Record, Term, Tokens
 
@@ -25,7 +25,7 @@ IS_NEXT, IS_RANDOM = 0, 1
 FIRST, SECOND = "first", "second"
 
 
-class NextSentence(Masked):
+class NextSentence(MaskedTokens):
     """Masked symbols, and whether the second sentence follows the first (Devlin et al. 2019, section 3.1, task 2).
 
     The input `first` is a sentence, `second` the one that follows it. A record becomes one sequence: the first sentence

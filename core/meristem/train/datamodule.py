@@ -104,11 +104,11 @@ class DataModule(L.LightningDataModule):
         inputs: domain and tokenizer of inputs that the domain's own tokenizer does not read, by name of the input.
         views: options of the domain's views of a record; null for the records as they are.
         split: how records are dealt to training, validation and test.
-        tokens_per_pack: tokens that a device computes at once: the memory it takes goes with it.
+        tokens_per_batch: tokens that a device computes at once: the memory it takes goes with it.
         max_tokens_per_record: a longer record is cropped to another random window each time it is trained on;
             null for none. Evaluation takes whole records, but for what learned positions do not reach.
         on_error: `refuse` stops at a record that cannot be used; `skip` leaves it out, and lists it in `refused.csv`.
-        num_workers: processes that prepare packs; without effect on what comes.
+        workers: processes that prepare packs; without effect on what comes.
         cache_dir: where record stores are kept; null for `$MERISTEM_CACHE`, else `~/.cache/meristem`.
         missing_labels: words of label columns that mean "no label", such as `[NA, unknown]`; an empty cell always does.
         seed: of order and corruption.
@@ -127,10 +127,10 @@ class DataModule(L.LightningDataModule):
         inputs: dict[str, Input] | None = None,
         views: dict[str, Any] | None = None,
         split: Split = DEFAULT_SPLIT,
-        tokens_per_pack: int = 8192,
+        tokens_per_batch: int = 8192,
         max_tokens_per_record: int | None = 1024,
         on_error: Literal["refuse", "skip"] = "refuse",
-        num_workers: int = 0,
+        workers: int = 0,
         cache_dir: str | None = None,
         missing_labels: list[str] | None = None,
         seed: int = 0,
@@ -153,8 +153,8 @@ class DataModule(L.LightningDataModule):
         self.split = split
         is_compared = split.method == "similarity"
         self.similarity = self.domain.similarity_with(split.k, split.threshold) if is_compared else None
-        self.tokens_per_pack, self.max_tokens_per_record = tokens_per_pack, max_tokens_per_record
-        self.on_error, self.num_workers, self.cache_dir, self.seed = on_error, num_workers, cache_dir, seed
+        self.tokens_per_batch, self.max_tokens_per_record = tokens_per_batch, max_tokens_per_record
+        self.on_error, self.workers, self.cache_dir, self.seed = on_error, workers, cache_dir, seed
         self.missing_labels = tuple(missing_labels or ())
         self.remarks: list[str] = []
         self.refused: list[Refusal] = []
@@ -321,11 +321,11 @@ class DataModule(L.LightningDataModule):
             self.tokenizer,
             self.objective,
             seed=self.seed,
-            tokens_per_pack=self.tokens_per_pack,
+            tokens_per_batch=self.tokens_per_batch,
             packs_per_step=trainer.accumulate_grad_batches * ranks.count,
             rank=ranks.number,
             world_size=ranks.count,
-            num_workers=self.num_workers,
+            workers=self.workers,
             max_tokens_per_record=self.max_tokens_per_record,
             views=self.views,
             others=self.others,
@@ -355,10 +355,10 @@ class DataModule(L.LightningDataModule):
             self.tokenizer,
             self.objective,
             seed=self.seed,
-            tokens_per_pack=self.tokens_per_pack,
+            tokens_per_batch=self.tokens_per_batch,
             rank=ranks.number,
             world_size=ranks.count,
-            num_workers=self.num_workers,
+            workers=self.workers,
             # an evaluation takes whole records wherever the model can
             max_tokens_per_record=self._position_limit,
             views=self.views,

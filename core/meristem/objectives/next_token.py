@@ -12,7 +12,7 @@ from meristem.objectives.symbols import SymbolObjective
 from meristem.types import IGNORE, Record, Tokens
 
 
-class Causal(SymbolObjective):
+class NextToken(SymbolObjective):
     """Predict the next token (Bengio 2003; Radford 2019).
 
     A row is scored by the symbol of the row behind it: the payload's tokens and the special one that closes it. Of

@@ -8,11 +8,11 @@ from meristem.data.parts import Encoder
 from meristem.errors import ConfigError
 from meristem.model.config import Both, Either, InPrefix, Pattern, TransformerConfig
 from meristem.model.model import SYMBOLS
-from meristem.objectives.causal import Causal
+from meristem.objectives.next_token import NextToken
 from meristem.types import IGNORE, Record, Tokens
 
 
-class Prefix(Causal):
+class PrefixLM(NextToken):
     """Predict what follows a random prefix, whose tokens see each other (Raffel 2020, arXiv 1910.10683, section 3.2.1).
 
     The prefix ends at a place of the payload drawn uniformly, one token in and one before its end at the latest where
@@ -27,7 +27,7 @@ class Prefix(Causal):
         super().bind_model(config)
         if not any(_has_prefix(config.layer(layer).attention.pattern) for layer in range(config.num_layers)):
             raise ConfigError(
-                "objective Prefix needs a layer that sees the prefix as a whole; got none; such as "
+                "objective PrefixLM needs a layer that sees the prefix as a whole; got none; such as "
                 "pattern: {kind: Either, parts: [{kind: Causal}, {kind: InPrefix}]} (architecture.attention.pattern)"
             )
 

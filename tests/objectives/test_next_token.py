@@ -27,14 +27,14 @@ from meristem.data.pack import pack
 from meristem.errors import ConfigError
 from meristem.model.config import LayerRule
 from meristem.model.model import SYMBOLS
-from meristem.objectives.causal import Causal
-from meristem.objectives.prefix import Prefix
+from meristem.objectives.next_token import NextToken
+from meristem.objectives.prefix_lm import PrefixLM
 from meristem.types import IGNORE, INPUT, Record, Tokens
 from model_runs import outputs_of
 
 
 def test_each_row_is_scored_by_the_next_one_up_to_the_closing_row(rng):
-    for record, tokens in zip(records := random_records(rng), prepared(bound(Causal(), DECODER, records), records)):
+    for record, tokens in zip(records := random_records(rng), prepared(bound(NextToken(), DECODER, records), records)):
         whole = [CLS, *(TOKENIZER.vocab.index(residue) for residue in record.payload), SEP]
         assert tokens.ids.tolist() == whole
         assert tokens.targets[SYMBOLS].tolist() == [*whole[1:], IGNORE]
@@ -43,7 +43,7 @@ def test_each_row_is_scored_by_the_next_one_up_to_the_closing_row(rng):
 @pytest.mark.parametrize(("prefix", "suffix"), [((), ()), (("<cls>", "<sep>"), ()), ((), ("<sep>", "<pad>"))])
 def test_special_rows_before_the_payload_are_not_asked_for(prefix, suffix):
     tokenizer = replace(TOKENIZER, prefix=prefix, suffix=suffix)
-    objective = bound(Causal(), DECODER, [], tokenizer)
+    objective = bound(NextToken(), DECODER, [], tokenizer)
     (tokens,) = prepared(objective, [Record.of("a", "MKV")], tokenizer)
     ids = tokens.ids.tolist()
     asked = [i + 1 for i, target in enumerate(tokens.targets[SYMBOLS]) if target != IGNORE]
@@ -52,7 +52,7 @@ def test_special_rows_before_the_payload_are_not_asked_for(prefix, suffix):
 
 
 def test_a_window_neither_begins_nor_ends_where_its_record_does_not(rng):
-    objective = bound(Causal(), DECODER, [])
+    objective = bound(NextToken(), DECODER, [])
     payload = "ACDEFGHIKLMNPQRSTVWY"
     seen = set()
     for seed in range(60):
@@ -68,7 +68,7 @@ def test_a_window_neither_begins_nor_ends_where_its_record_does_not(rng):
 
 def test_loss_is_that_of_a_padded_batch_computed_the_slow_way(rng):
     records = random_records(rng)
-    objective = bound(Causal(), DECODER, records)
+    objective = bound(NextToken(), DECODER, records)
     model = built(objective, DECODER)
     batch = packed(objective, records)
     out = objective.loss_of(model, objective.build(DECODER), batch)
@@ -98,7 +98,7 @@ def row_losses(model, batch) -> torch.Tensor:
     return F.cross_entropy(logits, batch.targets[SYMBOLS], ignore_index=IGNORE, reduction="none").detach()
 
 
-@pytest.mark.parametrize(("make", "config"), [(Causal, DECODER), (Prefix, PREFIX_DECODER)])
+@pytest.mark.parametrize(("make", "config"), [(NextToken, DECODER), (PrefixLM, PREFIX_DECODER)])
 def test_a_later_token_never_changes_an_earlier_loss(make, config, rng):
     (record,) = random_records(rng, 1, low=20)
     objective = bound(make(), config, [record])
@@ -126,7 +126,7 @@ def test_a_later_token_never_changes_an_earlier_loss(make, config, rng):
 
 def test_a_prefix_is_seen_as_a_whole_and_not_scored(rng):
     records = random_records(rng, 40, low=1)
-    objective = bound(Prefix(), PREFIX_DECODER, records)
+    objective = bound(PrefixLM(), PREFIX_DECODER, records)
     for record, tokens in zip(records, prepared(objective, records)):
         n, prefix = len(record.payload), tokens.prefix_length
         assert (2 <= prefix <= n) if n > 1 else prefix == 1
@@ -154,7 +154,7 @@ def with_symbol(ids: torch.Tensor, at: int, symbol: int) -> torch.Tensor:
 
 def test_every_split_of_a_payload_is_equally_likely(rng):
     record = Record.of("a", "ACDEFG")
-    objective = bound(Prefix(), PREFIX_DECODER, [record])
+    objective = bound(PrefixLM(), PREFIX_DECODER, [record])
     tokens = TOKENIZER.encode(record.payload)
     repeats = 4_000
     splits = [objective.prepare(record, ready(tokens), rng)[0].prefix_length for _ in range(repeats)]
@@ -168,11 +168,11 @@ def test_every_split_of_a_payload_is_equally_likely(rng):
 @pytest.mark.parametrize(
     ("make", "config", "said"),
     [
-        (Causal, ENCODER, r"got Full in layer 0; .*kind: Causal.*architecture\.attention\.pattern"),
-        (Causal, replace(DECODER, layers=(LayerRule(start=1, attention=ENCODER.attention),)), "Full in layer 1"),
-        (Causal, BOTH, "one stack; got num_decoder_layers=2"),
-        (Prefix, DECODER, "sees the prefix as a whole.*InPrefix"),
-        (Prefix, ENCODER, "got Full in layer 0"),
+        (NextToken, ENCODER, r"got Full in layer 0; .*kind: Causal.*architecture\.attention\.pattern"),
+        (NextToken, replace(DECODER, layers=(LayerRule(start=1, attention=ENCODER.attention),)), "Full in layer 1"),
+        (NextToken, BOTH, "one stack; got num_decoder_layers=2"),
+        (PrefixLM, DECODER, "sees the prefix as a whole.*InPrefix"),
+        (PrefixLM, ENCODER, "got Full in layer 0"),
     ],
 )
 def test_a_model_that_would_see_what_it_predicts_is_refused(make, config, said):
