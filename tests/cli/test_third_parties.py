@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -154,6 +156,42 @@ def test_a_learned_and_lossy_tokenizer_trains_embeds_and_scores(site):
     np.testing.assert_array_equal(plain, folded)
     scores = [[row["log_likelihood"] for row in rows(site.folder / f"{name}.csv")] for name in ("plain", "folded")]
     assert scores[0] == scores[1]
+
+
+@pytest.fixture(scope="module")
+def new_site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """What `domains new` writes, installed as it is."""
+    folder = tmp_path_factory.mktemp("new")
+    Site(folder).run("domains", "new", "lab_rna")
+    return Site(folder, [folder / "lab_rna"])
+
+
+@pytest.mark.slow
+def test_a_new_domain_goes_the_whole_way_as_written(new_site):
+    folder, draw = new_site.folder, random.Random(0)
+    texts = {f"r{i}": "".join(draw.choices("ACGUacgu", k=draw.randint(8, 30))) for i in range(40)}
+    fasta = "".join(f">{name}\n{text}\n" for name, text in texts.items())
+    (folder / "yours.fasta").write_text(fasta)
+    (folder / "others.fasta").write_text(fasta.upper())
+    table = "".join(f"{name},{text},{draw.choice(('open', 'shut'))}\n" for name, text in texts.items())
+    (folder / "labelled.csv").write_text("id,sequence,kind\n" + table)
+
+    # the commands of the README that was written, in their order
+    readme = (folder / "lab_rna" / "README.md").read_text().replace("\\\n", " ")
+    commands = [shlex.split(line)[1:] for line in readme.splitlines() if line.startswith("    meristem ")]
+    assert [command[0] for command in commands] == ["domains", "fit", "embed", "export", "fit", "predict"]
+    for command in commands:
+        new_site.run(*command, *(("--trainer.max_steps", "3", *ON_CPU) if command[0] == "fit" else ()))
+    predicted = rows(folder / "kinds.csv")
+    assert [row["id"] for row in predicted] == [name.upper() for name in texts]
+    assert {row["kind"] for row in predicted} <= {"open", "shut"}
+
+    new_site.run("import", "exported", "back")
+    for model, output in (("runs/first", "first"), ("back", "again")):
+        new_site.run("embed", model, "yours.fasta", "--output", output, "--precision", "fp32")
+    first, again = (read_embeddings(folder / name).values for name in ("first", "again"))
+    assert first.shape == (40, 128)
+    np.testing.assert_array_equal(first, again)
 
 
 def words_in(text: str) -> list[str]:
