@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from meristem import testing
+from meristem import contract
 from meristem.cli.main import main
+from meristem.contract import BrokenContract, run_contract
 from meristem.data.reading.reader import Reader
 from meristem.data.similarity import Similarity
 from meristem.data.views import Views
@@ -22,9 +23,8 @@ from meristem.objectives.next_token import NextToken
 from meristem.objectives.supervised import Supervised, Target
 from meristem.scaffold import write_domain
 from meristem.scoring.scorer import Scorer
-from meristem.testing import BrokenContract, run_contract
 
-STAGES = list(testing.STAGES)
+STAGES = list(contract.STAGES)
 
 
 @pytest.fixture

@@ -124,11 +124,9 @@ def pixels_of(image: Any, num_channels: int) -> np.ndarray:
     Raises:
         NoPicture: it cannot be converted to this number of channels.
     """
+    if num_channels not in MODES:
+        raise NoPicture(f"an image of {num_channels} channels must be an array or a TIFF file; got an image of Pillow")
     with _explained():
-        if num_channels not in MODES:
-            raise NoPicture(
-                f"an image of {num_channels} channels must be an array or a TIFF file; got an image of Pillow"
-            )
         return _pixels(image, num_channels)
 
 

@@ -1,13 +1,13 @@
-"""Pictures in tar files, with their labels in members beside them, as the WebDataset format has it.
+"""Pictures in tar files with their labels in members beside them, as in the WebDataset format.
 
-Members whose names are equal up to the first dot of the last part are one sample and stand side by side: `0001.jpg`,
-`0001.cls`, `0001.json`. A tar file of a folder of class folders is read as the folder is.
+Members whose file names are equal up to the first dot are one sample, and follow each other: `0001.jpg`, `0001.cls`,
+`0001.json`. A tar file of class folders is read like the folders.
 """
 
 import json
 import posixpath
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import IO, Any
 
 from meristem.data.records import ReadOptions, Refusal, Source
@@ -15,10 +15,10 @@ from meristem.errors import DataError
 from meristem_domains.vision.folders import LABEL, Found, class_and_part, is_hidden, is_picture_name
 
 TEXTS = ("cls", "txt")
-"""Endings of members that hold a label as text; the first one there is the label `label`."""
+"""Endings of members that hold a label as text. The first of them that a sample has gives the label `label`."""
 
 JSON = "json"
-"""Ending of a member that holds labels by name."""
+"""Ending of a member that holds labels by name, as a JSON object."""
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -26,15 +26,15 @@ _MAGIC_AT, _MAGIC = 257, b"ustar"
 
 
 def is_tar(head: bytes, source: Source) -> bool:
-    """Whether a file that begins with `head`, compression undone, is a tar file."""
+    """Whether a file is a tar file, from its first bytes after decompression or its name."""
     return head[_MAGIC_AT:].startswith(_MAGIC) or source.path.lower().endswith(SUFFIXES)
 
 
 def read_members(stream: IO[bytes], source: Source, options: ReadOptions) -> Iterator[Found]:
-    """The pictures of a tar file, in its order.
+    """The pictures of a tar file, in the order of its members.
 
     Raises:
-        DataError: a damaged file, or a column that no sample has.
+        DataError: the file is damaged, or no sample has a column that is asked for.
     """
     wanted = [name for name in (*options.label_columns, options.split_column, options.group_column) if name]
     texts = (*TEXTS, *wanted)
@@ -82,7 +82,7 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
 
 
 class _Header(tarfile.TarInfo):
-    """Python takes a damaged header for the end of a file, and would lose what follows in silence."""
+    """Raises an error at a damaged header, which Python takes for the end of the file."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
@@ -97,7 +97,7 @@ class _Header(tarfile.TarInfo):
 
 
 class _Sample:
-    """Members of one name up to its first dot."""
+    """The members of a tar file whose names are equal up to the first dot."""
 
     def __init__(self, key: str):
         self.key = key
@@ -105,20 +105,29 @@ class _Sample:
         self.beside: dict[str, bytes] = {}
 
     def finish(self, source: Source, options: ReadOptions, wanted: list[str], known: set[str]) -> Iterator[Found]:
-        """The pictures with their labels; `known` learns the names of these."""
+        """The pictures with their labels, whose names are added to `known`."""
         if not self.pictures and TEXTS[0] in self.beside:
             reason = "a label without a picture beside it in the tar file"
             options.refuse(Refusal(source.within, 0, f"{self.key.lstrip('/')}.{TEXTS[0]}", reason))
         for name, content in self.pictures:
+            labels: dict[str, Any] = {}
             try:
                 labels = self._labels(name, options, wanted) if wanted else {}
             except ValueError as error:
-                content, labels = str(error), {}
+                content = str(error)
             known.update(labels)
             yield Found(name, content, labels)
 
     def _labels(self, name: str, options: ReadOptions, wanted: list[str]) -> dict[str, Any]:
-        given: dict[str, Any] = dict(self._of_json())
+        given: dict[str, Any] = {}
+        if JSON in self.beside:
+            try:
+                # numbers stay as they are written: 1.10 and 1.1 may be two classes
+                given = json.loads(self.beside[JSON], parse_int=str, parse_float=str, parse_constant=str)
+            except ValueError as error:
+                raise ValueError(f"the labels beside it are no JSON: {error}") from error
+            if not isinstance(given, dict):
+                raise ValueError(f"the labels beside it must be a JSON object; got {type(given).__name__}")
         for ending, content in self.beside.items():
             if ending != JSON:
                 try:
@@ -131,15 +140,3 @@ class _Sample:
             if value is not None:
                 given.setdefault(column, value)
         return {column: given[column] for column in wanted if given.get(column) is not None}
-
-    def _of_json(self) -> Mapping[str, Any]:
-        if JSON not in self.beside:
-            return {}
-        try:
-            # numbers stay as they are written: 1.10 and 1.1 may be two classes
-            values = json.loads(self.beside[JSON], parse_int=str, parse_float=str, parse_constant=str)
-        except ValueError as error:
-            raise ValueError(f"the labels beside it are no JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"the labels beside it must be a JSON object; got {type(values).__name__}")
-        return values
