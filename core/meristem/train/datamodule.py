@@ -214,14 +214,15 @@ class DataModule(L.LightningDataModule):
             require_whole_groups([(name, part.store, part.rows) for name, part in parts.items()])
         parts = {name: Part(part.store, self._usable(part.store, part.rows)) for name, part in parts.items()}
         self.parts = {name: part for name, part in parts.items() if len(part)}
+        if "train" not in self.parts:
+            raise DataError(f"{', '.join(self.sources)}: no record is left for training; see data.split")
+        objective.bind_model(task.architecture)
+        skip = self.refused.append if self.on_error == "skip" else None
+        objective.bind(RunData(self.tokenizer, self.parts, self.missing_labels, self.others, skip))
+        self._require_sources(store)
         if self.refused:
             listed = f"{len(self.refused):,} record(s) refused and left out, listed in refused.csv"
             self.remarks.append(f"{listed}, the first: {self.refused[0]}")
-        if "train" not in self.parts:
-            raise DataError(f"{', '.join(self.sources)}: no record is left for training; see data.split")
-        self._require_sources(store)
-        objective.bind_model(task.architecture)
-        objective.bind(RunData(self.tokenizer, self.parts, self.missing_labels, self.others))
         self.remarks += objective.remarks
         self._position_limit = task.architecture.max_length
         # a window of the rows of patches would not be a grid
