@@ -251,7 +251,8 @@ class RecordStore:
 
     def refusal(self, row: int, reason: str) -> Refusal:
         """A record that cannot be used for this reason."""
-        return Refusal(*(self._take(name, np.array([row]))[0].as_py() for name in ("file", "line", "id")), reason)
+        file, line, id = (self._take(name, np.array([row]))[0].as_py() for name in ("file", "line", "id"))
+        return Refusal(file, line, id, reason)
 
     def token_lengths(
         self,

@@ -298,14 +298,7 @@ class PatchTokenizer(Tokenizer):
         return TokenColumn(ids=ids, offsets=offsets, features=features, positions=positions, is_special=ids >= 0)
 
     def pixels(self, payload: Any, row: int = 0) -> Any:
-        """`[H, W, C]` bytes or float32 of a payload, decoded where it is a file; a `StandardImage` is left as it is.
-
-        Args:
-            row: of the column that the payload is in, for the error.
-
-        Raises:
-            RefusedImage: no image, or one of another number of channels.
-        """
+        """`[H, W, C]` bytes or float32 of a payload, decoded where it is a file; a `StandardImage` is left as it is."""
         if isinstance(payload, StandardImage):
             return payload
         if isinstance(payload, np.ndarray):
