@@ -17,6 +17,7 @@ from meristem.domain import Domain, load_domain
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import TransformerConfig
 from meristem.model.grid import with_grid
+from meristem.model_directory import InputCard
 from meristem.objectives.objective import Objective
 from meristem.train.ranks import Ranks
 from meristem.train.spec import DataSpec
@@ -40,8 +41,10 @@ class DataModule(L.LightningDataModule):
         self.sources = [str(self.domain.sample) if path == SAMPLE else path for path in _listed(spec.sources)]
         self.tokenizer: Tokenizer = self.domain.build_tokenizer(**(spec.tokenizer or {}))
         self.inputs = spec.inputs or {}
-        self.others: dict[str, Tokenizer] = {
-            name: one.build_tokenizer(self.domain) for name, one in self.inputs.items()
+        self.owners = {name: one.owner(self.domain) for name, one in self.inputs.items()}
+        self.input_cards = {
+            name: InputCard(owner.name, owner.build_tokenizer(**(self.inputs[name].tokenizer or {})))
+            for name, owner in self.owners.items()
         }
         self.views: Views | None = self._build_views()
         split = spec.split
@@ -91,6 +94,13 @@ class DataModule(L.LightningDataModule):
         if given is not None:
             self.tokenizer = given.tokenizer.adapted(self.domain.build_tokenizer, self.spec.tokenizer or {})
             task.architecture = with_grid(task.architecture, self.tokenizer.grid)
+            for name, one in given.inputs.items():
+                if name in self.inputs:
+                    build, options = self.owners[name].build_tokenizer, self.inputs[name].tokenizer or {}
+                    own = given.tokenizer_of(name).adapted(build, options)
+                    self.input_cards[name] = InputCard(self.owners[name].name, own)
+                elif one.tokenizer is not None and name in objective.inputs[1:]:
+                    self.input_cards[name] = one
             self.views = self._build_views()
         store = self._store(self.sources, self.read_options(objective, self.spec.split.column))
         parts = {name: Part(store, rows) for name, rows in self._deal(store).items()}
@@ -125,6 +135,11 @@ class DataModule(L.LightningDataModule):
                 f"set model.architecture.embedding.vocab_size to {wanted} or more"
             )
 
+    @property
+    def others(self) -> dict[str, Tokenizer]:
+        """Tokenizers of the inputs that have one of their own."""
+        return {name: one.tokenizer for name, one in self.input_cards.items() if one.tokenizer is not None}
+
     def read_options(self, objective: Objective, split_column: str = "") -> ReadOptions:
         """How the sources are read for an objective.
 
@@ -133,7 +148,7 @@ class DataModule(L.LightningDataModule):
         """
         return ReadOptions(
             columns=columns_of(self.spec.column, objective.inputs),
-            foreign=tuple(name for name, one in self.inputs.items() if one.domain not in ("", self.domain.name)),
+            foreign=tuple(name for name, one in self.input_cards.items() if one.domain != self.domain.name),
             id_column=self.spec.id_column,
             label_columns=objective.label_columns,
             split_column=split_column,

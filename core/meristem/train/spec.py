@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from meristem.data.tokenizer import Tokenizer
 from meristem.domain import Domain, load_domain
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
@@ -142,17 +141,16 @@ class Input:
     domain: str = ""
     tokenizer: dict[str, Any] | None = None
 
-    def build_tokenizer(self, domain: Domain) -> Tokenizer:
-        """The tokenizer of the input.
+    def owner(self, domain: Domain) -> Domain:
+        """The domain that reads the input.
 
         Args:
             domain: of the run.
 
         Raises:
-            ConfigError: no such domain, or an option that its tokenizer does not take.
+            ConfigError: no such domain.
         """
-        own = load_domain(self.domain) if self.domain else domain
-        return own.build_tokenizer(**(self.tokenizer or {}))
+        return load_domain(self.domain) if self.domain else domain
 
 
 @dataclass(frozen=True, kw_only=True)
