@@ -238,7 +238,7 @@ def test_configs_of_training_are_whole_and_say_what_they_take(name):
     task, data = build(config)
     assert data.views is not None
     assert task.architecture.embedding.patch_features == data.tokenizer.num_features
-    assert task.ema_decay
+    assert task.spec.ema_decay
 
 
 def test_a_domain_without_views_refuses_them():
