@@ -78,7 +78,7 @@ CLASS, DISTILLATION, MASK = "<class>", "<distillation>", "<mask>"
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a model of timm.
+    """Our architecture of a model of timm.
 
     Raises:
         ConfigError: an architecture or an argument that no part of ours can say.
