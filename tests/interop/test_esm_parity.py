@@ -34,6 +34,7 @@ ModelOf = Callable[[str], nn.Module]
 
 def refuse_distance(parity: dict[str, float]) -> None:
     """The check that every shape must pass and no mutant may."""
+    print(", ".join(f"{name} {value:.1e}" for name, value in parity.items()))
     assert set(parity) >= {"layer 0", "layer 1", "logits", "contacts"}
     for name, distance in parity.items():
         assert distance <= (CONTACT_TOLERANCE if name == "contacts" else TOLERANCE), f"{name} differs by {distance:.1e}"
@@ -55,7 +56,6 @@ def test_logits_layers_and_contacts_are_those_of_the_reference(
     folder = reference_folder(shape)
     imported = read_directory(folder)
     parity = compare(imported.model, imported.tokenizer, load_transformers(folder), rng, ESM.runner)
-    print(shape, {name: f"{value:.1e}" for name, value in parity.items()})
     refuse_distance(parity)
     parity_row(ESM.name, shape, library="transformers", forward=parity["logits"])
 
@@ -301,7 +301,6 @@ def check_mutant(
     imported = read_directory(folder_of(shape))
     mutate(imported.model)
     parity = compare(imported.model, imported.tokenizer, model_of(shape), rng, ESM.runner)
-    report(f"{shape} {mutate.__name__}", parity)
     with pytest.raises(AssertionError, match="differ"):
         refuse_distance(parity)
 

@@ -288,7 +288,7 @@ REFUSALS = {
     "block": (put("block_fn", "ResPostBlock"), "model_args.block_fn must be None"),
     "unknown": (put("rope", True), "model_args.rope is not known"),
     "norm": (put("norm_layer", "rmsnorm"), "model_args.norm_layer must be layernorm"),
-    "activation": (put("act_layer", "mish"), "model_args.act_layer must be one of gelu.*got 'mish'"),
+    "activation": (put("act_layer", "mish"), "act_layer must be one of gelu.*got 'mish'"),
     "pool": (put("global_pool", "avgmax"), "global_pool must be one of token, avg, max, map; got 'avgmax'"),
     "no pool": (forget_pool, "global_pool must be one of token, avg, max, map; got None"),
     "prefix in the mean": (put("pool_include_prefix", True), "pool_include_prefix must be false"),
