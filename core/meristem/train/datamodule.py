@@ -18,6 +18,7 @@ from meristem.domain import Domain, load_domain
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import TransformerConfig
 from meristem.model.grid import with_grid
+from meristem.model_directory import InputCard
 from meristem.objectives.objective import Objective
 from meristem.train.ranks import Ranks
 from meristem.train.task import Task
@@ -69,17 +70,16 @@ class Input:
     domain: str = ""
     tokenizer: dict[str, Any] | None = None
 
-    def build_tokenizer(self, domain: Domain) -> Tokenizer:
-        """The tokenizer of the input.
+    def owner(self, domain: Domain) -> Domain:
+        """The domain that reads the input.
 
         Args:
             domain: of the run.
 
         Raises:
-            ConfigError: no such domain, or an option that its tokenizer does not take.
+            ConfigError: no such domain.
         """
-        own = load_domain(self.domain) if self.domain else domain
-        return own.build_tokenizer(**(self.tokenizer or {}))
+        return load_domain(self.domain) if self.domain else domain
 
 
 SAMPLE = "@sample"
@@ -145,8 +145,10 @@ class DataModule(L.LightningDataModule):
         self._tokenizer_options = dict(tokenizer or {})
         self.tokenizer: Tokenizer = self.domain.build_tokenizer(**self._tokenizer_options)
         self.inputs = inputs or {}
-        self.others: dict[str, Tokenizer] = {
-            name: one.build_tokenizer(self.domain) for name, one in self.inputs.items()
+        self.owners = {name: one.owner(self.domain) for name, one in self.inputs.items()}
+        self.input_cards = {
+            name: InputCard(owner.name, owner.build_tokenizer(**(self.inputs[name].tokenizer or {})))
+            for name, owner in self.owners.items()
         }
         self.view_options = views
         self.views: Views | None = None if views is None else self.domain.build_views(self.tokenizer, **views)
@@ -195,6 +197,13 @@ class DataModule(L.LightningDataModule):
         if given is not None:
             self.tokenizer = given.tokenizer.adapted(self.domain.build_tokenizer, self._tokenizer_options)
             task.architecture = with_grid(task.architecture, self.tokenizer.grid)
+            for name, one in given.inputs.items():
+                if name in self.inputs:
+                    build, options = self.owners[name].build_tokenizer, self.inputs[name].tokenizer or {}
+                    own = given.tokenizer_of(name).adapted(build, options)
+                    self.input_cards[name] = InputCard(self.owners[name].name, own)
+                elif one.tokenizer is not None and name in objective.inputs[1:]:
+                    self.input_cards[name] = one
             if self.view_options is not None:
                 self.views = self.domain.build_views(self.tokenizer, **self.view_options)
         store = self._store(self.sources, self.read_options(objective, self.split.column))
@@ -230,6 +239,11 @@ class DataModule(L.LightningDataModule):
                 f"set model.architecture.embedding.vocab_size to {wanted} or more"
             )
 
+    @property
+    def others(self) -> dict[str, Tokenizer]:
+        """Tokenizers of the inputs that have one of their own."""
+        return {name: one.tokenizer for name, one in self.input_cards.items() if one.tokenizer is not None}
+
     def read_options(self, objective: Objective, split_column: str = "") -> ReadOptions:
         """How the sources are read for an objective.
 
@@ -238,7 +252,7 @@ class DataModule(L.LightningDataModule):
         """
         return ReadOptions(
             columns=columns_of(self.column, objective.inputs),
-            foreign=tuple(name for name, one in self.inputs.items() if one.domain not in ("", self.domain.name)),
+            foreign=tuple(name for name, one in self.input_cards.items() if one.domain != self.domain.name),
             id_column=self.id_column,
             label_columns=objective.label_columns,
             split_column=split_column,

@@ -17,7 +17,7 @@ from meristem.model.compiled import compile_blocks
 from meristem.model.config import TransformerConfig
 from meristem.model.grid import resampled
 from meristem.model.model import Model
-from meristem.model_directory import ModelCard, load_card, load_model
+from meristem.model_directory import InputCard, ModelCard, load_card, load_model
 from meristem.objectives.objective import Objective
 from meristem.shapes import Tensor
 from meristem.train.ema import MovingAverage
@@ -135,6 +135,7 @@ class Task(L.LightningModule):
             tokenizer=data.tokenizer,
             heads=self.model.specs,
             domain=data.domain.name,
+            inputs={name: data.input_cards.get(name, InputCard()) for name in self.objective.inputs},
         )
 
     def configure_model(self) -> None:
