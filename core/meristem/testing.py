@@ -259,14 +259,12 @@ class _Contract:
             return "none"
         views = self.data.views or self.domain.build_views(self.tokenizer)
         copies = (views, pickle.loads(pickle.dumps(views)))
-        num_changed = num_alone = 0
+        num_changed = 0
         for row, record in enumerate(self.rows[:NUM_TRAINED]):
             seen = [one.views(record, np.random.default_rng(row)) for one in copies]
             _require(len(seen[0]) == views.num_views, f"views must be {views.num_views} a record", len(seen[0]))
             alone = [one.views(record, None) for one in copies]
-            num_alone = num_alone or len(alone[0])
-            rule = "without a generator there must be one view or more, equally many for every record"
-            _require(len(alone[0]) == num_alone > 0, rule, len(alone[0]))
+            _require(len(alone[0]) > 0, "without a generator there must be a view or more", "none")
             drawn, whole = ([self._tokens_of(some) for some in both] for both in (seen, alone))
             for first, again in (drawn, whole):
                 differing = [name for one, other in zip(first, again) if (name := _differing(one, other))]
