@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -136,21 +135,6 @@ class Ignored:
 
 
 @dataclass(frozen=True)
-class Constant:
-    """Foreign tensors that must hold what we take for granted; checked, and not kept.
-
-    Attributes:
-        pattern: a regular expression for the whole name.
-        holds: whether a tensor does.
-        rule: what must hold, as the message says it.
-    """
-
-    pattern: str
-    holds: Callable[[Tensor], Any]
-    rule: str
-
-
-@dataclass(frozen=True)
 class KeyTable:
     """Every tensor of a family: nothing is left over on either side.
 
@@ -158,13 +142,11 @@ class KeyTable:
         rows: one for each tensor of ours.
         tied: foreign tensors that repeat others.
         ignored: foreign tensors that we need not keep.
-        constants: foreign tensors that must hold what we take for granted.
     """
 
     rows: tuple[Row, ...]
     tied: tuple[Tied, ...] = ()
     ignored: tuple[Ignored, ...] = ()
-    constants: tuple[Constant, ...] = ()
 
     def read(
         self, weights: Weights, wanted: Mapping[str, torch.Size], config: TransformerConfig
@@ -208,8 +190,6 @@ class KeyTable:
             extra = extra - found
             if found and ignored.note:
                 notes.append(ignored.note)
-        for constant in self.constants:
-            extra = {name for name in extra if not re.fullmatch(constant.pattern, name)}
         return extra, notes
 
     def _check_values(self, unread: set[str], weights: Weights) -> None:
@@ -219,10 +199,6 @@ class KeyTable:
                 raise CheckpointError(
                     f"{weights.file}: {tie.foreign} must equal {tie.same_as}, to which the config ties it; they differ"
                 )
-        for constant in self.constants:
-            for name in sorted(unread):
-                if re.fullmatch(constant.pattern, name) and not constant.holds(weights[name]):
-                    raise CheckpointError(f"{weights.file}: {name} must {constant.rule}; it does not")
 
     def without_heads(self, heads: Collection[str]) -> "KeyTable":
         """The same table for models that leave out some heads: foreign tensors of these are ignored."""
