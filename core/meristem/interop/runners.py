@@ -23,7 +23,7 @@ from meristem.framing import frame_of
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.outputs import Wanted
 from meristem.shapes import Tensor
-from meristem.types import Hidden, Layout, Tokens
+from meristem.types import Hidden, Tokens
 
 Results = Mapping[str, list[Tensor]]
 
@@ -90,12 +90,11 @@ def run_ours(model: Model, tokenizer: Tokenizer, sequences: Sequence[Tokens]) ->
 
 
 def _layers(hidden: Hidden, order: Sequence[int], side: str) -> dict[str, list[Tensor]]:
-    return {f"{side}layer {k}": _split(rows, hidden.layout, order) for k, rows in hidden.layers.items()}
-
-
-def _split(rows: Tensor, layout: Layout, order: Sequence[int]) -> list[Tensor]:
-    parts = rows[: layout.num_tokens].split(list(layout.lengths))
-    return [parts[place] for place in order]
+    found = {}
+    for k, rows in hidden.layers.items():
+        parts = rows[: hidden.layout.num_tokens].split(list(hidden.layout.lengths))
+        found[f"{side}layer {k}"] = [parts[place] for place in order]
+    return found
 
 
 # --- inputs ------------------------------------------------------------------------------------------------------
@@ -160,7 +159,7 @@ def padded(sequences: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[Tokens]], Results]:
-    """Runs a model of `transformers` on padded sequences with an attention mask.
+    """Runs a model of `transformers` on padded sequences, or on padded pairs of source and target, with their masks.
 
     Args:
         outputs: attributes of its output by our names of results, beside `logits`, or several of which the first that
@@ -168,8 +167,13 @@ def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[T
     """
 
     def theirs(reference: Any, sequences: Sequence[Tokens]) -> Results:
-        ids, mask = padded(sequences, getattr(reference.config, "pad_token_id", None) or 0)
+        sources = [tokens for tokens in sequences if tokens.is_source]
+        targets = [tokens for tokens in sequences if not tokens.is_source]
+        pad = getattr(reference.config, "pad_token_id", None) or 0
+        ids, mask = padded(sources or targets, pad)
         more = {}
+        if sources:
+            more["decoder_input_ids"], more["decoder_attention_mask"] = padded(targets, pad)
         if any(tokens.token_types is not None for tokens in sequences):
             types = torch.zeros_like(ids)
             for row, tokens in zip(types, sequences):
@@ -177,30 +181,10 @@ def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[T
                 row[: len(tokens)] = torch.from_numpy(tokens.token_types)
             more["token_type_ids"] = types
         out = reference(input_ids=ids, attention_mask=mask, output_hidden_states=True, **more)
-        found = {f"layer {k}": _unpad(layer, sequences) for k, layer in enumerate(out.hidden_states)}
-        return found | _outputs(out, {"logits": "logits", **outputs}, sequences)
-
-    return theirs
-
-
-def run_pairs(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[Tokens]], Results]:
-    """Runs an encoder-decoder of `transformers` on padded sources and targets; `outputs` as above."""
-
-    def theirs(reference: Any, sequences: Sequence[Tokens]) -> Results:
-        sources = [tokens for tokens in sequences if tokens.is_source]
-        targets = [tokens for tokens in sequences if not tokens.is_source]
-        pad = reference.config.pad_token_id or 0
-        ids, mask = padded(sources, pad)
-        target_ids, target_mask = padded(targets, pad)
-        out = reference(
-            input_ids=ids,
-            attention_mask=mask,
-            decoder_input_ids=target_ids,
-            decoder_attention_mask=target_mask,
-            output_hidden_states=True,
-        )
-        found = {f"source layer {k}": _unpad(x, sources) for k, x in enumerate(out.encoder_hidden_states)}
-        found.update({f"layer {k}": _unpad(x, targets) for k, x in enumerate(out.decoder_hidden_states)})
+        layers = out.decoder_hidden_states if sources else out.hidden_states
+        found = {f"layer {k}": _unpad(layer, targets) for k, layer in enumerate(layers)}
+        if sources:
+            found |= {f"source layer {k}": _unpad(x, sources) for k, x in enumerate(out.encoder_hidden_states)}
         return found | _outputs(out, {"logits": "logits", **outputs}, targets)
 
     return theirs
@@ -239,5 +223,5 @@ def _quiet(transformers: Any) -> Iterator[None]:
 SEQUENCES = Runner("transformers", load_transformers, draw_sequences, run_sequences())
 """Encoders and decoders."""
 
-PAIRS = Runner("transformers", load_transformers, draw_pairs, run_pairs())
+PAIRS = Runner("transformers", load_transformers, draw_pairs, run_sequences())
 """Encoder-decoders."""
