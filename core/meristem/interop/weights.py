@@ -100,11 +100,8 @@ class BinPart(Part):
         self._tensors = None
 
     def _open(self) -> dict[str, Tensor]:
-        if self._tensors is None:
-            self._tensors = self._load()
-        return self._tensors
-
-    def _load(self) -> dict[str, Tensor]:
+        if self._tensors is not None:
+            return self._tensors
         try:
             # files from before torch 1.6 are no archives, and cannot be mapped
             is_archive = zipfile.is_zipfile(self.file)
@@ -116,6 +113,7 @@ class BinPart(Part):
             ) from error
         if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
             raise CheckpointError(f"{self.file} must map names to tensors; got {type(tensors).__name__}")
+        self._tensors = tensors
         return tensors
 
 
@@ -193,11 +191,8 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} must be a safetensors file: {error}") from error
+    part = SafePart(file)
+    return {name: part.read(name) for name in part.shapes}
 
 
 def refuse_tensors(where: Path, missing: Sequence[str], extra: Sequence[str], shapes: Sequence[str]) -> None:
