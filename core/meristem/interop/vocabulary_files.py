@@ -3,6 +3,7 @@
 These are word pieces (`vocab.txt`), byte pairs (`vocab.json` and `merges.txt`) and models of sentencepiece.
 """
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from meristem.errors import CheckpointError
 from meristem.files import read_json
-from meristem.interop.sentencepiece_file import read_pieces, unigrams
+from meristem.interop.sentencepiece_file import CONTROL, FIRST_PIECES, USER_DEFINED, Pieces, read_pieces
 
 DEFINITION, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 WORDS, PAIRS, MERGES = "vocab.txt", "vocab.json", "merges.txt"
@@ -158,6 +159,31 @@ def byte_pairs(vocab: Mapping[str, int], merges: list[tuple[str, ...]], settings
             "vocab": dict(vocab),
             "merges": [list(pair) for pair in merges],
         },
+    }
+
+
+def unigrams(read: Pieces, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Closed unigrams (T5, Raffel et al. 2020): sentinels behind the pieces, the last one first.
+
+    Args:
+        read: pieces of a model of sentencepiece.
+        settings: `tokenizer_config.json`; `extra_ids` is the number of sentinels.
+    """
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(settings.get("extra_ids", 100)))]
+    vocab = [[piece, score] for piece, score, _ in read.pieces] + [[symbol, 0.0] for symbol in sentinels]
+    special = {i: kind == CONTROL for i, (_, _, kind) in enumerate(read.pieces) if kind in (CONTROL, USER_DEFINED)}
+    special |= dict.fromkeys(range(len(read.pieces), len(vocab)), True)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spaces = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    charsmap = base64.b64encode(read.charsmap).decode("ascii")
+    return {
+        **_blank(),
+        "added_tokens": [{"id": i, "content": vocab[i][0], **flags, "special": special[i]} for i in sorted(special)],
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap} if read.charsmap else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, spaces]},
+        "post_processor": frame(None, "</s>", {"</s>": FIRST_PIECES.index("</s>")}),
+        "decoder": spaces,
+        "model": {"type": "Unigram", "unk_id": read.unk_id, "vocab": vocab, "byte_fallback": False},
     }
 
 
