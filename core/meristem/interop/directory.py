@@ -1,7 +1,8 @@
 """A foreign directory to a model, and back."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,19 +145,14 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", CheckpointError)
 
 
-class _blamed:
-    """Says which file was wrong, where a reader of it found something."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ConfigError, TypeError, KeyError)):
-            reason = f"must have {error}" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(f"{self.file}: {reason}") from error
+@contextmanager
+def _blamed(file: Path) -> Iterator[None]:
+    """Names the file in an error that a reader of it raises."""
+    try:
+        yield
+    except (ConfigError, TypeError, KeyError) as error:
+        reason = f"must have {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{file}: {reason}") from error
 
 
 def _spelled(family: Family, stored: Weights) -> Weights:

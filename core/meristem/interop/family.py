@@ -118,21 +118,14 @@ def of_type(*model_types: str) -> Callable[[ForeignConfig], bool]:
 
 def heads_by_prefix(**prefixes: str) -> HeadReader:
     """A head is there where a tensor has its prefix."""
-
-    def read(config: ForeignConfig, names: Collection[str]) -> tuple[str, ...]:
-        return tuple(head for head, prefix in prefixes.items() if any(name.startswith(prefix) for name in names))
-
-    return read
+    return lambda config, names: tuple(
+        head for head, prefix in prefixes.items() if any(name.startswith(prefix) for name in names)
+    )
 
 
 def symbols_by_class(*classes: str) -> HeadReader:
     """The symbol head is there where the config names one of these classes: a tied head has no tensor of its own."""
-
-    def read(config: ForeignConfig, names: Collection[str]) -> tuple[str, ...]:
-        named = config.get("architectures") or ()
-        return (SYMBOLS,) if any(name in classes for name in named) else ()
-
-    return read
+    return lambda config, names: (SYMBOLS,) if set(classes) & set(config.get("architectures") or ()) else ()
 
 
 def symbols_but_for(trunk: str) -> HeadReader:
@@ -140,11 +133,7 @@ def symbols_but_for(trunk: str) -> HeadReader:
 
     For decoders: most heads are tied and have no tensor, and files of long ago name no class.
     """
-
-    def read(config: ForeignConfig, names: Collection[str]) -> tuple[str, ...]:
-        return () if trunk in (config.get("architectures") or ()) else (SYMBOLS,)
-
-    return read
+    return lambda config, names: () if trunk in (config.get("architectures") or ()) else (SYMBOLS,)
 
 
 def classes_by_head(with_symbols: str, without: str) -> Callable[[Collection[str]], str]:

@@ -142,15 +142,6 @@ def derived(architecture: TransformerConfig) -> dict[str, Tensor]:
     return {f"esm.{FREQUENCIES}": rotary_frequencies(architecture.position, architecture.head_width)}
 
 
-def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """One token a residue, with the ids of the directory's vocabulary.
-
-    Raises:
-        CheckpointError: a vocabulary that is damaged, or whose ids are not those of the config.
-    """
-    return read_residues(folder, config, SYMBOLS, len(SYMBOLS), "ESM")
-
-
 def read_residues(
     folder: Path, config: ForeignConfig, published: Sequence[str], num_rows: int, kind: str
 ) -> tuple[Tokenizer, list[str]]:
@@ -260,7 +251,7 @@ ESM = replace(
     sequence_family(
         "ESM-1b and ESM-2", "protein", "esm", "Esm", TABLE, read_config, write_config, "esm.", "ForMaskedLM", HEADS
     ),
-    read_tokenizer=read_tokenizer,
+    read_tokenizer=partial(read_residues, published=SYMBOLS, num_rows=len(SYMBOLS), kind="ESM"),
     write_tokenizer=write_tokenizer,
     # transformers 5 writes the names of long ago, and the star of a pattern, when it saves; it reads both
     spellings=TENSORFLOW_SPELLINGS,

@@ -214,57 +214,6 @@ class Kind:
         return settings
 
 
-RMS_EPS = Field("rms_norm_eps", "norm.eps", 1e-6)
-
-LLAMA_KIND = Kind(model_type="llama", fields=(RMS_EPS, *BIASES), must_divide=True)
-
-QWEN_DEFAULTS = {
-    "num_key_value_heads": 32,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-    "layer_types": None,
-}
-
-QWEN2_KIND = Kind(
-    model_type="qwen2",
-    fields=(RMS_EPS,),
-    defaults=QWEN_DEFAULTS,
-    qkv_bias=True,
-    has_window=True,
-    has_layer_types=True,
-)
-
-QWEN3_KIND = Kind(
-    model_type="qwen3",
-    fields=(RMS_EPS, BIASES[0]),
-    defaults={**QWEN_DEFAULTS, "head_dim": 128},
-    qk_norm="head",
-    has_window=True,
-    has_layer_types=True,
-)
-
-STARCODER2_KIND = Kind(
-    model_type="starcoder2",
-    fields=(
-        Field("norm_epsilon", "norm.eps", 1e-5),
-        Field("use_bias", (*BIASES[0].own, *BIASES[1].own), True),
-        Field("residual_dropout", "residual.dropout", 0.0),
-        Field("embedding_dropout", "embedding.dropout", 0.0),
-    ),
-    defaults={
-        "num_key_value_heads": 2,
-        "hidden_act": "gelu_pytorch_tanh",
-        "initializer_range": 0.018042,
-        "sliding_window": None,
-        "tie_word_embeddings": True,
-    },
-    norm=LayerNorm,
-    is_gated=False,
-    has_window=True,
-)
-
-
 def _pattern(window: int | None) -> Pattern:
     """Of a causal layer that sees `window` tokens, itself included."""
     return Causal() if window is None else Causal() & Window(left=window - 1)
@@ -286,7 +235,52 @@ def _runs(windows: list[int | None]) -> list[tuple[int, int, int | None]]:
     return found
 
 
-LLAMA = LLAMA_KIND.family("Llama", "text", "Llama")
-QWEN2 = QWEN2_KIND.family("Qwen2", "text", "Qwen2")
-QWEN3 = QWEN3_KIND.family("Qwen3", "text", "Qwen3")
-STARCODER2 = STARCODER2_KIND.family("StarCoder2", "code", "Starcoder2")
+RMS_EPS = Field("rms_norm_eps", "norm.eps", 1e-6)
+
+LLAMA = Kind(model_type="llama", fields=(RMS_EPS, *BIASES), must_divide=True).family("Llama", "text", "Llama")
+
+QWEN_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+
+QWEN2 = Kind(
+    model_type="qwen2",
+    fields=(RMS_EPS,),
+    defaults=QWEN_DEFAULTS,
+    qkv_bias=True,
+    has_window=True,
+    has_layer_types=True,
+).family("Qwen2", "text", "Qwen2")
+
+QWEN3 = Kind(
+    model_type="qwen3",
+    fields=(RMS_EPS, BIASES[0]),
+    defaults={**QWEN_DEFAULTS, "head_dim": 128},
+    qk_norm="head",
+    has_window=True,
+    has_layer_types=True,
+).family("Qwen3", "text", "Qwen3")
+
+STARCODER2 = Kind(
+    model_type="starcoder2",
+    fields=(
+        Field("norm_epsilon", "norm.eps", 1e-5),
+        Field("use_bias", (*BIASES[0].own, *BIASES[1].own), True),
+        Field("residual_dropout", "residual.dropout", 0.0),
+        Field("embedding_dropout", "embedding.dropout", 0.0),
+    ),
+    defaults={
+        "num_key_value_heads": 2,
+        "hidden_act": "gelu_pytorch_tanh",
+        "initializer_range": 0.018042,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+    },
+    norm=LayerNorm,
+    is_gated=False,
+    has_window=True,
+).family("StarCoder2", "code", "Starcoder2")

@@ -52,6 +52,9 @@ def read_processor(
         )
         height, width = (round(side * own / other) for side, own, other in zip(resized or cut, image_px, cut))
         resized = height, width
+    filters = {number: name for name, number in RESAMPLE.items()}
+    if (number := values.get("resample", 2)) not in filters:
+        raise ConfigError(f"{FILE}: resample must be one of {sorted(filters)}; got {number!r}")
     tokenizer = PatchTokenizer(
         image_px=image_px,
         patch_px=patch_px,
@@ -60,7 +63,7 @@ def read_processor(
         std=tuple(std) if is_standard else (1.0,) * num_channels,
         resize_px=resized,
         crop=crop,
-        interpolation=_read_filter(values.get("resample", 2)),
+        interpolation=filters[number],
         prefix=tuple(prefix),
         mask=mask,
     )
@@ -118,10 +121,3 @@ def _size(size: Any, default: tuple[int, int]) -> tuple[int, int]:
     if size is None:
         return default
     return (size["height"], size["width"]) if isinstance(size, Mapping) else (size, size)
-
-
-def _read_filter(number: int) -> str:
-    for name, value in RESAMPLE.items():
-        if value == number:
-            return name
-    raise ConfigError(f"{FILE}: resample must be one of {sorted(RESAMPLE.values())}; got {number!r}")
