@@ -1,4 +1,4 @@
-"""How the same random input goes through a model of ours and through the library that it came from.
+"""Run a model of ours and its reference implementation on the same random input.
 
 A family names its runner; a runner is a value of four functions, so that a comparison asks for no name of a family.
 Results are tensors by name, one for each sequence: `layer 0` (the embedding), `layer 1` ..., `logits` of symbols,
@@ -38,13 +38,13 @@ MASKED_FRAC = 0.2
 
 @dataclass(frozen=True)
 class Runner:
-    """How a family's models are run beside those of the library they came from.
+    """Functions that run the models of a family and those of the reference library on the same inputs.
 
     Attributes:
-        library: package that holds the reference.
-        load: the reference of a directory, in evaluation mode and fp32, with explicit attention weights.
-        draw: random inputs; what the reference takes in another form is kept in `Tokens.labels`.
-        theirs: results of the reference, of the same inputs.
+        library: name of the package that holds the reference implementation.
+        load: loads a directory with it, in evaluation mode and fp32, with explicit attention weights.
+        draw: draws random inputs; what the reference takes in another form is kept in `Tokens.labels`.
+        theirs: runs the reference on these inputs.
     """
 
     library: str
@@ -54,12 +54,12 @@ class Runner:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the reference can be asked."""
+        """Whether the package of the reference is installed."""
         return importlib.util.find_spec(self.library) is not None
 
 
 def run_ours(model: Model, tokenizer: Tokenizer, sequences: Sequence[Tokens]) -> Results:
-    """Our results, in the order given; of pairs in the order of the targets."""
+    """Run our model. Results are in the order of the sequences; those of pairs in the order of the targets."""
     num_records = sum(not tokens.is_source for tokens in sequences)
     records = [*range(num_records)] * (len(sequences) // num_records)
     stripped = [replace(tokens, labels={}) for tokens in sequences]
@@ -101,10 +101,10 @@ def _layers(hidden: Hidden, order: Sequence[int], side: str) -> dict[str, list[T
 
 
 def random_tokens(tokenizer: Tokenizer, length: int, rng: np.random.Generator, num_types: int = 0) -> Tokens:
-    """A random payload between its special symbols, a share of it masked where there is a mask.
+    """Draw a random payload between special symbols; a share of it is masked if the tokenizer has a mask.
 
     Args:
-        num_types: of tokens; a sequence begins with those of type 0 and goes on with 1.
+        num_types: number of token types; a sequence begins with those of type 0 and goes on with 1.
     """
     framed = tokenizer.encode("")
     before, behind = tokenizer.num_special
@@ -119,13 +119,13 @@ def random_tokens(tokenizer: Tokenizer, length: int, rng: np.random.Generator, n
 
 
 def draw_sequences(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Tokens]:
-    """Ragged sequences; none longer than positions allow."""
+    """Draw sequences of different lengths; none is longer than the model's positions allow."""
     limit = (model.config.max_length or max(LENGTHS) + 8) - sum(tokenizer.num_special)
     return [random_tokens(tokenizer, min(n, limit), rng, model.config.embedding.token_types) for n in LENGTHS]
 
 
 def draw_pairs(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Tokens]:
-    """Sources, then as many targets: each begins with symbol 0, as decoders of this kind do."""
+    """Draw sources, then as many targets. Each target begins with symbol 0, as T5's decoder expects."""
     sources = [replace(tokens, is_source=True) for tokens in draw_sequences(model, tokenizer, rng)]
     targets = []
     for length in TARGET_LENGTHS:
@@ -138,7 +138,7 @@ def draw_pairs(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> 
 
 
 def load_transformers(folder: Path) -> Any:
-    """The directory as `transformers` loads it."""
+    """Load a directory with `transformers`."""
     transformers = importlib.import_module("transformers")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = (config.get("architectures") or ["AutoModelForMaskedLM"])[0]
@@ -150,7 +150,7 @@ def load_transformers(folder: Path) -> Any:
 
 
 def padded(sequences: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids `[S, n]`, and the mask of what is no padding."""
+    """Pad sequences: ids `[S, n]`, and a mask that is 1 where there is no padding."""
     lengths = [len(tokens) for tokens in sequences]
     ids = torch.full((len(sequences), max(lengths)), pad)
     for row, tokens in zip(ids, sequences):
@@ -159,7 +159,7 @@ def padded(sequences: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[Tokens]], Results]:
-    """Runs a model of `transformers` on padded sequences, or on padded pairs of source and target, with their masks.
+    """A function that runs a model of `transformers` on padded sequences, or on padded pairs of source and target.
 
     Args:
         outputs: attributes of its output by our names of results, beside `logits`, or several of which the first that

@@ -1,4 +1,4 @@
-"""Models of sentencepiece (`spiece.model`), read without its library: those of T5 and of what follows it.
+"""Read sentencepiece models (`spiece.model`, of T5 and later models) without the sentencepiece library.
 
 The file is a message of protobuf, of whose numbered fields a handful matter here: they are read without its schema.
 """
@@ -19,7 +19,7 @@ FIRST_PIECES = ("<pad>", "</s>", "<unk>")
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a model of sentencepiece holds.
+    """The parts of a sentencepiece model that a tokenizer needs.
 
     Attributes:
         pieces: text, score (log-probability) and type of each piece, in the order of ids.
@@ -40,7 +40,7 @@ class Pieces:
 
 
 def read_pieces(file: Path) -> Pieces:
-    """Read a model of sentencepiece.
+    """Read a sentencepiece model file.
 
     Raises:
         CheckpointError: the file is damaged, or another one.

@@ -51,14 +51,14 @@ TABLE = KeyTable(
 
 
 def recognises(config: ForeignConfig) -> bool:
-    """Whether a config is one of MosaicBERT's, which call themselves BERT."""
+    """Whether a config is that of a MosaicBERT; its `model_type` is that of BERT."""
     code = config.get("auto_map") or {}
     named = any("bert_layers." in str(name) for name in code.values())
     return config.get("model_type") == "bert" and ("alibi_starting_size" in config or named)
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of the config of a MosaicBERT."""
+    """Convert the config of a MosaicBERT to a `TransformerConfig`."""
     found = Settings("a DNABERT-2", config, FIELDS)
     return read_post_norm(
         found,
@@ -71,7 +71,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The config of a MosaicBERT, as far as one can say it."""
+    """Convert a `TransformerConfig` to the config of a MosaicBERT."""
     return {
         "model_type": "bert",
         **write_fields(architecture, FIELDS),

@@ -56,7 +56,7 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of an `EsmcConfig`."""
+    """Convert a `EsmcConfig` to a `TransformerConfig`."""
     plain = {**config, "attention_dropout": config.get("attention_dropout") or 0.0}
     found = Settings("an ESM-C", plain, FIELDS, {"max_position_embeddings": 2048})
     width, heads, num_layers = found["hidden_size"], found["num_attention_heads"], found["num_hidden_layers"]
@@ -72,7 +72,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `EsmcConfig` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `EsmcConfig`."""
     return {
         "model_type": "esmc",
         **write_fields(architecture, FIELDS),
@@ -82,7 +82,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 
 
 def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files of an `EsmcTokenizer`, whose vocabulary is always the same.
+    """Texts of the files of an `EsmcTokenizer`, by file name; its vocabulary is always the same.
 
     Raises:
         ConfigError: another vocabulary.

@@ -58,7 +58,7 @@ LAYER = "model.layers.{}"
 
 
 def decoder_rows(model: str) -> tuple[Row, ...]:
-    """Rows of embedding, attention and norms of blocks.
+    """Rows for the embedding, and for attention and norms of blocks.
 
     Args:
         model: foreign name of the trunk.
@@ -78,7 +78,7 @@ def decoder_rows(model: str) -> tuple[Row, ...]:
 
 
 def gated_rows(layer: str) -> tuple[Row, ...]:
-    """Rows of a feed-forward layer with a gate."""
+    """Rows for a gated feed-forward layer."""
     return block_rows(layer, up=("mlp.gate_proj", "mlp.up_proj"), down="mlp.down_proj")
 
 
@@ -96,7 +96,7 @@ UNBOUNDED = "full_attention"
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What sets one of these families apart.
+    """What distinguishes one of these families from the others.
 
     Attributes:
         model_type: `model_type` in its config.
@@ -123,7 +123,7 @@ class Kind:
     must_divide: bool = False
 
     def family(self, name: str, domain: str, stem: str) -> Family:
-        """The family of this kind.
+        """Make the family of this kind.
 
         Args:
             name: as reports call it.
@@ -136,7 +136,7 @@ class Kind:
         )
 
     def read_config(self, config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-        """Our architecture of a foreign config."""
+        """Convert a foreign config to a `TransformerConfig`."""
         fields, defaults = (*FIELDS, *self.fields), {**DEFAULTS, **self.defaults}
         found = Settings(f"a {self.model_type}", config, fields, defaults)
         width, heads, head_width = found["hidden_size"], found["num_attention_heads"], found["head_dim"]
@@ -189,7 +189,7 @@ class Kind:
         return [window if kind == WINDOWED else None for kind in kinds]
 
     def write_config(self, architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """The foreign config of our architecture, as far as one can say it."""
+        """Convert a `TransformerConfig` to a foreign config."""
         return {
             "model_type": self.model_type,
             **write_fields(architecture, (*FIELDS, *self.fields)),

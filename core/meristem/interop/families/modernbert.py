@@ -85,7 +85,7 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `ModernBertConfig`."""
+    """Convert a `ModernBertConfig` to a `TransformerConfig`."""
     found = Settings("a ModernBERT", config, FIELDS, DEFAULTS)
     reach = found["local_attention"] // 2
     window, local_position = Window(left=reach, right=reach), _position(found, WINDOWED, "local")
@@ -132,7 +132,7 @@ def _rules(layers: list[int], num_layers: int, attention: Attention, position: P
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `ModernBertConfig` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `ModernBertConfig`."""
     parts = [architecture.layer(layer) for layer in range(architecture.num_layers)]
     reach = next((p.attention.pattern.left for p in parts if isinstance(p.attention.pattern, Window)), 64)
     positions: dict[str, Position] = {

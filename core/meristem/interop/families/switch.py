@@ -48,7 +48,7 @@ SWITCH_DEFAULTS = {
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `SwitchTransformersConfig`.
+    """Convert a `SwitchTransformersConfig` to a `TransformerConfig`.
 
     `router_ignore_padding_tokens` changes nothing in the reference, and a pack has no padding.
 
@@ -92,7 +92,7 @@ def _sparse_step(found: Settings, side: str, depth: int) -> int:
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `SwitchTransformersConfig` of our architecture, as far as one can say it.
+    """Convert a `TransformerConfig` to a `SwitchTransformersConfig`.
 
     Raises:
         ConfigError: no layer with experts, or some where the reference cannot have them.
@@ -143,7 +143,7 @@ REPEATED = Transform(_read_repeated, lambda tensor, _: [tensor, tensor.clone(), 
 
 
 def table(architecture: TransformerConfig, *_: object) -> KeyTable:
-    """Every tensor of a Switch; the reference shares the embedding only where the head is tied to it too."""
+    """Key table of a Switch transformer. The reference shares the embedding only where the head is tied to it too."""
     symbols = Rename("trunk.embedding.symbols", "shared")
     if architecture.head is not None and not architecture.head.is_tied:
         symbols = Row("trunk.embedding.symbols", ("shared", *COPIES[:2]), REPEATED)

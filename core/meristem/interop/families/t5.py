@@ -62,7 +62,7 @@ DEFAULTS = {"num_decoder_layers": None, "is_encoder_decoder": True, "tie_word_em
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `T5Config`.
+    """Convert a `T5Config` to a `TransformerConfig`.
 
     The reference ties the head whatever `tie_word_embeddings` says, unless the file holds another tensor for it;
     the setting says whether rows are scaled before the head, where `scale_decoder_outputs` does not.
@@ -84,7 +84,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def read_stacks(found: Settings, is_gated: bool, head: TokenHead | None) -> TransformerConfig:
-    """What all families of this kind have in common."""
+    """Build one or two stacks from settings with the names of T5."""
     found.require(is_decoder=False)
     num_layers, num_decoder_layers = found["num_layers"], 0
     if not is_encoder_alone(found):
@@ -108,7 +108,7 @@ def read_stacks(found: Settings, is_gated: bool, head: TokenHead | None) -> Tran
 
 
 def is_encoder_alone(found: Settings) -> bool:
-    """Whether there is no decoder: `T5EncoderModel`, whose config may go on speaking of one."""
+    """Whether the model has no decoder, as `T5EncoderModel`; its config may still have settings of one."""
     classes = found.get("architectures") or ()
     return not found["is_encoder_decoder"] or any(name.endswith("EncoderModel") for name in classes)
 
@@ -116,7 +116,7 @@ def is_encoder_alone(found: Settings) -> bool:
 def read_head(
     found: Settings, tensors: Mapping[str, Tensor], is_scaled: bool, is_always_tied: bool
 ) -> TokenHead | None:
-    """The symbol head: a map alone.
+    """Read the symbol head, which is a linear map alone; None without a decoder.
 
     Args:
         is_scaled: rows are scaled by `1 / sqrt(D)` before it.
@@ -133,7 +133,7 @@ def read_head(
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `T5Config` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `T5Config`."""
     feedforward, head = architecture.feedforward, architecture.head
     name = foreign_activation(feedforward.activation)
     return {
@@ -146,7 +146,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 
 
 def write_stacks(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The settings that all families of this kind have in common."""
+    """Settings of one or two stacks with the names of T5."""
     head = architecture.head
     if not isinstance(architecture.position, BucketBias):
         raise ConfigError(f"positions must be a BucketBias; got {type(architecture.position).__name__}")
@@ -163,7 +163,7 @@ def write_stacks(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 
 
 def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer of a directory, and a note where its decoder does not start from padding, as ours does."""
+    """Read the tokenizer, with a note if the decoder starts from another symbol than padding, which ours uses."""
     tokenizer, notes = read_subwords(folder, config)
     start, pad = config.get("decoder_start_token_id"), tokenizer.pad_id
     if start is not None and start != pad:
@@ -172,12 +172,12 @@ def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list
 
 
 def table(architecture: TransformerConfig, *_: object) -> KeyTable:
-    """Every tensor of a T5."""
+    """Key table of a T5."""
     return build_table(architecture, "DenseReluDense", Rename("trunk.embedding.symbols", "shared"))
 
 
 def build_table(architecture: TransformerConfig, feedforward: str, symbols: Row) -> KeyTable:
-    """Every tensor of one stack or two.
+    """Key table of one stack or two.
 
     Args:
         feedforward: name of the module of a feed-forward layer.
@@ -224,12 +224,12 @@ def _rows_of_stack(architecture: TransformerConfig, own: str, foreign: str, feed
 
 
 def is_encoder(config: ForeignConfig) -> bool:
-    """As `is_encoder_alone`, of a config as it was found."""
+    """Same as `is_encoder_alone`, for a plain config."""
     return is_encoder_alone(Settings("a T5", config, defaults=DEFAULTS))
 
 
 def with_stacks(write: Writer, count: int) -> Writer:
-    """Refuses models of another number of stacks, which are of another class there."""
+    """A `write_config` that refuses models with another number of stacks, which have another foreign class."""
 
     def checked(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         stacks = 2 if architecture.num_decoder_layers else 1

@@ -61,7 +61,7 @@ SPELLINGS = (*ATTENTION_SPELLINGS, (r"\.mlp\.down_proj\.", ".mlp.weights_out."))
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `Dinov2Config` or a `Dinov2WithRegistersConfig`."""
+    """Convert a `Dinov2Config` or a `Dinov2WithRegistersConfig` to a `TransformerConfig`."""
     found = _settings(config)
     height, width = pair(found["image_size"])
     if height != width:
@@ -89,7 +89,7 @@ def _width(width: int, ratio: float, is_gated: bool) -> int:
 
 
 def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
-    """The tensors of a `Dinov2Model`, under the names that it has on disk; gated layers of either layout."""
+    """Key table of a `Dinov2Model` under the names that it has on disk; gated layers of either layout."""
     prefix = f"{foreign['model_type']}."
     layer = prefix + "encoder.layer.{}"
     up: str | tuple[str, ...] = "mlp.fc1"
@@ -112,12 +112,12 @@ def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collec
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `Dinov2Config` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `Dinov2Config`."""
     return {"model_type": "dinov2", **_write(architecture, tokenizer)}
 
 
 def write_register_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `Dinov2WithRegistersConfig` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `Dinov2WithRegistersConfig`."""
     num_registers = len(patches_of(tokenizer).prefix) - 1
     return {
         "model_type": "dinov2_with_registers",
@@ -143,12 +143,12 @@ def _write(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, A
 
 
 def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """Patches behind a class token and registers."""
+    """Read the tokenizer: patches after a class token and registers."""
     return read_patches(folder, _settings(config), bool(config.get("use_mask_token", True)))
 
 
 def read_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
-    """The classifier on the class token and the mean of the patches, where there is one."""
+    """Read the label of the classifier on the class token and the mean of the patches, if there is one."""
     return (label_of(classes_of(config), CLASS_MEAN),) if "classifier.weight" in names else ()
 
 

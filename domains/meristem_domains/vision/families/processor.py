@@ -1,4 +1,4 @@
-"""How `transformers` brings a picture to a model: `preprocessor_config.json`, in and out.
+"""Read and write `preprocessor_config.json`, the image preprocessing of `transformers`.
 
 One step differs: where an odd number of pixels stands out, `transformers` cuts off the smaller half above and on the
 left, and our tokenizer, as torchvision and timm, rounds the half to even. Such a picture is cut one pixel beside.
@@ -27,10 +27,10 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 def read_processor(
     folder: Path, image_px: tuple[int, int], patch_px: int, num_channels: int, prefix: Sequence[str], mask: str
 ) -> tuple[PatchTokenizer, list[str]]:
-    """The tokenizer of a directory, and notes for the user.
+    """Read the preprocessing of a directory as a tokenizer of patches; also returns notes for the user.
 
     Args:
-        image_px: that the model's positions are for.
+        image_px: height and width of the images that the model's positions are for.
 
     Raises:
         CheckpointError: a file that is damaged.

@@ -1,4 +1,4 @@
-"""Rows of key tables that models of images share: special tokens with their positions, and the map of patches.
+"""Rows of key tables that image models share: special tokens with their positions, and the linear map of patches.
 
 A special token of ours is a symbol. Others keep each as a tensor of its own, and often a row of positions with it,
 which is added to a constant: here both are one row. Written back, such rows of positions are zero.
@@ -24,10 +24,10 @@ def embedding_rows(
     mask: str | None = None,
     mask_axes: int = 2,
 ) -> tuple[Row, ...]:
-    """Rows of symbols, positions and the map of patches.
+    """Rows for the symbol table, the position table and the linear map of patches.
 
     Args:
-        config: of ours; its symbols are those of the prefix, and one that hides a patch where there is one more.
+        config: our architecture; its symbols are those of the prefix, and one that hides a patch if there is another.
         tokens: tensors of the prefix `[1, n, D]` by name, in order, and how many tokens each holds.
         positions: name of the table of positions `[1, n, D]`, for models that have one.
         patches: name of the convolution that cuts patches `[D, C, p, p]`.
@@ -86,5 +86,5 @@ def _cut(channels: int, side: int) -> Transform:
 
 
 def shaped(*shape: int) -> Transform:
-    """The same numbers in another shape: ours of one axis, theirs of this one."""
+    """A vector of ours that the other library keeps in this shape."""
     return Transform(lambda found, _: found[0].flatten(), lambda tensor, _: [tensor.view(*shape)])
