@@ -4,7 +4,7 @@ A `Field` is one rule for both directions, as a row of a key table is for tensor
 the two functions of a family; a setting that changes numbers and that no part of ours can say is refused.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,7 @@ SHAPE = (
 
 INIT_STD = Field("initializer_range", "init.std", 0.02)
 IS_TIED = Field("tie_word_embeddings", "head.is_tied", True, absent=True)
+COMMON = (*SHAPE, INIT_STD, IS_TIED)
 BIASES = (
     Field("attention_bias", ("attention.qkv_bias", "attention.out_bias"), False),
     Field("mlp_bias", ("feedforward.in_bias", "feedforward.out_bias"), False),
@@ -100,8 +101,8 @@ def activation(foreign: str, default: Any = REQUIRED, own: str = "feedforward.ac
     return Field(foreign, own, default, absent, ACTIVATIONS)
 
 
-class Settings(Mapping[str, Any]):
-    """A foreign config with defaults; error messages name the kind of config.
+class Settings(dict[str, Any]):
+    """A foreign config with defaults; error messages name the kind of config, also for a setting that is missing.
 
     Args:
         kind: name of the kind of config in messages, with its article (`a BERT`).
@@ -121,31 +122,11 @@ class Settings(Mapping[str, Any]):
     ):
         own = {field.foreign: field.default for field in fields if field.default is not REQUIRED}
         renamed = {name: config[alias] for alias, name in (aliases or {}).items() if alias in config}
-        self._values = {**own, **(defaults or {}), **renamed, **config}
+        super().__init__({**own, **(defaults or {}), **renamed, **config})
         self._kind, self._fields = kind, fields
 
-    def __getitem__(self, name: str) -> Any:
-        """The setting.
-
-        Raises:
-            ConfigError: it is not there and has no default.
-        """
-        if name not in self._values:
-            raise ConfigError(f"{self._kind} config must have {name}")
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._values
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The setting; `default` where it is missing and has no default of its own."""
-        return self._values.get(name, default)
+    def __missing__(self, name: str) -> Any:
+        raise ConfigError(f"{self._kind} config must have {name}")
 
     def require(self, **plain: Any) -> None:
         """Refuse settings that our architecture cannot express.
@@ -157,7 +138,7 @@ class Settings(Mapping[str, Any]):
             ConfigError: names the setting.
         """
         for name, value in plain.items():
-            got = self._values.get(name)
+            got = self.get(name)
             if got is not None and got != value:
                 raise ConfigError(f"{name} must be {value} in {self._kind} config; got {got!r}")
 
@@ -194,11 +175,6 @@ class Settings(Mapping[str, Any]):
 def write_fields(architecture: TransformerConfig, fields: Sequence[Field]) -> dict[str, Any]:
     """The settings that express these fields of an architecture."""
     return {field.foreign: field.write(architecture) for field in fields}
-
-
-def foreign_activation(name: Activation) -> str:
-    """The name of an activation in `transformers`: the first of its spellings."""
-    return next(foreign for foreign, own in ACTIVATIONS.items() if own == name)
 
 
 def special_ids(tokenizer: object, *roles: str) -> dict[str, int | None]:

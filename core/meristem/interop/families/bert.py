@@ -22,7 +22,7 @@ from meristem.interop.family import (
 )
 from meristem.interop.rows import block_rows, head_rows, lm_head_rows
 from meristem.interop.runners import SEQUENCES, run_sequences
-from meristem.interop.settings import INIT_STD, IS_TIED, SHAPE, Field, Settings, activation, special_ids, write_fields
+from meristem.interop.settings import COMMON, Field, Settings, activation, special_ids, write_fields
 from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied
 from meristem.model.config import Embedding, Learned, Prefix, Residual, TokenHead, TransformerConfig
 from meristem.model.heads import Readout
@@ -33,15 +33,13 @@ NEXT_SENTENCE = Readout(name="next_sentence", classes=("next", "random"), pool=N
 """Whether the second sentence follows the first, in the order of the reference's logits."""
 
 FIELDS = (
-    *SHAPE,
+    *COMMON,
     activation("hidden_act", "gelu"),
     Field("hidden_dropout_prob", ("residual.dropout", "embedding.dropout"), 0.1),
     Field("attention_probs_dropout_prob", "attention.dropout", 0.1),
     Field("max_position_embeddings", "position.max_positions", 512, absent=512),
     Field("type_vocab_size", "embedding.token_types", 2),
-    INIT_STD,
     Field("layer_norm_eps", "norm.eps", 1e-12),
-    IS_TIED,
 )
 
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")

@@ -94,9 +94,6 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
     """Convert a `GPT2Config` to a `TransformerConfig`.
 
     `reorder_and_upcast_attn` says how scores are computed in half precision, and not what they are.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
     """
     found = Settings("a GPT-2", config, FIELDS, DEFAULTS, ALIASES)
     architecture = _read(found)

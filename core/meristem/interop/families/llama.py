@@ -16,17 +16,7 @@ from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
 from meristem.interop.rows import block_rows, head_rows
-from meristem.interop.settings import (
-    BIASES,
-    INIT_STD,
-    IS_TIED,
-    SHAPE,
-    Field,
-    Settings,
-    activation,
-    special_ids,
-    write_fields,
-)
+from meristem.interop.settings import BIASES, COMMON, Field, Settings, activation, special_ids, write_fields
 from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied
 from meristem.model.config import (
     Attention,
@@ -45,12 +35,10 @@ from meristem.model.config.layer import QueryKeyNorm
 from meristem.shapes import Tensor
 
 FIELDS = (
-    *SHAPE,
+    *COMMON,
     Field("num_key_value_heads", "attention.num_kv_heads", None),
     activation("hidden_act", "silu"),
     Field("attention_dropout", "attention.dropout", 0.0),
-    INIT_STD,
-    IS_TIED,
 )
 DEFAULTS = {"head_dim": None, "tie_word_embeddings": False}
 
@@ -82,12 +70,12 @@ def gated_rows(layer: str) -> tuple[Row, ...]:
     return block_rows(layer, up=("mlp.gate_proj", "mlp.up_proj"), down="mlp.down_proj")
 
 
-COMMON = (*decoder_rows("model"), Rename("trunk.final_norm", "model.norm"), *head_rows(out="lm_head"))
+ROWS = (*decoder_rows("model"), Rename("trunk.final_norm", "model.norm"), *head_rows(out="lm_head"))
 TIED = (Tied("lm_head.weight", "model.embed_tokens.weight"),)
 # computed from the config, by the reference too
 BUFFERS = (Ignored(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),)
-GATED_TABLE = KeyTable((*COMMON, *gated_rows(LAYER)), TIED, BUFFERS)
-PLAIN_TABLE = KeyTable((*COMMON, *block_rows(LAYER, up="mlp.c_fc", down="mlp.c_proj")), TIED, BUFFERS)
+GATED_TABLE = KeyTable((*ROWS, *gated_rows(LAYER)), TIED, BUFFERS)
+PLAIN_TABLE = KeyTable((*ROWS, *block_rows(LAYER, up="mlp.c_fc", down="mlp.c_proj")), TIED, BUFFERS)
 
 WINDOWED = "sliding_attention"
 UNBOUNDED = "full_attention"

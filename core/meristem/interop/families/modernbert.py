@@ -15,17 +15,7 @@ from meristem.errors import ConfigError
 from meristem.interop.family import ForeignConfig, heads_by_prefix, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
 from meristem.interop.rows import block_rows, head_rows
-from meristem.interop.settings import (
-    BIASES,
-    INIT_STD,
-    IS_TIED,
-    SHAPE,
-    Field,
-    Settings,
-    activation,
-    special_ids,
-    write_fields,
-)
+from meristem.interop.settings import BIASES, COMMON, Field, Settings, activation, special_ids, write_fields
 from meristem.interop.table import KeyTable, Rename, Tied
 from meristem.model.config import (
     Attention,
@@ -44,9 +34,8 @@ from meristem.model.config import (
 from meristem.shapes import Tensor
 
 FIELDS = (
-    *SHAPE,
+    *COMMON,
     activation("hidden_activation", "gelu"),
-    INIT_STD,
     Field("norm_eps", "norm.eps", 1e-5),
     Field("norm_bias", "norm.bias", False),
     *BIASES,
@@ -56,7 +45,6 @@ FIELDS = (
     Field("decoder_bias", "head.bias", True, absent=True),
     Field("classifier_bias", "head.dense_bias", False, absent=False),
     activation("classifier_activation", "gelu", "head.activation", absent="gelu"),
-    IS_TIED,
 )
 DEFAULTS = {
     "max_position_embeddings": 8192,
