@@ -89,7 +89,6 @@ class Steps:
     def _run(self, batch: PackedBatch) -> Float[Tensor, "S V"]:
         layout = batch.layout
         last = [start + length - 1 for start, length in zip(layout.starts, layout.lengths)]
-        # a linear layer rounds by the number of rows when they are few
         spare = [0] * max(0, self._min_rows - len(last))
         request = HeadRequest(torch.tensor([*last, *spare]).to(self.device))
         logits: Tensor = self.model(batch, Wanted(requests={SYMBOLS: request}, cache=self.cache)).heads[SYMBOLS]

@@ -1,8 +1,7 @@
 """From token columns to vectors; knows no file.
 
 Sequences of like lengths are packed up to a budget, run longest first, and put back in order. On a CPU in fp32 a
-vector is the same bit for bit whatever it is packed with: linear layers, norms and attention treat each row or sequence
-alone (packs have `MIN_ROWS` rows or more, see `meristem.types`), and pooling reduces each sequence on its own.
+vector does not depend on what it is packed with (`model/exact.py`).
 """
 
 import logging

@@ -63,7 +63,7 @@ def _attend_slot(
     bias: ScoreBias | None,
     scale: float | None,
 ) -> Float[Tensor, "m H E"]:
-    """One sequence in a call of its own, on views of its slot: so its bits do not depend on the others."""
+    """One sequence in a call of its own, on views of its slot."""
     m, n = q_HmE.shape[1], kv_length
     if not m:
         return q_HmE.transpose(0, 1)

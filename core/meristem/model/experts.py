@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from meristem.model import exact
 from meristem.model.config import Init, LayerParts
 from meristem.model.feedforward import ACTIVATIONS, FeedForwardLayer, activate
 from meristem.shapes import Bool, Float, Float32, Int, Tensor
-from meristem.types import MIN_ROWS, Layout, Routing
+from meristem.types import Layout, Routing
 
 ALIGNED = 8
 """Widths of grouped products in bf16 are multiples of it (16 bytes)."""
@@ -73,7 +74,7 @@ class ExpertsLayer(nn.Module):
         out_TkD = out_ND.view(len(x), self.config.top_k, -1)
         shares_Tk = (shares_Tk * routing.is_taken).to(out_TkD.dtype)
         y_TD = out_TkD[:, 0] * shares_Tk[:, :1]
-        for choice in range(1, self.config.top_k):  # one after the other: a sum might round by what lies beside it
+        for choice in range(1, self.config.top_k):
             y_TD = y_TD + out_TkD[:, choice] * shares_Tk[:, choice, None]
         return y_TD if self.shared is None else y_TD + self.shared(x), routing
 
@@ -122,8 +123,8 @@ class ExpertsLayer(nn.Module):
         outputs = []
         for expert, rows_nD in enumerate(rows):
             if len(rows_nD):
-                hidden_nF = self._activate(_linear(rows_nD, ups[expert], up_biases[expert]))
-                outputs.append(_linear(hidden_nF, downs[expert], down_biases[expert]))
+                hidden_nF = self._activate(exact.linear(rows_nD, ups[expert], up_biases[expert]))
+                outputs.append(exact.linear(hidden_nF, downs[expert], down_biases[expert]))
         out_RD = torch.cat(outputs)
         return out_RD.new_zeros(len(order_N), out_RD.shape[1]).index_copy(0, taken_R, out_RD)
 
@@ -156,14 +157,6 @@ class ExpertsLayer(nn.Module):
 
 def _unbind(bias: Tensor | None, count: int) -> Sequence[Tensor | None]:
     return [None] * count if bias is None else bias.unbind()
-
-
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear map that rounds a row alike however few there are: see `MIN_ROWS`."""
-    missing = MIN_ROWS - len(rows)
-    if missing <= 0:
-        return F.linear(rows, weight, bias)
-    return F.linear(F.pad(rows, (0, 0, 0, missing)), weight, bias)[: len(rows)]
 
 
 def _precision(x: Tensor) -> torch.dtype:

@@ -7,8 +7,7 @@ group of equal lengths, masked where the pattern asks for it, and on tiles where
 are kept have a kernel in `cached.py`.
 
 Measured on two CPU cores, 8 sequences of 256 tokens, 8 heads of 32: grouped 5 ms, compiled FlexAttention 11 ms,
-one masked call 42 ms, jagged nested tensors 144 ms. Grouping pads nothing, and the result of a sequence
-does not depend on the group it is computed in.
+one masked call 42 ms, jagged nested tensors 144 ms.
 """
 
 from collections import defaultdict
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from meristem.model import exact
 from meristem.model.config import Causal, Full, Pattern
 from meristem.model.flex import attend_flex, flex_fits
 from meristem.model.patterns import has_prefix, visible
@@ -28,14 +28,6 @@ from meristem.model.tiles import attend_tiles, plan_tiles
 from meristem.model.varlen import attend_varlen, varlen_fits
 from meristem.shapes import Bool, Float, Tensor
 from meristem.types import Layout
-
-CPU_MIN_QUERIES = 33
-"""Queries that a sequence is given at least when vectors are made on a CPU; the spare ones are not read.
-
-SDPA cuts queries into blocks of 32 and gives each thread a buffer whose size, for fewer queries, depends on their
-number: then the second thread's buffer is not aligned, the products in it round otherwise, and a vector depends on
-which thread its sequence falls to (seen at head widths 6, 8 and 10 and odd lengths below 32). One block alone
-runs outside of the threads and rounds otherwise as well; 33 queries are two."""
 
 
 def attend(
@@ -177,9 +169,8 @@ def _attend_group(
         mask = _visible_densely(pattern, q_length, kv_length, prefix_length, q.device)
         if bias is not None:
             mask = bias.over(q_length, kv_length).to(q.dtype).masked_fill(~mask, -torch.inf)[None]
-    if q_length < CPU_MIN_QUERIES and q.is_cpu and not torch.is_grad_enabled():
-        q_GHmE = F.pad(q_GHmE, (0, 0, 0, CPU_MIN_QUERIES - q_length))
-        mask = None if mask is None else F.pad(mask, (0, 0, 0, CPU_MIN_QUERIES - q_length))
+    if q_length < exact.CPU_MIN_QUERIES and q.is_cpu and not torch.is_grad_enabled():
+        q_GHmE, mask = exact.with_spare_queries(q_GHmE), None if mask is None else exact.with_spare_queries(mask)
     o_GHmE = F.scaled_dot_product_attention(
         q_GHmE,
         k_GKnE,

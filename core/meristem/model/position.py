@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
+from meristem.model import exact
 from meristem.model.compiler import fused
 from meristem.model.config import (
     AddedPosition,
@@ -108,7 +109,7 @@ class RotaryLayer(BetweenLayer):
         else:
             first, second = turned.chunk(2, dim=-1)
         if is_one_pass:
-            pairs = torch.view_as_real(_product(torch.complex(first, second), torch.complex(cos, sin)))
+            pairs = torch.view_as_real(exact.multiply_rows(torch.complex(first, second), torch.complex(cos, sin)))
             turned = pairs.flatten(-2).to(x.dtype)
         else:
             turned = _turn_halves(first, second, cos, sin)
@@ -122,27 +123,6 @@ def _turn_halves(
     """Twelve passes over memory, unless it is one kernel."""
     pairs = torch.stack([first_THp * cos - second_THp * sin, second_THp * cos + first_THp * sin], dim=-1)
     return pairs.flatten(-2).to(first_THp.dtype)
-
-
-PARALLEL_GRAIN = 32_768
-"""Elements that torch gives a CPU thread at least."""
-
-
-def _product(x_THp: Tensor, table_T1p: Tensor) -> Tensor:
-    """The complex product of each row with its row of the table, rounded alike wherever the row stands.
-
-    Torch rounds the elements at the ends of a thread's share otherwise than those between, so shares must end
-    where rows do: as many rows a call as all threads take in whole rows, then what is left, one thread at a time.
-    """
-    if torch.is_grad_enabled():
-        return x_THp * table_T1p
-    rows = max(PARALLEL_GRAIN // x_THp[0].numel(), 1)
-    together = rows * torch.get_num_threads()
-    num_even = len(x_THp) // together * together
-    for start in (*range(0, num_even, together), *range(num_even, len(x_THp), rows)):
-        share = slice(start, start + (together if start < num_even else rows))
-        x_THp[share].mul_(table_T1p[share])
-    return x_THp
 
 
 def rotary_frequencies(config: Rotary, head_width: int) -> Float[Tensor, "f"]:

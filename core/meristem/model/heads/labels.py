@@ -11,17 +11,13 @@ from torch.nn import functional as F
 from meristem.errors import ConfigError
 from meristem.model.config import Mean, Pool, Prefix, TransformerConfig
 from meristem.model.embed import EmbeddingLayer
+from meristem.model.exact import with_spare_rows
 from meristem.model.heads.head import Head, HeadSpec
 from meristem.model.init import init_weights
 from meristem.model.outputs import HeadRequest
 from meristem.model.pool import PoolLayer, build_pool
 from meristem.shapes import Float, Tensor
 from meristem.types import Hidden, Layout, PackedBatch
-
-ROWS_MULTIPLE = 16
-"""Rows are filled up to a multiple of this where outputs must round alike. On a CPU a map onto one output (a value)
-rounds the last few rows otherwise when their number is no multiple of 4, so a prediction would depend on how many are
-made at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +127,7 @@ class LabelHead(Head):
         num_rows = len(rows)
         rows = rows.to(next((one.dtype for one in self.parameters()), rows.dtype))
         if request.rounds_alike:
-            rows = F.pad(rows, (0, 0, 0, -num_rows % ROWS_MULTIPLE))
+            rows = with_spare_rows(rows)
         if self.standardise is not None:
             rows = self.standardise(rows)
         if self.hidden is not None:
