@@ -6,14 +6,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from flat import attend_cached, attend_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import DistanceBias, some_patterns
 
-from meristem.model import cached
-from meristem.model.cached import attend_cached
 from meristem.model.config import Causal, Dilated, Full, InPrefix, Pattern, Window
-from meristem.model.kernels import attend_reference
+from meristem.model.kernels import Scoring, cached
 from meristem.types import Layout
 
 # new tokens, keys and prefix of each sequence
@@ -148,7 +147,7 @@ def test_one_padded_call_attends_as_the_reference_does(
         lengths = [(1, *lengths[0][1:])]
 
     def padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, n: list[int], *rest: object):
-        return cached._attend_padded(q, k, v, layout, tuple(n), *rest)
+        return cached._attend_padded(q, k, v, layout, tuple(n), Scoring(*rest))
 
     with mock.patch(f"{__name__}.attend_cached", padded):
         Kept(seed, lengths, has_bias).check(pattern)

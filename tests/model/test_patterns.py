@@ -21,7 +21,7 @@ from meristem.model.config import (
     Pattern,
     Window,
 )
-from meristem.model.flex import mask_function, score_function
+from meristem.model.kernels.flex import mask_function, score_function
 from meristem.model.patterns import (
     Sequence,
     left_reach,

@@ -8,14 +8,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from flat import attend, attend_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import DistanceBias, some_patterns
 from torch.nn.attention.flex_attention import flex_attention
 
-from meristem.model import flex, kernels, tiles
 from meristem.model.config import BlockSparse, Causal, Dilated, Full, GlobalTokens, InPrefix, Pattern, Window
-from meristem.model.kernels import attend, attend_reference
+from meristem.model.kernels import Packed, Scoring, flex, grouped, tiles
 from meristem.model.patterns import may_see
 from meristem.types import Layout
 
@@ -149,7 +149,7 @@ def widened(pattern: Pattern, queries: tuple, keys: tuple, *rest: object) -> tor
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "mutant"), [(kernels, "plan_tiles", dropped_tile), (tiles, "may_see", widened)]
+    ("module", "name", "mutant"), [(grouped, "plan_tiles", dropped_tile), (tiles, "may_see", widened)]
 )
 def test_a_dropped_tile_and_a_window_off_by_one_are_caught(
     module: object, name: str, mutant: Kernel, rng: np.random.Generator
@@ -263,7 +263,7 @@ def test_flex_attention_not_compiled_equals_the_reference(
     q_layout, kv_layout = case.q_layout, case.kv_layout
     bias = DistanceBias(case.table) if case.table is not None else None
     with torch.no_grad(), mock.patch.object(flex, "_compiled_attention", return_value=flex_attention):
-        got = flex.attend_flex(*case.leaves, q_layout, kv_layout, pattern, bias, 0.4)
+        got = flex.attend_flex(Packed(*case.leaves, q_layout, kv_layout), Scoring(pattern, bias, 0.4))
     wanted, _ = attend_reference(*case.leaves, q_layout, kv_layout, pattern, bias, 0.4)
     rows = slice(0, q_layout.num_tokens)
     # sums of at most 70 products in another order, in fp32

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from meristem.model.cache import Cache
-from meristem.model.cached import attend_cached
 from meristem.model.config import Full, LayerParts
-from meristem.model.kernels import attend, attend_reference
+from meristem.model.kernels import Packed, Scoring, attend, attend_cached, attend_reference
 from meristem.model.norm import build_norm
 from meristem.model.position import BetweenLayer, ScoreBias, Tables
 from meristem.shapes import Float, Int, Tensor
@@ -143,21 +142,18 @@ class AttentionLayer(nn.Module):
         kept: KeptRows | None = None,
     ) -> Float[Tensor, "T H E"]:
         layout, cache = context.layout, context.cache
-        pattern, scale = self.config.pattern, self.config.scale
+        scoring = Scoring(self.config.pattern, bias, self.config.scale, self.config.dropout if self.training else 0.0)
         if cache is not None:
             slots = cache.add(self.layer, k_TKE, v_TKE, layout)
             if not cache.is_empty:
                 lengths = [n + more for n, more in zip(cache.lengths, layout.lengths)]
-                return attend_cached(
-                    q_THE, slots.keys, slots.values, layout, lengths, pattern, bias, scale, cache.slots
-                )
-        if self.layer in context.maps:
-            o_THE, weights = attend_reference(q_THE, k_TKE, v_TKE, layout, layout, pattern, bias, scale)
-            context.maps[self.layer].extend(weights)
-            return o_THE
-        dropout = self.config.dropout if self.training else 0.0
-        q_layout = layout if kept is None else kept.layout
-        return attend(q_THE, k_TKE, v_TKE, q_layout, layout, pattern, bias, scale, dropout)
+                return attend_cached(q_THE, slots.keys, slots.values, layout, lengths, scoring, cache.slots)
+        packed = Packed(q_THE, k_TKE, v_TKE, layout if kept is None else kept.layout, layout)
+        if self.layer not in context.maps:
+            return attend(packed, scoring)
+        o_THE, weights = attend_reference(packed, scoring)
+        context.maps[self.layer].extend(weights)
+        return o_THE
 
 
 class CrossAttentionLayer(nn.Module):
@@ -184,15 +180,6 @@ class CrossAttentionLayer(nn.Module):
         else:
             k_UKE, v_UKE = kv
         q_THE = self.q(x).unflatten(-1, (-1, self.head_width))
-        return self.out(self._attend(q_THE, k_UKE, v_UKE, context.layout, source.layout).flatten(1))
-
-    def _attend(
-        self,
-        q_THE: Float[Tensor, "T H E"],
-        k_UKE: Float[Tensor, "U K E"],
-        v_UKE: Float[Tensor, "U K E"],
-        layout: Layout,
-        source: Layout,
-    ) -> Float[Tensor, "T H E"]:
-        dropout = self.config.dropout if self.training else 0.0
-        return attend(q_THE, k_UKE, v_UKE, layout, source, Full(), None, self.config.scale, dropout)
+        packed = Packed(q_THE, k_UKE, v_UKE, context.layout, source.layout)
+        scoring = Scoring(Full(), scale=self.config.scale, dropout=self.config.dropout if self.training else 0.0)
+        return self.out(attend(packed, scoring).flatten(1))

@@ -14,7 +14,7 @@ from meristem.model.config import AttentionPool, Full, Init, Max, Mean, Pool, Pr
 from meristem.model.exact import with_spare_rows
 from meristem.model.feedforward import ACTIVATIONS
 from meristem.model.init import init_weights
-from meristem.model.kernels import attend
+from meristem.model.kernels import Packed, Scoring, attend
 from meristem.model.norm import build_norm
 from meristem.shapes import Float, Tensor
 from meristem.types import Layout
@@ -137,7 +137,7 @@ class AttentionPoolLayer(PoolLayer):
         k_THE, v_THE = kv_THE.chunk(2, dim=1)
         q_layout = Layout((1,) * layout.num_sequences, device=layout.device)
         q_SHE = self.q(self.query[None]).unflatten(-1, (self.num_heads, -1)).expand(layout.num_sequences, -1, -1)
-        pooled_SD = attend(q_SHE.contiguous(), k_THE, v_THE, q_layout, layout, Full()).flatten(1)
+        pooled_SD = attend(Packed(q_SHE.contiguous(), k_THE, v_THE, q_layout, layout), Scoring(Full())).flatten(1)
         pooled_SD = self.out(with_spare_rows(pooled_SD))
         fed_SD = pooled_SD + self.down(self.activation(self.up(self.norm(pooled_SD))))
         return fed_SD[: layout.num_sequences]

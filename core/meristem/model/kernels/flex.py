@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from meristem.model.config import BlockSparse, Pattern
+from meristem.model.kernels.packed import Packed, Scoring
+from meristem.model.kernels.tiles import scores_by_distance
 from meristem.model.patterns import Sequence, may_see, parts_of, random_blocks
 from meristem.model.position import ScoreBias
-from meristem.model.tiles import scores_by_distance
 from meristem.shapes import Float, Int, Tensor
 from meristem.types import Layout
 
@@ -29,25 +30,15 @@ def flex_fits(q_THE: Float[Tensor, "T H E"], dropout: float) -> bool:
     return q_THE.is_cuda and dropout == 0.0 and q_THE.shape[2] >= MIN_HEAD_WIDTH
 
 
-def attend_flex(
-    q_THE: Float[Tensor, "T H E"],
-    k_UKE: Float[Tensor, "U K E"],
-    v_UKE: Float[Tensor, "U K E"],
-    q_layout: Layout,
-    kv_layout: Layout,
-    pattern: Pattern,
-    bias: ScoreBias | None,
-    scale: float | None,
-) -> Float[Tensor, "T H E"]:
+def attend_flex(packed: Packed, scoring: Scoring) -> Float[Tensor, "T H E"]:
     """The pack as one long sequence whose mask keeps its sequences apart."""
+    layouts = packed.q_layout, packed.kv_layout
     o_1HTE = _compiled_attention()(
-        q_THE.transpose(0, 1)[None],
-        k_UKE.transpose(0, 1)[None],
-        v_UKE.transpose(0, 1)[None],
-        score_mod=None if bias is None else score_function(bias, q_layout, kv_layout),
-        block_mask=_block_mask(pattern, q_layout, kv_layout),
-        scale=scale,
-        enable_gqa=q_THE.shape[1] != k_UKE.shape[1],
+        *(rows.transpose(0, 1)[None] for rows in (packed.q_THE, packed.k_UKE, packed.v_UKE)),
+        score_mod=None if scoring.bias is None else score_function(scoring.bias, *layouts),
+        block_mask=_block_mask(scoring.pattern, *layouts),
+        scale=scoring.scale,
+        enable_gqa=packed.q_THE.shape[1] != packed.k_UKE.shape[1],
     )
     return o_1HTE[0].transpose(0, 1)
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from meristem.model.config import Pattern
+from meristem.model.kernels.packed import Packed, Scoring
 from meristem.model.patterns import window_of
 from meristem.shapes import Float, Int, Tensor
 from meristem.types import Layout
@@ -27,18 +28,11 @@ def varlen_fits(q_THE: Float[Tensor, "T H E"], pattern: Pattern) -> bool:
     return q_THE.is_cuda and is_half and bool(VARLEN_ARGUMENTS) and _window_options(pattern) is not None
 
 
-def attend_varlen(
-    q_THE: Float[Tensor, "T H E"],
-    k_UKE: Float[Tensor, "U K E"],
-    v_UKE: Float[Tensor, "U K E"],
-    q_layout: Layout,
-    kv_layout: Layout,
-    pattern: Pattern,
-    scale: float | None,
-) -> Float[Tensor, "T H E"]:
+def attend_varlen(packed: Packed, scoring: Scoring) -> Float[Tensor, "T H E"]:
     """Attention of packed queries to packed keys."""
-    bounds = (q_layout.cu_seqlens, kv_layout.cu_seqlens, q_layout.max_length, kv_layout.max_length)
-    return _call(q_THE, k_UKE, v_UKE, *bounds, pattern, scale)
+    layouts = packed.q_layout, packed.kv_layout
+    bounds = (*(one.cu_seqlens for one in layouts), *(one.max_length for one in layouts))
+    return _call(packed.q_THE, packed.k_UKE, packed.v_UKE, bounds, scoring)
 
 
 def attend_slots_varlen(
@@ -47,8 +41,7 @@ def attend_slots_varlen(
     v_SUKE: Float[Tensor, "S U K E"],
     q_layout: Layout,
     kv_lengths: tuple[int, ...],
-    pattern: Pattern,
-    scale: float | None,
+    scoring: Scoring,
 ) -> Float[Tensor, "T H E"]:
     """Attention of packed queries to keys in slots, of which the first `kv_lengths` are filled; without gradient."""
     num_slots, capacity = k_SUKE.shape[:2]
@@ -57,12 +50,8 @@ def attend_slots_varlen(
         q_THE[: q_layout.num_tokens],
         k_SUKE.flatten(0, 1),
         v_SUKE.flatten(0, 1),
-        q_layout.cu_seqlens[:-1],
-        k_starts,
-        max(q_layout.lengths),
-        max(kv_lengths),
-        pattern,
-        scale,
+        (q_layout.cu_seqlens[:-1], k_starts, max(q_layout.lengths), max(kv_lengths)),
+        scoring,
         seqused_k=torch.tensor(kv_lengths, dtype=torch.int32).to(q_THE.device, non_blocking=True),
     )
     return F.pad(o_THE, (0, 0, 0, 0, 0, q_layout.num_spare))
@@ -79,26 +68,27 @@ def _window_options(pattern: Pattern) -> dict[str, Any] | None:
 
 
 def _call(
-    q_THE: Float[Tensor, "T H E"],
-    k_UKE: Float[Tensor, "U K E"],
-    v_UKE: Float[Tensor, "U K E"],
-    q_starts: Int[Tensor, "s"],
-    k_starts: Int[Tensor, "s"],
-    max_q: int,
-    max_k: int,
-    pattern: Pattern,
-    scale: float | None,
+    q_THE: Tensor,
+    k_UKE: Tensor,
+    v_UKE: Tensor,
+    bounds: tuple[Int[Tensor, "s"], Int[Tensor, "s"], int, int],
+    scoring: Scoring,
     **more: Any,
-) -> Float[Tensor, "T H E"]:
-    options = {**(_window_options(pattern) or {}), **more}
+) -> Tensor:
+    """Call the kernel.
+
+    Args:
+        bounds: where sequences of queries and of keys begin, and the longest of each.
+    """
+    options = {**(_window_options(scoring.pattern) or {}), **more}
     if q_THE.shape[1] != k_UKE.shape[1]:
         if "enable_gqa" in VARLEN_ARGUMENTS:
             options["enable_gqa"] = True
         else:
             share = q_THE.shape[1] // k_UKE.shape[1]
             k_UKE, v_UKE = k_UKE.repeat_interleave(share, 1), v_UKE.repeat_interleave(share, 1)
-    if scale is not None:
-        options["scale"] = scale
-    o_THE = varlen_attn(q_THE, k_UKE, v_UKE, q_starts, k_starts, max_q, max_k, **options)
+    if scoring.scale is not None:
+        options["scale"] = scoring.scale
+    o_THE = varlen_attn(q_THE, k_UKE, v_UKE, *bounds, **options)
     assert isinstance(o_THE, Tensor)  # not asked for more
     return o_THE

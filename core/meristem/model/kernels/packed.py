@@ -1,0 +1,45 @@
+"""What the kernels of packed attention are given."""
+
+from dataclasses import dataclass
+
+from meristem.model.config import Pattern
+from meristem.model.position import ScoreBias
+from meristem.shapes import Float, Tensor
+from meristem.types import Layout
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Queries, keys and values of packed sequences, for self- and cross-attention alike.
+
+    Attributes:
+        q_THE: queries.
+        k_UKE: keys; with fewer heads than queries, each serves H / K of their heads.
+        v_UKE: values.
+        q_layout: where the sequences of the queries lie.
+        kv_layout: where those of the keys lie. Sequence i of the queries sees sequence i of the keys, and spare rows
+            see spare rows. The prefix that a pattern may name is that of the keys.
+    """
+
+    q_THE: Float[Tensor, "T H E"]
+    k_UKE: Float[Tensor, "U K E"]
+    v_UKE: Float[Tensor, "U K E"]
+    q_layout: Layout
+    kv_layout: Layout
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the scores of queries and keys are made and become weights.
+
+    Attributes:
+        pattern: which keys a query may see within its sequence; a query that sees none gets zeros.
+        bias: what is added to the scores.
+        scale: factor of the scores; 1 / sqrt(E) when None.
+        dropout: share of the weights that are dropped.
+    """
+
+    pattern: Pattern
+    bias: ScoreBias | None = None
+    scale: float | None = None
+    dropout: float = 0.0
