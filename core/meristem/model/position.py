@@ -5,7 +5,7 @@ stack that share it; each has the same two hooks, which do nothing unless the ki
 """
 
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -30,18 +30,19 @@ from meristem.shapes import Float, Int, Tensor
 Tables = tuple[Tensor, ...]
 
 
-class ScoreBias(ABC):
+class ScoreBias:
     """What is added to the scores of attention: a function of the distance of query and key within a sequence.
 
     Of nothing else: kernels look it up by distance. Made once a batch, so that layers share what was computed.
+
+    Args:
+        at: gives the bias `[H, m, n]` for queries at places `[m, 1]` and keys at places `[1, n]`.
+        device: where it is computed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at: Callable[[Tensor, Tensor], Tensor], device: torch.device):
+        self.at, self.device = at, device
         self._known: dict[tuple[int, int], Tensor] = {}
-
-    @abstractmethod
-    def at(self, i: Int[Tensor, "m 1"], j: Int[Tensor, "1 n"]) -> Float[Tensor, "H m n"]:
-        """For queries at places `i` and keys at places `j`."""
 
     def over(self, q_length: int, kv_length: int) -> Float[Tensor, "H m n"]:
         """For all keys of a sequence and its last `q_length` places as queries; remembered."""
@@ -50,11 +51,6 @@ class ScoreBias(ABC):
             i = torch.arange(kv_length - q_length, kv_length, device=self.device)[:, None]
             self._known[key] = self.at(i, torch.arange(kv_length, device=self.device)[None, :])
         return self._known[key]
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where the bias is computed."""
 
 
 class BetweenLayer(nn.Module):
@@ -156,20 +152,8 @@ class LinearBiasLayer(BetweenLayer):
         self.num_heads = num_heads
 
     def bias(self, device: torch.device) -> ScoreBias:
-        return _LinearScoreBias(linear_slopes(self.num_heads).to(device))
-
-
-class _LinearScoreBias(ScoreBias):
-    def __init__(self, slopes: Float[Tensor, "H"]):
-        super().__init__()
-        self.slopes = slopes
-
-    def at(self, i: Int[Tensor, "m 1"], j: Int[Tensor, "1 n"]) -> Float[Tensor, "H m n"]:
-        return -self.slopes[:, None, None] * (i - j).abs()
-
-    @property
-    def device(self) -> torch.device:
-        return self.slopes.device
+        slopes_H11 = linear_slopes(self.num_heads).to(device)[:, None, None]
+        return ScoreBias(lambda i, j: -slopes_H11 * (i - j).abs(), device)
 
 
 def linear_slopes(num_heads: int) -> Float[Tensor, "H"]:
@@ -192,21 +176,12 @@ class BucketBiasLayer(BetweenLayer):
         self.table = nn.Embedding(config.num_buckets, num_heads)
 
     def bias(self, device: torch.device) -> ScoreBias:
-        return _BucketScoreBias(self.config, self.table.weight)
+        return ScoreBias(self._at, device)
 
-
-class _BucketScoreBias(ScoreBias):
-    def __init__(self, config: BucketBias, table: Float[Tensor, "buckets H"]):
-        super().__init__()
-        self.config, self.table = config, table
-
-    def at(self, i: Int[Tensor, "m 1"], j: Int[Tensor, "1 n"]) -> Float[Tensor, "H m n"]:
+    def _at(self, i: Int[Tensor, "m 1"], j: Int[Tensor, "1 n"]) -> Float[Tensor, "H m n"]:
         buckets_mn = distance_buckets(self.config, j - i)
-        return self.table.index_select(0, buckets_mn.flatten()).unflatten(0, buckets_mn.shape).permute(2, 0, 1)
-
-    @property
-    def device(self) -> torch.device:
-        return self.table.device
+        table: Tensor = self.table.weight
+        return table.index_select(0, buckets_mn.flatten()).unflatten(0, buckets_mn.shape).permute(2, 0, 1)
 
 
 def distance_buckets(config: BucketBias, distance: Int[Tensor, "m n"]) -> Int[Tensor, "m n"]:
