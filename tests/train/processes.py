@@ -154,7 +154,7 @@ def check_sharded(count: int) -> dict[str, bool]:
         fully_shard(part, mesh=mesh)
     own_numbers = sum(one.to_local().numel() for one in model.parameters())
     tokens = [Tokens(positions=np.arange(n)[:, None], ids=np.arange(n) % 33) for n in (5, 11, 40)]
-    batch, wanted = pack(tokens, range(3)), Wanted(whole.specs)
+    batch, wanted = pack(tokens, range(3)), Wanted(tuple(whole.specs))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of views, which nobody changes here
         outputs = model(batch, wanted).heads

@@ -91,7 +91,7 @@ class Steps:
         last = [start + length - 1 for start, length in zip(layout.starts, layout.lengths)]
         spare = [0] * max(0, self._min_rows - len(last))
         request = HeadRequest(torch.tensor([*last, *spare]).to(self.device))
-        logits: Tensor = self.model(batch, Wanted(requests={SYMBOLS: request}, cache=self.cache)).heads[SYMBOLS]
+        logits: Tensor = self.model(batch, Wanted({SYMBOLS: request}, cache=self.cache)).heads[SYMBOLS]
         return logits[: len(last)].float()
 
     def _batch(self, sequences: Sequence[np.ndarray], starts: Sequence[int] = ()) -> PackedBatch:

@@ -149,7 +149,9 @@ class TrunkRunner:
         yield from self._run_packs(column, np.flatnonzero(~is_long), wanted)
         for row in np.flatnonzero(is_long):
             batch = pack_column(column, np.array([row]), [int(row)]).to(self.device)
-            yield Rows(self.runnable(batch, wanted.behind(self._run_windows(column, int(row), batch))), batch.records)
+            yield Rows(
+                self.runnable(batch, wanted.but(hidden=self._run_windows(column, int(row), batch))), batch.records
+            )
 
     def _run_packs(self, column: TokenColumn, rows: np.ndarray, wanted: Wanted) -> Iterator[Rows]:
         """The packs of `rows`, longest sequences first: what does not fit in memory is known at once.
@@ -206,7 +208,7 @@ class TrunkRunner:
         """Outputs for one pack that is on the device; of the first rows alone where no others are made."""
         if self.layer != self.model.trunk.resolve_layer(-1):
             hidden = self.runnable(batch, Wanted(layers=(self.layer,), is_source_only=True)).hidden
-            wanted = wanted.behind(Hidden(hidden.layers[self.layer], hidden.layout))
+            wanted = wanted.but(hidden=Hidden(hidden.layers[self.layer], hidden.layout))
         return Rows(self.runnable(batch, wanted), batch.records)
 
     def _run_windows(self, column: TokenColumn, row: int, batch: PackedBatch) -> Hidden:

@@ -56,26 +56,16 @@ class Model(nn.Module):
         hidden = wanted.hidden or self._run_trunk(batch, wanted, list(heads.values()))
         pooled = self.pool(hidden.final, hidden.layout) if wanted.is_pooled and self.pool else None
         values = {name: head(hidden, batch, wanted.heads[name]) for name, head in heads.items()}
-        losses = {name for name, request in wanted.heads.items() if request.targets is not None}
-        return Outputs(
-            hidden,
-            heads={name: value for name, value in values.items() if name not in losses},
-            losses={name: value for name, value in values.items() if name in losses},
-            pooled=pooled,
-            is_training=self.training,
-        )
+        return Outputs(hidden, values, pooled, is_training=self.training)
 
     def _run_trunk(self, batch: PackedBatch, wanted: Wanted, heads: Collection[Head]) -> Hidden:
-        all_blocks = range(self.config.num_layers)
-        attentions = all_blocks if any(head.needs_attentions for head in heads) else wanted.attentions
-        if isinstance(self.trunk, EncoderDecoder):
-            if wanted.is_source_only:
-                return self.trunk.read(batch, wanted.layers, attentions)
-            return self.trunk(batch, wanted.layers, attentions, wanted.cache, wanted.source_layers)
-        count = self._num_first(wanted, heads)
-        is_plain = self.trunk.may_leave_rows and not wanted.layers and not attentions and wanted.cache is None
-        last_rows = first_rows(batch.layout, count) if count and is_plain else None
-        hidden: Hidden = self.trunk(batch, wanted.layers, attentions, wanted.cache, last_rows)
+        if any(head.needs_attentions for head in heads):
+            wanted = wanted.but(attentions=range(self.config.num_layers))
+        last_rows = None
+        if isinstance(self.trunk, Encoder) and self.trunk.may_leave_rows_of(wanted):
+            count = self._num_first(wanted, heads)
+            last_rows = first_rows(batch.layout, count) if count else None
+        hidden: Hidden = self.trunk(batch, wanted, last_rows)
         return hidden
 
     def _num_first(self, wanted: Wanted, heads: Collection[Head]) -> int | None:
