@@ -149,9 +149,8 @@ class TrunkRunner:
         yield from self._run_packs(column, np.flatnonzero(~is_long), wanted)
         for row in np.flatnonzero(is_long):
             batch = pack_column(column, np.array([row]), [int(row)]).to(self.device)
-            yield Rows(
-                self.runnable(batch, wanted.but(hidden=self._run_windows(column, int(row), batch))), batch.records
-            )
+            hidden = self._run_windows(column, int(row), batch)
+            yield Rows(self.runnable(batch, wanted.but(hidden=hidden)), batch.records)
 
     def _run_packs(self, column: TokenColumn, rows: np.ndarray, wanted: Wanted) -> Iterator[Rows]:
         """The packs of `rows`, longest sequences first: what does not fit in memory is known at once.

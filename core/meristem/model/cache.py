@@ -12,11 +12,12 @@ from meristem.types import Hidden, Layout
 
 @dataclass
 class LayerCache:
-    """Keys and values of one layer, a slot a sequence.
+    """Keys and values of one layer, with a slot for each sequence.
 
     Attributes:
-        keys: `[R, capacity, K, E]`; `Cache.slots` says which slot is whose, and past its length one holds anything.
-        values: likewise.
+        keys: `[R, capacity, K, E]`. `Cache.slots` says which slot belongs to which sequence; places beyond the length
+            of that sequence hold arbitrary numbers.
+        values: the same of values.
     """
 
     keys: Float[Tensor, "R capacity K E"]
@@ -25,16 +26,16 @@ class LayerCache:
 
 @dataclass
 class Cache:
-    """What a decoder knows of the sequences so far; it grows as rows are added.
+    """Keys and values of the tokens that a decoder has read; it grows as tokens are added.
 
-    Empty at first; the first batch says how many sequences there are. Each batch adds rows to every sequence, in
-    the same order of sequences.
+    Empty at first; the first batch says how many sequences there are. Each batch adds tokens to every sequence, with
+    the sequences in the same order.
 
     Attributes:
-        room_tokens: places that slots have at first beyond those of the first batch, so that they need not grow.
-        lengths: tokens of each sequence that are kept, on the host.
-        slots: where each sequence lies.
-        source: hidden rows of an encoder's side; None for a model of one stack.
+        room_tokens: places that slots have beyond the tokens of the first batch, so that they seldom need to grow.
+        lengths: tokens of each sequence so far, on the host.
+        slots: index of the slot of each sequence.
+        source: hidden rows of the encoder; None for a model of one stack.
     """
 
     room_tokens: int = 0
@@ -47,11 +48,11 @@ class Cache:
 
     @property
     def is_empty(self) -> bool:
-        """No token is kept yet."""
+        """Whether no token has been added yet."""
         return not any(self.lengths)
 
     def begin(self, layout: Layout) -> None:
-        """Make room for the rows of a batch; every layer then adds its own by `add`."""
+        """Work out where the tokens of a batch go; every layer then adds its keys and values by `add`."""
         if not self.lengths:
             self.lengths, self.slots = [0] * layout.num_sequences, list(range(layout.num_sequences))
         assert layout.num_sequences == len(self.lengths), "a batch adds to every sequence of the cache"
@@ -62,7 +63,7 @@ class Cache:
     def add(
         self, layer: int, k_TKE: Float[Tensor, "T K E"], v_TKE: Float[Tensor, "T K E"], layout: Layout
     ) -> LayerCache:
-        """Keep the keys and values of a layer's rows behind those of each sequence, and give all of them."""
+        """Append the keys and values of a layer to those of each sequence, and return all of them."""
         assert self._places is not None, "begin comes first"
         needed = max(n + more for n, more in zip(self.lengths, layout.lengths))
         kept = self._layers.get(layer)
@@ -77,23 +78,23 @@ class Cache:
         return kept
 
     def end(self, layout: Layout) -> None:
-        """Count the rows of a batch that every layer has added."""
+        """Count the tokens of a batch, once every layer has added them."""
         self.lengths = [n + more for n, more in zip(self.lengths, layout.lengths)]
         self._places = None
 
     def cross(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values `[U, K, E]` of the source side in a layer, once they are kept."""
+        """Keys and values `[U, K, E]` of the source in a layer; None before they are kept."""
         return self._cross.get(layer)
 
     def keep_cross(self, layer: int, k_UKE: Float[Tensor, "U K E"], v_UKE: Float[Tensor, "U K E"]) -> None:
-        """Keep keys and values of the source side."""
+        """Keep the keys and values of the source in a layer."""
         self._cross[layer] = (k_UKE, v_UKE)
 
     def select(self, sequences: list[int]) -> None:
-        """Go on with these sequences, in this order: some may be left out, others be there more than once.
+        """Continue with these sequences, in this order; a sequence may be left out or repeated.
 
-        Slots are copied only where a sequence is there twice, where half of them or more are nobody's, and on a GPU,
-        whose kernels read one slot after the other.
+        Slots are copied only where a sequence is repeated, where half of them or more are unused, and on a GPU, whose
+        kernels read the slots in their order.
         """
         is_same = sequences == list(range(len(self.lengths)))
         self.lengths = [self.lengths[sequence] for sequence in sequences]
@@ -123,7 +124,7 @@ class Cache:
 
 
 def rows_of_sequences(layout: Layout, sequences: list[int]) -> Int[Tensor, "R"]:
-    """Rows of some sequences of a pack, end to end."""
+    """Indices of the rows of some sequences of a pack, end to end."""
     parts = [torch.arange(layout.starts[s], layout.starts[s] + layout.lengths[s]) for s in sequences]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 

@@ -1,4 +1,4 @@
-"""From rows of a batch to vectors: a table for symbols, a linear map for patches."""
+"""The embedding: a table for symbols, a linear map for patches."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from meristem.types import PackedBatch
 
 
 class EmbeddingLayer(nn.Module):
-    """Symbols and patches to `[T, D]`: token dropout, token types, positions, a norm, dropout, in this order."""
+    """Embeds symbols and patches; then token dropout, token types, positions, a norm and dropout, in this order."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Several feed-forward layers in the place of one: a router sends each token to a few of them.
+"""Mixture of experts: several feed-forward layers, of which a router chooses some for each token.
 
 Switch routing (Fedus 2021, arXiv 2101.03961, section 2.1) for one choice a token, and the same for several. Nothing
 loops over tokens: pairs of token and choice are sorted by expert, and each expert is a product of matrices over
@@ -35,7 +35,7 @@ class ExpertsLayer(nn.Module):
     training disturbs what the experts read as well.
 
     Args:
-        parts: of the layer; its experts must be set.
+        parts: config of the layer; its `experts` must be set.
     """
 
     def __init__(self, parts: LayerParts):
@@ -56,7 +56,7 @@ class ExpertsLayer(nn.Module):
             self.shared = FeedForwardLayer(parts.width, replace(part, width=part.width * self.config.num_shared))
 
     def init_own_weights(self, config: Init) -> None:
-        """Experts start as linear maps do."""
+        """Fill the weights of the experts as those of linear layers."""
         for weight in (self.up, self.down):
             nn.init.trunc_normal_(weight, std=config.std, a=-2 * config.std, b=2 * config.std)
         for bias in (self.up_bias, self.down_bias):
@@ -64,7 +64,7 @@ class ExpertsLayer(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x: Float[Tensor, "T D"], layout: Layout) -> tuple[Float[Tensor, "T D"], Routing]:
-        """What the chosen experts give, and what the router did."""
+        """Return the weighted sum of the chosen experts, and the decisions of the router."""
         routing, shares_Tk = self._route(x, layout)
         # dropped pairs come behind those of the last expert
         expert_N = routing.chosen.masked_fill(~routing.is_taken, self.config.count).flatten()

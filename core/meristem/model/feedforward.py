@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def activate(
     hidden_TF: Float[Tensor, "T F_up"], activation: Callable[[Tensor], Tensor], is_gated: bool
 ) -> Float[Tensor, "T F"]:
-    """From the way up to the way down; gated, the first half of the features gates the second."""
+    """Apply the activation between the two maps; if gated, the first half of the features gates the second."""
     if not is_gated:
         return activation(hidden_TF)
     gate_TF, value_TF = hidden_TF.chunk(2, dim=-1)
@@ -29,11 +29,13 @@ def activate(
 
 
 class FeedForwardLayer(nn.Module):
-    """Out, activation, in; gated, the input map holds the gate's rows first, then the value's.
+    """A linear map up, an activation, a linear map down.
+
+    If gated, the rows of the map up are those of the gate, then those of the value.
 
     Args:
-        width: of the trunk.
-        part: its config.
+        width: width of the trunk.
+        part: config of the layer.
     """
 
     def __init__(self, width: int, part: FeedForward):

@@ -1,4 +1,4 @@
-"""From the rows of each sequence to one vector.
+"""Pooling: from the rows of each sequence to one vector.
 
 On a CPU sequences are reduced one by one, on a GPU in one kernel, which adds up the rows of each in their order.
 """
@@ -21,7 +21,7 @@ from meristem.types import Layout
 
 
 def pool_rows(pool: Pool, x: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "S W"]:
-    """One vector a sequence, in fp32, of a pool without weights; several prefix rows stand side by side.
+    """Pool each sequence into one fp32 vector, by a pool without weights; several prefix rows are concatenated.
 
     Means and maxima leave out the special rows of the layout, unless a sequence has no others.
     """
@@ -69,11 +69,11 @@ def _num_rows(pool: Prefix) -> int:
 
 
 class PoolLayer(nn.Module):
-    """A way to one vector a sequence; of the kinds without weights as it stands.
+    """Pools each sequence into one vector. This class serves pools without weights; the others are subclasses.
 
     Attributes:
-        config: of the pool.
-        width: of the vectors.
+        config: config of the pool.
+        width: width of the vectors.
     """
 
     def __init__(self, pool: Pool, width: int):
@@ -83,11 +83,11 @@ class PoolLayer(nn.Module):
 
     @property
     def num_first(self) -> int | None:
-        """First rows of each sequence that are all it reads; None where it reads others."""
+        """Number of first rows of each sequence that the pool reads; None where it reads others too."""
         return self.config.count if isinstance(self.config, Prefix) and not self.config.has_mean else None
 
     def forward(self, x: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "S W"]:
-        """One vector a sequence, in fp32, without the special rows of the layout where `pool_rows` leaves them out."""
+        """One fp32 vector for each sequence; see `pool_rows` for the special rows."""
         return pool_rows(self.config, x, layout)
 
 
@@ -143,7 +143,7 @@ class AttentionPoolLayer(PoolLayer):
         return fed_SD[: layout.num_sequences]
 
     def init_own_weights(self, config: Init) -> None:
-        """The query starts as a row of a table does."""
+        """Fill the query as a row of an embedding table."""
         nn.init.trunc_normal_(self.query, std=config.std, a=-2 * config.std, b=2 * config.std)
 
 

@@ -1,7 +1,7 @@
-"""Positions: what is added to the embedding, what turns queries and keys, and what is added to their scores.
+"""Positions: vectors added to the embedding, rotations of queries and keys, and biases of their scores.
 
-`build_added` gives the first sort, one for the whole model. `build_between` gives the others, one for all layers of a
-stack that share it; each has the same two hooks, which do nothing unless the kind needs them.
+`build_added` builds the first sort, one for the whole model. `build_between` builds the others, one for all layers of a
+stack that share it.
 """
 
 import math
@@ -54,18 +54,18 @@ class ScoreBias:
 
 
 class BetweenLayer(nn.Module):
-    """No position at all, and the hooks that a kind of position between rows may fill."""
+    """Base of the positions that act between queries and keys; by itself it does nothing."""
 
     def tables(self, positions: Int[Tensor, "T A"]) -> Tables:
-        """What `turn` needs, computed once a batch and shared by the layers."""
+        """Tensors that `turn` needs, computed once for a batch and shared by the layers."""
         return ()
 
     def turn(self, x: Float[Tensor, "T H E"], tables: Tables) -> Float[Tensor, "T H E"]:
-        """Turn queries or keys by their positions."""
+        """Rotate queries or keys by their positions."""
         return x
 
     def bias(self, device: torch.device) -> ScoreBias | None:
-        """What is added to the scores in this batch."""
+        """What is added to the scores in a batch; None for nothing."""
         return None
 
 
@@ -91,7 +91,7 @@ class RotaryLayer(BetweenLayer):
         return angles_T1p.cos(), angles_T1p.sin()
 
     def turn(self, x: Float[Tensor, "T H E"], tables: Tables) -> Float[Tensor, "T H E"]:
-        """Turn pairs by their angles; the two features of a pair come out as neighbours, whatever the config.
+        """Rotate pairs by their angles; the two features of a pair come out as neighbours, whatever the config.
 
         Queries and keys alike, so their products are those of any other order.
         """
@@ -122,7 +122,7 @@ def _turn_halves(
 
 
 def rotary_frequencies(config: Rotary, head_width: int) -> Float[Tensor, "f"]:
-    """Radians a place of each pair of one axis, fp32, scaled, and rounded as the model was trained."""
+    """Radians per place of each pair of one axis, in fp32, scaled, and rounded as when the model was trained."""
     width = (config.width or head_width) // config.num_axes
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     frequencies = _scaled(1.0 / (config.base**exponents), config.scaling)
@@ -205,7 +205,7 @@ def distance_buckets(config: BucketBias, distance: Int[Tensor, "m n"]) -> Int[Te
 
 
 def build_between(config: Position, head_width: int, num_heads: int) -> BetweenLayer:
-    """The module of a kind that acts between rows; one that does nothing for the other kinds."""
+    """Build the module of a position that acts between rows; one that does nothing for the other kinds."""
     match config:
         case Rotary():
             return RotaryLayer(config, head_width)
@@ -218,7 +218,7 @@ def build_between(config: Position, head_width: int, num_heads: int) -> BetweenL
 
 
 class LearnedLayer(nn.Module):
-    """A learned table of positions, one row a place."""
+    """A learned table of positions, with one row for each place."""
 
     def __init__(self, config: Learned, width: int):
         super().__init__()
@@ -226,7 +226,7 @@ class LearnedLayer(nn.Module):
         self.table = nn.Embedding(config.max_positions, width)
 
     def forward(self, positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
-        """What is added to each row; nothing where it has no place."""
+        """What is added to each row; zeros for rows that have no place (-1)."""
         grid = self.config.grid or (self.config.max_positions,)
         assert positions.shape[1] == len(grid), f"positions must have {len(grid)} axes; got {positions.shape[1]}"
         place = positions[:, 0]
@@ -246,7 +246,7 @@ class SinusoidalLayer(nn.Module):
         self.config, self.width = config, width
 
     def forward(self, positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
-        """What is added to each row; nothing where it has no place."""
+        """What is added to each row; zeros for rows that have no place (-1)."""
         assert positions.shape[1] == 1, f"sinusoidal positions have one axis; got {positions.shape[1]}"
         exponents = torch.arange(0, self.width, 2, device=positions.device, dtype=torch.float32) / self.width
         angles = positions.float() / self.config.base**exponents
@@ -262,7 +262,7 @@ class SinCos2DLayer(nn.Module):
         self.config, self.width = config, width
 
     def forward(self, positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
-        """What is added to each row; nothing where it has no place."""
+        """What is added to each row; zeros for rows that have no place (-1)."""
         assert positions.shape[1] == 2, f"these positions have two axes; got {positions.shape[1]}"
         count = self.width // 4
         steps = max(count - 1, 1) if self.config.reaches_base else count
@@ -273,12 +273,12 @@ class SinCos2DLayer(nn.Module):
 
 
 def resample_grid(table: Float[Tensor, "N D"], old: tuple[int, int], new: tuple[int, int]) -> Float[Tensor, "n D"]:
-    """A table of positions for another grid: bicubic interpolation with antialiasing, in fp32.
+    """Interpolate a table of positions for another grid: bicubic, with antialiasing, in fp32.
 
     Args:
-        table: one row a place, row after row of the old grid.
-        old: rows and columns that it has.
-        new: rows and columns that it is to have.
+        table: one row for each place, in row-major order of the old grid.
+        old: rows and columns of the old grid.
+        new: rows and columns of the new grid.
     """
     assert len(table) == old[0] * old[1], f"{len(table)} rows for a grid of {old}"
     if tuple(old) == tuple(new):
@@ -289,7 +289,7 @@ def resample_grid(table: Float[Tensor, "N D"], old: tuple[int, int], new: tuple[
 
 
 def build_added(config: Position, width: int) -> nn.Module | None:
-    """The module of a kind that is added to the embedding; None for the other kinds."""
+    """Build the module of a position that is added to the embedding; None for the other kinds."""
     match config:
         case Learned():
             return LearnedLayer(config, width)

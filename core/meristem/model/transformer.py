@@ -1,4 +1,4 @@
-"""Stacks of one `Block`: an encoder, a decoder, and both with attention from the one to the other."""
+"""Trunks, made of stacks of `Block`: an encoder, a decoder, or both with cross-attention."""
 
 from collections.abc import Collection
 
@@ -34,7 +34,7 @@ class Stack(nn.Module):
     """Blocks and a final norm: `[T, D]` to `[T, D]`.
 
     Args:
-        layers: numbers of its blocks, counted through both stacks of a model.
+        layers: numbers of the blocks, counted through both stacks of a model.
     """
 
     def __init__(self, config: TransformerConfig, layers: range):
@@ -99,10 +99,10 @@ class Stack(nn.Module):
         )
 
     def resolve_layer(self, layer: int) -> int:
-        """The layer counted from 0, of one that may be counted from the last.
+        """The number of a layer counted from 0, where negative numbers count from the last one.
 
         Raises:
-            ConfigError: a layer that the stack does not have.
+            ConfigError: the stack does not have the layer.
         """
         num_layers = len(self.blocks)
         resolved = layer + num_layers + 1 if layer < 0 else layer
@@ -118,10 +118,7 @@ def _place(position: nn.Module, batch: PackedBatch) -> Placed:
 
 
 class Encoder(Stack):
-    """A model of one stack: embedding, blocks, final norm.
-
-    Built on the meta device it costs nothing; `init_weights` then fills what `to_empty` has made.
-    """
+    """A trunk of one stack: embedding, blocks, final norm."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config, range(config.num_layers))
@@ -136,8 +133,8 @@ class Encoder(Stack):
             last_rows: rows of the last block that will be used, where `may_leave_rows_of` allows it.
 
         Raises:
-            ConfigError: a layer that the stack does not have, or a cache for a model that sees the future.
-            DataError: a sequence longer than its positions allow.
+            ConfigError: the stack does not have a layer, or a cache is given to a model whose tokens see later ones.
+            DataError: a sequence is longer than positions allow.
         """
         check_lengths(self.config, batch.layout, wanted.cache)
         if wanted.cache is not None:
@@ -151,7 +148,7 @@ class Encoder(Stack):
 
     @property
     def may_leave_rows(self) -> bool:
-        """Whether the last block can make some rows and not others: each query sees all keys, wherever it stands."""
+        """Whether the last block can compute some rows and not others: each query sees all keys, at any place."""
         parts = self.config.layer(self.config.num_layers - 1)
         is_free = isinstance(parts.attention.pattern, Full) and not isinstance(parts.position, LinearBias | BucketBias)
         return is_free and parts.experts is None
@@ -172,7 +169,7 @@ class Encoder(Stack):
 
 
 class Decoder(Encoder):
-    """A model of one stack whose tokens see none behind them: it can go on from a cache."""
+    """A trunk of one stack in which no token sees a later one, so that it can continue from a cache."""
 
 
 class EncoderDecoder(nn.Module):
@@ -193,8 +190,8 @@ class EncoderDecoder(nn.Module):
         too, so that only the first batch must have one.
 
         Raises:
-            ConfigError: a layer that a stack does not have.
-            DataError: a sequence longer than its positions allow.
+            ConfigError: a stack does not have a layer.
+            DataError: a sequence is longer than positions allow.
         """
         if wanted.is_source_only:
             return self._read(batch, wanted, wanted.layers)
@@ -223,7 +220,7 @@ class EncoderDecoder(nn.Module):
 
 
 def build_trunk(config: TransformerConfig) -> Encoder | EncoderDecoder:
-    """The stacks that a config describes."""
+    """Build the trunk that a config describes."""
     if config.num_decoder_layers:
         return EncoderDecoder(config)
     sees_ahead = any(sees_the_future(config.layer(layer).attention.pattern) for layer in range(config.num_layers))
@@ -234,7 +231,7 @@ def check_lengths(config: TransformerConfig, layout: Layout, cache: Cache | None
     """Refuse sequences longer than positions allow.
 
     Raises:
-        DataError: names the limit and the length.
+        DataError: names the limit and the length of the longest sequence.
     """
     before = cache.lengths if cache is not None and cache.lengths else [0] * layout.num_sequences
     longest, limit = max((n + more for n, more in zip(before, layout.lengths)), default=0), config.max_length

@@ -1,4 +1,4 @@
-"""Attention of new tokens to keys and values that are kept in slots: decoding, and prefill in pieces."""
+"""Attention of new tokens to keys and values in the slots of a cache: decoding, and prefill in pieces."""
 
 from functools import lru_cache
 
@@ -26,10 +26,10 @@ def attend_cached(
     """Scaled dot-product attention to slots of keys; spare rows get zeros.
 
     Args:
-        q_THE: new tokens of each sequence, one or many; they are its last places, and their keys are in the slot.
-        k_RUKE: slots, of each sequence one, of which the first `kv_lengths[s]` places are filled.
+        q_THE: one or more new tokens of each sequence. They are its last places, and their keys are in the slot.
+        k_RUKE: slots, one for each sequence; the first `kv_lengths[s]` places are filled.
         scoring: without dropout.
-        slots: which slot is whose; None for one after the other, as a GPU needs them.
+        slots: index of the slot of each sequence; None for slots in the order of sequences, as a GPU needs them.
     """
     lengths = tuple(kv_lengths)
     assert len(lengths) == q_layout.num_sequences, "each sequence of queries has a slot"

@@ -39,11 +39,11 @@ SPANS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class TileGroup:
-    """Tiles of queries that see as many tiles of keys.
+    """Tiles of queries that each see the same number of tiles of keys.
 
     Attributes:
-        queries: `[g]` tiles of queries.
-        keys: `[g, c]` tiles of keys that each may see.
+        queries: `[g]` indices of the tiles of queries.
+        keys: `[g, c]` indices of the tiles of keys that each may see.
     """
 
     queries: np.ndarray
@@ -55,8 +55,8 @@ class TilePlan:
     """Which tiles of one sequence see each other.
 
     Attributes:
-        tile: places of a tile.
-        groups: every tile of queries is in one of them.
+        tile: number of places in a tile.
+        groups: every tile of queries is in one of these.
     """
 
     tile: int
@@ -65,7 +65,7 @@ class TilePlan:
 
 @lru_cache(maxsize=64)
 def plan_tiles(pattern: Pattern, q_length: int, kv_length: int, prefix_length: int, has_bias: bool) -> TilePlan | None:
-    """How to run the pattern on tiles; None where a dense mask, or none at all, does as well."""
+    """Plan how to run the pattern on tiles; None where a dense mask, or no mask, is as fast."""
     needs_mask = has_bias or not (isinstance(pattern, Full) or (isinstance(pattern, Causal) and q_length == kv_length))
     if not needs_mask:
         return None

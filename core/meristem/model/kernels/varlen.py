@@ -1,4 +1,4 @@
-"""Variable-length flash attention: CUDA, half precision, everything within a window."""
+"""Variable-length flash attention: on CUDA, in half precision, for patterns that are a window."""
 
 import inspect
 from contextlib import suppress
@@ -23,7 +23,7 @@ if torch.cuda.device_count():  # its import draws in torch's compiler, half of t
 
 
 def varlen_fits(q_THE: Float[Tensor, "T H E"], pattern: Pattern) -> bool:
-    """Whether this kernel computes it: on CUDA, in half precision, a pattern that it knows."""
+    """Whether this kernel can compute the pattern: on CUDA, in half precision, for a window that it supports."""
     is_half = q_THE.dtype in (torch.bfloat16, torch.float16)
     return q_THE.is_cuda and is_half and bool(VARLEN_ARGUMENTS) and _window_options(pattern) is not None
 
@@ -58,7 +58,7 @@ def attend_slots_varlen(
 
 
 def _window_options(pattern: Pattern) -> dict[str, Any] | None:
-    """How the pattern is said to the kernel; None where it cannot be."""
+    """Arguments that give the pattern to the kernel; None where it does not support the pattern."""
     window = window_of(pattern)
     if window == (-1, -1):
         return {}
