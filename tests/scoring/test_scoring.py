@@ -80,14 +80,11 @@ def maps_by_hand(model: Model, sequence: str) -> np.ndarray:
         maps = hidden.attentions[layer][0][:, 1:-1, 1:-1].double().detach().numpy()
         maps = maps + maps.transpose(0, 2, 1)
         rows, columns, total = maps.sum(2), maps.sum(1), maps.sum((1, 2))
-        found.append(
-            np.array(
-                [
-                    [[m[i, j] - r[i] * c[j] / t for j in range(len(r))] for i in range(len(r))]
-                    for m, r, c, t in zip(maps, rows, columns, total)
-                ]
-            )
-        )
+        corrected = [
+            [[m[i, j] - r[i] * c[j] / t for j in range(len(r))] for i in range(len(r))]
+            for m, r, c, t in zip(maps, rows, columns, total)
+        ]
+        found.append(np.array(corrected))
     return np.stack(found)
 
 

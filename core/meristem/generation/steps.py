@@ -52,7 +52,7 @@ class Steps:
     """
 
     def __init__(self, model: Model, prompts: Sequence[np.ndarray], start_id: int | None = None, room_tokens: int = 0):
-        self.model, self.device = model, model.trunk.device
+        self.model, self.device = model, model.device
         self.cache, self._min_rows = Cache(min(room_tokens, MAX_ROOM_TOKENS)), min_rows_of(model)
         self._prefixes: list[int] = []
         if isinstance(model.trunk, EncoderDecoder):

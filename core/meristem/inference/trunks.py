@@ -43,7 +43,7 @@ def with_runnable_heads(model: Model) -> Model:
 def compiled_trunk(model: Model, dtype: torch.dtype) -> Encoder | EncoderDecoder:
     """A model's trunk, compiled where the machine can; a copy, so that the model stays as it is."""
     trunk = copy.deepcopy(model.trunk).to(dtype)
-    compile_blocks(trunk, trunk.device)
+    compile_blocks(trunk, model.device)
     return trunk
 
 

@@ -171,15 +171,12 @@ class CrossAttentionLayer(nn.Module):
         """Attend to the source of each sequence."""
         source, cache = context.source, context.cache
         assert source is not None, "a decoder layer needs a source"
-        kv = cache.cross(self.layer) if cache is not None else None
+        kv = None if cache is None else cache.cross.get(self.layer)
         if kv is None:
-            heads_UXE = self.kv(source.final).unflatten(-1, (-1, self.head_width))
-            k_UKE, v_UKE = heads_UXE.chunk(2, dim=1)
+            kv = self.kv(source.final).unflatten(-1, (-1, self.head_width)).chunk(2, dim=1)
             if cache is not None:
-                cache.keep_cross(self.layer, k_UKE, v_UKE)
-        else:
-            k_UKE, v_UKE = kv
-        q_THE = self.q(x).unflatten(-1, (-1, self.head_width))
+                cache.cross[self.layer] = kv
+        q_THE, (k_UKE, v_UKE) = self.q(x).unflatten(-1, (-1, self.head_width)), kv
         packed = Packed(q_THE, k_UKE, v_UKE, context.layout, source.layout)
         scoring = Scoring(Full(), scale=self.config.scale, dropout=self.config.dropout if self.training else 0.0)
         return self.out(attend(packed, scoring).flatten(1))

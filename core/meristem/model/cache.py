@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from meristem.shapes import Float, Int, Tensor
+from meristem.shapes import Float, Tensor
 from meristem.types import Hidden, Layout
 
 
@@ -36,14 +36,15 @@ class Cache:
         lengths: tokens of each sequence so far, on the host.
         slots: index of the slot of each sequence.
         source: hidden rows of the encoder; None for a model of one stack.
+        cross: keys and values `[U, K, E]` of the source, by layer.
     """
 
     room_tokens: int = 0
     lengths: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     source: Hidden | None = None
+    cross: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _layers: dict[int, LayerCache] = field(default_factory=dict)
-    _cross: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _places: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -82,14 +83,6 @@ class Cache:
         self.lengths = [n + more for n, more in zip(self.lengths, layout.lengths)]
         self._places = None
 
-    def cross(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values `[U, K, E]` of the source in a layer; None before they are kept."""
-        return self._cross.get(layer)
-
-    def keep_cross(self, layer: int, k_UKE: Float[Tensor, "U K E"], v_UKE: Float[Tensor, "U K E"]) -> None:
-        """Keep the keys and values of the source in a layer."""
-        self._cross[layer] = (k_UKE, v_UKE)
-
     def select(self, sequences: list[int]) -> None:
         """Continue with these sequences, in this order; a sequence may be left out or repeated.
 
@@ -101,7 +94,9 @@ class Cache:
         self.slots = [self.slots[sequence] for sequence in sequences]
         if is_same:
             return
-        if len(set(self.slots)) < len(self.slots) or any(self._must_move(kept) for kept in self._layers.values()):
+        num_slots = len(self.slots)
+        is_idle = any(kept.keys.is_cuda or len(kept.keys) >= 2 * num_slots for kept in self._layers.values())
+        if is_idle or len(set(self.slots)) < num_slots:
             for kept in self._layers.values():
                 index = torch.tensor(self.slots, device=kept.keys.device)
                 kept.keys, kept.values = kept.keys.index_select(0, index), kept.values.index_select(0, index)
@@ -109,24 +104,17 @@ class Cache:
         if self.source is not None:
             self._select_source(sequences, self.source)
 
-    def _must_move(self, kept: LayerCache) -> bool:
-        return kept.keys.is_cuda or len(kept.keys) >= 2 * len(self.slots)
-
     def _select_source(self, sequences: list[int], source: Hidden) -> None:
-        rows = rows_of_sequences(source.layout, sequences).to(source.final.device)
-        layout = Layout.of([source.layout.lengths[sequence] for sequence in sequences]).to(source.layout.device)
+        starts, lengths = source.layout.starts, source.layout.lengths
+        places = [np.arange(starts[sequence], starts[sequence] + lengths[sequence]) for sequence in sequences]
+        rows = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *places])).to(source.final.device)
+        layout = Layout.of([lengths[sequence] for sequence in sequences]).to(source.layout.device)
 
         def chosen(x: Tensor) -> Tensor:
             return F.pad(x.index_select(0, rows), (0, 0) * (x.ndim - 1) + (0, layout.num_spare))
 
-        self._cross = {layer: (chosen(k), chosen(v)) for layer, (k, v) in self._cross.items()}
+        self.cross = {layer: (chosen(k), chosen(v)) for layer, (k, v) in self.cross.items()}
         self.source = Hidden(final=chosen(source.final), layout=layout)
-
-
-def rows_of_sequences(layout: Layout, sequences: list[int]) -> Int[Tensor, "R"]:
-    """Indices of the rows of some sequences of a pack, end to end."""
-    parts = [torch.arange(layout.starts[s], layout.starts[s] + layout.lengths[s]) for s in sequences]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
 
 def _slots(rows: Float[Tensor, "T K E"], shape: tuple[int, ...]) -> Float[Tensor, "R capacity K E"]:

@@ -103,4 +103,4 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.trunk.device
+        return self.trunk.embedding.symbols.weight.device

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 
-import torch
 from torch import nn
 
 from meristem.errors import ConfigError, DataError
@@ -163,10 +162,6 @@ class Encoder(Stack):
                 "for each length"
             )
 
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.symbols.weight.device
-
 
 class Decoder(Encoder):
     """A trunk of one stack in which no token sees a later one, so that it can continue from a cache."""
@@ -213,10 +208,6 @@ class EncoderDecoder(nn.Module):
     def resolve_layer(self, layer: int) -> int:
         """As `Stack.resolve_layer`, of the encoder."""
         return self.encoder.resolve_layer(layer)
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.symbols.weight.device
 
 
 def build_trunk(config: TransformerConfig) -> Encoder | EncoderDecoder:

@@ -30,8 +30,8 @@ def varlen_fits(q_THE: Float[Tensor, "T H E"], pattern: Pattern) -> bool:
 
 def attend_varlen(packed: Packed, scoring: Scoring) -> Float[Tensor, "T H E"]:
     """Attention of packed queries to packed keys."""
-    layouts = packed.q_layout, packed.kv_layout
-    bounds = (*(one.cu_seqlens for one in layouts), *(one.max_length for one in layouts))
+    q_layout, kv_layout = packed.q_layout, packed.kv_layout
+    bounds = (q_layout.cu_seqlens, kv_layout.cu_seqlens, q_layout.max_length, kv_layout.max_length)
     return _call(packed.q_THE, packed.k_UKE, packed.v_UKE, bounds, scoring)
 
 
