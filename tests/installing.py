@@ -1,8 +1,8 @@
-"""Packages as pip leaves them in a folder, made without a build: modules, and a dist-info with entry points."""
+"""Packages beside the tests: made up of a few lines (`write_package`), or built and installed by pip (`install`)."""
 
 import importlib
-import shutil
-import tomllib
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def write_package(
     modules: Mapping[str, str] | None = None,
     version: str = "1.0",
 ) -> Path:
-    """Install a package that is made up.
+    """Write what pip leaves of a package in a folder: its modules, and a dist-info with entry points.
 
     Args:
         target: folder that is, or will be, on `sys.path`.
@@ -39,13 +39,26 @@ def write_package(
 
 
 def install(project: Path, target: Path) -> Path:
-    """Install the package of a project folder: what `pip install --no-deps --target` leaves of it.
+    """Build the wheel of a project and install it, as its user would: by pip, and without the network.
 
     Args:
-        project: holds `pyproject.toml` and the package's folder, which has the project's name.
+        project: holds `pyproject.toml`; nothing is written into it.
+        target: folder that is, or will be, on `sys.path`; its `wheels` keeps the wheel.
+
+    Returns:
+        The wheel.
     """
-    values = tomllib.loads((project / "pyproject.toml").read_text())["project"]
-    name = values["name"].replace("-", "_")
-    write_package(target, name, values.get("entry-points", {}), version=values["version"])
-    shutil.copytree(project / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return target
+    built = target / "wheels" / project.name
+    pip("wheel", "--no-build-isolation", "--wheel-dir", built, project)
+    [wheel] = built.glob("*.whl")
+    pip("install", "--target", target, wheel)
+    importlib.invalidate_caches()
+    return wheel
+
+
+def pip(action: str, *arguments: object) -> None:
+    """Run pip. It takes no index and no dependencies: those are installed beside the tests."""
+    offline = ("--no-deps", "--no-index", "--disable-pip-version-check", "--quiet")
+    command = [sys.executable, "-m", "pip", action, *offline, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -9,13 +9,13 @@ import pytest
 
 from installing import write_package
 from meristem.cli.main import main
-from meristem.cli.objective_names import name_in_arguments, with_class_path
-from meristem.cli.run_config import parse
+from meristem.cli.run_config import parse, with_class_path
 from meristem.domain import load_domain
 from meristem.errors import CheckpointError, ConfigError, PackageWarning
 from meristem.model.config import Attention, Embedding, FeedForward, TransformerConfig
 from meristem.model_directory import ModelCard, load_card, save_model
 from meristem.registry import GROUPS, find, find_all, installed
+from meristem.train.spec import values_of
 
 OBJECTIVES = "meristem.objectives"
 
@@ -157,36 +157,34 @@ def test_a_model_directory_cannot_name_what_is_imported(tmp_path, site):
 def test_an_objective_is_configured_by_its_registered_name(said, site, tmp_path):
     write_package(site, "lab-codes", {OBJECTIVES: {"codes": "lab_codes:HidesCodes"}}, {"lab_codes": OBJECTIVE})
     path = written_config(tmp_path, said)
-    objective = parse(["--config", path], "fit").values["model"]["objective"]
+    objective = values_of(parse(["--config", path]))["model"]["objective"]
     assert objective["class_path"] == "lab_codes.HidesCodes"
     assert objective["init_args"]["rate"] == (0.2 if "rate" in said else 0.3)
-    as_argument = parse(["--config", written_config(tmp_path, "MaskedTokens"), "--model.objective", said], "fit")
-    assert as_argument.values["model"]["objective"] == objective
+    as_argument = parse(["--config", written_config(tmp_path, "MaskedTokens"), "--model.objective", said])
+    assert values_of(as_argument)["model"]["objective"] == objective
 
 
 def test_a_later_config_may_name_an_objective_as_the_resolved_one_of_an_earlier_run_does_not(site, tmp_path):
     write_package(site, "lab-codes", {OBJECTIVES: {"codes": "lab_codes:HidesCodes"}}, {"lab_codes": OBJECTIVE})
     path = written_config(tmp_path, "{class_path: lab_codes.HidesCodes, init_args: {rate: 0.2}}")
     (tmp_path / "over.yaml").write_text("model: {objective: {class_path: codes}}\n")
-    values = parse(["--config", path, "--config", str(tmp_path / "over.yaml")], "fit").values
+    values = values_of(parse(["--config", path, "--config", str(tmp_path / "over.yaml")]))
     assert values["model"]["objective"]["init_args"]["rate"] == 0.2
 
 
-def test_arguments_that_are_not_of_the_objective_pass_as_they_are():
-    given = ["--data.sources", "MaskedTokens", "--model.objective.rate=0.2", "--model.objective"]
-    assert name_in_arguments(given) == given
-    assert with_class_path({"class_path": "a.Path", "init_args": {"name": "MaskedTokens"}})["init_args"] == {
-        "name": "MaskedTokens"
-    }
+def test_only_the_class_path_of_an_objective_is_a_name():
+    said = {"class_path": "a.Path", "init_args": {"name": "MaskedTokens"}}
+    assert with_class_path(said) == said
+    assert with_class_path("a.Path") == {"class_path": "a.Path"}
 
 
 def test_training_is_not_touched_by_a_broken_package_that_it_does_not_need(site, tmp_path, capsys):
     source = "import no_such_library"
     write_package(site, "lab-broken", {OBJECTIVES: {"Hazy": "lab_broken:Hazy"}}, {"lab_broken": source})
-    assert parse(["--config", written_config(tmp_path, "MaskedTokens")], "fit") is not None
+    assert parse(["--config", written_config(tmp_path, "MaskedTokens")]) is not None
     path = written_config(tmp_path, "Hazy")
     with pytest.raises(ConfigError, match=r"run\.yaml:4: .*lab-broken 1\.0 cannot be imported: .*no_such_library"):
-        parse(["--config", path], "fit")
+        parse(["--config", path])
 
 
 def test_a_broken_package_is_one_line_of_a_verb_that_asks_for_all(site, tmp_path):
@@ -203,4 +201,4 @@ def test_a_broken_package_is_one_line_of_a_verb_that_asks_for_all(site, tmp_path
 def test_a_registered_name_that_is_no_objective_is_refused(site, tmp_path):
     write_package(site, "lab-odd", {OBJECTIVES: {"Odd": "lab_odd:Odd"}}, {"lab_odd": "class Odd: pass"})
     with pytest.raises(ConfigError, match=r"run\.yaml:4: objective 'Odd' must be a subclass of Objective"):
-        parse(["--config", written_config(tmp_path, "Odd")], "fit")
+        parse(["--config", written_config(tmp_path, "Odd")])

@@ -51,8 +51,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
-        for file in part.iterdir():
-            file.chmod(0o666 & ~_umask())  # safetensors lets nobody else read what it writes
+        for file in part.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors lets nobody else read what it writes
             _sync(file)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

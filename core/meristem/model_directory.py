@@ -1,12 +1,11 @@
 """A model on disk, written and read.
 
-A model directory is data and nothing executable: `config.json`, `model.safetensors`, `tokenizer.json`, `README.md`.
-Opening one never imports or runs what it names. Reading is strict: a tensor that is missing, extra or of
-another shape is an error that lists them.
+A model directory is data and nothing executable: `config.json`, `model.safetensors`, `tokenizer.json`, `README.md`, and
+`tokenizers/<input>.json` for each input that has a tokenizer of its own. Opening one never imports or runs what it
+names. Reading is strict: a tensor that is missing, extra or of another shape is an error that lists them.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from meristem.data.tokenizer import Tokenizer
 from meristem.domain import domain_of_model
 from meristem.errors import CheckpointError, ConfigError
-from meristem.files import replacing_folder
+from meristem.files import read_json, replacing_folder, write_json
 from meristem.interop.directory import Imported, read_config_file, read_directory
 from meristem.interop.weights import read_safetensors, refuse_tensors
 from meristem.model.changes import ChangeSpec
@@ -30,12 +29,27 @@ from meristem.model.model import SYMBOLS, Model
 from meristem.model.plain import from_json, to_json
 from meristem.registry import find, installed
 from meristem.shapes import Tensor
+from meristem.types import INPUT
 
 FORMAT_VERSION = 3
 CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
+TOKENIZERS = "tokenizers"
 
 KINDS_OF_FORMAT_2 = {SYMBOLS: "symbols"}
 """Kinds of the heads that format 2 knew by name alone, beside labels."""
+
+
+@dataclass(frozen=True)
+class InputCard:
+    """What reads one input of a model.
+
+    Attributes:
+        domain: name of the domain; empty for that of the model.
+        tokenizer: None for that of the model.
+    """
+
+    domain: str = ""
+    tokenizer: Tokenizer | None = None
 
 
 @dataclass(frozen=True)
@@ -44,11 +58,12 @@ class ModelCard:
 
     Attributes:
         architecture: of the trunk and the symbol head.
-        tokenizer: that the model was trained with.
+        tokenizer: reads the first input, and each other one that has no tokenizer of its own.
         heads: what the model predicts, by name of the head.
         domain: name of the domain that reads its inputs.
         facts: plain values about how it came to be (data, steps, scores), shown and not acted on.
         changes: of the built model, in the order in which they are applied.
+        inputs: the inputs of the records it was trained on, by name, in the order in which its objective names them.
     """
 
     architecture: TransformerConfig
@@ -57,6 +72,15 @@ class ModelCard:
     domain: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     changes: tuple[ChangeSpec, ...] = ()
+    inputs: Mapping[str, InputCard] = field(default_factory=lambda: {INPUT: InputCard()})
+
+    def tokenizer_of(self, name: str) -> Tokenizer:
+        """The tokenizer that reads an input."""
+        return self.inputs[name].tokenizer or self.tokenizer
+
+    def domain_of(self, name: str) -> str:
+        """Name of the domain that reads an input."""
+        return self.inputs[name].domain or self.domain
 
     @property
     def readouts(self) -> tuple[Readout, ...]:
@@ -88,9 +112,12 @@ def save_model(path: Path | str, card: ModelCard, model: Model, tensors: Mapping
             given = model.state_dict() if tensors is None else tensors
             whole = {name: value.detach().cpu().contiguous() for name, value in given.items()}
             save_file(whole, part / WEIGHTS, metadata={"format": "pt"})
-            _write_json(part / TOKENIZER, {"kind": card.tokenizer.kind, **card.tokenizer.to_json()})
+            _write_tokenizer(part / TOKENIZER, card.tokenizer)
+            for name, one in card.inputs.items():
+                if one.tokenizer is not None:
+                    _write_tokenizer(part / TOKENIZERS / f"{name}.json", one.tokenizer)
             (part / README).write_text(_readme(card, model), encoding="utf-8")
-            _write_json(part / CONFIG, card_to_json(card))
+            write_json(part / CONFIG, card_to_json(card))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -102,7 +129,7 @@ def load_card(path: Path | str) -> ModelCard:
         CheckpointError: a file is missing or damaged, or says what this version does not know.
     """
     path = Path(path)
-    values, tokens = _read_json(path / CONFIG), _read_json(path / TOKENIZER)
+    values = dict(read_config_file(path))
     if values.get("format_version") not in (2, FORMAT_VERSION):
         got = values.get("format_version", "none: is this a model directory?")
         raise CheckpointError(f"{path / CONFIG}: format_version must be 2 or {FORMAT_VERSION}; got {got}")
@@ -111,10 +138,9 @@ def load_card(path: Path | str) -> ModelCard:
             values |= _heads_of_format_2(values)
         if not isinstance(values["heads"], dict):
             raise ConfigError(f"heads must be specs by name; got {values['heads']!r}")
-        tokenizer: Tokenizer = find("meristem.tokenizers", str(tokens.pop("kind", None))).from_json(tokens)
-        card = ModelCard(
+        return ModelCard(
             architecture=from_json(TransformerConfig, values["architecture"]),
-            tokenizer=tokenizer,
+            tokenizer=_read_tokenizer(path / TOKENIZER, values["tokenizer"]),
             heads={
                 name: from_json(HeadSpec, spec, f"heads.{name}")  # type: ignore[type-abstract]
                 for name, spec in values["heads"].items()
@@ -125,17 +151,19 @@ def load_card(path: Path | str) -> ModelCard:
                 from_json(ChangeSpec, change, f"changes[{index}]")  # type: ignore[type-abstract]
                 for index, change in enumerate(values["changes"])
             ),
+            inputs={
+                name: InputCard(
+                    domain=one["domain"],
+                    tokenizer=one["tokenizer"]
+                    and _read_tokenizer(path / TOKENIZERS / f"{name}.json", one["tokenizer"]),
+                )
+                # not written before records had several inputs
+                for name, one in values.get("inputs", {INPUT: {"domain": "", "tokenizer": None}}).items()
+            },
         )
-        fingerprint = values["tokenizer"]["fingerprint"]
     except (KeyError, TypeError, ConfigError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path / CONFIG}: {reason}") from error
-    if tokenizer.fingerprint != fingerprint:
-        raise CheckpointError(
-            f"{path / TOKENIZER}: fingerprint must be {fingerprint} as in {CONFIG}; got {tokenizer.fingerprint}; "
-            "it is not the tokenizer this model was trained with"
-        )
-    return card
 
 
 def load_model(path: Path | str) -> tuple[ModelCard, Model]:
@@ -249,9 +277,10 @@ def import_model(place: Path, domain: str = "") -> tuple[ModelCard, Model, Impor
 def hash_weights(path: Path | str) -> str:
     """Changes with any weight or setting of a model; the manifest of embeddings carries it."""
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(find_model(path).iterdir()):
+    folder = find_model(path)
+    for file in sorted([*folder.iterdir(), *(folder / TOKENIZERS).glob("*.json")]):
         if file.suffix in (".json", ".txt", ".safetensors", ".bin"):
-            digest.update(file.name.encode())
+            digest.update(file.relative_to(folder).as_posix().encode())
             with file.open("rb") as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)
@@ -266,9 +295,34 @@ def card_to_json(card: ModelCard) -> dict[str, Any]:
         "heads": {name: to_json(spec) for name, spec in card.heads.items()},
         "changes": [to_json(change) for change in card.changes],
         "domain": card.domain,
-        "tokenizer": {"kind": card.tokenizer.kind, "fingerprint": card.tokenizer.fingerprint},
+        "tokenizer": _stated(card.tokenizer),
+        "inputs": {
+            name: {"domain": one.domain, "tokenizer": one.tokenizer and _stated(one.tokenizer)}
+            for name, one in card.inputs.items()
+        },
         "facts": dict(card.facts),
     }
+
+
+def _stated(tokenizer: Tokenizer) -> dict[str, str]:
+    """What `config.json` says of a tokenizer."""
+    return {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
+
+
+def _write_tokenizer(file: Path, tokenizer: Tokenizer) -> None:
+    write_json(file, {"kind": tokenizer.kind, **tokenizer.to_json()})
+
+
+def _read_tokenizer(file: Path, stated: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a file, which must be the one that `config.json` states."""
+    values = read_json(file, CheckpointError)
+    tokenizer: Tokenizer = find("meristem.tokenizers", str(values.pop("kind", None))).from_json(values)
+    if tokenizer.fingerprint != stated["fingerprint"]:
+        raise CheckpointError(
+            f"{file}: fingerprint must be {stated['fingerprint']} as in {CONFIG}; got {tokenizer.fingerprint}; "
+            "it is not the tokenizer this model was trained with"
+        )
+    return tokenizer
 
 
 def _heads_of_format_2(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,22 +330,6 @@ def _heads_of_format_2(values: Mapping[str, Any]) -> dict[str, Any]:
     heads = {name: {"kind": KINDS_OF_FORMAT_2.get(name, name)} for name in values["heads"]}
     labels = {readout["name"]: {"kind": Readout.kind, **readout} for readout in values["readouts"]}
     return {"heads": {**heads, **labels}, "changes": []}
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} must be a model directory; {path.name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} must be JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must be a JSON object; got {type(values).__name__}")
-    return values
 
 
 def _readme(card: ModelCard, model: Model) -> str:

@@ -18,6 +18,9 @@ class Progress:
         stream: where to; a terminal gets a bar, anything else a line every ten seconds.
         done: units that an earlier run has done: they count, but not for the rate.
 
+    Attributes:
+        done: units that are done.
+
     Example:
         >>> with Progress(2, "records", title="embed") as progress:
         ...     progress.advance(2)
@@ -26,7 +29,7 @@ class Progress:
     def __init__(self, total: int | None, unit: str, title: str = "", stream: TextIO | None = None, done: int = 0):
         self._total, self._unit, self._title = total, unit, title or unit
         self._stream = stream or sys.stderr
-        self._done, self._skipped, self._note = done, done, ""
+        self.done, self._skipped, self._note = done, done, ""
         self._bar: Any = None
         self._task: Any = None
         self._began = self._last_line = time.monotonic()
@@ -43,10 +46,10 @@ class Progress:
         Args:
             note: another figure, shown beside the rate until the next one.
         """
-        self._done += count
+        self.done += count
         self._note = note or self._note
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, rate=self._rates())
+            self._bar.update(self._task, completed=self.done, rate=self._rates())
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._print_line()
 
@@ -72,7 +75,7 @@ class Progress:
             self._print_line()
 
     def _speed(self) -> float:
-        return (self._done - self._skipped) / max(time.monotonic() - self._began, 1e-6)
+        return (self.done - self._skipped) / max(time.monotonic() - self._began, 1e-6)
 
     def _rates(self) -> str:
         per_second = self._speed()
@@ -91,20 +94,20 @@ class Progress:
             TimeRemainingColumn(),
             console=Console(file=self._stream),
         )
-        self._task = self._bar.add_task(self._title, total=self._total, completed=self._done, rate="")
+        self._task = self._bar.add_task(self._title, total=self._total, completed=self.done, rate="")
         self._bar.start()
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         speed = self._speed()
-        line = f"{self._title}: {self._done:,}"
+        line = f"{self._title}: {self.done:,}"
         if self._total is not None:
-            line += f" of {self._total:,} {self._unit} ({self._done / max(self._total, 1):.0%})"
+            line += f" of {self._total:,} {self._unit} ({self.done / max(self._total, 1):.0%})"
         else:
             line += f" {self._unit}"
         line += f", {self._rates()}"
-        if self._total is not None and speed > 0 and self._done < self._total:
-            line += f", {duration((self._total - self._done) / speed)} left"
+        if self._total is not None and speed > 0 and self.done < self._total:
+            line += f", {duration((self._total - self.done) / speed)} left"
         print(line, file=self._stream, flush=True)
 
 

@@ -133,10 +133,12 @@ class _Contract:
         """The sample is a file with something in it; its options and its objective can be made."""
         from meristem.objectives.objective import Objective
         from meristem.train.datamodule import SAMPLE, DataModule
+        from meristem.train.spec import DataSpec
 
         path = Path(self.domain.sample)
         _require(path.is_file() and path.stat().st_size > 0, "sample must be a file with something in it", path)
-        self.data = DataModule(self.name, SAMPLE, **{"cache_dir": str(self.folder), **self.domain.sample_options})
+        options = {"cache_dir": str(self.folder), **self.domain.sample_options}
+        self.data = DataModule(DataSpec(domain=self.name, sources=SAMPLE, **options))
         self.objective = self.domain.sample_objective()
         _require(isinstance(self.objective, Objective), "sample_objective must make an objective", self.objective)
         return f"{path.name}, {path.stat().st_size:,} bytes, for {type(self.objective).__name__}"
@@ -312,9 +314,10 @@ class _Contract:
         from meristem.data.pack_maker import PackMaker
         from meristem.model_directory import ModelCard
         from meristem.train.ranks import Ranks
+        from meristem.train.spec import ModelSpec
         from meristem.train.task import Task
 
-        task, objective = Task(self.architecture, self.objective), self.objective
+        task, objective = Task(ModelSpec(architecture=self.architecture, objective=self.objective)), self.objective
         self.data.bind(task)
         train = self.data.parts["train"]
         most = self.data.max_tokens_per_record
@@ -332,10 +335,9 @@ class _Contract:
         counts = objective.counts(batch)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            architecture = objective.complete(self.architecture)
-            self.card = ModelCard(architecture, self.tokenizer, objective.heads, domain=self.domain.name)
+            self.card = ModelCard(task.architecture, self.tokenizer, objective.heads, domain=self.domain.name)
             self.model = self.card.build()
-            extra = objective.build(architecture)
+            extra = objective.build(task.architecture)
             objective.start(self.model, extra, NUM_STEPS)
             optimizer = torch.optim.AdamW([*self.model.parameters(), *extra.parameters()], lr=1e-4)
             losses = []

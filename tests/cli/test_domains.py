@@ -77,6 +77,27 @@ def test_a_new_domain_refuses_a_foreign_base_by_file_and_line(lab_rna, tmp_path)
     assert [refusal.id for refusal in refused] == ["b"]
 
 
+def test_a_new_domain_reads_labels_from_tables_and_refuses_by_their_lines(lab_rna, tmp_path):
+    from meristem.data.records import LABEL_PREFIX, PAYLOAD, ReadOptions, Source
+    from meristem.errors import DataError
+
+    path = tmp_path / "reads.tsv"
+    path.write_text("name\tseq\tkind\na\tacGU\t01\nb\tAC7U\t1\nc\t\t2\nd\tNN\t3\n")
+    refused = []
+    options = ReadOptions(label_columns=("kind",), id_column="name", on_error=refused.append)
+    read = pa.Table.from_batches(lab_rna.reader.read(Source(str(path)), options))
+    assert read.column(PAYLOAD).to_pylist() == ["acGU", "NN"]
+    assert read.column(LABEL_PREFIX + "kind").to_pylist() == ["01", "3"]
+    assert sorted((refusal.id, refusal.line) for refusal in refused) == [("b", 3), ("c", 4)]
+    (tmp_path / "bare.txt").write_text("ACGU\nNN\n")
+    with pytest.raises(DataError, match=r"bare\.txt.* only tables have columns of labels and splits"):
+        list(lab_rna.reader.read(Source(str(tmp_path / "bare.txt")), ReadOptions(label_columns=("kind",))))
+
+
+def test_a_sequence_of_a_new_domain_is_the_same_in_either_case(lab_rna):
+    assert lab_rna.reader.canonical("acGU") == lab_rna.reader.canonical("ACgu") == b"ACGU"
+
+
 @pytest.mark.parametrize("name", ["class", "lab-rna", "3d", "Lab", "", "json", "meristem", "../up"])
 def test_a_name_that_is_no_module_name_is_refused(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

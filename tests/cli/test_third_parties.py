@@ -1,12 +1,16 @@
-"""Packages of third parties beside Meristem: every verb takes their pieces, and no file of the core knows them."""
+"""Packages of third parties, built and installed by pip: every verb takes their pieces, and the core knows none."""
 
 import csv
 import json
 import os
+import random
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +22,24 @@ from meristem.inference.formats import read_embeddings
 PACKAGES = Path(__file__).parents[1] / "packages"
 CORE = Path(__file__).parents[2] / "core"
 RUN = "import sys; from meristem.cli.main import main; sys.exit(main(sys.argv[1:]))"
+WORDS = ("lab_codes", "lab-codes", "field_notes", "field-notes", "letter-pairs", "codenet", "sequel")
+"""What the packages and their pieces are called, but for names that are plain words."""
 
 
 class Site:
-    """A folder with installed packages, and the command line beside them."""
+    """A folder with installed packages, and the command line beside them.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: the working directory of all commands.
+        projects: to build and to install.
+    """
+
+    def __init__(self, folder: Path, projects: Iterable[Path] = ()):
         self.folder = folder
         self.site = folder / "site"
-        for project in sorted(PACKAGES.iterdir()):
-            install(project, self.site)
-        self.environment = os.environ | {"PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1"}
+        self.wheels = [install(project, self.site) for project in projects]
+        path = os.pathsep.join([str(self.site), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
     def start(self, *arguments: str) -> subprocess.Popen:
         command = [sys.executable, "-c", RUN, *arguments]
@@ -36,10 +47,10 @@ class Site:
             command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    def run(self, *arguments: str) -> str:
+    def run(self, *arguments: str, code: int = 0) -> str:
         process = self.start(*arguments)
         out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, f"{arguments}: {out}{err}"
+        assert process.returncode == code, f"{arguments}: {out}{err}"
         return out + err
 
 
@@ -50,14 +61,27 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return Site(tmp_path_factory.mktemp("lab"))
+    return Site(tmp_path_factory.mktemp("lab"), sorted(PACKAGES.iterdir()))
 
 
+ON_CPU = ("--trainer.accelerator", "cpu")
 FIT = (
     *("fit", "--data.domain", "lab-codes", "--data.sources", "@sample", "--model.architecture", "tiny"),
     *("--model.objective", "Sequel", "--data.views", "{rate: 0.3}", "--data.tokens_per_batch", "200"),
-    *("--trainer.accelerator", "cpu", "--watch.validate_every_n_steps", "20", "--watch.save_every_n_steps", "5"),
+    *("--watch.validate_every_n_steps", "20", "--watch.save_every_n_steps", "5", *ON_CPU),
 )
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_package_and_its_entry_points_and_is_what_is_imported(site):
+    for project, wheel in zip(sorted(PACKAGES.iterdir()), site.wheels, strict=True):
+        held = zipfile.ZipFile(wheel).namelist()
+        files = {path.relative_to(project).as_posix() for path in (project / project.name).rglob("*") if path.is_file()}
+        assert {name for name in files if "__pycache__" not in name} == {n for n in held if ".dist-info/" not in n}
+        assert [name for name in held if name.endswith(".dist-info/entry_points.txt")]
+        code = f"from importlib.util import find_spec; print(find_spec({project.name!r}).origin)"
+        done = subprocess.run([sys.executable, "-c", code], env=site.environment, capture_output=True, text=True)
+        assert Path(done.stdout.strip()) == site.site / project.name / "__init__.py"
 
 
 @pytest.mark.slow
@@ -94,7 +118,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(site, run):
 
 
 @pytest.mark.slow
-def test_a_model_embeds_predicts_and_goes_out_and_back(site, run):
+def test_a_model_embeds_predicts_and_goes_out_and_back(site, run, tmp_path):
     sample = str(PACKAGES / "lab_codes" / "lab_codes" / "sample.codes")
     site.run("embed", str(run), sample, "--output", "vectors", "--precision", "fp32")
     vectors = read_embeddings(site.folder / "vectors")
@@ -114,10 +138,85 @@ def test_a_model_embeds_predicts_and_goes_out_and_back(site, run):
     site.run("import", "exported", "back")
     site.run("embed", "back", sample, "--output", "again", "--precision", "fp32")
     np.testing.assert_array_equal(read_embeddings(site.folder / "again").values, vectors.values)
+    # the mutant: nothing is installed, so that nothing of the model directory can be opened
+    assert "'letter-pairs'; installed: " in Site(tmp_path).run("embed", str(run), sample, "--output", "vectors", code=2)
+
+
+@pytest.mark.slow
+def test_a_learned_and_lossy_tokenizer_trains_embeds_and_scores(site):
+    notes = str(PACKAGES / "field_notes" / "field_notes" / "notes.txt")
+    fit = ("fit", "--data.domain", "field-notes", "--data.sources", notes, "--model.architecture", "small", *ON_CPU)
+    site.run(*fit, "--model.objective", "MaskedTokens", "--trainer.max_steps", "3", "--run_dir", "notes")
+    shouted = site.folder / "shouted.txt"
+    shouted.write_text(Path(notes).read_text("utf-8").upper(), "utf-8")
+    for name, source in (("plain", notes), ("folded", str(shouted))):
+        site.run("embed", "notes", source, "--output", name)
+        site.run("score", "notes", source, "--output", f"{name}.csv")
+    plain, folded = (read_embeddings(site.folder / name).values for name in ("plain", "folded"))
+    np.testing.assert_array_equal(plain, folded)
+    scores = [[row["log_likelihood"] for row in rows(site.folder / f"{name}.csv")] for name in ("plain", "folded")]
+    assert scores[0] == scores[1]
+
+
+@pytest.fixture(scope="module")
+def new_site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """What `domains new` writes, installed as it is."""
+    folder = tmp_path_factory.mktemp("new")
+    Site(folder).run("domains", "new", "lab_rna")
+    return Site(folder, [folder / "lab_rna"])
+
+
+@pytest.mark.slow
+def test_a_new_domain_goes_the_whole_way_as_written(new_site):
+    folder, draw = new_site.folder, random.Random(0)
+    texts = {f"r{i}": "".join(draw.choices("ACGUacgu", k=draw.randint(8, 30))) for i in range(40)}
+    fasta = "".join(f">{name}\n{text}\n" for name, text in texts.items())
+    (folder / "yours.fasta").write_text(fasta)
+    (folder / "others.fasta").write_text(fasta.upper())
+    table = "".join(f"{name},{text},{draw.choice(('open', 'shut'))}\n" for name, text in texts.items())
+    (folder / "labelled.csv").write_text("id,sequence,kind\n" + table)
+
+    # the commands of the README that was written, in their order
+    readme = (folder / "lab_rna" / "README.md").read_text().replace("\\\n", " ")
+    commands = [shlex.split(line)[1:] for line in readme.splitlines() if line.startswith("    meristem ")]
+    assert [command[0] for command in commands] == ["domains", "fit", "embed", "export", "fit", "predict"]
+    for command in commands:
+        new_site.run(*command, *(("--trainer.max_steps", "3", *ON_CPU) if command[0] == "fit" else ()))
+    predicted = rows(folder / "kinds.csv")
+    assert [row["id"] for row in predicted] == [name.upper() for name in texts]
+    assert {row["kind"] for row in predicted} <= {"open", "shut"}
+
+    new_site.run("import", "exported", "back")
+    for model, output in (("runs/first", "first"), ("back", "again")):
+        new_site.run("embed", model, "yours.fasta", "--output", output, "--precision", "fp32")
+    first, again = (read_embeddings(folder / name).values for name in ("first", "again"))
+    assert first.shape == (40, 128)
+    np.testing.assert_array_equal(first, again)
+
+
+def words_in(text: str) -> list[str]:
+    """Names of third parties that a text holds, in any case."""
+    return [word for word in WORDS if word in text.lower()]
+
+
+def core_files() -> list[Path]:
+    """Every file of text that the core consists of."""
+    return [path for path in CORE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
 
 
 def test_no_file_of_the_core_knows_a_third_party():
-    words = ("lab_codes", "lab-codes", "field_notes", "field-notes", "letter-pairs", "codenet", "sequel")
-    for path in CORE.rglob("*.py"):
-        text = path.read_text("utf-8").lower()
-        assert not [word for word in words if word in text], path
+    assert len(core_files()) > 150
+    for path in core_files():
+        assert not words_in(path.read_text("utf-8")), path
+    written = "".join(path.read_text("utf-8") for path in PACKAGES.rglob("*") if path.suffix in (".py", ".toml"))
+    assert words_in(written) == list(WORDS)
+
+
+def test_the_name_of_a_third_party_in_any_file_of_the_core_would_be_found(rng):
+    """The mutants: a file of the core that asks for a package by name, imports it, or tells of it."""
+    files = core_files()
+    for word in WORDS:
+        text = files[int(rng.integers(len(files)))].read_text("utf-8")
+        for line in ('if domain.name == "{}":', "import {}.head", "# such as {}", "class {}Readout:"):
+            for name in (word, word.title(), word.upper()):
+                assert words_in(f"{text}\n{line.format(name)}\n") == [word]

@@ -17,7 +17,7 @@ from meristem.errors import CheckpointError, ConfigError
 from meristem.model.config import Embedding, Max, Prefix, TokenHead
 from meristem.model.heads import HeadSpec, Readout, Symbols
 from meristem.model.plain import from_json, to_json
-from meristem.model_directory import ModelCard, load_card, load_model, save_model
+from meristem.model_directory import InputCard, ModelCard, hash_weights, load_card, load_model, save_model
 from meristem.registry import find
 from model_runs import outputs_of, specs
 
@@ -75,7 +75,9 @@ def test_a_directory_of_format_2_opens_as_the_same_model(tmp_path: Path, rng: np
     before = [outputs_of(load_model(tmp_path / "model")[1], batch, name) for name in ("tokens", "place", "ss")]
     # written by hand, as format 2 was: heads by name, and labels beside them without a kind
     labels = [{key: value for key, value in to_json(label).items() if key != "kind"} for label in LABELS]
-    _rewrite(tmp_path / "model", format_version=2, heads=["tokens", "contacts"], readouts=labels, changes=None)
+    _rewrite(
+        tmp_path / "model", format_version=2, heads=["tokens", "contacts"], readouts=labels, changes=None, inputs=None
+    )
     assert "kind" not in _config(tmp_path / "model")["readouts"][0]
     again, model = load_model(tmp_path / "model")
     assert again == card
@@ -84,6 +86,34 @@ def test_a_directory_of_format_2_opens_as_the_same_model(tmp_path: Path, rng: np
     save_model(tmp_path / "model", again, model)
     assert _config(tmp_path / "model")["format_version"] == 3
     assert load_card(tmp_path / "model") == card
+
+
+def test_inputs_keep_the_tokenizers_that_are_their_own(tmp_path: Path) -> None:
+    other = AlphabetTokenizer(("<", "x", "y"), prefix=("<",))
+    inputs = {"query": InputCard(), "code": InputCard("codes", other), "more": InputCard()}
+    card = replace(_card(), inputs=inputs)
+    save_model(tmp_path / "one", _card(), card.build())
+    save_model(tmp_path / "model", card, card.build())
+    save_model(tmp_path / "model", card, card.build())  # in the place of one that has a folder
+    assert [file.name for file in (tmp_path / "model" / "tokenizers").iterdir()] == ["code.json"]
+    assert not (tmp_path / "one" / "tokenizers").exists()
+    again = load_card(tmp_path / "model")
+    assert again == card
+    assert list(again.inputs) == ["query", "code", "more"]
+    assert [again.tokenizer_of(name) for name in inputs] == [TOKENIZER, other, TOKENIZER]
+    assert [again.domain_of(name) for name in inputs] == ["protein", "codes", "protein"]
+    before, file = hash_weights(tmp_path / "model"), tmp_path / "model" / "tokenizers" / "code.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "vocab": ["<", "y", "x"]}))
+    assert hash_weights(tmp_path / "model") != before
+    with pytest.raises(CheckpointError, match=r"code\.json: fingerprint must be .* as in config\.json"):
+        load_card(tmp_path / "model")
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"code\.json: no such file"):
+        load_card(tmp_path / "model")
+    # one of format 3 that was written when records had one input
+    _rewrite(tmp_path / "one", inputs=None)
+    assert load_card(tmp_path / "one") == _card()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`meristem probe` from files to figures, for proteins and for pictures."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,20 @@ def test_another_model_is_embedded_anew(tmp_path: Path, model: Path, table: Path
     other = probe(small_probes.save_protein_model(tmp_path / "other"), table, output="b")
     assert "300 records" in other["progress"]
     assert other["model"]["hash"] != first["model"]["hash"]
+
+
+@pytest.mark.parametrize("named", ["", "vision"])
+def test_the_domain_that_is_asked_for_reads_the_records(
+    named: str, tmp_path: Path, model: Path, table: Path, probe: Probe
+) -> None:
+    wanted = probe(model, table)
+    card = json.loads((model / "config.json").read_text())
+    assert card["domain"] == "protein"
+    (model / "config.json").write_text(json.dumps(card | {"domain": named}))
+    said = probe(model, table, output="other", code=2)["said"]
+    assert ("the model names no domain" if not named else "in.csv") in said
+    found = probe(model, table, "--domain", "protein", output="asked")
+    assert (found["linear"], found["knn"]) == (wanted["linear"], wanted["knn"])
 
 
 def test_values_get_ridge_and_rank_correlation(tmp_path: Path, model: Path, table: Path, probe: Probe) -> None:

@@ -130,7 +130,7 @@ def test_a_parser_that_takes_all_bytes_for_residues_is_caught(tmp_path: Path, mo
     path = write(tmp_path / "x.fa", ">a\nM7V\n")
     with pytest.raises(DataError, match="'7' is no residue"):
         read_rows(path)
-    monkeypatch.setattr(fasta, "LETTERS", bytes(256))
+    monkeypatch.setattr(fasta, "RESIDUES", ".")
     assert read_rows(path) == [("a", "M7V", 1)]
 
 

@@ -3,13 +3,17 @@
 import contextlib
 import io
 
+import letters
 import numpy as np
 import pytest
 from letters import LETTERS
 from random_proteins import random_proteins
 
 from meristem.cli.run_config import parse
+from meristem.model_directory import load_card
 from meristem.train import datamodule
+from meristem.train.run import build
+from meristem_domains.protein import domain as protein
 
 TRANSLATION = """
 model:
@@ -80,6 +84,21 @@ def test_a_domain_may_tokenize_the_input_of_another(pairs):
     done = pairs.run(*columns, *foreign, "--run_dir", "letters", config="translation.yaml")
     assert done.code == 0, done.err
     assert pairs.rows("letters")[-1]["loss"] != pairs.rows("run")[-1]["loss"]
+    card = load_card(pairs.path / "letters" / "model")
+    assert [card.domain_of(name) for name in card.inputs] == ["protein", "letters"]
+    assert card.tokenizer_of("source") == protein.tokenizer()
+    assert card.tokenizer_of("target") == letters.domain.tokenizer() != protein.tokenizer()
+    assert list(load_card(pairs.path / "run" / "model").inputs) == ["source", "target"]
+    # what goes on from that model reads each input as it does, without saying so again
+    start = ["--model.init_from", "letters/model", "--trainer.max_steps", "1"]
+    for more, run in (([], "silent"), (foreign, "said")):
+        assert pairs.run(*columns, *start, *more, "--run_dir", run, config="translation.yaml").code == 0
+        assert load_card(pairs.path / run / "model").inputs == card.inputs
+    assert pairs.rows("silent") == pairs.rows("said")
+    other = ["--data.inputs", "{target: {domain: 'letters:domain', tokenizer: {more: AB}}}"]
+    done = pairs.run(*columns, *start, *other, "--run_dir", "other", config="translation.yaml")
+    assert done.code == 2
+    assert "the model must have the vocabulary of the domain" in done.err
     table = pairs.path / "pairs.csv"
     table.write_text(table.read_text().replace(",f3\n", "!,f3\n", 1).replace("!", " 7", 1))
     done = pairs.run(*columns, *foreign, "--run_dir", "bad", config="translation.yaml")
@@ -128,8 +147,8 @@ def test_what_fits_no_input_is_one_line_and_leaves_nothing(pairs, arguments, mes
 
 
 def bound_data(path, *arguments: str) -> datamodule.DataModule:
-    config = parse(["--config", "translation.yaml", "--data.column", "{source: a, target: b}", *arguments], "fit")
-    task, data = config.build()
+    config = parse(["--config", "translation.yaml", "--data.column", "{source: a, target: b}", *arguments])
+    task, data = build(config)
     with contextlib.redirect_stderr(io.StringIO()):
         data.bind(task)
     return data

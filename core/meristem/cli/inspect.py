@@ -114,32 +114,25 @@ def _throughput(args: argparse.Namespace) -> dict[str, Any]:
 
 def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
     """What `meristem fit` would make of a config."""
-
-    from meristem.cli.config_reader import read_configs
     from meristem.cli.configs import find_config
-    from meristem.cli.objective_names import objective_class
-    from meristem.domain import load_domain
-    from meristem.errors import ConfigError
+    from meristem.cli.run_config import parse
+    from meristem.model.config import TransformerConfig
     from meristem.model.heads import Symbols
     from meristem.model.init import without_weights
     from meristem.model.model import SYMBOLS, Model
-    from meristem.train.architecture import resolve_architecture
+    from meristem.model.plain import from_json
+    from meristem.train.spec import values_of
 
-    file = find_config(args.model)
-    values = read_configs([file]).values
-    model, data = values.get("model") or {}, values.get("data") or {}
-    if model.get("init_from"):
-        return {**_facts_of_model(model["init_from"], args.length), "config": str(file)}
-    if not data.get("domain"):
-        raise ConfigError(f"{file}: data.domain must be set, as it gives presets and vocabulary")
-    domain = load_domain(data["domain"])
-    tokenizer = domain.build_tokenizer(**(data.get("tokenizer") or {}))
-    objective = objective_class(model.get("objective"))
-    architecture = resolve_architecture(model.get("architecture") or {}, domain, tokenizer, objective)
+    file = str(find_config(args.model))
+    spec = parse(["--config", file])
+    assert spec is not None, "no help is asked for"
+    if spec.model.init_from:
+        return {**_facts_of_model(spec.model.init_from, args.length), "config": file}
+    architecture = from_json(TransformerConfig, values_of(spec)["model"]["architecture"])
     with without_weights():  # heads of labels are as large as the data says, and not counted
-        built = Model(architecture, {SYMBOLS: Symbols()} if objective.predicts_symbols else {})
+        built = Model(architecture, {SYMBOLS: Symbols()} if spec.model.objective.predicts_symbols else {})
     facts = _facts_of_architecture(architecture, built, args.length)
-    return {"config": str(file), "domain": data["domain"], **facts}
+    return {"config": file, "domain": spec.data.domain, **facts}
 
 
 def _facts_of_architecture(architecture: "TransformerConfig", model: Any, length: int) -> dict[str, Any]:

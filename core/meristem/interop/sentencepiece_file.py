@@ -1,11 +1,11 @@
 """Models of sentencepiece (`spiece.model`), read without its library: those of T5 and of what follows it.
 
-The file is a protocol buffer: numbered fields, of which a handful matter here.
+The file is a message of protobuf, of whose numbered fields a handful matter here: they are read without its schema.
 """
 
 import base64
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,13 @@ def read_pieces(file: Path) -> Pieces:
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
+    from google.protobuf.message import DecodeError
+
     try:
         for number, value in _fields(file.read_bytes()):
             if number == 1:
                 parts = dict(_fields(value))
-                score = struct.unpack("<f", parts[2])[0] if 2 in parts else 0.0
+                score = struct.unpack("<f", struct.pack("<I", parts.get(2, 0)))[0]
                 pieces.append((parts[1].decode("utf-8"), score, parts.get(3, 1)))
             elif number == 2:
                 trainer = dict(_fields(value))
@@ -64,7 +66,7 @@ def read_pieces(file: Path) -> Pieces:
         if not pieces:
             raise ValueError("it holds no pieces")
         return Pieces(tuple(pieces), trainer.get(3, UNIGRAM), trainer.get(40, 0), bytes(normalizer.get(2, b"")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, DecodeError) as error:
         raise CheckpointError(f"{file} must be a model of sentencepiece: {error}") from error
 
 
@@ -82,6 +84,7 @@ def unigrams(read: Pieces, settings: Mapping[str, Any]) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     spaces = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
     end = "</s>"
+    framed = [[{"Sequence": {"id": text, "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}] for text in "AB"]
     charsmap = base64.b64encode(read.charsmap).decode("ascii")
     return {
         "version": "1.0",
@@ -92,13 +95,8 @@ def unigrams(read: Pieces, settings: Mapping[str, Any]) -> dict[str, Any]:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, spaces]},
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}],
-            "pair": [
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": end, "type_id": 0}},
-                {"Sequence": {"id": "B", "type_id": 0}},
-                {"SpecialToken": {"id": end, "type_id": 0}},
-            ],
+            "single": framed[0],
+            "pair": framed[0] + framed[1],
             "special_tokens": {end: {"id": end, "ids": [FIRST_PIECES.index(end)], "tokens": [end]}},
         },
         "decoder": spaces,
@@ -106,36 +104,9 @@ def unigrams(read: Pieces, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbered fields of a message: whole numbers, or the bytes of what is none."""
-    at = 0
-    while at < len(data):
-        key, at = _whole_number(data, at)
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            value, at = _whole_number(data, at)
-            yield number, value
-            continue
-        if wire == 2:
-            length, at = _whole_number(data, at)
-        elif wire in (1, 5):
-            length = 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"a field of it has the unknown type {wire}")
-        if at + length > len(data):
-            raise ValueError("it is cut off")
-        yield number, data[at : at + length]
-        at += length
+def _fields(message: bytes) -> list[tuple[int, Any]]:
+    """Numbers and values of the fields of a message: bytes, or whole numbers (also the bits of a float)."""
+    from google.protobuf.empty_pb2 import Empty
+    from google.protobuf.unknown_fields import UnknownFieldSet
 
-
-def _whole_number(data: bytes, at: int) -> tuple[int, int]:
-    """A number written seven bits a byte, the lowest first, and where it ends."""
-    value = shift = 0
-    while True:
-        if at >= len(data):
-            raise ValueError("it is cut off")
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
+    return [(field.field_number, field.data) for field in UnknownFieldSet(Empty.FromString(message))]

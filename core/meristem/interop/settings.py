@@ -1,10 +1,25 @@
-"""Settings of a foreign config: each is read, or refused where it changes numbers and no part of ours can say it."""
+"""Settings of a foreign config, and the fields of our architecture that say the same.
 
-from collections.abc import Mapping
+A `Field` is one rule for both directions, as a row of a key table is for tensors. What one rule cannot say is left to
+the two functions of a family; a setting that changes numbers and that no part of ours can say is refused.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from meristem.errors import ConfigError
-from meristem.model.config import Activation
+from meristem.model.config import (
+    Activation,
+    Attention,
+    Embedding,
+    FeedForward,
+    Init,
+    LayerNorm,
+    Residual,
+    TokenHead,
+    TransformerConfig,
+)
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
@@ -19,6 +34,71 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 """Our activations by their names in `transformers`, where several are spellings of one function."""
 
+PARTS: Mapping[str, type] = {
+    "embedding": Embedding,
+    "attention": Attention,
+    "feedforward": FeedForward,
+    "norm": LayerNorm,
+    "residual": Residual,
+    "head": TokenHead,
+    "init": Init,
+}
+"""Classes of the parts of an architecture that a family does not choose otherwise."""
+
+REQUIRED = object()
+"""The default of a setting that must be there."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A setting of a foreign config and our fields of the same meaning, read and written by one rule.
+
+    Attributes:
+        foreign: name of the setting.
+        own: dotted name of our field within `TransformerConfig` (`attention.dropout`), or names of several fields that
+            the setting gives one value; the first of them is written.
+        default: what a setting means that is not there.
+        absent: what is written where our config has no such field or has None there.
+        names: our values by their foreign names, the preferred name first; None where both are the same.
+    """
+
+    foreign: str
+    own: str | tuple[str, ...]
+    default: Any = REQUIRED
+    absent: Any = None
+    names: Mapping[str, Any] | None = None
+
+    def write(self, architecture: TransformerConfig) -> Any:
+        """The value of the setting that says the same as our architecture."""
+        value: Any = architecture
+        for name in (self.own if isinstance(self.own, str) else self.own[0]).split("."):
+            value = getattr(value, name, None)
+        if value is None:
+            return self.absent
+        return value if self.names is None else next(name for name, own in self.names.items() if own == value)
+
+
+SHAPE = (
+    Field("vocab_size", "embedding.vocab_size"),
+    Field("hidden_size", "width"),
+    Field("num_hidden_layers", "num_layers"),
+    Field("num_attention_heads", "attention.num_heads"),
+    Field("intermediate_size", "feedforward.width"),
+)
+"""Sizes, under the names that most configs of `transformers` have for them."""
+
+INIT_STD = Field("initializer_range", "init.std", 0.02)
+IS_TIED = Field("tie_word_embeddings", "head.is_tied", True, absent=True)
+BIASES = (
+    Field("attention_bias", ("attention.qkv_bias", "attention.out_bias"), False),
+    Field("mlp_bias", ("feedforward.in_bias", "feedforward.out_bias"), False),
+)
+
+
+def activation(foreign: str, default: Any = REQUIRED, own: str = "feedforward.activation", absent: Any = None) -> Field:
+    """The setting that names an activation."""
+    return Field(foreign, own, default, absent, ACTIVATIONS)
+
 
 class Settings(Mapping[str, Any]):
     """A foreign config with the defaults of its kind, and messages that name the kind.
@@ -26,7 +106,8 @@ class Settings(Mapping[str, Any]):
     Args:
         kind: as messages call it.
         config: as it was found.
-        defaults: what a setting means that is not there.
+        fields: settings that are fields of ours.
+        defaults: what a setting means that is not there; goes before the default of a field.
         aliases: other names of settings, which count where the setting itself is not there.
     """
 
@@ -34,12 +115,14 @@ class Settings(Mapping[str, Any]):
         self,
         kind: str,
         config: Mapping[str, Any],
+        fields: Sequence[Field] = (),
         defaults: Mapping[str, Any] | None = None,
         aliases: Mapping[str, str] | None = None,
     ):
+        own = {field.foreign: field.default for field in fields if field.default is not REQUIRED}
         renamed = {name: config[alias] for alias, name in (aliases or {}).items() if alias in config}
-        self._values = {**(defaults or {}), **renamed, **config}
-        self._kind = kind
+        self._values = {**own, **(defaults or {}), **renamed, **config}
+        self._kind, self._fields = kind, fields
 
     def __getitem__(self, name: str) -> Any:
         """The setting.
@@ -51,7 +134,7 @@ class Settings(Mapping[str, Any]):
             raise ConfigError(f"{self._kind} config must have {name}")
         return self._values[name]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
     def __len__(self) -> int:
@@ -78,21 +161,44 @@ class Settings(Mapping[str, Any]):
             if got is not None and got != value:
                 raise ConfigError(f"{name} must be {value} in {self._kind} config; got {got!r}")
 
-    def activation(self, name: str) -> Activation:
-        """Our activation of the setting.
+    def choice(self, name: str, names: Mapping[str, Any] = ACTIVATIONS) -> Any:
+        """Our value that the setting names; an activation by default.
 
         Raises:
-            ConfigError: none of ours is this function.
+            ConfigError: it names none of ours.
         """
         value = self[name]
-        if value not in ACTIVATIONS:
-            raise ConfigError(f"{name} must be one of {', '.join(ACTIVATIONS)} in {self._kind} config; got {value!r}")
-        return ACTIVATIONS[value]
+        if not isinstance(value, str) or value not in names:
+            raise ConfigError(f"{name} must be one of {', '.join(names)} in {self._kind} config; got {value!r}")
+        return names[value]
+
+    def build(self, **parts: Any) -> TransformerConfig:
+        """Our architecture of these settings.
+
+        Args:
+            parts: fields of `TransformerConfig` that are not those of a setting. A class of part, or a `partial` of
+                one, is called with the fields that are settings; `PARTS` has the usual classes.
+        """
+        values: dict[str, dict[str, Any]] = {"": {}}
+        for field in self._fields:
+            value = self[field.foreign] if field.names is None else self.choice(field.foreign, field.names)
+            for own in (field.own,) if isinstance(field.own, str) else field.own:
+                part, _, name = own.rpartition(".")
+                values.setdefault(part, {})[name] = value
+        given = {**{name: PARTS[name] for name in PARTS if name in values}, **parts}
+        assert set(values) <= {"", *given}, f"settings of {sorted(set(values) - set(given))} need a part"
+        made = {name: part(**values.get(name, {})) if callable(part) else part for name, part in given.items()}
+        return TransformerConfig(**values[""], **made)
 
 
-def foreign_activation(activation: Activation) -> str:
+def write_fields(architecture: TransformerConfig, fields: Sequence[Field]) -> dict[str, Any]:
+    """The settings that are fields of ours."""
+    return {field.foreign: field.write(architecture) for field in fields}
+
+
+def foreign_activation(name: Activation) -> str:
     """The foreign name of an activation of ours: the first of its spellings."""
-    return next(name for name, ours in ACTIVATIONS.items() if ours == activation)
+    return next(foreign for foreign, own in ACTIVATIONS.items() if own == name)
 
 
 def special_ids(tokenizer: object, *roles: str) -> dict[str, int | None]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -77,18 +78,10 @@ class SafePart(Part):
     def read(self, name: str) -> Tensor:
         entry = self._header[name]
         begin, end = entry["data_offsets"]
-        if begin == end:
-            return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-        buffer = bytearray(end - begin)
-        with self.file.open("rb", buffering=0) as stream:
-            stream.seek(self._start + begin)
-            view, place = memoryview(buffer), 0
-            while place < len(buffer):
-                count = stream.readinto(view[place:])
-                if not count:
-                    raise CheckpointError(f"{self.file} was cut short while it was read")
-                place += count
-        return torch.frombuffer(buffer, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+        data = np.fromfile(self.file, np.uint8, end - begin, offset=self._start + begin)
+        if len(data) < end - begin:
+            raise CheckpointError(f"{self.file} was cut short while it was read")
+        return torch.from_numpy(data).view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 class BinPart(Part):

@@ -1,9 +1,10 @@
 """The contract of an objective: what is asked of a sequence, what it needs beside the trunk, and the loss."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 from torch import nn
@@ -60,6 +61,27 @@ class Objective(ABC):
 
     config: TransformerConfig | None = None
     """The architecture, known after `bind_model`."""
+
+    _given: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        objective = super().__new__(cls)
+        objective._given = args, kwargs
+        return objective
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the objective was made with, by name, defaults included."""
+        args, kwargs = self._given
+        bound = inspect.signature(type(self).__init__).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        found: dict[str, Any] = {}
+        for name, parameter in [*bound.signature.parameters.items()][1:]:
+            if parameter.kind is parameter.VAR_KEYWORD:
+                found |= bound.arguments[name]
+            elif parameter.kind is not parameter.VAR_POSITIONAL:
+                found[name] = bound.arguments[name]
+        return found
 
     def bind(self, data: RunData) -> None:
         """Learn from the training records what the objective must know, and check what it reads of every part.

@@ -1,1 +1,1 @@
-"""How much the vectors of a frozen model tell about a label: by a linear map, and by the nearest neighbours."""
+"""Probes: how well a label is predicted from the vectors of a frozen model, linearly and by nearest neighbours."""

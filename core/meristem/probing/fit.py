@@ -1,4 +1,4 @@
-"""Probes on vectors in memory: what each method says of the test's records."""
+"""Probes on vectors in memory: the predictions of each method for the test records."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,37 +13,38 @@ from meristem.probing.neighbours import nearest, vote_classes, vote_values
 from meristem.probing.options import ProbeOptions
 
 DEFAULT_K = 20
-"""Neighbours that vote, where there are as many."""
+"""Number of neighbours that vote, unless there are fewer training records."""
 
 
 class Watch(Protocol):
-    """Is told how the work goes."""
+    """Receives the progress of a probe."""
 
     def embedding(self, title: str) -> AbstractContextManager[Report]:
-        """Vectors of a set of files are made."""
-
-    def reused(self, records: int) -> None:
-        """Vectors of so many records were made by an earlier call."""
-
-    def fitting(self, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Up to so many penalties are tried."""
-
-
-class Unwatched:
-    """Tells nobody."""
-
-    def embedding(self, title: str) -> AbstractContextManager[Report]:
+        """Called when the records of a set of files are embedded; gives the receiver of that progress."""
         return nullcontext(Silent())
 
-    def reused(self, records: int) -> None: ...
+    def reused(self, records: int) -> None:
+        """Called when the vectors of this many records were found in the cache."""
+        return
 
     def fitting(self, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Called when at most `total` penalties will be tried; the function it gives counts them."""
         return nullcontext(lambda count: None)
+
+
+class Unwatched(Watch):
+    """Ignores the progress."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Vectors of training and validation, and of the test."""
+    """The vectors that probes are fitted to, and those of the test records.
+
+    Attributes:
+        vectors: `[N, D]` of training and validation records.
+        is_validation: `[N]` which of them are validation records.
+        test_vectors: `[M, D]`.
+    """
 
     options: ProbeOptions
     device: str
@@ -53,7 +54,7 @@ class Fit:
     test_vectors: np.ndarray
 
     def class_scores(self, method: str, codes: np.ndarray, num_classes: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """`[M, C]` probabilities of the test's records, and how they came to be."""
+        """`[M, C]` class probabilities of the test records, and the settings that were used."""
         if method == "knn":
             cosines, rows, facts = self._neighbours()
             return vote_classes(cosines, codes[rows], num_classes, self.options.temperature), facts
@@ -66,7 +67,7 @@ class Fit:
         return scores / scores.sum(1, keepdims=True), _l2_facts(probe.l2, probe.losses)
 
     def values(self, method: str, values: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-        """`[M]` predictions for the test's records, and how they came to be."""
+        """`[M]` predictions for the test records, and the settings that were used."""
         if method == "knn":
             cosines, rows, facts = self._neighbours()
             return vote_values(cosines, values[rows], self.options.temperature), facts

@@ -1,4 +1,4 @@
-"""The label that is probed: classes or values, some of them missing."""
+"""The label that is probed: its classes or values, where some records may have none."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,44 +11,41 @@ from meristem.data.labels import Label, LabelColumn, named, number_of, sort_clas
 from meristem.data.store import RecordStore
 from meristem.errors import ConfigError, DataError
 
-TASKS = ("auto", "classification", "regression")
-
 MISSING_OPTION = "--missing-label {}"
-"""What a user writes to declare a word missing."""
+"""The option that declares a word to mean a missing label."""
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Classes of the training records, and those that only test records have.
+    """Classes of the training records, followed by those that only test records have.
 
     Attributes:
-        names: of the classes; the first `num_known` are those that can be predicted.
-        num_known: classes among the training records.
+        names: names of the classes.
+        num_known: number of classes among the training records; only these can be predicted.
     """
 
     names: tuple[str, ...]
     num_known: int
 
     def codes(self, labels: Sequence[str]) -> np.ndarray:
-        """`[N]` the class of each label."""
+        """`[N]` index of the class of each label."""
         code = {name: number for number, name in enumerate(self.names)}
         return np.array([code[label] for label in labels], np.int64)
 
     def unknown(self, codes: np.ndarray) -> dict[str, int]:
-        """How many records have each class that training lacks."""
-        return {
-            self.names[code]: int(n) for code, n in sorted(Counter(codes[codes >= self.num_known].tolist()).items())
-        }
+        """Number of records of each class that training lacks."""
+        unknown = Counter(codes[codes >= self.num_known].tolist())
+        return {self.names[code]: count for code, count in sorted(unknown.items())}
 
 
 def read_labels(store: RecordStore, name: str, missing: Sequence[str]) -> list[str | None]:
-    """One word for each record of a store, None where its label is missing.
+    """The label of each record of a store, None where it is missing.
 
     Args:
         missing: words that mean "no label", beside the empty one.
 
     Raises:
-        DataError: labels of tokens.
+        DataError: a record has a label for each token.
     """
     column = LabelColumn(name, missing=tuple(missing), option=MISSING_OPTION)
     labels: list[Label] = store.column(name).to_pylist()
@@ -60,12 +57,12 @@ def task_of(labels: Sequence[str], asked: str, name: str) -> str:
     """Classification, or regression where labels are numbers and one of them has a fraction.
 
     Args:
-        labels: none of them missing.
-        asked: one of `TASKS`.
-        name: of the label, for messages.
+        labels: labels, none of them missing.
+        asked: one of `TASKS` in `options`; the answer unless it is auto.
+        name: name of the label, for messages.
 
     Raises:
-        ConfigError: nothing is asked for, and words stand among numbers with fractions.
+        ConfigError: the task is auto, and there are words among numbers with fractions.
     """
     if asked != "auto":
         return asked
@@ -82,23 +79,23 @@ def task_of(labels: Sequence[str], asked: str, name: str) -> str:
 
 
 def find_numbers(labels: Sequence[str], name: str, where: Callable[[int], str]) -> np.ndarray:
-    """`[N]` the numbers that labels spell.
+    """`[N]` the numbers that the labels are.
 
     Args:
-        where: `file:line` of a label by its place.
+        where: gives the `file:line` of a label from its index.
 
     Raises:
-        DataError: a label that spells none.
+        DataError: a label is not a number.
     """
     column = LabelColumn(name, option=MISSING_OPTION)
     return np.array([column.number(label, partial(where, row)) for row, label in enumerate(labels)])
 
 
 def find_classes(train: Sequence[str], test: Sequence[str], name: str) -> Classes:
-    """The classes of training records, then those that only the test has.
+    """The classes of training and test labels.
 
     Raises:
-        DataError: training records of one class only.
+        DataError: the training records are of one class only.
     """
     known = sort_classes(set(train))
     if len(known) < 2:

@@ -1,6 +1,6 @@
-"""Linear probes: logistic regression of classes, ridge regression of values, on standardised vectors.
+"""Linear probes: logistic regression of classes and ridge regression of values, on standardised vectors.
 
-All in fp64: the vectors of a frozen model are few, and what is measured is the model, not the solver.
+Everything is computed in fp64: there are few vectors, and the probe measures the model, not the solver.
 """
 
 from collections.abc import Callable
@@ -13,35 +13,35 @@ from torch.nn import functional as F
 from meristem.shapes import Float, Int, Tensor
 
 L2_CLASSES = tuple(10.0**power for power in range(1, -7, -1))
-"""Penalties that are tried, the strongest first: times half the squared weights, beside the mean loss."""
+"""Penalties that are tried, the strongest first: factors of half the sum of squared weights, added to the mean loss."""
 
 L2_VALUES = tuple(10.0**power for power in range(4, -6, -1))
 DEFAULT_L2 = 1e-2
-"""Where there is no validation part to choose by."""
+"""The penalty where there is no validation part to choose by."""
 
 PATIENCE = 2
-"""Weaker penalties are not tried after that many in a row have made the validation worse."""
+"""The search ends after this many penalties in a row that did not improve the validation loss."""
 
 STEPS_TO_CHOOSE, STEPS_TO_FIT = 100, 1000
-"""Steps of L-BFGS at most: to compare penalties, each begun where a stronger one ended; and of the fit that counts."""
+"""Most steps of L-BFGS: while penalties are compared, each starting from the fit before, and in the last fit."""
 
 TOLERANCE_TO_CHOOSE, TOLERANCE_TO_FIT = 1e-5, 1e-8
-"""Largest gradient at which it stops."""
+"""L-BFGS stops when no component of the gradient is larger."""
 
 Advance = Callable[[int], None]
-"""Told of penalties as they are tried."""
+"""Called with the number of penalties that have been tried since the last call."""
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A fitted map.
+    """A fitted linear map from vectors to logits or values.
 
     Attributes:
-        weights: `[D + 1, C]` the last row is the bias.
+        weights: `[D + 1, C]`; the last row is the bias.
         mean: `[D]` of the training vectors.
-        scale: `[D]` their deviation, 1 where it is 0.
-        l2: penalty that was chosen.
-        losses: of the validation part, by penalty; nan where there was none.
+        scale: `[D]` standard deviations of the training vectors, 1 where it is 0.
+        l2: the penalty that was chosen.
+        losses: the validation loss by penalty; empty without a validation part.
     """
 
     weights: Float[Tensor, "D_plus_1 C"]
@@ -61,69 +61,55 @@ def probe_classes(
     codes: np.ndarray,
     num_classes: int,
     is_validation: np.ndarray,
-    l2: float | None = None,
     device: str = "cpu",
-    advance: Advance | None = None,
+    advance: Advance = lambda count: None,
 ) -> LinearProbe:
-    """Multinomial logistic regression; the penalty with the lowest validation loss, then fitted to all.
+    """Multinomial logistic regression, fitted to all records with the penalty that has the lowest validation loss.
 
     Args:
-        vectors: `[N, D]` of training and validation.
+        vectors: `[N, D]` of training and validation records.
         codes: `[N]` their classes.
-        is_validation: `[N]` those that the penalty is chosen by.
-        l2: the penalty, where it is not to be chosen.
-        advance: called once a penalty.
+        is_validation: `[N]` the records that the penalty is chosen by; without any it is `DEFAULT_L2`.
+        advance: called after each penalty.
     """
-    known = torch.from_numpy(codes).to(device)
-
-    def losses() -> dict[float, float]:
-        x_ND, seen = _tensor(vectors, device), torch.from_numpy(~is_validation).to(device)
-        mean, scale = _standard(x_ND[seen])
-        x_ND = (x_ND - mean) / scale
-        # a class without a record to fit on has no meaning in a loss
-        counted = ~seen & torch.isin(known, known[seen])
-        found: dict[float, float] = {}
-        weights = None
-        if not counted.any():
-            return found
-        for value in L2_CLASSES:
+    x_ND, codes_N = _tensor(vectors, device), torch.from_numpy(codes).to(device)
+    seen_N = torch.from_numpy(~is_validation).to(device)
+    # a class without a record to fit on has no meaning in a loss
+    held_N = ~seen_N & torch.isin(codes_N, codes_N[seen_N])
+    losses: dict[float, float] = {}
+    if held_N.any():
+        mean, scale = _standard(x_ND[seen_N])
+        z_ND, weights = (x_ND - mean) / scale, None
+        for l2 in L2_CLASSES:
             weights = fit_logistic(
-                x_ND[seen], known[seen], num_classes, value, weights, STEPS_TO_CHOOSE, TOLERANCE_TO_CHOOSE
+                z_ND[seen_N], codes_N[seen_N], num_classes, l2, weights, STEPS_TO_CHOOSE, TOLERANCE_TO_CHOOSE
             )
-            found[value] = float(F.cross_entropy(_apply(x_ND[counted], weights), known[counted]))
-            if advance is not None:
-                advance(1)
-            if len(found) - 1 - int(np.argmin(list(found.values()))) >= PATIENCE:
+            losses[l2] = float(F.cross_entropy(_apply(z_ND[held_N], weights), codes_N[held_N]))
+            advance(1)
+            if len(losses) - 1 - int(np.argmin(list(losses.values()))) >= PATIENCE:
                 break
-        return found
-
-    tried = losses() if l2 is None and is_validation.any() else {}
-    chosen = l2 if l2 is not None else min(tried, key=lambda value: tried[value], default=DEFAULT_L2)
-    x_ND = _tensor(vectors, device)
+    chosen = min(losses, key=losses.__getitem__, default=DEFAULT_L2)
     mean, scale = _standard(x_ND)
-    weights = fit_logistic((x_ND - mean) / scale, known, num_classes, chosen)
-    return LinearProbe(weights, mean, scale, chosen, tried)
+    weights = fit_logistic((x_ND - mean) / scale, codes_N, num_classes, chosen)
+    return LinearProbe(weights, mean, scale, chosen, losses)
 
 
 def probe_values(
-    vectors: np.ndarray, values: np.ndarray, is_validation: np.ndarray, l2: float | None = None, device: str = "cpu"
+    vectors: np.ndarray, values: np.ndarray, is_validation: np.ndarray, device: str = "cpu"
 ) -> LinearProbe:
-    """Ridge regression; arguments as those of `probe_classes`."""
+    """Ridge regression of `values`, `[N]`; the other arguments are those of `probe_classes`."""
     x_ND, y_N = _tensor(vectors, device), _tensor(values, device)
-    tried: dict[float, float] = {}
-    if l2 is None and is_validation.any():
-        seen = torch.from_numpy(~is_validation).to(device)
-        mean, scale = _standard(x_ND[seen])
-        paths = fit_ridge((x_ND[seen] - mean) / scale, y_N[seen], L2_VALUES)
-        held = (x_ND[~seen] - mean) / scale
-        tried = {
-            value: float((_apply(held, weights)[:, 0] - y_N[~seen]).square().mean())
-            for value, weights in zip(L2_VALUES, paths)
-        }
-    chosen = l2 if l2 is not None else min(tried, key=lambda value: tried[value], default=DEFAULT_L2)
+    losses: dict[float, float] = {}
+    if is_validation.any():
+        seen_N = torch.from_numpy(~is_validation).to(device)
+        mean, scale = _standard(x_ND[seen_N])
+        held_ND = (x_ND[~seen_N] - mean) / scale
+        for l2, weights in zip(L2_VALUES, fit_ridge((x_ND[seen_N] - mean) / scale, y_N[seen_N], L2_VALUES)):
+            losses[l2] = float((_apply(held_ND, weights)[:, 0] - y_N[~seen_N]).square().mean())
+    chosen = min(losses, key=losses.__getitem__, default=DEFAULT_L2)
     mean, scale = _standard(x_ND)
     [weights] = fit_ridge((x_ND - mean) / scale, y_N, (chosen,))
-    return LinearProbe(weights, mean, scale, chosen, tried)
+    return LinearProbe(weights, mean, scale, chosen, losses)
 
 
 def fit_logistic(
@@ -135,7 +121,7 @@ def fit_logistic(
     max_steps: int = STEPS_TO_FIT,
     tolerance: float = TOLERANCE_TO_FIT,
 ) -> Float[Tensor, "D_plus_1 C"]:
-    """Minimise the mean cross entropy and `l2 / 2` times the squared weights (not the bias), by L-BFGS."""
+    """Minimise the mean cross entropy plus `l2 / 2` times the sum of squared weights, without the bias, by L-BFGS."""
     shape = (x_ND.shape[1] + 1, num_classes)
     weights = x_ND.new_zeros(shape) if start is None else start.detach().clone()
     weights.requires_grad_(True)
@@ -160,7 +146,10 @@ def fit_logistic(
 def fit_ridge(
     x_ND: Float[Tensor, "N D"], y_N: Float[Tensor, "N"], penalties: tuple[float, ...]
 ) -> list[Float[Tensor, "D_plus_1 1"]]:
-    """Weights by penalty, of vectors with a mean of 0: one decomposition of the smaller Gram matrix for all."""
+    """Ridge regression weights for each penalty, from one decomposition of the smaller Gram matrix.
+
+    The features must have a mean of 0.
+    """
     count, width = x_ND.shape
     bias, centred = y_N.mean(), y_N - y_N.mean()
     is_wide = width > count
@@ -177,7 +166,7 @@ def fit_ridge(
 
 def _standard(x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "D"], Float[Tensor, "D"]]:
     mean, scale = x_ND.mean(0), x_ND.std(0, correction=0)
-    # a feature that is constant but for rounding tells nothing, and would be blown up
+    # dividing by the deviation of a feature that is constant would magnify its rounding errors
     is_constant = scale <= 1e-7 * mean.abs().clamp(min=1e-30)
     return mean, torch.where(is_constant, torch.ones_like(scale), scale)
 

@@ -1,17 +1,17 @@
-"""Figures of predictions, each from its definition."""
+"""Figures that evaluate predictions, each computed from its definition."""
 
 import numpy as np
 
 
 def confusion_matrix(true: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """`[C, C]` how many records of a class (row) were given each class (column)."""
+    """`[C, C]` number of records by true class (row) and predicted class (column)."""
     counts = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(counts, (true, predicted), 1)
     return counts
 
 
 def class_figures(confusion: np.ndarray) -> dict[str, float]:
-    """Accuracy, macro F1 over classes that occur, and Matthews' correlation (Gorodkin 2004) of a confusion matrix."""
+    """Accuracy, macro F1 over classes that occur, and Matthews correlation (Gorodkin 2004) of a confusion matrix."""
     counts = confusion.astype(np.float64)
     right, true, given, total = np.diag(counts), counts.sum(1), counts.sum(0), counts.sum()
     occurs = true + given > 0
@@ -25,13 +25,13 @@ def class_figures(confusion: np.ndarray) -> dict[str, float]:
 
 
 def top_k_accuracy(scores: np.ndarray, true: np.ndarray, k: int) -> float:
-    """Share of records whose class is among the `k` with the highest scores.
+    """Share of records whose true class is among the `k` classes with the highest scores.
 
-    A class with a score of 0 or less than any is not among them: it was not named at all.
+    A class with a score of 0 is never among them: no neighbour voted for it.
 
     Args:
         scores: `[N, C]` 0 or more.
-        true: `[N]` classes; one that has no column is not found.
+        true: `[N]` indices of classes; one of `C` or more counts as wrong.
     """
     found = 0
     for row, code in zip(scores, true):
@@ -53,7 +53,7 @@ def value_figures(true: np.ndarray, predicted: np.ndarray) -> dict[str, float | 
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """From 1; equal values share the mean of their ranks."""
+    """Ranks from 1; equal values share the mean of their ranks."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[place]

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from meristem.errors import ConfigError
 from meristem.inference.embed import EmbedOptions
-from meristem.probing.labels import TASKS
-from meristem.probing.parts import SPLITS
 
 METHODS = {"linear": ("linear",), "knn": ("knn",), "both": ("linear", "knn")}
-"""What is fitted, by method."""
+"""The probes that each value of `method` stands for."""
+
+TASKS = ("auto", "classification", "regression")
+SPLITS = ("hash", "similarity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,19 +18,19 @@ class ProbeOptions:
     """How to probe.
 
     Attributes:
-        label: column that is to be predicted.
+        label: the column that is predicted.
         missing_labels: words that mean "no label"; an empty cell always does.
         method: linear, knn or both.
         task: classification, regression, or auto: regression where the labels are numbers and one has a fraction.
-        k: neighbours that vote; None for 20, or all where there are fewer.
-        temperature: of their votes.
-        split: hash or similarity: how records are dealt that no column and no file deals.
-        split_column: column that says train, validation or test.
-        group_column: column of what must stay on one side of the split.
-        test_frac: of the records, where neither a column nor files give the test; None for 0.2.
-        validation_frac: of the records for training, to choose the penalty of the linear probe by.
-        seed: another one deals anew.
-        embed: how the records are read and embedded; every pool but none. Columns of labels and of the split are added.
+        k: number of neighbours that vote; None for 20, or all training records where there are fewer.
+        temperature: softmax temperature of the votes.
+        split: hash or similarity, by which records are split where neither a column nor test files do.
+        split_column: column that says train, validation or test; empty for none.
+        group_column: column of a value whose records stay in one part of the split; empty for none.
+        test_frac: fraction of the records for the test, where neither a column nor files give it; None for 0.2.
+        validation_frac: fraction of the training records by which the penalty of the linear probe is chosen.
+        seed: random seed of the split.
+        embed: how the records are read and embedded, with any pool but none. Label and split columns are added.
         cache_dir: folder of record stores and vectors; None for the default one.
     """
 

@@ -1,4 +1,4 @@
-"""Records of training, of the choice of strength, and of the test."""
+"""Which labelled records are for training, for validation and for the test."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,19 @@ from meristem.data.split import split_by_column, split_by_hash, split_by_similar
 from meristem.data.store import RecordStore
 from meristem.domain import Domain
 from meristem.errors import ConfigError, DataError
+from meristem.probing.options import ProbeOptions
 
-SPLITS = ("hash", "similarity")
+DEFAULT_TEST_FRAC = 0.2
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Rows of a store.
+    """Rows of a store, each in ascending order.
 
     Attributes:
-        train: to fit on, ascending.
-        validation: to choose the strength of the penalty on, ascending; then they are fitted on as well.
-        test: ascending; empty where the test has files of its own.
+        train: rows that probes are fitted to.
+        validation: rows that the penalty is chosen by; the last fit takes them as well.
+        test: rows that probes are evaluated on; empty where the test has files of its own.
     """
 
     train: np.ndarray
@@ -28,36 +29,29 @@ class Parts:
 
 
 def deal(
-    store: RecordStore,
-    domain: Domain,
-    has_label: np.ndarray,
-    method: str,
-    is_by_column: bool,
-    test_frac: float,
-    validation_frac: float,
-    seed: int,
+    store: RecordStore, domain: Domain, has_label: np.ndarray, options: ProbeOptions, has_test_files: bool
 ) -> Parts:
     """Deal the records that have a label.
 
     Args:
         domain: of the records.
-        has_label: `[N]` which records do.
-        method: one of `SPLITS`.
-        is_by_column: the split column says the part; where it names no validation, some of training is taken.
-        test_frac: of the records; 0 where the test has files of its own.
-        validation_frac: of the records; of those for training where similarity does not deal them.
+        has_label: `[N]` which records have one.
+        options: how to split. A split column that names no validation part leaves it to be taken from training.
+        has_test_files: no record of the store is for the test.
 
     Raises:
         ConfigError: a method that does not suit the records.
         DataError: a part without a labelled record.
     """
-    if is_by_column:
+    test_frac = 0.0 if has_test_files else options.test_frac or DEFAULT_TEST_FRAC
+    validation_frac, seed = options.validation_frac, options.seed
+    if options.split_column:
         parts = split_by_column(store)
         if test_frac and "test" not in parts:
             raise DataError("the split column names no record for the test; give files with --test")
         if not test_frac and "test" in parts:
             raise ConfigError("the split column names records for the test and --test gives files; keep one of the two")
-    elif method == "similarity":
+    elif options.split == "similarity":
         fractions = {"train": 1 - test_frac - validation_frac, "validation": validation_frac, "test": test_frac}
         parts = split_by_similarity(store, fractions, seed, domain.similarity_with())
     else:
@@ -75,15 +69,15 @@ def deal(
 
 
 def _held_out(store: RecordStore, rows: np.ndarray, frac: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows without a share of them, and that share: those with the lowest hashes, equal payloads together."""
+    """Split off a share of rows: the other rows, then those with the lowest hashes. Equal payloads stay together."""
     count = int(np.ceil(frac * len(rows)))
     if not count or count >= len(rows):
         return rows, np.zeros(0, np.int64)
-    hashes = store.group_hashes(seed + 1)[rows]  # not those that dealt the test
+    hashes = store.group_hashes(seed + 1)[rows]  # another seed than that of the test
     is_out = hashes <= np.partition(hashes, count - 1)[count - 1]
     return rows[~is_out], rows[is_out]
 
 
 def count_shared(train: RecordStore, train_rows: np.ndarray, test: RecordStore, test_rows: np.ndarray) -> int:
-    """Test records whose payload is that of a training record."""
+    """Number of test records whose payload is also that of a training record."""
     return int(np.isin(test.payload_hashes(0)[test_rows], train.payload_hashes(0)[train_rows]).sum())

@@ -1,4 +1,4 @@
-"""Vectors of the records of a store, computed once: kept in a folder that is found again by what they depend on."""
+"""Vectors of the records of a store, cached in a folder that is named by a hash of everything they depend on."""
 
 import hashlib
 import json
@@ -30,17 +30,17 @@ def stored_vectors(
     title: str,
     watch: Watch,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """One vector a record of a store.
+    """The vectors of the records of a store, from the cache where they are there.
 
     Args:
-        inputs: files of the store, in its order.
-        options: how to embed; it reads as the store was read.
-        cache_dir: folder of such folders.
-        title: of the work, for `watch`.
+        inputs: the files of the store, in its order.
+        options: how to embed; its `read` is that of the store.
+        cache_dir: folder of the cached vectors.
+        title: what `watch` calls the work.
 
     Returns:
-        `[M]` rows of the store that have a vector: all but those that the tokenizer refused; `[M, D]` vectors;
-        the manifest of them.
+        `[M]` rows of the store that have a vector, which are all but those that the tokenizer refused; `[M, D]`
+        vectors; and their manifest.
     """
     folder = cache_dir / _key(store, model, inputs, options)
     is_there = (folder / MANIFEST).exists() and bool(read_manifest(folder).get("complete"))
@@ -64,7 +64,7 @@ def stored_vectors(
 
 
 def _key(store: RecordStore, model: Path, inputs: Sequence[str], options: EmbedOptions) -> str:
-    """A hash of all that the vectors depend on; of labels and splits they do not."""
+    """A hash of everything the vectors depend on, which labels and splits are not."""
     device = best_device()
     wanted = asdict(replace(options, precision=best_precision(options.precision, device)))
     wanted["read"] = {name: wanted["read"][name] for name in ("columns", "id_column")}

@@ -5,22 +5,22 @@ scores that falls with distance, queries, keys and values in one map, and a feed
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.interop.families.bert import (
     BERT,
     DECODER,
-    DEFAULTS,
     EMBEDDING,
+    FIELDS,
     prediction_rows,
     read_post_norm,
     trunk_rows,
-    write_post_norm,
 )
 from meristem.interop.family import ForeignConfig, classes_by_head
 from meristem.interop.rows import block_rows
-from meristem.interop.settings import Settings, special_ids
+from meristem.interop.settings import Settings, special_ids, write_fields
 from meristem.interop.table import Ignored, KeyTable, Tied
 from meristem.model.config import FeedForward, LinearBias, TokenHead, TransformerConfig
 from meristem.shapes import Tensor
@@ -58,19 +58,23 @@ def recognises(config: ForeignConfig) -> bool:
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a MosaicBERT's."""
-    found = Settings("a DNABERT-2", config, DEFAULTS)
-    # whatever the config says, the feed-forward layer is gated by the exact GELU
-    feedforward = FeedForward(width=found["intermediate_size"], is_gated=True, in_bias=False)
-    head = TokenHead(activation=found.activation("hidden_act"), is_tied=found["tie_word_embeddings"])
-    return read_post_norm(found, LinearBias(), feedforward, head, has_pool="bert.pooler.dense.weight" in tensors)
+    """Our architecture of the config of a MosaicBERT."""
+    found = Settings("a DNABERT-2", config, FIELDS)
+    return read_post_norm(
+        found,
+        has_pool="bert.pooler.dense.weight" in tensors,
+        position=LinearBias(),
+        # whatever the config says, the feed-forward layer is gated by the exact GELU
+        feedforward=FeedForward(width=found["intermediate_size"], is_gated=True, in_bias=False),
+        head=partial(TokenHead, activation=found.choice("hidden_act")),
+    )
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """The config of a MosaicBERT, as far as one can say it."""
     return {
         "model_type": "bert",
-        **write_post_norm(architecture),
+        **write_fields(architecture, FIELDS),
         "alibi_starting_size": 512,
         "auto_map": CODE,
         **special_ids(tokenizer),

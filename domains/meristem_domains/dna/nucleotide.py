@@ -27,7 +27,7 @@ CODE = {
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a v2's."""
+    """Our architecture of a v2's."""
     bias = bool(config["add_bias_fnn"])
     plain = {name: value for name, value in config.items() if name not in ("add_bias_fnn", "hidden_act")}
     architecture = esm.read_config(plain, tensors)

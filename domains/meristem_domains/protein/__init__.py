@@ -1,4 +1,4 @@
-"""Proteins: FASTA, A3M and tables in, the residue alphabet of ESM, and the shapes of published models."""
+"""The protein domain: readers of sequences, the residue alphabet of ESM, and the architectures of ESM models."""
 
 from pathlib import Path
 

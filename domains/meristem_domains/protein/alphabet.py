@@ -1,4 +1,4 @@
-"""The alphabet of ESM-1b and ESM-2: one token a residue, always."""
+"""The alphabet of ESM-1b and ESM-2: one token for each residue."""
 
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError
@@ -13,21 +13,21 @@ VOCAB = ("<cls>", "<pad>", "<eos>", "<unk>", *STANDARD, *"XBUZO", ".", "-", "<nu
 """33 symbols, in the order of the published checkpoints."""
 
 NOT_IN_VOCAB = "J*"
-"""Nonstandard symbols for which the published vocabulary has none; they are read as X."""
+"""Nonstandard symbols that the published vocabulary lacks; they are read as X."""
 
 
 def tokenizer(nonstandard: str = "keep") -> AlphabetTokenizer:
-    """The residue tokenizer: `<cls>`, one token a residue, `<eos>`; case does not matter.
+    """The residue tokenizer: `<cls>`, one token for each residue, `<eos>`. Case does not matter.
 
     Args:
         nonstandard: what to do with `U Z O B J X * - .`:
-            `keep` reads each as its own symbol; J (leucine or isoleucine) and `*` (stop) have none in the
-            vocabulary, are read as X and counted;
+            `keep` reads each as its own symbol, but J (leucine or isoleucine) and `*` (stop), which the
+            vocabulary lacks, as X, and counts these two;
             `x` reads all of them as X and counts them;
-            `refuse` takes the 20 standard residues only, so X is refused as well.
+            `refuse` accepts the 20 standard residues only, so X is refused as well.
 
     Raises:
-        ConfigError: another word.
+        ConfigError: `nonstandard` is none of these.
     """
     # by policy: what is replaced, and what is refused
     policies: dict[str, tuple[dict[str, str], str]] = {

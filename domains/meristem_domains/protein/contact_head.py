@@ -21,7 +21,7 @@ CONTACTS = "contacts"
 
 @dataclass(frozen=True, kw_only=True)
 class Contacts(HeadSpec):
-    """Which residues touch each other in the folded protein."""
+    """The head that predicts which residues touch each other in the folded protein."""
 
     kind: ClassVar[str] = "contacts"
 
@@ -34,11 +34,11 @@ class Contacts(HeadSpec):
 
 
 class ContactHead(Head):
-    """Contacts of a sequence from its attention maps: a logistic regression on all layers and heads.
+    """Logistic regression of contacts on the attention maps of all layers and heads (Rao 2020, doi
+    10.1101/2020.12.15.422761).
 
-    Rao 2020 (doi 10.1101/2020.12.15.422761): maps are symmetrised, corrected for the average product
-    (Dunn 2008), and weighed by one coefficient a map. Its outputs are the logits of contact between the tokens of each
-    payload: one map `[n, n]` for each sequence.
+    Maps are symmetrised, corrected for the average product (Dunn 2008), and summed with one weight each. The output is
+    one map `[n, n]` of logits for each sequence, over the tokens of its payload.
     """
 
     needs_attentions = True
@@ -52,7 +52,7 @@ class ContactHead(Head):
         return [self._logits(maps) for maps in payload_maps(hidden)]
 
     def _logits(self, maps: Sequence[Float[Tensor, "H n n"]]) -> Float[Tensor, "n n"]:
-        """Of one sequence, layer by layer, so that only the maps themselves are held for all of them."""
+        """Logits of one sequence, layer by layer: no other array of the size of all maps is held."""
         weights_LH = self.regression.weight.view(len(maps), -1)
         logits_nn: Tensor = self.regression.bias
         for weights_H, maps_Hnn in zip(weights_LH, maps):
@@ -63,7 +63,7 @@ class ContactHead(Head):
 
 
 def payload_maps(hidden: Hidden) -> list[list[Float[Tensor, "H n n"]]]:
-    """Attention between the tokens of each payload: by sequence, the maps of each layer kept."""
+    """Attention between the tokens of each payload: for each sequence, the maps of each layer that was kept."""
     return [
         [hidden.attentions[layer][index][:, rows][:, :, rows] for layer in sorted(hidden.attentions)]
         for index, rows in enumerate(payload_parts(hidden.layout))
@@ -71,7 +71,7 @@ def payload_maps(hidden: Hidden) -> list[list[Float[Tensor, "H n n"]]]:
 
 
 def correct_average_product(maps: Float[Tensor, "X n n"]) -> Float[Tensor, "X n n"]:
-    """Take the background of each row and column from symmetric maps (APC; Dunn 2008, eq. 3)."""
+    """Subtract the background of each row and column from symmetric maps (APC; Dunn 2008, eq. 3)."""
     rows_Xn1, columns_X1n = maps.sum(-1, keepdim=True), maps.sum(-2, keepdim=True)
     # maps of nothing but zeros stay so
     total_X11 = maps.sum((-1, -2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)

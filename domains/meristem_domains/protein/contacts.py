@@ -1,4 +1,4 @@
-"""Contacts between residues, from the attention maps of all layers and heads."""
+"""The scorer `contacts`: which residues touch, from the attention maps of all layers and heads."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,12 +18,12 @@ from meristem_domains.protein.contact_head import CONTACTS, correct_average_prod
 
 
 def contact_maps(running: RunningModel, column: TokenColumn, options: NoOptions) -> Iterator[np.ndarray]:
-    """One symmetric map a sequence, `[n, n]` over its residues, float32, in order.
+    """For each sequence in turn, one symmetric float32 map `[n, n]` over its residues.
 
-    Probabilities where the model has weights for its maps (`has_contact_weights`); else the mean of the maps, made
-    symmetric and corrected for the average product: scores that rank, and no probabilities.
+    The values are probabilities where the model has a contact head (`has_contact_weights`). Otherwise they are the
+    mean of the attention maps, symmetrised and corrected for the average product, which ranks pairs of residues only.
 
-    One sequence at a time: the maps of all layers take `4 * L * H * n * n` bytes.
+    Sequences run one at a time, since the maps of all layers take `4 * L * H * n * n` bytes.
     """
     for row in range(len(column)):
         with torch.inference_mode():
@@ -40,15 +40,15 @@ def contact_maps(running: RunningModel, column: TokenColumn, options: NoOptions)
 
 
 def has_contact_weights(model: Model) -> bool:
-    """Whether the model has a weight for each attention map, which says how much it counts for a contact."""
+    """Whether the model has a contact head, with one weight for each attention map."""
     return CONTACTS in model.heads
 
 
 def describe(running: RunningModel, options: NoOptions) -> str:
-    """What the values are.
+    """What the values of `contact_maps` mean, in words.
 
     Raises:
-        ConfigError: a model of patches or of two stacks.
+        ConfigError: the model reads patches, or is an encoder-decoder.
     """
     if running.tokenizer.num_features or running.model.config.num_decoder_layers:
         raise ConfigError("contacts need a model of residues with one stack; this one has patches or two stacks")
@@ -61,7 +61,7 @@ def describe(running: RunningModel, options: NoOptions) -> str:
 
 
 def draw_contacts(values: np.ndarray, running: RunningModel, column: TokenColumn) -> Any:
-    """A figure of a map, residues counted from 1."""
+    """A figure of one map. Residues are counted from 1."""
     is_probability = has_contact_weights(running.model)
     figure = new_figure(5, 4.4)
     axes = figure.add_subplot()

@@ -3,10 +3,11 @@
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from meristem.data.reading.open import read_text_blocks
+from meristem.data.reading.open import BLOCK_BYTES, read_text_blocks
+from meristem.data.records import ReadOptions, Refusal, Source
 from meristem.errors import ConfigError, DataError
 
 KINDS = {
@@ -15,36 +16,29 @@ KINDS = {
     "EMBL": re.compile(rb"ID   \S"),
     "FASTQ": re.compile(rb"@[^\n]*\n[A-Za-z*.\r-]*\n([A-Za-z*.\r-]*\n)*\+"),
 }
-"""How files begin. Of several that fit, the first is taken."""
+"""The start of a file of each format. The first pattern that matches is taken."""
 
 FORMATS = {"GenBank": "genbank", "UniProt": "swiss", "EMBL": "embl"}
-"""Biopython's names of formats whose records end with a line `//`."""
+"""Biopython's names for the formats in which a record ends with the line `//`."""
 
 NUCLEOTIDES = re.compile(r"[ACGTUN]+", re.IGNORECASE)
-"""What a FASTQ file holds as a rule, which does not say so; hardly a protein has these letters alone."""
+"""Nucleotides, which most FASTQ files hold without saying so. Hardly any protein has these letters only."""
 
 Row = tuple[str, str, int]
 """Id, sequence, and the line of the file that the record begins at."""
 
 
 def flat_kind(head: bytes) -> str:
-    """Which of `KINDS` a file is that begins so; empty for none."""
+    """The format of a file that begins with `head`, one of `KINDS`; empty for any other."""
     return next((kind for kind, pattern in KINDS.items() if pattern.match(head.lstrip())), "")
 
 
-def read_flat(
-    stream: io.BufferedReader, kind: str, name: str, block_bytes: int, refuse: Callable[[int, str, str], None]
-) -> Iterator[Row]:
-    """The records of a file of one of `KINDS`.
-
-    Args:
-        name: of the file, for messages.
-        block_bytes: of the file that are read at once.
-        refuse: called with line, id and reason for a record that cannot be used.
+def read_flat(stream: io.BufferedReader, kind: str, source: Source, options: ReadOptions) -> Iterator[Row]:
+    """The records of a file of one of `KINDS`, without those that are refused.
 
     Raises:
         ConfigError: Biopython is not installed.
-        DataError: a FASTQ file that is cut off or damaged.
+        DataError: a FASTQ file is truncated or damaged.
     """
     try:
         from Bio import SeqIO
@@ -52,9 +46,13 @@ def read_flat(
         from Bio.SeqIO.QualityIO import FastqGeneralIterator
     except ImportError as error:
         raise ConfigError(
-            f"{name}: {kind} files are read by Biopython; install it: pip install 'meristem[protein]'"
+            f"{source.name}: {kind} files are read by Biopython; install it: pip install 'meristem[protein]'"
         ) from error
-    lines = _Lines(stream, block_bytes)
+
+    def refuse(line: int, id: str, reason: str) -> None:
+        options.refuse(Refusal(source.name, line, id, reason))
+
+    lines = _Lines(stream, min(options.batch_bytes, BLOCK_BYTES))
     if kind == "FASTQ":
         line = 1 + lines.skip_blank()
         try:
@@ -66,7 +64,7 @@ def read_flat(
                     yield id, text, line
                 line = lines.count  # the title of the next record has been read
         except ValueError as error:
-            raise DataError(f"{name}:{lines.count}: damaged FASTQ record: {error}") from error
+            raise DataError(f"{source.name}:{lines.count}: damaged FASTQ record: {error}") from error
         return
     for line, text in _entries(lines):
         id = text.split(maxsplit=2)[1]
@@ -109,7 +107,7 @@ def _entries(lines: "_Lines") -> Iterator[tuple[int, str]]:
 
 
 class _Lines(io.TextIOBase):
-    """Lines of a stream of bytes, which are counted as they are read."""
+    """The lines of a stream of bytes, counted as they are read."""
 
     def __init__(self, stream: io.BufferedReader, block_bytes: int):
         self._lines, self._next = self._split(stream, block_bytes), ""
@@ -125,7 +123,7 @@ class _Lines(io.TextIOBase):
             yield f"{rest.decode('utf-8', 'replace')}\n"
 
     def skip_blank(self) -> int:
-        """Skip blank lines; how many they were."""
+        """Skip blank lines, and return how many there were."""
         while (line := self.readline()) and not line.strip():
             pass
         self._next, self.count = line, self.count - bool(line)
@@ -137,5 +135,5 @@ class _Lines(io.TextIOBase):
         return line
 
     def read(self, size: Any = -1, /) -> str:
-        """Biopython reads no bytes to see that these are text."""
+        """Empty: Biopython reads zero characters to see that the stream is text."""
         return ""

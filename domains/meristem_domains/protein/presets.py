@@ -16,7 +16,7 @@ from meristem.model.config import (
 from meristem_domains.protein.alphabet import VOCAB
 
 MASK_DROPOUT_FRAC = 0.15 * 0.8
-"""Of the ESM recipe: 15 % of the tokens are chosen, 80 % of these become the mask symbol."""
+"""Share of masked tokens in the training of ESM: 15 % of the tokens are chosen, 80 % of these are masked."""
 
 
 def _embedding(is_normed: bool) -> Embedding:
@@ -43,7 +43,7 @@ def esm2(num_layers: int, width: int, num_heads: int) -> TransformerConfig:
 
 
 def esm1b(num_layers: int = 33, width: int = 1280, num_heads: int = 20) -> TransformerConfig:
-    """An ESM-1b of any size: as ESM-2, but with learned positions (1024 tokens) and a norm of the embedding."""
+    """An ESM-1b of any size: an ESM-2 with learned positions (1024 tokens) and a norm after the embedding."""
     return TransformerConfig(
         width=width,
         num_layers=num_layers,

@@ -16,6 +16,7 @@ from meristem.interop.families.t5 import (
     ALIASES,
     COPIES,
     DEFAULTS,
+    FIELDS,
     T5,
     T5_ENCODER,
     build_table,
@@ -27,7 +28,7 @@ from meristem.interop.families.t5 import (
 )
 from meristem.interop.family import ForeignConfig, classes_by_head, symbols_by_class
 from meristem.interop.runners import SEQUENCES
-from meristem.interop.settings import Settings, foreign_activation
+from meristem.interop.settings import Settings
 from meristem.interop.table import KeyTable, Rename, Row, Transform
 from meristem.model.config import Experts, LayerRule, TransformerConfig
 from meristem.shapes import Tensor
@@ -47,14 +48,14 @@ SWITCH_DEFAULTS = {
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `SwitchTransformersConfig`.
+    """Our architecture of a `SwitchTransformersConfig`.
 
     `router_ignore_padding_tokens` changes nothing in the reference, and a pack has no padding.
 
     Raises:
         ConfigError: a setting that no part of ours can say.
     """
-    found = Settings("a Switch", config, SWITCH_DEFAULTS, ALIASES)
+    found = Settings("a Switch", config, FIELDS, SWITCH_DEFAULTS, ALIASES)
     found.require(router_bias=False, router_dtype="float32", is_gated_act=False)
     head = read_head(found, tensors, is_scaled=bool(found["tie_word_embeddings"]), is_always_tied=False)
     architecture = read_stacks(found, is_gated=False, head=head)
@@ -91,7 +92,7 @@ def _sparse_step(found: Settings, side: str, depth: int) -> int:
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `SwitchTransformersConfig` of ours, as far as one can say it.
+    """The `SwitchTransformersConfig` of our architecture, as far as one can say it.
 
     Raises:
         ConfigError: no layer with experts, or some where the reference cannot have them.
@@ -112,7 +113,6 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
         "model_type": "switch_transformers",
         **write_stacks(architecture, tokenizer),
         **values,
-        "dense_act_fn": foreign_activation(architecture.feedforward.activation),
         "num_experts": experts.count,
         "expert_capacity": experts.capacity,
         "router_bias": False,

@@ -7,6 +7,7 @@ ways in the encoder. v1.1 has gated feed-forward layers, and a head of its own.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,15 @@ from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig, classes_by_head, symbols_by_class
 from meristem.interop.rows import block_rows
 from meristem.interop.runners import PAIRS, SEQUENCES
-from meristem.interop.settings import Settings, foreign_activation
+from meristem.interop.settings import Field, Settings, activation, foreign_activation, write_fields
 from meristem.interop.table import STACKED, Ignored, KeyTable, Rename, Row, Tied, joined
 from meristem.interop.vocabulary import read_subwords, write_subwords
 from meristem.model.config import (
     Attention,
     BucketBias,
     Causal,
-    Embedding,
     FeedForward,
     LayerRule,
-    Residual,
     RMSNorm,
     TokenHead,
     TransformerConfig,
@@ -46,20 +45,24 @@ ALIASES = {
 COPIES = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
 """Modules whose weight is the shared embedding, where it is not another tensor."""
 
-DEFAULTS = {
-    "d_kv": 64,
-    "num_decoder_layers": None,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "dropout_rate": 0.1,
-    "layer_norm_epsilon": 1e-6,
-    "is_encoder_decoder": True,
-    "tie_word_embeddings": True,
-}
+FIELDS = (
+    Field("vocab_size", "embedding.vocab_size"),
+    Field("d_model", "width"),
+    Field("d_kv", "attention.head_width", 64),
+    Field("d_ff", "feedforward.width"),
+    Field("num_heads", "attention.num_heads"),
+    Field("num_layers", "num_layers"),
+    Field("relative_attention_num_buckets", "position.num_buckets", 32),
+    Field("relative_attention_max_distance", "position.max_distance", 128),
+    Field("dropout_rate", ("residual.dropout", "attention.dropout", "feedforward.dropout", "embedding.dropout"), 0.1),
+    Field("layer_norm_epsilon", "norm.eps", 1e-6),
+    activation("dense_act_fn"),
+)
+DEFAULTS = {"num_decoder_layers": None, "is_encoder_decoder": True, "tie_word_embeddings": True}
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `T5Config`.
+    """Our architecture of a `T5Config`.
 
     The reference ties the head whatever `tie_word_embeddings` says, unless the file holds another tensor for it;
     the setting says whether rows are scaled before the head, where `scale_decoder_outputs` does not.
@@ -67,14 +70,14 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
     Raises:
         ConfigError: a setting that no part of ours can say.
     """
-    found = Settings("a T5", config, {**DEFAULTS, "feed_forward_proj": "relu"}, ALIASES)
+    found = Settings("a T5", config, FIELDS, {**DEFAULTS, "feed_forward_proj": "relu"}, ALIASES)
     kind = str(found["feed_forward_proj"])
     *gated, name = kind.split("-")
     if gated not in ([], ["gated"]):
         raise ConfigError(f"feed_forward_proj must be NAME or gated-NAME in a T5 config; got {kind!r}")
     # `gated-gelu` means the approximation by tanh; the longer settings, where they are there, have the last word
     implied = {"dense_act_fn": "gelu_new" if gated and name == "gelu" else name, "is_gated_act": bool(gated)}
-    found = Settings("a T5", {**implied, **found}, {}, ALIASES)
+    found = Settings("a T5", {**implied, **found}, FIELDS)
     is_scaled = found.get("scale_decoder_outputs", found["tie_word_embeddings"] is not False)
     head = read_head(found, tensors, is_scaled, is_always_tied=True)
     return read_stacks(found, found["is_gated_act"], head)
@@ -86,44 +89,22 @@ def read_stacks(found: Settings, is_gated: bool, head: TokenHead | None) -> Tran
     num_layers, num_decoder_layers = found["num_layers"], 0
     if not is_encoder_alone(found):
         num_decoder_layers = num_layers if found["num_decoder_layers"] is None else found["num_decoder_layers"]
-    dropout = found["dropout_rate"]
-    attention = Attention(
-        num_heads=found["num_heads"],
-        head_width=found["d_kv"],
-        qkv_bias=False,
-        out_bias=False,
-        scale=1.0,
-        dropout=dropout,
-    )
-    buckets = BucketBias(
-        num_buckets=found["relative_attention_num_buckets"],
-        max_distance=found["relative_attention_max_distance"],
-    )
-    looks_back = LayerRule(
-        start=num_layers,
-        attention=replace(attention, pattern=Causal()),
-        position=replace(buckets, is_two_sided=False),
-    )
-    return TransformerConfig(
-        width=found["d_model"],
-        num_layers=num_layers,
-        num_decoder_layers=num_decoder_layers,
-        embedding=Embedding(vocab_size=found["vocab_size"], dropout=dropout),
-        position=buckets,
-        attention=attention,
-        feedforward=FeedForward(
-            width=found["d_ff"],
-            activation=found.activation("dense_act_fn"),
-            is_gated=is_gated,
-            in_bias=False,
-            out_bias=False,
-            dropout=dropout,
-        ),
-        norm=RMSNorm(eps=found["layer_norm_epsilon"]),
-        residual=Residual(dropout=dropout),
-        layers=(looks_back,) if num_decoder_layers else (),
+    architecture = found.build(
+        position=BucketBias,
+        attention=partial(Attention, qkv_bias=False, out_bias=False, scale=1.0),
+        feedforward=partial(FeedForward, is_gated=is_gated, in_bias=False, out_bias=False),
+        norm=RMSNorm,
         head=head,
     )
+    if not num_decoder_layers:
+        return architecture
+    assert isinstance(architecture.position, BucketBias)
+    looks_back = LayerRule(
+        start=num_layers,
+        attention=replace(architecture.attention, pattern=Causal()),
+        position=replace(architecture.position, is_two_sided=False),
+    )
+    return replace(architecture, num_decoder_layers=num_decoder_layers, layers=(looks_back,))
 
 
 def is_encoder_alone(found: Settings) -> bool:
@@ -152,14 +133,13 @@ def read_head(
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `T5Config` of ours, as far as one can say it."""
+    """The `T5Config` of our architecture, as far as one can say it."""
     feedforward, head = architecture.feedforward, architecture.head
     name = foreign_activation(feedforward.activation)
     return {
         "model_type": "t5",
         **write_stacks(architecture, tokenizer),
         "feed_forward_proj": f"gated-{name}" if feedforward.is_gated else name,
-        "dense_act_fn": name,
         "is_gated_act": feedforward.is_gated,
         "scale_decoder_outputs": head is None or head.scale != 1.0,
     }
@@ -167,22 +147,14 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 
 def write_stacks(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """The settings that all families of this kind have in common."""
-    position, attention, head = architecture.position, architecture.attention, architecture.head
-    if not isinstance(position, BucketBias):
-        raise ConfigError(f"positions must be a BucketBias; got {type(position).__name__}")
+    head = architecture.head
+    if not isinstance(architecture.position, BucketBias):
+        raise ConfigError(f"positions must be a BucketBias; got {type(architecture.position).__name__}")
     return {
-        "vocab_size": architecture.embedding.vocab_size,
-        "d_model": architecture.width,
+        **write_fields(architecture, FIELDS),
         "d_kv": architecture.head_width,
-        "d_ff": architecture.feedforward.width,
-        "num_heads": attention.num_heads,
-        "num_layers": architecture.num_layers,
         "num_decoder_layers": architecture.num_decoder_layers or architecture.num_layers,
         "is_encoder_decoder": architecture.num_decoder_layers > 0,
-        "relative_attention_num_buckets": position.num_buckets,
-        "relative_attention_max_distance": position.max_distance,
-        "dropout_rate": architecture.residual.dropout,
-        "layer_norm_epsilon": getattr(architecture.norm, "eps", None),
         "tie_word_embeddings": head is None or head.is_tied,
         "pad_token_id": tokenizer.pad_id or 0,
         "decoder_start_token_id": tokenizer.pad_id or 0,
@@ -253,7 +225,7 @@ def _rows_of_stack(architecture: TransformerConfig, own: str, foreign: str, feed
 
 def is_encoder(config: ForeignConfig) -> bool:
     """As `is_encoder_alone`, of a config as it was found."""
-    return is_encoder_alone(Settings("a T5", config, DEFAULTS))
+    return is_encoder_alone(Settings("a T5", config, defaults=DEFAULTS))
 
 
 def with_stacks(write: Writer, count: int) -> Writer:

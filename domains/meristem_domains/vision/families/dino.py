@@ -16,15 +16,16 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.family import ForeignConfig, of_type
 from meristem.interop.rows import block_rows
-from meristem.interop.settings import Settings, foreign_activation
+from meristem.interop.settings import Field, Settings, foreign_activation
 from meristem.interop.table import KeyTable
-from meristem.model.config import FeedForward, Prefix, Residual, TransformerConfig
+from meristem.model.config import FeedForward, Prefix, TransformerConfig
 from meristem.model.heads import Readout
 from meristem.shapes import Tensor
 from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
 from meristem_domains.vision.families.vit import (
     ATTENTION_SPELLINGS,
     DEFAULTS,
+    FIELDS,
     LEFT_OUT,
     VIT,
     pair,
@@ -35,13 +36,18 @@ from meristem_domains.vision.families.vit import (
     write_trunk,
 )
 
+DINO_FIELDS = (
+    *FIELDS,
+    Field("hidden_dropout_prob", "embedding.dropout", 0.0),
+    Field("layer_norm_eps", "norm.eps", 1e-6),
+    Field("layerscale_value", "residual.layer_scale", 1.0),
+    Field("drop_path_rate", "residual.drop_path", 0.0),
+)
 DINO_DEFAULTS = {
     **DEFAULTS,
+    "hidden_act": "gelu",
     "mlp_ratio": 4,
-    "layer_norm_eps": 1e-6,
     "patch_size": 14,
-    "layerscale_value": 1.0,
-    "drop_path_rate": 0.0,
     "use_swiglu_ffn": False,
     "num_register_tokens": 0,
 }
@@ -55,7 +61,7 @@ SPELLINGS = (*ATTENTION_SPELLINGS, (r"\.mlp\.down_proj\.", ".mlp.weights_out."))
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `Dinov2Config` or a `Dinov2WithRegistersConfig`."""
+    """Our architecture of a `Dinov2Config` or a `Dinov2WithRegistersConfig`."""
     found = _settings(config)
     height, width = pair(found["image_size"])
     if height != width:
@@ -64,17 +70,16 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
     gated = found["use_swiglu_ffn"]
     feedforward = FeedForward(
         width=_width(found["hidden_size"], found["mlp_ratio"], gated),
-        activation="silu" if gated else found.activation("hidden_act"),
+        activation="silu" if gated else found.choice("hidden_act"),
         is_gated=gated,
     )
-    residual = Residual(layer_scale=found["layerscale_value"], drop_path=found["drop_path_rate"])
     num_symbols = 1 + found["num_register_tokens"] + bool(found.get("use_mask_token", True))
-    return read_trunk(found, feedforward, residual, num_symbols, Prefix())
+    return read_trunk(found, num_symbols, feedforward=feedforward, pool=Prefix())
 
 
 def _settings(config: ForeignConfig) -> Settings:
     has_registers = config.get("model_type") == "dinov2_with_registers"
-    return Settings("a DINOv2", config, REGISTER_DEFAULTS if has_registers else DINO_DEFAULTS)
+    return Settings("a DINOv2", config, DINO_FIELDS, REGISTER_DEFAULTS if has_registers else DINO_DEFAULTS)
 
 
 def _width(width: int, ratio: float, is_gated: bool) -> int:
@@ -107,12 +112,12 @@ def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collec
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `Dinov2Config` of ours, as far as one can say it."""
+    """The `Dinov2Config` of our architecture, as far as one can say it."""
     return {"model_type": "dinov2", **_write(architecture, tokenizer)}
 
 
 def write_register_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `Dinov2WithRegistersConfig` of ours, as far as one can say it."""
+    """The `Dinov2WithRegistersConfig` of our architecture, as far as one can say it."""
     num_registers = len(patches_of(tokenizer).prefix) - 1
     return {
         "model_type": "dinov2_with_registers",
@@ -122,21 +127,18 @@ def write_register_config(architecture: TransformerConfig, tokenizer: Tokenizer)
 
 
 def _write(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    feedforward, residual = architecture.feedforward, architecture.residual
+    feedforward = architecture.feedforward
     # a whole number: 64 times the width is more than anybody has
     fits = [r for r in range(1, 65) if _width(architecture.width, r, feedforward.is_gated) == feedforward.width]
     if not fits:
         raise ConfigError(f"feedforward.width must be one that a whole mlp_ratio gives; got {feedforward.width}")
-    if residual.layer_scale is None:
+    if architecture.residual.layer_scale is None:
         raise ConfigError("a DINOv2 has residual.layer_scale; got none")
     return {
-        **write_trunk(architecture, tokenizer),
-        "hidden_dropout_prob": architecture.embedding.dropout,
+        **write_trunk(architecture, tokenizer, DINO_FIELDS),
         "mlp_ratio": fits[0],
         "use_swiglu_ffn": feedforward.is_gated,
         "hidden_act": "gelu" if feedforward.is_gated else foreign_activation(feedforward.activation),
-        "layerscale_value": residual.layer_scale,
-        "drop_path_rate": residual.drop_path,
     }
 
 
