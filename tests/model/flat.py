@@ -1,8 +1,10 @@
 """The kernels of attention with all that they are given side by side, for tests."""
 
+from collections.abc import Sequence
+
 from meristem.model import kernels
 from meristem.model.config import Pattern
-from meristem.model.kernels import Packed, Scoring
+from meristem.model.kernels import Packed, Scoring, Slotted
 from meristem.shapes import Tensor
 from meristem.types import Layout
 
@@ -18,6 +20,7 @@ def attend_reference(
 
 
 def attend_cached(
-    q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, kv_lengths: list[int], pattern: Pattern, *more, **slots
+    q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, kv_lengths: Sequence[int], pattern: Pattern, *more, slots=None
 ) -> Tensor:
-    return kernels.attend_cached(q, k, v, q_layout, kv_lengths, Scoring(pattern, *more), **slots)
+    order = list(range(len(kv_lengths))) if slots is None else slots
+    return kernels.attend_cached(Slotted(q, k, v, q_layout, tuple(kv_lengths), order), Scoring(pattern, *more))

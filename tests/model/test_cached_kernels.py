@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kinds import distance_bias, some_patterns
 
 from meristem.model.config import Causal, Dilated, Full, InPrefix, Pattern, Window
-from meristem.model.kernels import Scoring, cached
+from meristem.model.kernels import Scoring, Slotted, cached
 from meristem.types import Layout
 
 # new tokens, keys and prefix of each sequence
@@ -147,7 +147,7 @@ def test_one_padded_call_attends_as_the_reference_does(
         lengths = [(1, *lengths[0][1:])]
 
     def padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, n: list[int], *rest: object):
-        return cached._attend_padded(q, k, v, layout, tuple(n), Scoring(*rest))
+        return cached._attend_padded(Slotted(q, k, v, layout, tuple(n), list(range(len(n)))), Scoring(*rest))
 
     with mock.patch(f"{__name__}.attend_cached", padded):
         Kept(seed, lengths, has_bias).check(pattern)

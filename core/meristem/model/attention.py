@@ -9,7 +9,7 @@ from torch import nn
 
 from meristem.model.cache import Cache
 from meristem.model.config import Full, LayerParts
-from meristem.model.kernels import Packed, Scoring, attend, attend_cached, attend_reference
+from meristem.model.kernels import Packed, Scoring, Slotted, attend, attend_cached, attend_reference
 from meristem.model.norm import build_norm
 from meristem.model.position import BetweenLayer, ScoreBias, Tables
 from meristem.shapes import Float, Int, Tensor
@@ -146,8 +146,9 @@ class AttentionLayer(nn.Module):
         if cache is not None:
             slots = cache.add(self.layer, k_TKE, v_TKE, layout)
             if not cache.is_empty:
-                lengths = [n + more for n, more in zip(cache.lengths, layout.lengths)]
-                return attend_cached(q_THE, slots.keys, slots.values, layout, lengths, scoring, cache.slots)
+                lengths = tuple(n + more for n, more in zip(cache.lengths, layout.lengths))
+                slotted = Slotted(q_THE, slots.keys, slots.values, layout, lengths, cache.slots)
+                return attend_cached(slotted, scoring)
         packed = Packed(q_THE, k_TKE, v_TKE, layout if kept is None else kept.layout, layout)
         if self.layer not in context.maps:
             return attend(packed, scoring)

@@ -14,12 +14,12 @@ from meristem.model.config import Causal, Full
 from meristem.model.kernels.cached import attend_cached
 from meristem.model.kernels.flex import attend_flex, flex_fits
 from meristem.model.kernels.grouped import attend_grouped
-from meristem.model.kernels.packed import Packed, Scoring
+from meristem.model.kernels.packed import Packed, Scoring, Slotted
 from meristem.model.kernels.reference import attend_reference
 from meristem.model.kernels.varlen import attend_varlen, varlen_fits
 from meristem.shapes import Float, Tensor
 
-__all__ = ["Packed", "Scoring", "attend", "attend_cached", "attend_reference"]
+__all__ = ["Packed", "Scoring", "Slotted", "attend", "attend_cached", "attend_reference"]
 
 
 def attend(packed: Packed, scoring: Scoring) -> Float[Tensor, "T H E"]:

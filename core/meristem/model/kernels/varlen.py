@@ -8,10 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from meristem.model.config import Pattern
-from meristem.model.kernels.packed import Packed, Scoring
+from meristem.model.kernels.packed import Packed, Scoring, Slotted
 from meristem.model.patterns import window_of
 from meristem.shapes import Float, Int, Tensor
-from meristem.types import Layout
 
 VARLEN_ARGUMENTS: frozenset[str] = frozenset()
 if torch.cuda.device_count():  # its import draws in torch's compiler, half of the start of `embed` on a CPU
@@ -35,24 +34,18 @@ def attend_varlen(packed: Packed, scoring: Scoring) -> Float[Tensor, "T H E"]:
     return _call(packed.q_THE, packed.k_UKE, packed.v_UKE, bounds, scoring)
 
 
-def attend_slots_varlen(
-    q_THE: Float[Tensor, "T H E"],
-    k_SUKE: Float[Tensor, "S U K E"],
-    v_SUKE: Float[Tensor, "S U K E"],
-    q_layout: Layout,
-    kv_lengths: tuple[int, ...],
-    scoring: Scoring,
-) -> Float[Tensor, "T H E"]:
-    """Attention of packed queries to keys in slots, of which the first `kv_lengths` are filled; without gradient."""
-    num_slots, capacity = k_SUKE.shape[:2]
-    k_starts = torch.arange(num_slots + 1, dtype=torch.int32, device=q_THE.device) * capacity
+def attend_slots_varlen(slotted: Slotted, scoring: Scoring) -> Float[Tensor, "T H E"]:
+    """Attention of new tokens to keys in slots; without gradient."""
+    q_layout, device = slotted.q_layout, slotted.q_THE.device
+    num_slots, capacity = slotted.k_RUKE.shape[:2]
+    k_starts = torch.arange(num_slots + 1, dtype=torch.int32, device=device) * capacity
     o_THE = _call(
-        q_THE[: q_layout.num_tokens],
-        k_SUKE.flatten(0, 1),
-        v_SUKE.flatten(0, 1),
-        (q_layout.cu_seqlens[:-1], k_starts, max(q_layout.lengths), max(kv_lengths)),
+        slotted.q_THE[: q_layout.num_tokens],
+        slotted.k_RUKE.flatten(0, 1),
+        slotted.v_RUKE.flatten(0, 1),
+        (q_layout.cu_seqlens[:-1], k_starts, max(q_layout.lengths), max(slotted.kv_lengths)),
         scoring,
-        seqused_k=torch.tensor(kv_lengths, dtype=torch.int32).to(q_THE.device, non_blocking=True),
+        seqused_k=torch.tensor(slotted.kv_lengths, dtype=torch.int32).to(device, non_blocking=True),
     )
     return F.pad(o_THE, (0, 0, 0, 0, 0, q_layout.num_spare))
 
