@@ -100,7 +100,8 @@ def test_the_grouped_product_in_bf16_equals_one_product_an_expert(
         single, _ = layer(x, layout)
         monkeypatch.setattr(ExpertsLayer, "_can_group", lambda self, x: True)
         grouped, _ = layer(x, layout)
-    torch.testing.assert_close(grouped, single, rtol=0.02, atol=0.02)  # bf16 has 8 bits
+    # bf16 has 8 bits, and an output is a sum of dozens of products
+    torch.testing.assert_close(grouped, single, rtol=0.02, atol=0.02 * float(single.detach().abs().max()))
 
 
 @pytest.mark.gpu
