@@ -110,14 +110,15 @@ class DataModule(L.LightningDataModule):
             require_whole_groups([(name, part.store, part.rows) for name, part in parts.items()])
         parts = {name: Part(part.store, self._usable(part.store, part.rows)) for name, part in parts.items()}
         self.parts = {name: part for name, part in parts.items() if len(part)}
+        if "train" not in self.parts:
+            raise DataError(f"{', '.join(self.sources)}: no record is left for training; see data.split")
+        objective.bind_model(task.architecture)
+        missing = tuple(self.spec.missing_labels or ())
+        objective.bind(RunData(self.tokenizer, self.parts, missing, self.others, self._skip))
+        self._require_sources(store)
         if self.refused:
             listed = f"{len(self.refused):,} record(s) refused and left out, listed in refused.csv"
             self.remarks.append(f"{listed}, the first: {self.refused[0]}")
-        if "train" not in self.parts:
-            raise DataError(f"{', '.join(self.sources)}: no record is left for training; see data.split")
-        self._require_sources(store)
-        objective.bind_model(task.architecture)
-        objective.bind(RunData(self.tokenizer, self.parts, tuple(self.spec.missing_labels or ()), self.others))
         self.remarks += objective.remarks
         self._position_limit = task.architecture.max_length
         # a window of the rows of patches would not be a grid
@@ -134,6 +135,11 @@ class DataModule(L.LightningDataModule):
                 f"the input {name!r} has {wanted} symbols, and the model rows for {rows}; "
                 f"set model.architecture.embedding.vocab_size to {wanted} or more"
             )
+
+    @property
+    def _skip(self) -> Callable[[Refusal], None] | None:
+        """Takes the records that cannot be used; None where one is an error."""
+        return self.refused.append if self.spec.on_error == "skip" else None
 
     @property
     def others(self) -> dict[str, Tokenizer]:
@@ -153,7 +159,7 @@ class DataModule(L.LightningDataModule):
             label_columns=objective.label_columns,
             split_column=split_column,
             group_column=self.spec.group_column,
-            on_error=self.refused.append if self.spec.on_error == "skip" else None,
+            on_error=self._skip,
         )
 
     def _store(self, sources: list[str], options: ReadOptions) -> RecordStore:
@@ -172,9 +178,8 @@ class DataModule(L.LightningDataModule):
         Raises:
             DataError: one that is not taken, where none is to be skipped.
         """
-        skip = self.refused.append if self.spec.on_error == "skip" else None
         for name in store.inputs:
-            lengths = store.token_lengths(self.others.get(name, self.tokenizer), rows, skip, name)
+            lengths = store.token_lengths(self.others.get(name, self.tokenizer), rows, self._skip, name)
             rows = rows[np.asarray(lengths) >= 0]
         return rows
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from meristem.data.records import Source
@@ -21,11 +21,13 @@ class Found:
         id: its path within the source.
         payload: its file, or why that cannot be read.
         labels: by name, and the part where it is asked for.
+        others: payloads of the other inputs by name: files of pictures, or texts.
     """
 
     id: str
     payload: bytes | str
     labels: Mapping[str, Any]
+    others: Mapping[str, bytes | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
