@@ -35,9 +35,11 @@ from meristem.data.records import PAYLOAD, ReadOptions, Source
 from meristem.data.store import RecordStore
 from meristem.domain import load_domain
 from meristem.inference.chunks import ChunkReader
+from meristem.inference.encoding import Reading
 from meristem.inference.engine import Embedder
 from meristem.inference.job import Engine
 from meristem.objectives.masked import MaskedTokens
+from meristem.train.spec import ModelSpec
 from meristem.train.task import Task
 from meristem_domains.protein.presets import PRESETS
 
@@ -151,7 +153,7 @@ def loading(path: Path, folder: Path, options: Options) -> Finding:
     )  # fmt: skip
     packs = list(islice(iter(loader), num_packs))
     moved = [pack.to(options.device) for pack in packs]
-    step = OurStep(Task(PRESETS["esm2_8m"], objective, OPTIMIZER), options)
+    step = OurStep(Task(ModelSpec(architecture=PRESETS["esm2_8m"], objective=objective, optimizer=OPTIMIZER)), options)
     model = step.task.model
     # what is embedded are the same records, whole
     column = TOKENIZER.encode_column(store.payloads(np.array([record for pack in packs for record in pack.records])))
@@ -332,7 +334,7 @@ def read_tokens(path: Path) -> Iterator[np.ndarray]:
 
 
 def read_chunks(path: Path) -> Iterator[np.ndarray]:
-    for chunk in ChunkReader(DOMAIN, TOKENIZER, [str(path)], ReadOptions()):
+    for chunk in ChunkReader(DOMAIN, Reading({INPUT: TOKENIZER}), [str(path)], ReadOptions()):
         yield chunk.column.ids
 
 

@@ -70,7 +70,7 @@ class OurStep:
     def compiled(self) -> "OurStep":
         """Another of the same weights, as `model.compile` makes it."""
         task = self.task
-        twin = Task(task.architecture, task.objective, task.optimizer_config, is_compiled=True)
+        twin = Task(replace(task.spec, architecture=task.architecture, compile=True))
         other = OurStep(twin, self.options)
         twin.model.load_state_dict(task.model.state_dict())
         return other

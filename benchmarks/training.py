@@ -36,6 +36,7 @@ from meristem.interop.families.gpt2 import TABLE
 from meristem.model.config import Init, TransformerConfig
 from meristem.objectives.next_token import NextToken
 from meristem.train.run import build_trainer
+from meristem.train.spec import ModelSpec, TrainerSpec
 from meristem.train.task import Task
 from meristem.train.watch import Watch
 from meristem.types import IGNORE, Tokens
@@ -90,7 +91,7 @@ def findings(options: Options) -> Iterator[Finding]:
 
 def our_step(shape: Shape, options: Options) -> OurStep:
     """Our decoder of a shape."""
-    task = Task(shape.architecture, NextToken(), OPTIMIZER)
+    task = Task(ModelSpec(architecture=shape.architecture, objective=NextToken(), optimizer=OPTIMIZER))
     task.objective.bind_model(task.architecture)
     step = OurStep(task, options)
     redraw(task.model)
@@ -273,9 +274,9 @@ def loop_overhead(options: Options) -> Finding:
 
     def in_loop() -> float:
         clock = Clock(options)
-        settings = {"max_steps": steps + 1, "accelerator": options.device, "devices": 1, "gradient_clip_val": CLIP}
+        settings = TrainerSpec(max_steps=steps + 1, accelerator=options.device, devices=1, gradient_clip_val=CLIP)
         trainer = build_trainer(settings, [clock], None, Watch())
-        task = Task(shape.architecture, NextToken(), OPTIMIZER)
+        task = Task(ModelSpec(architecture=shape.architecture, objective=NextToken(), optimizer=OPTIMIZER))
         task.objective.bind_model(task.architecture)
         trainer.fit(task, DataLoader([batch] * (steps + 1), batch_size=None))  # type: ignore[arg-type]
         return clock.seconds

@@ -40,9 +40,10 @@ from meristem.model.config import (
     Residual,
     TransformerConfig,
 )
-from meristem.model.outputs import Wanted
+from meristem.model.outputs import HeadRequest, Wanted
 from meristem.model_directory import load_any
 from meristem.objectives.supervised import Supervised, Target
+from meristem.train.spec import ModelSpec
 from meristem.train.task import Task
 from meristem.types import Record, TokenColumn, Tokens
 from meristem_domains.vision.patches import PatchTokenizer
@@ -159,7 +160,7 @@ def our_forward(
     if options.device == "cpu":
         return lambda: predictor.predict(column)[LABEL].values
     (readout,) = predictor.readouts
-    wanted = Wanted((LABEL,), rounds_alike=True, num_first=0)
+    wanted = Wanted({LABEL: HeadRequest(rounds_alike=True)}, num_first=0)
     batch = pack_column(column, np.arange(len(column)), range(len(column))).to(options.device)
 
     @torch.inference_mode()
@@ -257,7 +258,7 @@ def our_step(architecture: TransformerConfig, tokenizer: PatchTokenizer, pool: s
     records = [Record.of("", b"", {LABEL: name}) for name in class_names(options)]
     objective.bind(RunData(tokenizer, {"train": Part.of(records)}))
     objective.bind_model(architecture)
-    return OurStep(Task(architecture, objective, OPTIMIZER), options)
+    return OurStep(Task(ModelSpec(architecture=architecture, objective=objective, optimizer=OPTIMIZER)), options)
 
 
 def column_of(pictures: list[Tokens]) -> TokenColumn:

@@ -39,7 +39,9 @@ def sequences(rng: np.random.Generator) -> list[str]:
 
 
 def test_the_surface_is_small_and_pinned() -> None:
-    assert meristem.__all__ == ["Embeddings", "LoadedModel", "embed", "generate", "load", "read_embeddings"]
+    classes = ["DataSpec", "Embeddings", "LoadedModel", "ModelSpec", "RunSpec", "TrainerSpec"]
+    functions = ["embed", "fit", "generate", "load", "read_embeddings", "test", "validate"]
+    assert meristem.__all__ == [*classes, *functions]
     assert all(hasattr(meristem, name) for name in meristem.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = meristem.nonsense

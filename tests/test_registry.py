@@ -3,19 +3,22 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from installing import write_package
+from meristem import registry
 from meristem.cli.main import main
-from meristem.cli.objective_names import name_in_arguments, with_class_path
-from meristem.cli.run_config import parse
+from meristem.cli.run_config import parse, with_class_path
 from meristem.domain import load_domain
 from meristem.errors import CheckpointError, ConfigError, PackageWarning
 from meristem.model.config import Attention, Embedding, FeedForward, TransformerConfig
 from meristem.model_directory import ModelCard, load_card, save_model
 from meristem.registry import GROUPS, find, find_all, installed
+from meristem.train.spec import values_of
 
 OBJECTIVES = "meristem.objectives"
 
@@ -104,7 +107,12 @@ def test_a_package_that_cannot_be_imported_leaves_the_others_working(what, site)
     assert len(caught) == 1
 
 
-def test_two_packages_with_one_name_are_both_named_and_neither_is_taken(site):
+def two_packages_with_one_name(site: Path) -> None:
+    """Check that neither is taken.
+
+    Raises:
+        Failed: one is.
+    """
     source = "from meristem.objectives.masked import MaskedTokens as Piece"
     for package in ("lab-one", "lab-two"):
         module = package.replace("-", "_")
@@ -113,6 +121,17 @@ def test_two_packages_with_one_name_are_both_named_and_neither_is_taken(site):
         find(OBJECTIVES, "Twice")
     with pytest.warns(PackageWarning, match="lab-one 1.0 and lab-two 1.0"):
         assert "Twice" not in find_all(OBJECTIVES)
+
+
+def test_two_packages_with_one_name_are_both_named_and_neither_is_taken(site):
+    two_packages_with_one_name(site)
+
+
+def test_a_registry_that_takes_the_first_of_two_packages_would_be_found(site, monkeypatch):
+    """The mutant: whichever package comes first by name wins."""
+    monkeypatch.setattr(registry, "_load", lambda points: points[0].load())
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        two_packages_with_one_name(site)
 
 
 def test_a_package_that_takes_a_built_in_name_is_named_beside_meristem(site, capsys):
@@ -127,11 +146,11 @@ def test_a_package_that_takes_a_built_in_name_is_named_beside_meristem(site, cap
     ]
 
 
-def test_a_model_directory_cannot_name_what_is_imported(tmp_path, site):
-    """The mutant of a kind is an import path, of a module that is there and of one that would leave a trace."""
-    (site / "lab_trace.py").write_text("raise SystemExit('imported')")
-    domain = load_domain("protein")
-    tokenizer = domain.tokenizer()
+@pytest.fixture
+def tampered(tmp_path, site) -> Callable[[object], Path]:
+    """Writes a model directory whose tokenizer is said to be of a kind."""
+    (site / "lab_trace.py").write_text("from meristem.data.tokenizer import AlphabetTokenizer as Trace")
+    tokenizer = load_domain("protein").tokenizer()
     config = TransformerConfig(
         width=8,
         num_layers=1,
@@ -143,11 +162,39 @@ def test_a_model_directory_cannot_name_what_is_imported(tmp_path, site):
     save_model(tmp_path / "model", card, card.build())
     path = tmp_path / "model" / "tokenizer.json"
     values = json.loads(path.read_text())
-    for kind in ("os:system", "lab_trace", "lab_trace:Trace", "meristem.data.tokenizer:AlphabetTokenizer", "", None, 3):
+
+    def write(kind: object) -> Path:
         path.write_text(json.dumps(values | {"kind": kind}))
-        with pytest.raises(CheckpointError, match=f"kind of tokenizer '{kind}'; installed: alphabet"):
-            load_card(tmp_path / "model")
+        return path.parent
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "kind", ["os:system", "lab_trace", "lab_trace:Trace", "meristem.data.tokenizer:AlphabetTokenizer", "", None, 3]
+)
+def test_a_model_directory_cannot_name_what_is_imported(tampered, kind):
+    with pytest.raises(CheckpointError, match=f"kind of tokenizer '{kind}'; installed: alphabet"):
+        load_card(tampered(kind))
     assert "lab_trace" not in sys.modules
+
+
+class ByPath(dict):
+    """A mutant of what is installed: a name that is an import path is a piece of its own."""
+
+    def __contains__(self, name: object) -> bool:
+        return ":" in str(name) or super().__contains__(name)
+
+    def __missing__(self, name: str) -> tuple[EntryPoint, ...]:
+        return (EntryPoint(name, name, "meristem.tokenizers"),)
+
+
+def test_a_registry_that_imports_by_path_would_be_found(tampered, monkeypatch):
+    """The mutant opens what no package offers, and leaves a trace."""
+    monkeypatch.setattr(registry, "installed", lambda group: ByPath(installed(group)))
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_a_model_directory_cannot_name_what_is_imported(tampered, "lab_trace:Trace")
+    assert "lab_trace" in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -157,36 +204,34 @@ def test_a_model_directory_cannot_name_what_is_imported(tmp_path, site):
 def test_an_objective_is_configured_by_its_registered_name(said, site, tmp_path):
     write_package(site, "lab-codes", {OBJECTIVES: {"codes": "lab_codes:HidesCodes"}}, {"lab_codes": OBJECTIVE})
     path = written_config(tmp_path, said)
-    objective = parse(["--config", path], "fit").values["model"]["objective"]
+    objective = values_of(parse(["--config", path]))["model"]["objective"]
     assert objective["class_path"] == "lab_codes.HidesCodes"
     assert objective["init_args"]["rate"] == (0.2 if "rate" in said else 0.3)
-    as_argument = parse(["--config", written_config(tmp_path, "MaskedTokens"), "--model.objective", said], "fit")
-    assert as_argument.values["model"]["objective"] == objective
+    as_argument = parse(["--config", written_config(tmp_path, "MaskedTokens"), "--model.objective", said])
+    assert values_of(as_argument)["model"]["objective"] == objective
 
 
 def test_a_later_config_may_name_an_objective_as_the_resolved_one_of_an_earlier_run_does_not(site, tmp_path):
     write_package(site, "lab-codes", {OBJECTIVES: {"codes": "lab_codes:HidesCodes"}}, {"lab_codes": OBJECTIVE})
     path = written_config(tmp_path, "{class_path: lab_codes.HidesCodes, init_args: {rate: 0.2}}")
     (tmp_path / "over.yaml").write_text("model: {objective: {class_path: codes}}\n")
-    values = parse(["--config", path, "--config", str(tmp_path / "over.yaml")], "fit").values
+    values = values_of(parse(["--config", path, "--config", str(tmp_path / "over.yaml")]))
     assert values["model"]["objective"]["init_args"]["rate"] == 0.2
 
 
-def test_arguments_that_are_not_of_the_objective_pass_as_they_are():
-    given = ["--data.sources", "MaskedTokens", "--model.objective.rate=0.2", "--model.objective"]
-    assert name_in_arguments(given) == given
-    assert with_class_path({"class_path": "a.Path", "init_args": {"name": "MaskedTokens"}})["init_args"] == {
-        "name": "MaskedTokens"
-    }
+def test_only_the_class_path_of_an_objective_is_a_name():
+    said = {"class_path": "a.Path", "init_args": {"name": "MaskedTokens"}}
+    assert with_class_path(said) == said
+    assert with_class_path("a.Path") == {"class_path": "a.Path"}
 
 
 def test_training_is_not_touched_by_a_broken_package_that_it_does_not_need(site, tmp_path, capsys):
     source = "import no_such_library"
     write_package(site, "lab-broken", {OBJECTIVES: {"Hazy": "lab_broken:Hazy"}}, {"lab_broken": source})
-    assert parse(["--config", written_config(tmp_path, "MaskedTokens")], "fit") is not None
+    assert parse(["--config", written_config(tmp_path, "MaskedTokens")]) is not None
     path = written_config(tmp_path, "Hazy")
     with pytest.raises(ConfigError, match=r"run\.yaml:4: .*lab-broken 1\.0 cannot be imported: .*no_such_library"):
-        parse(["--config", path], "fit")
+        parse(["--config", path])
 
 
 def test_a_broken_package_is_one_line_of_a_verb_that_asks_for_all(site, tmp_path):
@@ -203,4 +248,4 @@ def test_a_broken_package_is_one_line_of_a_verb_that_asks_for_all(site, tmp_path
 def test_a_registered_name_that_is_no_objective_is_refused(site, tmp_path):
     write_package(site, "lab-odd", {OBJECTIVES: {"Odd": "lab_odd:Odd"}}, {"lab_odd": "class Odd: pass"})
     with pytest.raises(ConfigError, match=r"run\.yaml:4: objective 'Odd' must be a subclass of Objective"):
-        parse(["--config", written_config(tmp_path, "Odd")], "fit")
+        parse(["--config", written_config(tmp_path, "Odd")])

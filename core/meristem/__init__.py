@@ -1,18 +1,24 @@
 """One transformer core; every domain grows from it."""
 
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Embeddings", "LoadedModel", "embed", "generate", "load", "read_embeddings"]
+_HOME = {
+    **dict.fromkeys(("Embeddings", "LoadedModel", "embed", "generate", "load", "read_embeddings"), "meristem.api"),
+    **dict.fromkeys(("DataSpec", "ModelSpec", "RunSpec", "TrainerSpec"), "meristem.train.spec"),
+    **dict.fromkeys(("fit", "test", "validate"), "meristem.train.run"),
+}
+"""Where each public name is defined."""
+
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of `meristem.api`, imported when first used: `import meristem` must not import torch."""
-    if name in __all__:
-        from meristem import api
-
-        return getattr(api, name)
+    """A public name, imported when it is first used: `import meristem` must not import torch."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'meristem' has no attribute {name!r}")
 
 

@@ -17,6 +17,9 @@ class Progress:
         title: what is being done, shown before the figures.
         stream: where to write; a terminal gets a bar, anything else a line every ten seconds.
 
+    Attributes:
+        done: number of units that are done.
+
     Example:
         >>> with Progress(2, "records", title="embed") as progress:
         ...     progress.advance(2)
@@ -25,7 +28,7 @@ class Progress:
     def __init__(self, total: int | None, unit: str, title: str = "", stream: TextIO | None = None):
         self._total, self._unit, self._title = total, unit, title or unit
         self._stream = stream or sys.stderr
-        self._done, self._skipped, self._note = 0, 0, ""
+        self.done, self._skipped, self._note = 0, 0, ""
         self._bar: Any = None
         self._task: Any = None
         self._began = self._last_line = time.monotonic()
@@ -42,10 +45,10 @@ class Progress:
         Args:
             note: another figure, shown beside the rate until the next one.
         """
-        self._done += count
+        self.done += count
         self._note = note or self._note
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, rate=self._rates())
+            self._bar.update(self._task, completed=self.done, rate=self._rates())
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._print_line()
 
@@ -71,7 +74,7 @@ class Progress:
             self._print_line()
 
     def _speed(self) -> float:
-        return (self._done - self._skipped) / max(time.monotonic() - self._began, 1e-6)
+        return (self.done - self._skipped) / max(time.monotonic() - self._began, 1e-6)
 
     def _rates(self) -> str:
         per_second = self._speed()
@@ -97,10 +100,10 @@ class Progress:
         self._last_line = time.monotonic()
         speed = self._speed()
         of = "" if self._total is None else f" of {self._total:,}"
-        share = "" if self._total is None else f" ({self._done / max(self._total, 1):.0%})"
-        line = f"{self._title}: {self._done:,}{of} {self._unit}{share}, {self._rates()}"
-        if self._total is not None and speed > 0 and self._done < self._total:
-            line += f", {duration((self._total - self._done) / speed)} left"
+        share = "" if self._total is None else f" ({self.done / max(self._total, 1):.0%})"
+        line = f"{self._title}: {self.done:,}{of} {self._unit}{share}, {self._rates()}"
+        if self._total is not None and speed > 0 and self.done < self._total:
+            line += f", {duration((self._total - self.done) / speed)} left"
         print(line, file=self._stream, flush=True)
 
 

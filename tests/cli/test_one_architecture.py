@@ -10,6 +10,8 @@ from meristem.cli.main import main
 from meristem.cli.run_config import parse
 from meristem.model.init import without_weights
 from meristem.model.plain import to_json
+from meristem.train.run import build
+from meristem.train.spec import values_of
 
 
 def test_shipped_configs_are_found() -> None:
@@ -18,17 +20,17 @@ def test_shipped_configs_are_found() -> None:
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_config_inspect_and_model_agree(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run = parse(["--config", name, "--data.sources", "@sample"], "fit")
-    if run.values["model"]["init_from"]:
+    run = parse(["--config", name, "--data.sources", "@sample"])
+    if run.model.init_from:
         pytest.skip("its architecture is that of another model")
     assert main(["inspect", name, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    task, _ = run.build()
+    task, _ = build(run)
     task.trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
     with without_weights():  # heads of labels come with the data, and inspect does not count them
         task.configure_model()
     dropped = {"residual": to_json(task.architecture)["residual"]}  # model.dropout goes over the architecture's
-    assert run.values["model"]["architecture"] == facts["architecture"]
+    assert values_of(run)["model"]["architecture"] == facts["architecture"]
     assert facts["architecture"] | dropped == to_json(task.architecture)
     assert facts["parameters"]["total"] == sum(parameter.numel() for parameter in task.model.parameters())
 

@@ -13,7 +13,7 @@ from lines import TOKENIZER, random_payloads
 
 from labelled import ready
 from meristem.data import labels as labels_module
-from meristem.data.labels import LabelColumn, as_text, number_of, sort_classes, summarize, text_column
+from meristem.data.labels import LabelColumn, as_text, number_of, sort_classes, text_column
 from meristem.data.parts import Part, RunData
 from meristem.data.records import ReadOptions, Source
 from meristem.data.store import RecordStore
@@ -171,14 +171,16 @@ def test_labels_of_tokens_are_digits_or_lists_and_declared_words_are_missing(as_
 
 def test_a_declared_word_that_is_the_whole_label_of_tokens_is_a_missing_label():
     column = LabelColumn("y", is_per_token=True, missing=("NA", "-"))
-    assert column.entries("NA", str, 7) == []
-    assert column.entries("AN-", str, 3) == ["A", "N", None]
-    assert column.entries(["NA", "", None, "b"], str, 4) == [None, None, None, "b"]
+    assert column.entries("NA", 7) == []
+    assert column.entries("AN-", 3) == ["A", "N", None]
+    assert column.entries(["NA", "", None, "b"], 4) == [None, None, None, "b"]
 
 
-def test_a_summary_is_that_of_a_slow_count(rng):
+def test_counts_are_those_of_a_slow_count(rng):
     labels = [str(word) or None for word in rng.choice(["a", "b", "NA", ""], 200)]
-    found = summarize(LabelColumn("y", missing=("NA",)), labels, str)
-    known = [label for label in labels if label in ("a", "b")]
-    assert found.words == Counter(known)
-    assert (found.num_labelled, found.num_unlabelled) == (len(known), 200 - len(known))
+    records = [Record.of(str(i), "M", {"y": label} if label else {}) for i, label in enumerate(labels)]
+    objective = Supervised([Target(name="y")])
+    objective.bind(RunData(TOKENIZER, {"train": Part.of(records)}, missing_labels=("NA",)))
+    known = Counter(label for label in labels if label in ("a", "b"))
+    counted = f"{known.total()} with a label, {200 - known.total()} without (a {known['a']}, b {known['b']})"
+    assert objective.remarks == (f"label y: train {counted}",)

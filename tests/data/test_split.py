@@ -15,7 +15,8 @@ from meristem.data.store import RecordStore
 from meristem.domain import load_domain
 from meristem.errors import ConfigError, DataError
 from meristem.objectives.masked import MaskedTokens
-from meristem.train.datamodule import DataModule, Split
+from meristem.train.datamodule import DataModule
+from meristem.train.spec import DataSpec, Split
 
 FRACTIONS = {"train": 0.7, "validation": 0.2, "test": 0.1}
 
@@ -231,7 +232,8 @@ def test_a_domain_says_what_is_similar_and_a_user_says_otherwise(rng, make_store
     parts = {}
     for name, numbers in {"own": {}, "same": {"k": 5, "threshold": 0.25}, "other": {"k": 20}}.items():
         split = Split(method="similarity", validation_frac=0.4, **numbers)
-        data = DataModule("protein", str(file), split=split, cache_dir=str(tmp_path / "cache"))
+        spec = DataSpec(domain="protein", sources=str(file), split=split, cache_dir=str(tmp_path / "cache"))
+        data = DataModule(spec)
         store = data._store(data.sources, data.read_options(MaskedTokens()))
         parts[name] = {part: rows.tolist() for part, rows in data._deal(store).items()}
     assert parts["own"] == parts["same"] != parts["other"]
@@ -241,6 +243,6 @@ def test_payloads_that_cannot_be_compared_are_refused_before_they_are_read(tmp_p
     said = r"a split by similarity needs a domain whose payloads can be compared; vision has none \(Domain.similarity\)"
     for split in (Split(method="similarity"), Split(method="similarity", k=5, threshold=0.5)):
         with pytest.raises(ConfigError, match=said):
-            DataModule("vision", str(tmp_path / "nowhere"), split=split)
+            DataModule(DataSpec(domain="vision", sources=str(tmp_path / "nowhere"), split=split))
     with pytest.raises(ConfigError, match="lab has none"):
         replace(load_domain("protein"), name="lab", similarity=None).similarity_with()

@@ -160,7 +160,7 @@ def test_a_trunk_saved_alone_has_no_head(shape: str, case_of: CaseOf, rng: np.ra
     imported = read_directory(tmp_path / "trunk", case.family)
     assert not imported.model.heads
     parity = case.compare(imported.model, case.family.runner.load(tmp_path / "trunk"), rng)
-    assert parity.logits is None
+    assert "logits" not in parity
     refuse_distance(parity)
 
 

@@ -167,7 +167,7 @@ def test_labels_of_every_part_are_checked_before_the_first_step(part, target, la
         _bind_parts(target, payloads=payloads, **{"train": labels, "validation": labels[:1], part: wrong})
 
 
-@pytest.mark.parametrize("skipped", ["_require_known", "_numbers"])
+@pytest.mark.parametrize("skipped", ["_refuse_unknown", "_numbers"])
 def test_a_part_that_is_not_checked_would_be_seen(skipped, monkeypatch):
     """The mutants: only the training records are looked at."""
     real = getattr(targets, skipped)
@@ -180,8 +180,68 @@ def test_a_part_that_is_not_checked_would_be_seen(skipped, monkeypatch):
         return np.zeros(1)
 
     monkeypatch.setattr(targets, skipped, first_only)
-    target = {} if skipped == "_require_known" else {"task": "regression"}
+    target = {} if skipped == "_refuse_unknown" else {"task": "regression"}
     _bind_parts(target, train=["1", "2"], validation=["1", "x"])
+
+
+def _skipping(targets: list[Target], **parts: list[dict]) -> tuple[Supervised, RunData, list[str]]:
+    """An objective bound to parts of records with these labels, which leaves out what it cannot use."""
+    refused: list[str] = []
+    data = RunData(
+        TOKENIZER,
+        {
+            name: Part.of([Record.of(f"{name}{i}", "MK", row, f"{name}.csv:{i}") for i, row in enumerate(rows)])
+            for name, rows in parts.items()
+        },
+        on_error=lambda refusal: refused.append(str(refusal)),
+    )
+    objective = Supervised(targets)
+    objective.bind(data)
+    return objective, data, refused
+
+
+@pytest.mark.parametrize("mutant", ["", "not taken out", "learned once"])
+def test_records_with_bad_labels_are_left_out_and_named_where_that_is_asked_for(mutant, monkeypatch):
+    """One bad label takes out the record, whose other labels then teach nothing: neither classes nor scales."""
+    rows = [{"place": "ab"[i % 2], "score": str(i), "ss": "HC"} for i in range(6)]
+    train = [*rows, {"place": "only here", "score": "high"}, {"place": "a", "score": "1000", "ss": "HCH"}]
+    validation = [rows[0], {"place": "only here"}, {"place": "b", "score": "1,5"}, rows[1]]
+    if mutant == "not taken out":
+        monkeypatch.setattr(RunData, "leave_out", lambda data: False)
+    if mutant == "learned once":
+        real = RunData.leave_out
+        monkeypatch.setattr(RunData, "leave_out", lambda data: real(data) and False)
+    targets = [Target(name="place"), Target(name="score", task="regression"), Target(name="ss", level="token")]
+    objective, data, refused = _skipping(targets, train=train, validation=validation)
+    place, score, _ = readouts_of(objective.heads)
+    ids = {name: [record.id for record in part.store.records(part.rows)] for name, part in data.parts.items()}
+    is_right = (
+        place.classes == ("a", "b")
+        and score.mean == (2.5,)
+        and ids == {"train": [f"train{i}" for i in range(6)], "validation": ["validation0", "validation3"]}
+        and [one.partition(" must")[0] for one in refused]
+        == [
+            "train.csv:6: label 'score'",
+            "train.csv:7: label 'ss'",
+            "validation.csv:2: label 'score'",
+            "validation.csv:1: label 'place'",
+        ]
+    )
+    assert is_right == (not mutant)
+
+
+def test_a_part_of_which_no_record_is_left_is_an_error():
+    said = r"validation\.csv:0: no record of the validation part is left; all were refused: label 'y' must be a finite"
+    with pytest.raises(DataError, match=said):
+        _skipping([Target(name="y", task="regression")], train=[{"y": "1"}, {"y": "2"}], validation=[{"y": "x"}])
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_part_without_labels_is_an_error_and_no_loss_that_is_no_number(part, task):
+    parts = {"train": ["1", "2", "1"], "validation": ["1"], "test": ["2"], part: [None, "", "NA"]}
+    with pytest.raises(DataError, match=rf"file.csv:\d02: the {part} part must have a record with a label 'y'; none"):
+        _bind_parts({"task": task}, missing=("NA",), **parts)
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])

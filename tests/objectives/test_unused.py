@@ -8,6 +8,7 @@ import torch
 from small_objectives import CASES, bound, packed, random_records
 
 from meristem.model.config import AttentionPool
+from meristem.train.spec import ModelSpec
 from meristem.train.task import Task
 
 POOL = AttentionPool(num_heads=4, feedforward_width=16)
@@ -27,7 +28,7 @@ def test_every_trained_parameter_gets_a_gradient(name: str, has_pool: bool, rng)
         config = replace(config, pool=POOL)
     records = random_records(rng, count=12, low=6)
     objective = bound(make(), config, records)
-    task = _configured(Task(config, objective))
+    task = _configured(Task(ModelSpec(architecture=config, objective=objective)))
     out = objective.loss_of(task.model, task.extra, packed(objective, records))
     torch.stack([term.sum for term in out.terms.values()]).sum().backward()
     lacking = [name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None]

@@ -18,6 +18,7 @@ from meristem.objectives.masked import MaskedTokens
 from meristem.objectives.supervised import Supervised, Target
 from meristem.train.optim import OptimizerConfig, lr_factor, parameter_groups
 from meristem.train.recorder import MetricsFile
+from meristem.train.spec import ModelSpec
 from meristem.train.task import Task, fold
 from meristem.types import Record
 from model_runs import specs
@@ -44,7 +45,7 @@ class _Trainer:
 
 def _gradients(objective, packs) -> dict[str, torch.Tensor]:
     """Gradients of one optimiser step over these packs, as Lightning takes them: each loss over their number."""
-    task = Task(ARCHITECTURE, objective, seed=3)
+    task = Task(ModelSpec(architecture=ARCHITECTURE, objective=objective), seed=3)
     task._trainer = _Trainer(len(packs))
     task.configure_model()
     counts: dict[str, float] = {}
@@ -114,7 +115,7 @@ def test_gradient_of_a_step_does_not_depend_on_how_it_is_packed(make, rng):
 
 
 def _gradients_of_means(objective, packs) -> dict[str, torch.Tensor]:
-    task = Task(ARCHITECTURE, objective, seed=3)
+    task = Task(ModelSpec(architecture=ARCHITECTURE, objective=objective), seed=3)
     task._trainer = _Trainer(len(packs))
     task.configure_model()
     for batch in packs:

@@ -48,5 +48,7 @@ def test_one_kernel_takes_the_step_that_many_take():
 def test_a_scaled_gradient_is_clipped_before_it_is_stepped_with(precision, is_fused):
     """A fused step divides by the scale within itself, so the norm before it would be that of scaled gradients."""
     trainer = SimpleNamespace(precision=precision, max_steps=5)
-    task = SimpleNamespace(model=_model(), extra=nn.ModuleDict(), trainer=trainer, optimizer_config=OptimizerConfig())
+    task = SimpleNamespace(
+        model=_model(), extra=nn.ModuleDict(), trainer=trainer, spec=SimpleNamespace(optimizer=OptimizerConfig())
+    )
     assert Task.configure_optimizers(task)["optimizer"].defaults["fused"] is is_fused

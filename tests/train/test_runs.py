@@ -77,6 +77,23 @@ def test_finished_run_leaves_models_figures_and_a_way_on(bench):
     assert bench.rows("run") == rows
 
 
+def test_records_with_bad_labels_are_skipped_and_listed_where_that_is_asked_for(table):
+    lines = (table.path / "table.csv").read_text().splitlines()
+    sequence, place, _, states, part = lines[9].split(",")
+    lines[9] = ",".join([sequence, place, "high", states, part])
+    lines[10] = lines[10].rpartition(",")[0] + "H,train"
+    (table.path / "table.csv").write_text("\n".join([*lines, ""]))
+    done = table.run("--run_dir", "run", config="supervised.yaml")
+    assert done.code == 2
+    assert "table.csv:10: label 'score' must be a finite number; got 'high'" in done.err
+    done = table.run("--run_dir", "run", "--data.on_error", "skip", config="supervised.yaml")
+    assert done.code == 0, done.err
+    assert "2 record(s) refused and left out, listed in refused.csv" in done.err
+    listed = (table.path / "run" / "refused.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[0] for line in listed] == ["table.csv:10", "table.csv:11"]
+    assert all(float(row["val/loss"]) > 0 for row in table.rows("run") if row["val/loss"])
+
+
 def test_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(bench):
     done = bench.run(
         *("--run_dir", "run", "--model.optimizer.lr", "1e25", "--model.optimizer.warmup_steps", "0"),

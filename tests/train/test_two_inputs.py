@@ -12,6 +12,7 @@ from random_proteins import random_proteins
 from meristem.cli.run_config import parse
 from meristem.model_directory import load_card
 from meristem.train import datamodule
+from meristem.train.run import build
 from meristem_domains.protein import domain as protein
 
 TRANSLATION = """
@@ -146,8 +147,8 @@ def test_what_fits_no_input_is_one_line_and_leaves_nothing(pairs, arguments, mes
 
 
 def bound_data(path, *arguments: str) -> datamodule.DataModule:
-    config = parse(["--config", "translation.yaml", "--data.column", "{source: a, target: b}", *arguments], "fit")
-    task, data = config.build()
+    config = parse(["--config", "translation.yaml", "--data.column", "{source: a, target: b}", *arguments])
+    task, data = build(config)
     with contextlib.redirect_stderr(io.StringIO()):
         data.bind(task)
     return data

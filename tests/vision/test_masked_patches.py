@@ -343,10 +343,11 @@ def test_a_run_trains_the_decoder_too_and_leaves_a_trunk_and_a_reconstruction(ru
 def test_the_shipped_config_is_whole(tmp_path: Path):
     from meristem.cli.configs import shipped_configs
     from meristem.cli.run_config import parse
+    from meristem.train.run import build
 
-    config = parse(["--config", "vision/mae_tiny", "--data.sources", str(tmp_path), "--run_dir", str(tmp_path)], "fit")
+    config = parse(["--config", "vision/mae_tiny", "--data.sources", str(tmp_path), "--run_dir", str(tmp_path)])
     assert config is not None
-    task, data = config.build()
+    task, data = build(config)
     task.objective.bind_model(task.architecture)
     task.objective.bind(RunData(data.tokenizer))
     assert task.architecture.embedding.patch_features == data.tokenizer.num_features == 48

@@ -22,6 +22,7 @@ from meristem.data.store import RecordStore
 from meristem.data.views import Views
 from meristem.errors import ConfigError
 from meristem.objectives.supervised import Supervised, Target
+from meristem.train.run import build
 from meristem.types import Record, Tokens
 from meristem_domains.vision import domain
 from meristem_domains.vision import views as views_module
@@ -232,17 +233,17 @@ def test_configs_of_training_are_whole_and_say_what_they_take(name):
     path = shipped_configs()[f"vision/{name}"]
     header = path.read_text("utf-8").split("\nmodel:")[0]
     assert all(word in header for word in ("command:", "hardware:", "minutes:", "expected:"))
-    config = parse(["--config", f"vision/{name}", "--data.sources", "pictures"], "fit")
+    config = parse(["--config", f"vision/{name}", "--data.sources", "pictures"])
     assert config is not None
-    task, data = config.build()
+    task, data = build(config)
     assert data.views is not None
     assert task.architecture.embedding.patch_features == data.tokenizer.num_features
-    assert task.ema_decay
+    assert task.spec.ema_decay
 
 
 def test_a_domain_without_views_refuses_them():
     arguments = ["--config", "protein/sample", "--data.views", "{flip: 0.5}"]
-    config = parse(arguments, "fit")
+    config = parse(arguments)
     assert config is not None
     with pytest.raises(ConfigError, match=r"data\.views must not be set: the domain protein has no views"):
-        config.build()
+        build(config)

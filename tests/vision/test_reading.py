@@ -126,6 +126,30 @@ def test_a_tar_file_gives_the_records_of_its_folder(mode: str, rng: np.random.Ge
         assert tar[0].source == f"{tmp_path}/pets.tar/cat/000.png"
 
 
+def test_a_sample_of_a_tar_file_may_be_a_record_of_several_inputs(rng: np.random.Generator, tmp_path: Path):
+    """A picture with a text, which another domain reads, and with a second picture."""
+    names, contents = ("a", "b", "c"), {}
+    for name in names:
+        contents |= {f"{name}.txt": f"caf\u00e9 {name}".encode(), f"{name}.jpg": encoded(rng, "JPEG")}
+        contents |= {f"{name}.cls": b"3", f"{name}.left.png": encoded(rng)}
+    tar = write_tar(tmp_path / "pairs.tar", contents)
+    columns = {"picture": "", "caption": "txt", "left": ""}
+    records = read_all(tar, columns=columns, foreign=("caption",), label_columns=("label",))
+    assert [record.id for record in records] == [f"{name}.jpg" for name in names]
+    assert labels(records) == ["3"] * 3
+    for name, record in zip(names, records):
+        left = contents[f"{name}.left.png"]
+        assert record.inputs == {"picture": contents[f"{name}.jpg"], "caption": f"caf\u00e9 {name}", "left": left}
+    with pytest.raises(DataError, match=r"pairs\.tar/a\.jpg: there is no member a\.words beside it"):
+        read_all(tar, columns={**columns, "caption": "words"}, foreign=("caption",))
+    refused: list[Refusal] = []
+    contents |= {"a.txt": b"", "b.left.png": b"\x89PNG\r\n\x1a\nno picture"}
+    tar = write_tar(tmp_path / "pairs.tar", contents)
+    [left] = read_all(tar, columns=columns, foreign=("caption",), on_error=refused.append)
+    assert left.id == "c.jpg"
+    assert [one.id for one in refused] == ["a.jpg", "b.jpg"]
+
+
 def test_labels_lie_beside_pictures_in_tar_files(rng: np.random.Generator, tmp_path: Path):
     contents: dict[str, bytes] = {}
     for i in range(6):

@@ -26,6 +26,7 @@ from meristem.errors import ConfigError
 from meristem.model.config import Learned
 from meristem.objectives.teacher import Teacher
 from meristem.train.optim import parameter_groups
+from meristem_domains.vision import patches
 from meristem_domains.vision.objectives import self_distillation
 from meristem_domains.vision.objectives.self_distillation import (
     DISTILLATION,
@@ -38,7 +39,7 @@ from meristem_domains.vision.objectives.self_distillation import (
     pair_losses,
     spread_term,
 )
-from meristem_domains.vision.pictures import read_pixels
+from meristem_domains.vision.pictures import StandardImage, read_pixels
 
 
 def test_views_lie_in_one_pack_without_padding(rng):
@@ -69,6 +70,19 @@ def test_views_have_their_sizes_whatever_the_size_of_pictures(rng):
         objective.bind(RunData(tokenizer))
         views = objective.prepare(picture_records(rng, 1)[0], ready(), rng)
         assert [len(tokens) for tokens in views] == [17, 17, 5, 5]
+
+
+def test_a_picture_that_is_decoded_already_gives_the_views_of_its_file(rng, monkeypatch):
+    """As records have it behind `data.views`; and one that is standardised cannot be cut."""
+    objective, [record] = objective_of(), picture_records(rng, 1)
+    wanted = objective.prepare(record, ready(), np.random.default_rng(3))
+    pixels = objective.tokenizers[0].pixels(record.payload)
+    monkeypatch.setattr(patches, "read_pixels", lambda *_: pytest.fail("decoded again"))
+    got = objective.prepare(record.with_payload(pixels), ready(), np.random.default_rng(3))
+    for one, other in zip(wanted, got, strict=True):
+        np.testing.assert_array_equal(one.features, other.features)
+    with pytest.raises(ConfigError, match=r"out of whole pictures: data.views must be null"):
+        objective.prepare(record.with_payload(StandardImage(pixels)), ready(), rng)
 
 
 def shuffled(batch, rng):

@@ -19,6 +19,8 @@ from meristem.errors import ConfigError, DataError
 from meristem.model.config import TransformerConfig
 from meristem.model.plain import from_json
 from meristem.model_directory import load_any
+from meristem.train.run import build
+from meristem.train.spec import values_of
 from meristem_domains.vision import domain
 
 
@@ -71,18 +73,18 @@ def test_the_sample_is_the_digits_of_scikit_learn():
 
 @pytest.mark.parametrize("name", ["sample"])
 def test_shipped_configs_are_whole(name: str, bench: Path):
-    config = parse(["--config", f"vision/{name}"], "fit")
+    config = parse(["--config", f"vision/{name}"])
     assert config is not None
-    architecture = from_json(TransformerConfig, config.values["model"]["architecture"])
+    architecture = from_json(TransformerConfig, values_of(config)["model"]["architecture"])
     assert architecture.embedding.patch_features == 4
-    config.build()
+    build(config)
 
 
 def test_presets_take_on_the_grid_and_the_channels_of_the_data(bench: Path):
     more = ["--data.tokenizer", "{image_px: [32, 64], patch_px: 8, num_channels: 1}", "--model.architecture"]
-    config = parse(["--config", "tiny.yaml", *more, "{preset: vit_tiny, pool: {kind: Mean}}"], "fit")
+    config = parse(["--config", "tiny.yaml", *more, "{preset: vit_tiny, pool: {kind: Mean}}"])
     assert config is not None
-    architecture = config.values["model"]["architecture"]
+    architecture = values_of(config)["model"]["architecture"]
     assert architecture["embedding"]["patch_features"] == 64
     assert architecture["position"]["grid"] == [4, 8]
     assert architecture["position"]["max_positions"] == 32

@@ -1,7 +1,8 @@
 """Config files with the line of every key, so that an error can say where it comes from."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 
 from meristem.errors import ConfigError
 from meristem.model.plain import merge
+from meristem.train.task import NotFinite
 
 
 @dataclass
@@ -18,7 +20,7 @@ class ReadConfig:
 
     Attributes:
         values: nested, as the files have them.
-        places: `file:line` of each dotted key.
+        places: `file:line` of each dotted key; empty for one that the command line sets.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -28,13 +30,37 @@ class ReadConfig:
         """`file:line: ` of a key, or of the nearest key around it; empty where no file has it."""
         while key:
             if key in self.places:
-                return f"{self.places[key]}: "
+                return f"{self.places[key]}: " if self.places[key] else ""
             key = key.rpartition(".")[0]
         return ""
 
+    def key_in_file(self, key: str) -> str:
+        """A key as the file has it: classes stand with `init_args`, lists with numbers."""
+        wanted = [part for part in key.split(".") if part]
+        for place in self.places:
+            parts = [part for part in place.split(".") if part != "init_args" and not part.isdigit()]
+            if parts == wanted:
+                return place
+        return ".".join(wanted)
+
+    @contextmanager
+    def placing(self) -> Iterator[None]:
+        """Say file and line of the key that a `ConfigError` speaks of, where a file has it."""
+        try:
+            yield
+        except NotFinite:
+            raise
+        except ConfigError as error:
+            for word in re.findall(r"[a-z_]\w*(?:\.\w+)*", str(error).replace("architecture takes", "architecture")):
+                for prefix in ("", "model.", "data.", "model.architecture.", "model.optimizer."):
+                    place = self.places.get(key := self.key_in_file(f"{prefix}{word}"))
+                    if place and "." in key:
+                        raise ConfigError(str(error) if place in str(error) else f"{place}: {error}") from error
+            raise
+
 
 def read_configs(
-    paths: Sequence[Path], change: Callable[[dict[str, Any], ReadConfig], None] = lambda values, read: None
+    paths: Sequence[Path], change: Callable[[dict[str, Any], Path, ReadConfig], None] = lambda values, path, read: None
 ) -> ReadConfig:
     """Read config files in order.
 
@@ -60,7 +86,7 @@ def read_configs(
             raise ConfigError(f"{path}:1: must be a mapping of model, data, trainer; got something else")
         _take_places(node, path, "", read.places)
         values = yaml.load(text, Loader=NumberLoader)
-        change(values, read)
+        change(values, path, read)
         merge(read.values, values)
     return read
 

@@ -88,7 +88,7 @@ def _throughput(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second on this machine, and what that makes of an input."""
     import torch
 
-    from meristem.inference.embed import default_pool, require_class_row
+    from meristem.inference.embed import default_pool
     from meristem.inference.engine import Embedder
     from meristem.inference.job import JobOptions
     from meristem.inference.throughput import measure_throughput, weigh
@@ -96,9 +96,7 @@ def _throughput(args: argparse.Namespace) -> dict[str, Any]:
 
     card, model = load_any(args.model)
     engine = JobOptions(precision=args.precision).engine
-    pool = args.pool or default_pool(card)
-    require_class_row(pool, card)
-    embedder = Embedder(engine.trunk(model), pool)
+    embedder = Embedder(engine.trunk(model), args.pool or default_pool(card))
     measured = measure_throughput(embedder)
     facts: dict[str, Any] = {
         "device": engine.device,
@@ -114,32 +112,25 @@ def _throughput(args: argparse.Namespace) -> dict[str, Any]:
 
 def _facts_of_config(args: argparse.Namespace) -> dict[str, Any]:
     """What `meristem fit` would make of a config."""
-
-    from meristem.cli.config_reader import read_configs
     from meristem.cli.configs import find_config
-    from meristem.cli.objective_names import objective_class
-    from meristem.domain import load_domain
-    from meristem.errors import ConfigError
+    from meristem.cli.run_config import parse
+    from meristem.model.config import TransformerConfig
     from meristem.model.heads import Symbols
     from meristem.model.init import without_weights
     from meristem.model.model import SYMBOLS, Model
-    from meristem.train.architecture import resolve_architecture
+    from meristem.model.plain import from_json
+    from meristem.train.spec import values_of
 
-    file = find_config(args.model)
-    values = read_configs([file]).values
-    model, data = values.get("model") or {}, values.get("data") or {}
-    if model.get("init_from"):
-        return {**_facts_of_model(model["init_from"], args.length), "config": str(file)}
-    if not data.get("domain"):
-        raise ConfigError(f"{file}: data.domain must be set, as it gives presets and vocabulary")
-    domain = load_domain(data["domain"])
-    tokenizer = domain.build_tokenizer(**(data.get("tokenizer") or {}))
-    objective = objective_class(model.get("objective"))
-    architecture = resolve_architecture(model.get("architecture") or {}, domain, tokenizer, objective)
+    file = str(find_config(args.model))
+    spec = parse(["--config", file])
+    assert spec is not None, "no help is asked for"
+    if spec.model.init_from:
+        return {**_facts_of_model(spec.model.init_from, args.length), "config": file}
+    architecture = from_json(TransformerConfig, values_of(spec)["model"]["architecture"])
     with without_weights():  # heads of labels are as large as the data says, and not counted
-        built = Model(architecture, {SYMBOLS: Symbols()} if objective.predicts_symbols else {})
+        built = Model(architecture, {SYMBOLS: Symbols()} if spec.model.objective.predicts_symbols else {})
     facts = _facts_of_architecture(architecture, built, args.length)
-    return {"config": str(file), "domain": data["domain"], **facts}
+    return {"config": file, "domain": spec.data.domain, **facts}
 
 
 def _facts_of_architecture(architecture: "TransformerConfig", model: Any, length: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 from meristem.data.tokenizer import Tokenizer
 from meristem.interop.directory import read_config_file
 from meristem.interop.family import find_family
-from meristem.interop.parity import Parity, compare
+from meristem.interop.parity import compare
 from meristem.model.model import Model
 
 
@@ -27,11 +27,7 @@ def print_parity(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         print(f"no parity report: {runner.library} does not load {folder}: {reason}")
         return
-    parity = compare(model, tokenizer, reference, np.random.default_rng(0), runner)
+    differences = compare(model, tokenizer, reference, np.random.default_rng(0), runner)
     print(f"parity with {runner.library} (fp32, CPU, random input), largest difference:")
-    print(_table(parity))
-
-
-def _table(parity: Parity) -> str:
-    """A line a hidden state, and one an output."""
-    return "\n".join(f"  {name:<16}{value:.1e}" for name, value in parity.differences.items())
+    for name, value in differences.items():
+        print(f"  {name:<16}{value:.1e}")

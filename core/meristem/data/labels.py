@@ -6,9 +6,9 @@ A label is a word, or a list of words where each token has one. The text of a cl
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,15 @@ def named(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {counts[name]:,}" for name in names[:MAX_NAMED]) + more
 
 
+@contextmanager
+def placed(where: Callable[[], str]) -> Iterator[None]:
+    """Put the place of a record before the message of a `DataError`; it is asked for only then."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where()}: {error}") from error
+
+
 @dataclass(frozen=True)
 class LabelColumn:
     """How the labels of a column are read.
@@ -112,11 +121,10 @@ class LabelColumn:
     missing: tuple[str, ...] = ()
     option: str = "data.missing_labels: [{}]"
 
-    def entries(self, label: Label, where: Callable[[], str], length: int | None = None) -> list[str | None]:
+    def entries(self, label: Label, length: int | None = None) -> list[str | None]:
         """The words of one record, None where one is missing; a record without a label has none at all.
 
         Args:
-            where: gives `file:line` of the record, for messages.
             length: symbols of the record, each of which needs a label; unused where a record has one label.
 
         Raises:
@@ -127,18 +135,16 @@ class LabelColumn:
         if not self.is_per_token:
             if not isinstance(label, str):
                 raise DataError(
-                    f"{where()}: label {self.name!r} must be one word a record; got a list of {len(label)}, the labels "
-                    "of tokens"
+                    f"label {self.name!r} must be one word a record; got a list of {len(label)}, the labels of tokens"
                 )
             return [label]
         if length is not None and len(label) != length:
             raise DataError(
-                f"{where()}: label {self.name!r} must have one entry for each of the record's {length} symbols; "
-                f"got {len(label)}"
+                f"label {self.name!r} must have one entry for each of the record's {length} symbols; got {len(label)}"
             )
         return [None if not word or word in self.missing else word for word in label]
 
-    def number(self, word: str, where: Callable[[], str]) -> float:
+    def number(self, word: str) -> float:
         """The number that a label spells.
 
         Raises:
@@ -146,58 +152,8 @@ class LabelColumn:
         """
         number = number_of(word)
         if number is None:
-            declared = self.option.format(word)
             raise DataError(
-                f"{where()}: label {self.name!r} must be a finite number; got {word!r} "
-                f"(if it stands for a missing label: {declared})"
+                f"label {self.name!r} must be a finite number; got {word!r} "
+                f"(if it stands for a missing label: {self.option.format(word)})"
             )
         return number
-
-
-@dataclass(frozen=True)
-class LabelSummary:
-    """The labels of some records.
-
-    Attributes:
-        words: how often each word occurs.
-        num_labelled: records that have a label.
-        num_unlabelled: records that have none.
-        num_missing: tokens without a label in records that have labels.
-    """
-
-    words: Counter[str]
-    num_labelled: int
-    num_unlabelled: int
-    num_missing: int
-
-    def says(self, shown: str) -> str:
-        """The counts as a message has them, with `shown` of the words."""
-        tokens = f", {self.num_missing:,} tokens of them without" if self.num_missing else ""
-        return f"{self.num_labelled:,} with a label{tokens}, {self.num_unlabelled:,} without ({shown or 'none'})"
-
-
-def summarize(
-    column: LabelColumn, labels: Sequence[Label], where: Callable[[int], str], lengths: np.ndarray | None = None
-) -> LabelSummary:
-    """Count the words of a column.
-
-    Args:
-        where: `file:line` of a record by its place in `labels`.
-        lengths: `[N]` symbols of each record, which labels of tokens must have too.
-
-    Raises:
-        DataError: labels that are not of the column's kind.
-    """
-    words: Counter[str | None] = Counter()
-    num_labelled = 0
-    for row, label in enumerate(labels):
-        entries = column.entries(label, partial(where, row), None if lengths is None else int(lengths[row]))
-        num_labelled += any(entries)
-        words.update(entries)
-    num_missing = words.pop(None, 0)
-    return LabelSummary(words, num_labelled, len(labels) - num_labelled, num_missing)  # type: ignore[arg-type]
-
-
-def first_with(column: LabelColumn, labels: Sequence[Label], words: Collection[str]) -> int:
-    """Place of the first label that has one of these words."""
-    return next(row for row, label in enumerate(labels) if not set(words).isdisjoint(column.entries(label, str)))

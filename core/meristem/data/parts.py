@@ -1,14 +1,16 @@
 """The records of a run, in the parts of its split, as an objective sees them before training."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from meristem.data.records import Refusal
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import Tokenizer
+from meristem.errors import DataError
 from meristem.types import Payload, Record, Tokens
 
 BLOCK_ROWS = 1 << 14
@@ -76,16 +78,47 @@ class RunData:
         parts: the records by the name of their part: `train`, and `validation` and `test` where the split has them.
         missing_labels: words that mean "no label", as `data.missing_labels` has them.
         others: tokenizers of the inputs that another domain, or other options, read.
+        on_error: called with each record that is left out; None where a record that cannot be used is an error.
     """
 
     tokenizer: Tokenizer
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
     missing_labels: tuple[str, ...] = ()
     others: Mapping[str, Tokenizer] = field(default_factory=dict)
+    on_error: Callable[[Refusal], None] | None = None
+    _refused: dict[str, dict[int, str]] = field(default_factory=dict, init=False)
 
     def tokenizer_of(self, name: str) -> Tokenizer:
         """The tokenizer that reads an input."""
         return self.others.get(name, self.tokenizer)
+
+    def refuse(self, part: str, place: int, reason: str) -> None:
+        """Say that a record cannot be used; the next `leave_out` takes it out of its part.
+
+        Args:
+            place: of the record in its part.
+
+        Raises:
+            DataError: no record is to be left out.
+        """
+        if self.on_error is None:
+            raise DataError(f"{self.parts[part].where(place)}: {reason}")
+        self._refused.setdefault(part, {}).setdefault(place, reason)
+
+    def leave_out(self) -> bool:
+        """Take the records that were refused out of `parts` and report them; whether there were any."""
+        refused, found = dict(self._refused), bool(self._refused)
+        self._refused.clear()
+        for name, reasons in refused.items():
+            part = self.parts[name]
+            for place in sorted(reasons):
+                self.on_error(part.store.refusal(int(part.rows[place]), reasons[place]))  # type: ignore[misc]
+            if len(reasons) == len(part):
+                raise DataError(
+                    f"{part.where(0)}: no record of the {name} part is left; all were refused: {reasons[0]}"
+                )
+            self.parts[name] = Part(part.store, np.delete(part.rows, list(reasons)))
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,6 @@ from meristem.data.records import (
     batch_of,
     input_names,
     label_names,
-    place_of,
     records_of,
 )
 from meristem.data.store_cache import default_cache_dir, locked, sizes_of, store_key, writable
@@ -248,8 +247,12 @@ class RecordStore:
 
     def where(self, row: int) -> str:
         """Where a record stands, for messages: `file:line`."""
-        at = np.array([row])
-        return place_of(*(self._take(name, at)[0].as_py() for name in ("file", "line", "id")))
+        return self.refusal(row, "").where
+
+    def refusal(self, row: int, reason: str) -> Refusal:
+        """A record that cannot be used for this reason."""
+        file, line, id = (self._take(name, np.array([row]))[0].as_py() for name in ("file", "line", "id"))
+        return Refusal(file, line, id, reason)
 
     def token_lengths(
         self,
@@ -272,14 +275,12 @@ class RecordStore:
         lengths = lengths if rows is None else lengths[rows]
         for place in np.flatnonzero(lengths < 0).tolist():
             row = place if rows is None else int(rows[place])
-            record = self[row]
             try:
                 tokenizer.lengths(self.payloads(np.array([row]), name))
             except RefusedSymbol as error:
                 if on_error is None:
-                    raise DataError(f"{record.source}: {error}") from error
-                file, line = (self._take(name, np.array([row]))[0].as_py() for name in ("file", "line"))
-                on_error(Refusal(file, line, record.id, str(error)))
+                    raise DataError(f"{self.where(row)}: {error}") from error
+                on_error(self.refusal(row, str(error)))
         return lengths
 
     def _lengths_of_all(self, tokenizer: Tokenizer, name: str) -> np.ndarray:

@@ -7,7 +7,7 @@ family a model is of.
 
 * `weights.py`: tensors of a directory, in safetensors or `.bin`, whole or in shards, each read when it is asked for.
 * `table.py`, `rows.py`: rows of a key table, read and written by one engine, strictly both ways.
-* `settings.py`: settings of a foreign config, read or refused.
+* `settings.py`: settings of a foreign config: fields of ours, said once for reading and writing; or refused.
 * `family.py`: what a family is, and how the family of a foreign config is found.
 * `library.py`: libraries that directories are of, and the models that one builds by name.
 * `families/`: families that several domains share; those of one domain lie in its package.
@@ -22,7 +22,15 @@ A family can lie in any installed package, and no file of Meristem changes for i
 1. `read_config(config, tensors) -> TransformerConfig` and `write_config(architecture, tokenizer) -> dict`. `tensors`
    maps foreign names (as the table has them) to tensors, read when asked for; `name in tensors` costs nothing. At
    export `read_config` gets what was just written, once without the tensors (only `derived` ones) and once with
-   them: everything but the pool must be the same both times.
+   them: everything but the pool must be the same both times. Settings that are fields of ours need one line for both:
+
+       FIELDS = (
+           *SHAPE,                                                     hidden_size and its like
+           Field("dropout", ("residual.dropout", "embedding.dropout"), 0.1),
+           activation("hidden_act", "gelu"),
+       )
+       Settings("a LabBERT", config, FIELDS).build(position=Rotary(), norm=RMSNorm)
+       {"model_type": "lab-bert", **write_fields(architecture, FIELDS)}
 2. A `KeyTable` (or a function of our config that gives one). A row says one tensor or module of ours:
 
        *block_rows("h.{}", attention_norm="ln_1", qkv=(q, k, v), up="mlp.c_fc")  parts of a block; `{}`: the layer
@@ -37,8 +45,7 @@ A family can lie in any installed package, and no file of Meristem changes for i
    read), so it must not look at values; `write(tensor, config)` gives one tensor a foreign name, or None for a name
    that another row writes (a class token with its position folded in reads `pos_embed` and leaves its writing to the
    row of positions). A parameter without module has its full name on both sides
-   (`trunk.blocks.{}.attention_scale` and `blocks.{}.ls1.gamma`). `Tied`, `Ignored` and `Constant` say what needs no
-   row.
+   (`trunk.blocks.{}.attention_scale` and `blocks.{}.ls1.gamma`). `Tied` and `Ignored` say what needs no row.
 3. A `Family` value, by `sequence_family` where it is like most in `transformers`: `read_heads`
    (`heads_by_prefix(tokens="lm_head.")`, or `symbols_by_class("GPT2LMHeadModel")` where a tied head has no tensor),
    `read_readouts` / `write_readouts` for label heads (rows `heads.<label>.out`), `spellings` for other names of the

@@ -1,5 +1,6 @@
-"""Rotary positions of foreign configs, in the words of `transformers` 5 and in those of before."""
+"""Rotary positions in configs of `transformers`, with the settings of version 5 and of earlier ones."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from meristem.errors import ConfigError
@@ -9,18 +10,28 @@ from meristem.model.config import BandScaling, LinearScaling, NoScaling, Positio
 DEFAULT_BASE = 10000.0
 
 MAX_POSITIONS = 4096
-"""Written where a foreign config wants a longest sequence: rotary positions of ours have no limit."""
+"""The longest sequence that a foreign config is told, in tokens: our rotary positions have no limit."""
 
-WORDS = {
-    "default": set[str](),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+SCALINGS: Mapping[str, tuple[type[Scaling], Mapping[str, str]]] = {
+    "default": (NoScaling, {}),
+    "linear": (LinearScaling, {"factor": "factor"}),
+    "llama3": (
+        BandScaling,
+        {
+            "factor": "factor",
+            "low_freq_factor": "low",
+            "high_freq_factor": "high",
+            "original_max_position_embeddings": "original_tokens",
+        },
+    ),
 }
-"""Kinds of scaling, and the settings that each has beside its name and base."""
+"""Kinds of scaling, and our fields by the settings that each has beside its name and base."""
 
 
 def read_rotary(found: Settings) -> Rotary:
-    """Rotary positions, in halves, of `rope_parameters` (since 5) or `rope_theta` and `rope_scaling` (before).
+    """Read rotary positions from `rope_parameters` (since 5) or from `rope_theta` and `rope_scaling` (before).
+
+    Feature i is paired with feature i + E/2.
 
     Raises:
         ConfigError: a kind of scaling that no part of ours can say, or a setting that it lacks or does not know.
@@ -33,8 +44,8 @@ def read_rotary(found: Settings) -> Rotary:
     base = values.pop("rope_theta", None)
     if base is None:
         base = found.get("rope_theta") or DEFAULT_BASE
-    if kind not in WORDS:
-        raise ConfigError(f"rope_type must be one of {', '.join(WORDS)}; got {kind!r}")
+    if kind not in SCALINGS:
+        raise ConfigError(f"rope_type must be one of {', '.join(SCALINGS)}; got {kind!r}")
     if values.pop("partial_rotary_factor", None) not in (None, 1.0):
         raise ConfigError("rope_parameters must turn whole heads; got a partial_rotary_factor other than 1")
     if kind == "llama3":
@@ -43,41 +54,22 @@ def read_rotary(found: Settings) -> Rotary:
         if length is None:
             length = values.get("original_max_position_embeddings") or found["max_position_embeddings"]
         values["original_max_position_embeddings"] = length
-    if set(values) != WORDS[kind]:
-        wanted = ", ".join(sorted(WORDS[kind])) or "nothing more"
+    scaling, names = SCALINGS[kind]
+    if set(values) != set(names):
+        wanted = ", ".join(sorted(names)) or "nothing more"
         raise ConfigError(f"rope_type {kind} takes {wanted}; got {', '.join(sorted(values)) or 'nothing'}")
-    return Rotary(base=float(base), scaling=_read_scaling(kind, values))
-
-
-def _read_scaling(kind: str, values: dict[str, Any]) -> Scaling:
-    if kind == "linear":
-        return LinearScaling(factor=float(values["factor"]))
-    if kind == "llama3":
-        return BandScaling(
-            factor=float(values["factor"]),
-            low=float(values["low_freq_factor"]),
-            high=float(values["high_freq_factor"]),
-            original_tokens=values["original_max_position_embeddings"],
-        )
-    return NoScaling()
+    fields = {own: values[name] if own == "original_tokens" else float(values[name]) for name, own in names.items()}
+    return Rotary(base=float(base), scaling=scaling(**fields))
 
 
 def write_rotary(position: Position) -> dict[str, Any]:
-    """The settings that say it, both new and old, as far as they can."""
+    """Settings for rotary positions, both new and old; none for other positions."""
     if not isinstance(position, Rotary):
         return {}
     scaling, length = position.scaling, MAX_POSITIONS
-    values: dict[str, Any] = {"rope_type": "default"}
-    if isinstance(scaling, LinearScaling):
-        values = {"rope_type": "linear", "factor": scaling.factor}
+    kind, (_, names) = next(item for item in SCALINGS.items() if isinstance(scaling, item[1][0]))
+    values: dict[str, Any] = {"rope_type": kind, **{name: getattr(scaling, own) for name, own in names.items()}}
     if isinstance(scaling, BandScaling):
-        values = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low,
-            "high_freq_factor": scaling.high,
-            "original_max_position_embeddings": scaling.original_tokens,
-        }
         # the reference wants a length above the one before scaling
         length = max(length, int(scaling.factor * scaling.original_tokens), scaling.original_tokens + 1)
     values["rope_theta"] = position.base

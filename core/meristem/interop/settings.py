@@ -1,10 +1,25 @@
-"""Settings of a foreign config: each is read, or refused where it changes numbers and no part of ours can say it."""
+"""Settings of a foreign config, and the fields of our architecture that say the same.
 
-from collections.abc import Mapping
+A `Field` is one rule for both directions, as a row of a key table is for tensors. What one rule cannot say is left to
+the two functions of a family; a setting that changes numbers and that no part of ours can say is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from meristem.errors import ConfigError
-from meristem.model.config import Activation
+from meristem.model.config import (
+    Activation,
+    Attention,
+    Embedding,
+    FeedForward,
+    Init,
+    LayerNorm,
+    Residual,
+    TokenHead,
+    TransformerConfig,
+)
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
@@ -19,14 +34,81 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 """Our activations by their names in `transformers`, where several are spellings of one function."""
 
+PARTS: Mapping[str, type] = {
+    "embedding": Embedding,
+    "attention": Attention,
+    "feedforward": FeedForward,
+    "norm": LayerNorm,
+    "residual": Residual,
+    "head": TokenHead,
+    "init": Init,
+}
+"""Classes of the parts of an architecture that a family does not choose otherwise."""
 
-class Settings(Mapping[str, Any]):
-    """A foreign config with the defaults of its kind, and messages that name the kind.
+REQUIRED = object()
+"""The default of a setting that must be there."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A setting of a foreign config and our fields of the same meaning, read and written by one rule.
+
+    Attributes:
+        foreign: name of the setting.
+        own: dotted name of our field within `TransformerConfig` (`attention.dropout`), or names of several fields that
+            the setting gives one value; the first of them is written.
+        default: what a setting means that is not there.
+        absent: what is written where our config has no such field or has None there.
+        names: our values by their foreign names, the preferred name first; None where both are the same.
+    """
+
+    foreign: str
+    own: str | tuple[str, ...]
+    default: Any = REQUIRED
+    absent: Any = None
+    names: Mapping[str, Any] | None = None
+
+    def write(self, architecture: TransformerConfig) -> Any:
+        """The value of the setting for an architecture."""
+        value: Any = architecture
+        for name in (self.own if isinstance(self.own, str) else self.own[0]).split("."):
+            value = getattr(value, name, None)
+        if value is None:
+            return self.absent
+        return value if self.names is None else next(name for name, own in self.names.items() if own == value)
+
+
+SHAPE = (
+    Field("vocab_size", "embedding.vocab_size"),
+    Field("hidden_size", "width"),
+    Field("num_hidden_layers", "num_layers"),
+    Field("num_attention_heads", "attention.num_heads"),
+    Field("intermediate_size", "feedforward.width"),
+)
+"""Sizes, under the names that most configs of `transformers` have for them."""
+
+INIT_STD = Field("initializer_range", "init.std", 0.02)
+IS_TIED = Field("tie_word_embeddings", "head.is_tied", True, absent=True)
+COMMON = (*SHAPE, INIT_STD, IS_TIED)
+BIASES = (
+    Field("attention_bias", ("attention.qkv_bias", "attention.out_bias"), False),
+    Field("mlp_bias", ("feedforward.in_bias", "feedforward.out_bias"), False),
+)
+
+
+def activation(foreign: str, default: Any = REQUIRED, own: str = "feedforward.activation", absent: Any = None) -> Field:
+    """A field for a setting that names an activation."""
+    return Field(foreign, own, default, absent, ACTIVATIONS)
+
+
+class Settings(dict[str, Any]):
+    """A foreign config with defaults; error messages name the kind of config, also for a setting that is missing.
 
     Args:
-        kind: as messages call it.
-        config: as it was found.
-        defaults: what a setting means that is not there.
+        kind: name of the kind of config in messages, with its article (`a BERT`).
+        config: the config as it was found.
+        fields: settings that are fields of ours.
+        defaults: what a setting means that is not there; goes before the default of a field.
         aliases: other names of settings, which count where the setting itself is not there.
     """
 
@@ -34,72 +116,72 @@ class Settings(Mapping[str, Any]):
         self,
         kind: str,
         config: Mapping[str, Any],
+        fields: Sequence[Field] = (),
         defaults: Mapping[str, Any] | None = None,
         aliases: Mapping[str, str] | None = None,
     ):
+        own = {field.foreign: field.default for field in fields if field.default is not REQUIRED}
         renamed = {name: config[alias] for alias, name in (aliases or {}).items() if alias in config}
-        self._values = {**(defaults or {}), **renamed, **config}
-        self._kind = kind
+        super().__init__({**own, **(defaults or {}), **renamed, **config})
+        self._kind, self._fields = kind, fields
 
-    def __getitem__(self, name: str) -> Any:
-        """The setting.
-
-        Raises:
-            ConfigError: it is not there and has no default.
-        """
-        if name not in self._values:
-            raise ConfigError(f"{self._kind} config must have {name}")
-        return self._values[name]
-
-    def __iter__(self) -> Any:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._values
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The setting, or `default` where it is not there and has none of its own."""
-        return self._values.get(name, default)
+    def __missing__(self, name: str) -> Any:
+        raise ConfigError(f"{self._kind} config must have {name}")
 
     def require(self, **plain: Any) -> None:
-        """Refuse settings that no part of ours can say.
+        """Refuse settings that our architecture cannot express.
 
         Args:
-            plain: the one value by name that is taken; a setting that is not there or null is taken too.
+            plain: the only accepted value, by name; a setting that is missing or null is accepted too.
 
         Raises:
             ConfigError: names the setting.
         """
         for name, value in plain.items():
-            got = self._values.get(name)
+            got = self.get(name)
             if got is not None and got != value:
                 raise ConfigError(f"{name} must be {value} in {self._kind} config; got {got!r}")
 
-    def activation(self, name: str) -> Activation:
-        """Our activation of the setting.
+    def choice(self, name: str, names: Mapping[str, Any] = ACTIVATIONS) -> Any:
+        """The value of ours that the setting names; an activation by default.
 
         Raises:
-            ConfigError: none of ours is this function.
+            ConfigError: the name is unknown.
         """
         value = self[name]
-        if value not in ACTIVATIONS:
-            raise ConfigError(f"{name} must be one of {', '.join(ACTIVATIONS)} in {self._kind} config; got {value!r}")
-        return ACTIVATIONS[value]
+        if not isinstance(value, str) or value not in names:
+            raise ConfigError(f"{name} must be one of {', '.join(names)} in {self._kind} config; got {value!r}")
+        return names[value]
+
+    def build(self, **parts: Any) -> TransformerConfig:
+        """Build the architecture that these settings describe.
+
+        Args:
+            parts: fields of `TransformerConfig` that are not those of a setting. A class of part, or a `partial` of
+                one, is called with the fields that are settings; `PARTS` has the usual classes.
+        """
+        values: dict[str, dict[str, Any]] = {"": {}}
+        for field in self._fields:
+            value = self[field.foreign] if field.names is None else self.choice(field.foreign, field.names)
+            for own in (field.own,) if isinstance(field.own, str) else field.own:
+                part, _, name = own.rpartition(".")
+                values.setdefault(part, {})[name] = value
+        given = {**{name: PARTS[name] for name in PARTS if name in values}, **parts}
+        assert set(values) <= {"", *given}, f"settings of {sorted(set(values) - set(given))} need a part"
+        made = {name: part(**values.get(name, {})) if callable(part) else part for name, part in given.items()}
+        return TransformerConfig(**values[""], **made)
 
 
-def foreign_activation(activation: Activation) -> str:
-    """The foreign name of an activation of ours: the first of its spellings."""
-    return next(name for name, ours in ACTIVATIONS.items() if ours == activation)
+def write_fields(architecture: TransformerConfig, fields: Sequence[Field]) -> dict[str, Any]:
+    """The settings that express these fields of an architecture."""
+    return {field.foreign: field.write(architecture) for field in fields}
 
 
 def special_ids(tokenizer: object, *roles: str) -> dict[str, int | None]:
-    """Settings that name special symbols: ids, by `bos_token_id` and its like; null where there is none.
+    """Ids of special symbols by name of the setting (`bos_token_id`); None where the tokenizer has none.
 
     Args:
-        roles: of the symbols; `bos`, `eos` and `pad` by default.
+        roles: roles of the symbols; `bos`, `eos` and `pad` by default.
     """
     special: Mapping[str, str] = getattr(tokenizer, "special", {})
     vocab: tuple[str, ...] = getattr(tokenizer, "vocab", ())

@@ -1,9 +1,10 @@
 """The contract of an objective: what is asked of a sequence, what it needs beside the trunk, and the loss."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 from torch import nn
@@ -46,6 +47,10 @@ class Objective(ABC):
     payload_inputs: tuple[str, ...] = ()
     """Those of `inputs` that `prepare` reads as payloads, from the record; no tokens are made of them ahead."""
 
+    joined_inputs: ClassVar[tuple[str, ...]] = ()
+    """Those of `inputs` that verbs such as predict read, of which `join` makes one sequence. Empty for the first input
+    as it is."""
+
     label_columns: tuple[str, ...] = ()
     """Label columns of the records that this objective reads."""
 
@@ -60,6 +65,27 @@ class Objective(ABC):
 
     config: TransformerConfig | None = None
     """The architecture, known after `bind_model`."""
+
+    _given: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        objective = super().__new__(cls)
+        objective._given = args, kwargs
+        return objective
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the objective was made with, by name, defaults included."""
+        args, kwargs = self._given
+        bound = inspect.signature(type(self).__init__).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        found: dict[str, Any] = {}
+        for name, parameter in [*bound.signature.parameters.items()][1:]:
+            if parameter.kind is parameter.VAR_KEYWORD:
+                found |= bound.arguments[name]
+            elif parameter.kind is not parameter.VAR_POSITIONAL:
+                found[name] = bound.arguments[name]
+        return found
 
     def bind(self, data: RunData) -> None:
         """Learn from the training records what the objective must know, and check what it reads of every part.
@@ -100,6 +126,18 @@ class Objective(ABC):
             encode: gives the tokens of an input by its name, and those of other payloads.
             rng: keyed by (seed, epoch, record); nothing else may be drawn from.
         """
+
+    @classmethod
+    def join(cls, inputs: Mapping[str, Tokens], config: TransformerConfig) -> Tokens:
+        """The one sequence that a trained model reads of the inputs of a record, nothing of it hidden.
+
+        Called where `joined_inputs` names inputs; then it must agree with what `prepare` makes of them.
+
+        Args:
+            inputs: tokens of the inputs by name, each as its tokenizer gives it.
+            config: of the model, which may bound the length.
+        """
+        raise NotImplementedError
 
     def counts(self, batch: PackedBatch) -> Mapping[str, float]:
         """How much each term of `loss` counts in this pack, known before the trunk runs.

@@ -69,7 +69,10 @@ class Supervised(Objective):
                 "objective.mixing needs records that are patches on one grid, as data.tokenizer makes them; "
                 "otherwise set mixing.rate: 0"
             )
-        self._bound = {target.name: learn(target, data) for target in self.targets}
+        is_bound = False
+        while not is_bound:  # once more where records were left out: classes and scales are those of the others
+            self._bound = {target.name: learn(target, data) for target in self.targets}
+            is_bound = not data.leave_out()
         self.remarks = tuple(bound.remark for bound in self._bound.values())
 
     @property

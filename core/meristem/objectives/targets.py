@@ -1,15 +1,15 @@
 """Targets of a supervised objective: which labels are predicted, and what is learned of them before training."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from meristem.data.labels import MAX_NAMED, Label, LabelColumn, first_with, named, sort_classes, summarize
-from meristem.data.parts import RunData
+from meristem.data.labels import MAX_NAMED, Label, LabelColumn, named, placed, sort_classes
+from meristem.data.parts import Part, RunData
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Max, Mean, Pool, Prefix
 from meristem.model.heads import Readout
@@ -93,37 +93,69 @@ class BoundTarget:
 def learn(target: Target, data: RunData) -> BoundTarget:
     """Learn a target from the training records, and check the labels of every part.
 
+    A record whose label cannot be what the target says is refused (`RunData.refuse`) and not learned from.
+
     Raises:
         ConfigError: class weights that do not fit the classes.
-        DataError: labels that cannot be what the target says, by file and line.
+        DataError: labels that cannot be what the target says, by file and line; a part without any.
     """
     column = LabelColumn(target.name, target.level == "token", data.missing_labels)
     bound: BoundTarget | None = None
-    counts = []
+    remarks = []
     for name in sorted(data.parts, key=lambda name: name != "train"):  # training first
         part = data.parts[name]
-        labels = part.labels(target.name)
-        found = summarize(column, labels, part.where, part.payload_lengths() if column.is_per_token else None)
+        labels = _Labels(part, column, partial(data.refuse, name))
+        counts: Counter[str | None] = Counter()
+        num_labelled = 0
+        for _, words in labels:
+            counts.update(words)
+            num_labelled += any(words)
+        num_missing = counts.pop(None, 0)
         if target.task == "classification":
-            bound = bound or _learn_classes(target, column, found.words, part.where)
-            _require_known(bound, name, found.words, labels, part.where)
-            shown = named(found.words)
+            bound = bound or _learn_classes(target, column, counts, part)  # type: ignore[arg-type]
+            _refuse_unknown(bound, name, counts, labels)  # type: ignore[arg-type]
+            shown = named(counts)  # type: ignore[arg-type]
         else:
-            numbers = _numbers(column, labels, part.where)
-            bound = bound or _learn_scale(target, column, numbers, part.where)
+            numbers = _numbers(column, labels)
+            bound = bound or _learn_scale(target, column, numbers, part)
             shown = f"{numbers.min():g} to {numbers.max():g}" if len(numbers) else ""
-        counts.append(f"{name} {found.says(shown)}")
+        if not num_labelled:  # the mean of a loss over nothing is no number
+            raise DataError(
+                f"{part.where(0)}: the {name} part must have a record with a label {target.name!r}; "
+                f"none of its {len(part):,} records has one (see data.split and data.missing_labels)"
+            )
+        tokens = f", {num_missing:,} tokens of them without" if num_missing else ""
+        without = f"{len(part) - num_labelled:,} without ({shown or 'none'})"
+        remarks.append(f"{name} {num_labelled:,} with a label{tokens}, {without}")
     assert bound is not None, "a run has a part for training"
-    return replace(bound, remark=f"label {target.name}: {'; '.join(counts)}")
+    return replace(bound, remark=f"label {target.name}: {'; '.join(remarks)}")
 
 
-def _learn_classes(
-    target: Target, column: LabelColumn, counts: Counter[str], where: Callable[[int], str]
-) -> BoundTarget:
+class _Labels:
+    """The labels of a part, read again each time: the place and the words of each record that is not refused.
+
+    Args:
+        refuse: called with the place of a record in the part, and what is wrong with its label.
+    """
+
+    def __init__(self, part: Part, column: LabelColumn, refuse: Callable[[int, str], None]):
+        self.column, self.refuse = column, refuse
+        self._labels = part.labels(column.name)
+        self._lengths = part.payload_lengths().tolist() if column.is_per_token else [None] * len(part)
+
+    def __iter__(self) -> Iterator[tuple[int, list[str | None]]]:
+        for row, (label, length) in enumerate(zip(self._labels, self._lengths)):
+            try:
+                yield row, self.column.entries(label, length)
+            except DataError as error:
+                self.refuse(row, str(error))
+
+
+def _learn_classes(target: Target, column: LabelColumn, counts: Counter[str], part: Part) -> BoundTarget:
     classes = sort_classes(counts)
     if len(classes) < 2:
         raise DataError(
-            f"{where(0)}: label column {target.name!r} must have two classes or more among the training records; "
+            f"{part.where(0)}: label column {target.name!r} must have two classes or more among the training records; "
             f"got {named(counts) or 'no label'}"
         )
     weights: tuple[float, ...] = ()
@@ -141,19 +173,17 @@ def _learn_classes(
     return BoundTarget(target, _readout(target, classes=classes), column, codes, weights)
 
 
-def _require_known(
-    bound: BoundTarget, part: str, counts: Counter[str], labels: Sequence[Label], where: Callable[[int], str]
-) -> None:
-    """Refuse classes that no training record has."""
+def _refuse_unknown(bound: BoundTarget, part: str, counts: Counter[str], labels: _Labels) -> None:
+    """Refuse records of classes that no training record has."""
     unknown = Counter({word: count for word, count in counts.items() if word not in bound.codes})
-    if unknown:
-        column = bound.column
-        first = where(first_with(column, labels, unknown))
-        declared = column.option.format(sort_classes(unknown)[0])
-        raise DataError(
-            f"{first}: label {column.name!r} must be a class of the training records ({_listed(bound)}); the {part} "
-            f"part has others: {named(unknown)} (if a word stands for a missing label: {declared})"
-        )
+    for row, words in labels if unknown else ():
+        if not unknown.keys().isdisjoint(words):
+            declared = bound.column.option.format(sort_classes(unknown)[0])
+            labels.refuse(
+                row,
+                f"label {bound.column.name!r} must be a class of the training records ({_listed(bound)}); the {part} "
+                f"part has others: {named(unknown)} (if a word stands for a missing label: {declared})",
+            )
 
 
 def _listed(bound: BoundTarget) -> str:
@@ -161,21 +191,21 @@ def _listed(bound: BoundTarget) -> str:
     return ", ".join(classes[:MAX_NAMED]) + (f", and {len(classes) - MAX_NAMED} more" * (len(classes) > MAX_NAMED))
 
 
-def _numbers(column: LabelColumn, labels: Sequence[Label], where: Callable[[int], str]) -> np.ndarray:
+def _numbers(column: LabelColumn, labels: _Labels) -> np.ndarray:
     """The numbers of all labels that are not missing."""
-    numbers = [
-        column.number(word, partial(where, row))
-        for row, label in enumerate(labels)
-        for word in column.entries(label, partial(where, row))
-        if word is not None
-    ]
-    return np.array(numbers, np.float64)
+    found: list[float] = []
+    for row, words in labels:
+        try:
+            found += [column.number(word) for word in words if word is not None]
+        except DataError as error:
+            labels.refuse(row, str(error))
+    return np.array(found, np.float64)
 
 
-def _learn_scale(target: Target, column: LabelColumn, numbers: np.ndarray, where: Callable[[int], str]) -> BoundTarget:
+def _learn_scale(target: Target, column: LabelColumn, numbers: np.ndarray, part: Part) -> BoundTarget:
     if len(numbers) < 2 or numbers.std() == 0:
         raise DataError(
-            f"{where(0)}: label column {target.name!r} must have two different finite values or more among the "
+            f"{part.where(0)}: label column {target.name!r} must have two different finite values or more among the "
             f"training records; got {len(numbers)} value(s), {len(np.unique(numbers))} different"
         )
     readout = _readout(target, mean=(float(numbers.mean()),), std=(float(numbers.std()),))
@@ -200,22 +230,24 @@ def encode_labels(value: Label, bound: BoundTarget, record: Record) -> np.ndarra
     """The labels of a record as the loss takes them: codes of classes (`IGNORE` where missing), or scaled values (nan).
 
     A number where the record has one label, or none; `[n]` where its tokens have labels.
+
+    Raises:
+        DataError: a label that cannot be what the target says, by file and line.
     """
     column = bound.column
-    where = lambda: record.source  # noqa: E731
-    words = column.entries(value, where, len(record.payload) if column.is_per_token else 0)
-    if not words:
-        return np.array(IGNORE) if bound.is_classes else np.array(np.nan, np.float32)
-    encoded: np.ndarray
-    if bound.is_classes:
-        unknown = next((word for word in words if word is not None and word not in bound.codes), None)
-        if unknown is not None:
-            raise DataError(
-                f"{record.source}: label {column.name!r} must be a class of the training records ({_listed(bound)}); "
-                f"got {unknown!r}"
-            )
-        encoded = np.array([IGNORE if word is None else bound.codes[word] for word in words], np.int64)
-    else:
-        numbers = np.array([np.nan if word is None else column.number(word, where) for word in words])
-        encoded = ((numbers - bound.readout.mean[0]) / bound.readout.std[0]).astype(np.float32)
+    with placed(lambda: record.source):
+        words = column.entries(value, len(record.payload) if column.is_per_token else 0)
+        if not words:
+            return np.array(IGNORE) if bound.is_classes else np.array(np.nan, np.float32)
+        encoded: np.ndarray
+        if bound.is_classes:
+            unknown = next((word for word in words if word is not None and word not in bound.codes), None)
+            if unknown is not None:
+                raise DataError(
+                    f"label {column.name!r} must be a class of the training records ({_listed(bound)}); got {unknown!r}"
+                )
+            encoded = np.array([IGNORE if word is None else bound.codes[word] for word in words], np.int64)
+        else:
+            numbers = np.array([np.nan if word is None else column.number(word) for word in words])
+            encoded = ((numbers - bound.readout.mean[0]) / bound.readout.std[0]).astype(np.float32)
     return encoded if column.is_per_token else encoded[0]

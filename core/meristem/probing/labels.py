@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from meristem.data.labels import Label, LabelColumn, named, number_of, sort_classes
+from meristem.data.labels import Label, LabelColumn, named, number_of, placed, sort_classes
 from meristem.data.store import RecordStore
 from meristem.errors import ConfigError, DataError
 
@@ -49,8 +49,12 @@ def read_labels(store: RecordStore, name: str, missing: Sequence[str]) -> list[s
     """
     column = LabelColumn(name, missing=tuple(missing), option=MISSING_OPTION)
     labels: list[Label] = store.column(name).to_pylist()
-    entries = (column.entries(label, partial(store.where, row)) for row, label in enumerate(labels))
-    return [words[0] if words else None for words in entries]
+    found = []
+    for row, label in enumerate(labels):
+        with placed(partial(store.where, row)):
+            words = column.entries(label)
+        found.append(words[0] if words else None)
+    return found
 
 
 def task_of(labels: Sequence[str], asked: str, name: str) -> str:
@@ -88,7 +92,11 @@ def find_numbers(labels: Sequence[str], name: str, where: Callable[[int], str]) 
         DataError: a label is not a number.
     """
     column = LabelColumn(name, option=MISSING_OPTION)
-    return np.array([column.number(label, partial(where, row)) for row, label in enumerate(labels)])
+    found = []
+    for row, label in enumerate(labels):
+        with placed(partial(where, row)):
+            found.append(column.number(label))
+    return np.array(found)
 
 
 def find_classes(train: Sequence[str], test: Sequence[str], name: str) -> Classes:

@@ -1,7 +1,6 @@
 """The data of a run: from the user's files to the packs of each step."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -21,156 +20,54 @@ from meristem.model.grid import with_grid
 from meristem.model_directory import InputCard
 from meristem.objectives.objective import Objective
 from meristem.train.ranks import Ranks
+from meristem.train.spec import DataSpec
 from meristem.train.task import Task
 
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """How records are dealt to the parts.
-
-    Attributes:
-        method: `hash` of the payload, so that equal payloads never straddle; a `column` that says `train`,
-            `validation` or `test`; or `similarity`, so that similar payloads never straddle.
-        column: its name, with method `column`.
-        validation_frac: of the records, for validation.
-        test_frac: of the records, for the test.
-        seed: another one deals anew.
-        k: length of the k-mers that similarity is measured by; null for the domain's.
-        threshold: share of the k-mers of the shorter of two payloads that makes them similar; null for the domain's.
-    """
-
-    method: Literal["hash", "column", "similarity"] = "hash"
-    column: str = ""
-    validation_frac: float = 0.05
-    test_frac: float = 0.0
-    seed: int = 0
-    k: int | None = None
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.method == "column") != bool(self.column):
-            raise ConfigError(
-                f"data.split.column must be set with method column, and only then; "
-                f"got method {self.method}, column {self.column!r}"
-            )
-        fracs = (self.validation_frac, self.test_frac)
-        if min(fracs) < 0 or sum(fracs) >= 1:
-            raise ConfigError(f"data.split: fractions must be 0 or more and leave some for training; got {fracs}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Input:
-    """Who reads an input.
-
-    Attributes:
-        domain: whose tokenizer does; empty for the domain of the run.
-        tokenizer: options of that tokenizer.
-    """
-
-    domain: str = ""
-    tokenizer: dict[str, Any] | None = None
-
-    def owner(self, domain: Domain) -> Domain:
-        """The domain that reads the input.
-
-        Args:
-            domain: of the run.
-
-        Raises:
-            ConfigError: no such domain.
-        """
-        return load_domain(self.domain) if self.domain else domain
-
-
 SAMPLE = "@sample"
-
-DEFAULT_SPLIT = Split()
 
 
 class DataModule(L.LightningDataModule):
     """Reads the records, deals them to parts, and makes packs.
 
     Args:
-        domain: name of an installed domain, or a dotted path to one.
-        sources: file or files to train on; `@sample` is the sample that ships with the domain.
-        weights: share of the training tokens of each of `sources`, one number above 0 for each; they need not add up
-            to 1. A small source with a large share comes again sooner. Null: each record once an epoch.
-        validation_sources: file or files to validate on; then nothing of `sources` is kept for that.
-        column: column of a table that holds the payload, or a mapping of the objective's inputs to columns; empty for a
-            column of the input's name, or for the first input the domain's usual name.
-        id_column: column of a table that holds the ids; empty for `id` where there is one.
-        group_column: column of a table that names what must stay in one part of the split, such as a patient.
-        tokenizer: options of the domain's tokenizer.
-        inputs: domain and tokenizer of inputs that the domain's own tokenizer does not read, by name of the input.
-        views: options of the domain's views of a record; null for the records as they are.
-        split: how records are dealt to training, validation and test.
-        tokens_per_batch: tokens that a device computes at once: the memory it takes goes with it.
-        max_tokens_per_record: a longer record is cropped to another random window each time it is trained on;
-            null for none. Evaluation takes whole records, but for what learned positions do not reach.
-        on_error: `refuse` stops at a record that cannot be used; `skip` leaves it out, and lists it in `refused.csv`.
-        workers: processes that prepare packs; without effect on what comes.
-        cache_dir: where record stores are kept; null for `$MERISTEM_CACHE`, else `~/.cache/meristem`.
-        missing_labels: words of label columns that mean "no label", such as `[NA, unknown]`; an empty cell always does.
-        seed: of order and corruption.
+        spec: what is read, and how.
+        seed: random seed of order and corruption.
     """
 
-    def __init__(
-        self,
-        domain: str,
-        sources: list[str] | str,
-        weights: list[float] | None = None,
-        validation_sources: list[str] | str | None = None,
-        column: str | dict[str, str] = "",
-        id_column: str = "",
-        group_column: str = "",
-        tokenizer: dict[str, Any] | None = None,
-        inputs: dict[str, Input] | None = None,
-        views: dict[str, Any] | None = None,
-        split: Split = DEFAULT_SPLIT,
-        tokens_per_batch: int = 8192,
-        max_tokens_per_record: int | None = 1024,
-        on_error: Literal["refuse", "skip"] = "refuse",
-        workers: int = 0,
-        cache_dir: str | None = None,
-        missing_labels: list[str] | None = None,
-        seed: int = 0,
-    ):
+    def __init__(self, spec: DataSpec, seed: int = 0):
         super().__init__()
-        self.domain: Domain = load_domain(domain)
-        self.sources = [sources] if isinstance(sources, str) else list(sources)
-        self.sources = [str(self.domain.sample) if path == SAMPLE else path for path in self.sources]
-        more = validation_sources or []
-        self.validation_sources = [more] if isinstance(more, str) else list(more)
-        self.column, self.id_column, self.group_column = column, id_column, group_column
-        self._tokenizer_options = dict(tokenizer or {})
-        self.tokenizer: Tokenizer = self.domain.build_tokenizer(**self._tokenizer_options)
-        self.inputs = inputs or {}
+        self.spec, self.seed = spec, seed
+        self.domain: Domain = load_domain(spec.domain)
+        self.sources = [str(self.domain.sample) if path == SAMPLE else path for path in _listed(spec.sources)]
+        self.tokenizer: Tokenizer = self.domain.build_tokenizer(**(spec.tokenizer or {}))
+        self.inputs = spec.inputs or {}
         self.owners = {name: one.owner(self.domain) for name, one in self.inputs.items()}
         self.input_cards = {
             name: InputCard(owner.name, owner.build_tokenizer(**(self.inputs[name].tokenizer or {})))
             for name, owner in self.owners.items()
         }
-        self.view_options = views
-        self.views: Views | None = None if views is None else self.domain.build_views(self.tokenizer, **views)
-        self.split = split
+        self.views: Views | None = self._build_views()
+        split = spec.split
         is_compared = split.method == "similarity"
         self.similarity = self.domain.similarity_with(split.k, split.threshold) if is_compared else None
-        self.tokens_per_batch, self.max_tokens_per_record = tokens_per_batch, max_tokens_per_record
-        self.on_error, self.workers, self.cache_dir, self.seed = on_error, workers, cache_dir, seed
-        self.missing_labels = tuple(missing_labels or ())
+        self.max_tokens_per_record = spec.max_tokens_per_record
         self.remarks: list[str] = []
         self.refused: list[Refusal] = []
         self.parts: dict[str, Part] = {}
         self.limits: dict[str, int | float] = {}
         self.build_progress: Callable[[int, int], None] | None = None
         if not self.sources:
-            raise ConfigError("data.sources must name one file or more; got none (--data.sources FILE)")
+            raise ConfigError("data.sources must be set: one file or more (--data.sources FILE, or in the config)")
+        weights = spec.weights
         if weights is not None and (len(weights) != len(self.sources) or not all(0 < one < np.inf for one in weights)):
             raise ConfigError(
                 f"data.weights must be one finite number above 0 for each of data.sources ({len(self.sources)}); "
                 f"got {weights}"
             )
-        self.weights = weights
+
+    def _build_views(self) -> Views | None:
+        options = self.spec.views
+        return None if options is None else self.domain.build_views(self.tokenizer, **options)
 
     @property
     def objective(self) -> Objective:
@@ -195,7 +92,7 @@ class DataModule(L.LightningDataModule):
         for name, tokenizer in self.others.items():
             self._require_fit(name, tokenizer, task.architecture)
         if given is not None:
-            self.tokenizer = given.tokenizer.adapted(self.domain.build_tokenizer, self._tokenizer_options)
+            self.tokenizer = given.tokenizer.adapted(self.domain.build_tokenizer, self.spec.tokenizer or {})
             task.architecture = with_grid(task.architecture, self.tokenizer.grid)
             for name, one in given.inputs.items():
                 if name in self.inputs:
@@ -204,24 +101,24 @@ class DataModule(L.LightningDataModule):
                     self.input_cards[name] = InputCard(self.owners[name].name, own)
                 elif one.tokenizer is not None and name in objective.inputs[1:]:
                     self.input_cards[name] = one
-            if self.view_options is not None:
-                self.views = self.domain.build_views(self.tokenizer, **self.view_options)
-        store = self._store(self.sources, self.read_options(objective, self.split.column))
+            self.views = self._build_views()
+        store = self._store(self.sources, self.read_options(objective, self.spec.split.column))
         parts = {name: Part(store, rows) for name, rows in self._deal(store).items()}
-        if self.validation_sources:
-            other = self._store(self.validation_sources, self.read_options(objective))
+        if more := _listed(self.spec.validation_sources):
+            other = self._store(more, self.read_options(objective))
             parts["validation"] = Part(other, np.arange(len(other)))
             require_whole_groups([(name, part.store, part.rows) for name, part in parts.items()])
         parts = {name: Part(part.store, self._usable(part.store, part.rows)) for name, part in parts.items()}
         self.parts = {name: part for name, part in parts.items() if len(part)}
+        if "train" not in self.parts:
+            raise DataError(f"{', '.join(self.sources)}: no record is left for training; see data.split")
+        objective.bind_model(task.architecture)
+        missing = tuple(self.spec.missing_labels or ())
+        objective.bind(RunData(self.tokenizer, self.parts, missing, self.others, self._skip))
+        self._require_sources(store)
         if self.refused:
             listed = f"{len(self.refused):,} record(s) refused and left out, listed in refused.csv"
             self.remarks.append(f"{listed}, the first: {self.refused[0]}")
-        if "train" not in self.parts:
-            raise DataError(f"{', '.join(self.sources)}: no record is left for training; see data.split")
-        self._require_sources(store)
-        objective.bind_model(task.architecture)
-        objective.bind(RunData(self.tokenizer, self.parts, self.missing_labels, self.others))
         self.remarks += objective.remarks
         self._position_limit = task.architecture.max_length
         # a window of the rows of patches would not be a grid
@@ -240,6 +137,11 @@ class DataModule(L.LightningDataModule):
             )
 
     @property
+    def _skip(self) -> Callable[[Refusal], None] | None:
+        """Takes the records that cannot be used; None where one is an error."""
+        return self.refused.append if self.spec.on_error == "skip" else None
+
+    @property
     def others(self) -> dict[str, Tokenizer]:
         """Tokenizers of the inputs that have one of their own."""
         return {name: one.tokenizer for name, one in self.input_cards.items() if one.tokenizer is not None}
@@ -251,13 +153,13 @@ class DataModule(L.LightningDataModule):
             split_column: column that names the part of each record; empty for none.
         """
         return ReadOptions(
-            columns=columns_of(self.column, objective.inputs),
+            columns=columns_of(self.spec.column, objective.inputs),
             foreign=tuple(name for name, one in self.input_cards.items() if one.domain != self.domain.name),
-            id_column=self.id_column,
+            id_column=self.spec.id_column,
             label_columns=objective.label_columns,
             split_column=split_column,
-            group_column=self.group_column,
-            on_error=self.refused.append if self.on_error == "skip" else None,
+            group_column=self.spec.group_column,
+            on_error=self._skip,
         )
 
     def _store(self, sources: list[str], options: ReadOptions) -> RecordStore:
@@ -266,7 +168,7 @@ class DataModule(L.LightningDataModule):
             [Source(path) for path in sources],
             options,
             name=self.domain.name,
-            cache_dir=self.cache_dir,
+            cache_dir=self.spec.cache_dir,
             progress=self.build_progress,
         )
 
@@ -276,19 +178,18 @@ class DataModule(L.LightningDataModule):
         Raises:
             DataError: one that is not taken, where none is to be skipped.
         """
-        skip = self.refused.append if self.on_error == "skip" else None
         for name in store.inputs:
-            lengths = store.token_lengths(self.others.get(name, self.tokenizer), rows, skip, name)
+            lengths = store.token_lengths(self.others.get(name, self.tokenizer), rows, self._skip, name)
             rows = rows[np.asarray(lengths) >= 0]
         return rows
 
     def _deal(self, store: RecordStore) -> dict[str, np.ndarray]:
         """Rows of each part."""
-        split = self.split
+        split = self.spec.split
         if split.method == "column":
             parts = split_by_column(store)
         else:
-            validation = 0.0 if self.validation_sources else split.validation_frac
+            validation = 0.0 if self.spec.validation_sources else split.validation_frac
             fractions = {"validation": validation, "test": split.test_frac}
             fractions["train"] = 1 - sum(fractions.values())
             if split.method == "hash":
@@ -301,7 +202,7 @@ class DataModule(L.LightningDataModule):
     def _require_sources(self, store: RecordStore) -> None:
         """See that each source that has a weight has a record to train on."""
         counts = np.bincount(store.source_of(self.parts["train"].rows), minlength=len(self.sources))
-        if self.weights is not None and not counts.all():
+        if self.spec.weights is not None and not counts.all():
             name = self.sources[int(np.argmin(counts))]
             raise DataError(
                 f"{name}: no record of this source is left for training, and it has a weight; see data.split"
@@ -320,9 +221,9 @@ class DataModule(L.LightningDataModule):
         num_cropped = int((lengths > limit).sum()) if limit else 0
         crops = f"; {num_cropped:,} are longer than {limit} tokens and trained on in random windows"
         mixed = ""
-        if self.weights is not None:
-            shares = zip(self.sources, self.weights)
-            mixed = f"; tokens of {', '.join(f'{name} {one / sum(self.weights):.1%}' for name, one in shares)}"
+        if self.spec.weights is not None:
+            shares = zip(self.sources, self.spec.weights)
+            mixed = f"; tokens of {', '.join(f'{name} {one / sum(self.spec.weights):.1%}' for name, one in shares)}"
         return f"data: {', '.join(parts)}{crops if num_cropped else ''}{mixed}"
 
     def train_dataloader(self) -> TrainLoader:
@@ -335,15 +236,15 @@ class DataModule(L.LightningDataModule):
             self.tokenizer,
             self.objective,
             seed=self.seed,
-            tokens_per_batch=self.tokens_per_batch,
+            tokens_per_batch=self.spec.tokens_per_batch,
             packs_per_step=trainer.accumulate_grad_batches * ranks.count,
             rank=ranks.number,
             world_size=ranks.count,
-            workers=self.workers,
+            workers=self.spec.workers,
             max_tokens_per_record=self.max_tokens_per_record,
             views=self.views,
             others=self.others,
-            weights=self.weights,
+            weights=self.spec.weights,
             start_step=self.first_step,
         )
 
@@ -369,13 +270,17 @@ class DataModule(L.LightningDataModule):
             self.tokenizer,
             self.objective,
             seed=self.seed,
-            tokens_per_batch=self.tokens_per_batch,
+            tokens_per_batch=self.spec.tokens_per_batch,
             rank=ranks.number,
             world_size=ranks.count,
-            workers=self.workers,
+            workers=self.spec.workers,
             # an evaluation takes whole records wherever the model can
             max_tokens_per_record=self._position_limit,
             views=self.views,
             others=self.others,
             limit=self.limits.get(part, 1.0),
         )
+
+
+def _listed(paths: Sequence[str] | str | None) -> list[str]:
+    return [paths] * bool(paths) if isinstance(paths, str) else list(paths or ())

@@ -1,10 +1,13 @@
 """How a run is going, on stderr."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning as L
 
 from meristem.progress import Progress
+from meristem.train.datamodule import DataModule
 from meristem.train.ranks import Ranks
 from meristem.train.recorder import Recorder
 
@@ -51,3 +54,19 @@ class TrainingProgress(L.Callback):
         if self._shown is not None:
             self._shown.__exit__(None, None, None)
             self._shown = None
+
+
+@contextmanager
+def shown_reading(data: DataModule) -> Iterator[None]:
+    """Show how far a record store is, where one is built."""
+    bars: list[Progress] = []
+
+    def show(now: int, total: int) -> None:
+        if not bars:
+            bars.append(stack.enter_context(Progress(total, "bytes", title="reading")))
+        bars[0].advance(now - bars[0].done)
+
+    with ExitStack() as stack:
+        data.build_progress = show
+        stack.callback(setattr, data, "build_progress", None)
+        yield

@@ -1,61 +1,193 @@
-"""Runs a task: starts it, or goes on where it stopped, and evaluates what it left."""
+"""Runs what a spec says: trains, or goes on where the run stopped, and measures what it left."""
 
+import copy
+import importlib
 import logging
+import shutil
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import disable_possible_user_warnings
 
-from meristem.errors import CheckpointError, ConfigError, DataError
+from meristem.errors import CheckpointError, ConfigError, DataError, UserError
+from meristem.figures.predictions import draw_confusion
+from meristem.files import write_file
+from meristem.model.heads import readouts_of
 from meristem.train.datamodule import DataModule
 from meristem.train.gallery import Gallery
-from meristem.train.keeper import AtomicCheckpointIO, Keeper
-from meristem.train.progress import TrainingProgress
+from meristem.train.keeper import AtomicCheckpointIO, Keeper, Stopped
+from meristem.train.progress import TrainingProgress, shown_reading
 from meristem.train.ranks import Ranks
 from meristem.train.recorder import Recorder, evaluation_values
-from meristem.train.run_directory import RunDirectory
+from meristem.train.run_directory import RunDirectory, refusals_as_csv
+from meristem.train.spec import RunSpec, TrainerSpec, values_of
 from meristem.train.task import Task
 from meristem.train.watch import Watch
 
 Say = Callable[[str], None]
 
 
-def fit(
-    task: Task, data: DataModule, run: RunDirectory, watch: Watch, trainer_options: dict[str, Any], say: Say
-) -> None:
-    """Train to `max_steps`, from where the run stands.
+def say(line: str) -> None:
+    """Print a line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def fit(spec: RunSpec, say: Say = say) -> RunDirectory:
+    """Train to `trainer.max_steps`, from where the run in `run_dir` stands.
+
+    Args:
+        say: takes lines for the user.
+
+    Returns:
+        Where the run keeps its things, such as `best_model`.
+
+    Raises:
+        ConfigError: what is said cannot be, or the run was started otherwise.
+        DataError: a record that cannot be used, by file and line.
+        KeyboardInterrupt, SystemExit: the run was asked to stop, by SIGINT or SIGTERM; what it could is saved.
+
+    Example:
+        >>> run = meristem.fit(spec)
+        >>> meristem.load(run.path).embed(["MKTAYIAKQR"]).shape
+    """
+    run, values = RunDirectory(Path(spec.folder)), values_of(spec)
+    if run.is_started:
+        run.require_same(values, type(spec.model.objective))
+        if more := _finished(spec, run):
+            say(f"{run.path} is finished: {run.read_state()['finished']}")
+            say(f"  model: {run.best_model}")
+            say(f"  to go on: meristem fit --config {run.config} {more}")
+            return run
+    task, data = build(spec)
+    with shown_reading(data):
+        data.bind(task)
+    is_new = not run.path.exists()
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.write_config(values)
+        if data.refused:
+            write_file(run.refused, refusals_as_csv(data.refused))
+        _train(task, data, run, spec, say)
+    except UserError:
+        if is_new and not run.last_checkpoint.exists():
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"run_dir must be a folder or new; {error.filename} is a file") from error
+    except Stopped as stop:
+        say(f"stopped; the same command goes on from step {stop.step:,}")
+        if stop.number == 2:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + stop.number) from None
+    say(f"done: {run.read_state()['finished']}")
+    for name, path in {"model": run.best_model, "last": run.last_model, "curves": run.curves}.items():
+        say(f"  {name:<8}{path}")
+    return run
+
+
+def _finished(spec: RunSpec, run: RunDirectory) -> str:
+    """What would let a run that is finished go on; empty for one that is not."""
+    state, max_steps, patience = run.read_state(), spec.trainer.max_steps, spec.watch.patience
+    if not state.get("finished"):
+        return ""
+    if state["step"] >= max_steps:
+        return f"--trainer.max_steps {2 * state['step']}"
+    is_same = (state["max_steps"], state["patience"]) == (max_steps, patience)
+    return f"--watch.patience {2 * (patience or 1)}" if is_same else ""
+
+
+def build(spec: RunSpec) -> tuple[Task, DataModule]:
+    """The task and the data of a run; nothing is read yet.
+
+    The objective is copied, so that a spec can be run again.
+
+    Raises:
+        ConfigError: what is said cannot be.
+    """
+    architecture = values_of(spec)["model"]["architecture"]
+    model = replace(spec.model, architecture=architecture, objective=copy.deepcopy(spec.model.objective))
+    return Task(model, spec.seed), DataModule(spec.data, spec.seed)
+
+
+def _train(task: Task, data: DataModule, run: RunDirectory, spec: RunSpec, say: Say) -> None:
+    """Take the steps.
 
     Args:
         run: exists, with its config.
         data: bound to the task.
-        trainer_options: of Lightning's trainer.
-        say: takes lines for the user.
 
     Raises:
-        keeper.Stopped: a signal asked for it.
+        Stopped: a signal asked for it.
     """
+    watch = spec.watch
     _check_monitor(task, data, watch)
     checkpoint = run.checkpoint_to_go_on_from()
-    recorder = Recorder(run, watch, trainer_options.get("log_every_n_steps") or 1)
+    recorder = Recorder(run, watch, spec.trainer.log_every_n_steps or 1)
     keeper = Keeper(run, watch, recorder, say)
-    greeter = _Greeter(say)
-    callbacks = [greeter, recorder, Gallery(run)]
-    if trainer_options.get("enable_progress_bar") is not False:
+    callbacks = [_Greeter(say), recorder, Gallery(run)]
+    if spec.trainer.enable_progress_bar is not False:
         callbacks.append(TrainingProgress(recorder))
-    if trainer_options["max_steps"] < 1:
-        raise ConfigError(f"trainer.max_steps must be 1 or more; got {trainer_options['max_steps']}")
     try:
         with _fewer_warnings():
-            trainer = build_trainer(_limited(trainer_options, data), [*callbacks, keeper], run, watch)
+            trainer = build_trainer(_limited(spec.trainer, data), [*callbacks, keeper], run, watch)
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             keeper.finish(trainer, task)
     finally:
         keeper.restore_handlers()
+
+
+def validate(spec: RunSpec, say: Say = say) -> dict[str, float]:
+    """Measure what a run has left, on the validation part of its data.
+
+    Returns:
+        Figures by name: `loss`, and the metrics of the objective.
+
+    Raises:
+        CheckpointError: the run has left no model, or one that lacks what the objective needs.
+        DataError: there is no such part.
+
+    Example:
+        >>> meristem.validate(spec)["loss"]
+    """
+    return _measure(spec, "validation", say)
+
+
+def test(spec: RunSpec, say: Say = say) -> dict[str, float]:  # noqa: PT028 (no test of pytest)
+    """Measure what a run has left, on the test part of its data; as `validate`.
+
+    Example:
+        >>> meristem.test(spec)["loss"]
+    """
+    return _measure(spec, "test", say)
+
+
+def _measure(spec: RunSpec, part: Literal["validation", "test"], say: Say) -> dict[str, float]:
+    run = RunDirectory(Path(spec.folder))
+    if not run.best_model.exists():
+        raise CheckpointError(f"{run.path} must be a run that has left a model; {run.best_model} is not there")
+    run.require_same(values_of(spec), type(spec.model.objective))
+    model = replace(spec.model, init_from=str(run.best_model), dropout=None, drop_path=None)
+    task, data = build(replace(spec, model=model))
+    with shown_reading(data):
+        data.bind(task)
+    for line in data.remarks:
+        say(line)
+    checkpoint = run.last_checkpoint if _is_measured_by_checkpoint(task) else None
+    say(f"{part} part, {checkpoint or run.best_model}")
+    values = _evaluate(task, data, part, spec.trainer, checkpoint)
+    classes = {readout.name: readout.classes for readout in readouts_of(task.objective.heads)}
+    for name, counts in task.confusion_values().items():
+        drawn = run.figure(f"confusion_{name}_{part}")
+        draw_confusion(drawn, {f"{name}, {part}": counts.numpy()}, classes[name])
+        say(f"confusion matrix: {drawn}")
+    return values
 
 
 def _check_monitor(task: Task, data: DataModule, watch: Watch) -> None:
@@ -68,7 +200,7 @@ def _check_monitor(task: Task, data: DataModule, watch: Watch) -> None:
         raise ConfigError("watch.patience needs a validation part; see data.split")
 
 
-def is_evaluated_by_checkpoint(task: Task) -> bool:
+def _is_measured_by_checkpoint(task: Task) -> bool:
     """Whether the objective has parameters beside the model (a decoder, a teacher), which no model directory holds.
 
     Args:
@@ -79,19 +211,10 @@ def is_evaluated_by_checkpoint(task: Task) -> bool:
     return any(True for _ in beside.parameters())
 
 
-def evaluate(
-    task: Task, data: DataModule, part: str, trainer_options: dict[str, Any], checkpoint: Path | None = None
+def _evaluate(
+    task: Task, data: DataModule, part: str, trainer_spec: TrainerSpec, checkpoint: Path | None
 ) -> dict[str, float]:
-    """Figures of a model on a part of its data.
-
-    Args:
-        part: `validation` or `test`.
-        checkpoint: of the run, to be evaluated in the place of the task's model.
-
-    Raises:
-        CheckpointError: the model lacks what the objective needs, or there is no such checkpoint.
-        DataError: there is no such part.
-    """
+    """Figures of a model, or of a checkpoint in its place, on a part of its data."""
     if checkpoint is not None and not checkpoint.exists():
         raise CheckpointError(
             f"objective {type(task.objective).__name__} is evaluated with what it has beside the model, which "
@@ -99,8 +222,8 @@ def evaluate(
         )
     caught = _Caught()
     with _fewer_warnings():
-        options = {**_limited(trainer_options, data), "logger": False, "max_steps": 1}
-        trainer = build_trainer(options, [caught], None, Watch())
+        chosen = replace(_limited(trainer_spec, data), logger=False, max_steps=1)
+        trainer = build_trainer(chosen, [caught], None, Watch())
         run = trainer.test if part == "test" else trainer.validate
         run(task, datamodule=data, verbose=False, ckpt_path=checkpoint, weights_only=True)
     if task.fresh_heads:
@@ -110,49 +233,59 @@ def evaluate(
     return caught.values
 
 
-def build_trainer(
-    options: dict[str, Any], callbacks: list[L.Callback], run: RunDirectory | None, watch: Watch
-) -> L.Trainer:
+def build_trainer(spec: TrainerSpec, callbacks: list[L.Callback], run: RunDirectory | None, watch: Watch) -> L.Trainer:
     """Lightning's trainer as a run needs it: endless epochs, validation by steps, nothing saved by itself."""
-    options = dict(options)
-    loggers = options.pop("logger", None)
-    given = [] if loggers in (None, True, False) else loggers if isinstance(loggers, list) else [loggers]
-    if run is not None and loggers is not False:
-        given = [TensorBoardLogger(run.path, name="tensorboard", version=""), *given]
-    options.pop("enable_progress_bar", None)
-    more = options.pop("callbacks", None) or []
-    more = more if isinstance(more, list) else [more]
-    plugins = options.pop("plugins", None) or []
-    plugins = plugins if isinstance(plugins, list) else [plugins]
-    if options.get("precision") is None:
-        is_bf16 = options.get("accelerator") != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    options = {one.name: _made(getattr(spec, one.name)) for one in fields(spec)}
+    loggers = [] if options["logger"] is True else _as_list(options["logger"])
+    if run is not None and spec.logger is not False:
+        loggers = [TensorBoardLogger(run.path, name="tensorboard", version=""), *loggers]
+    if spec.precision is None:
+        is_bf16 = spec.accelerator != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         options["precision"] = "bf16-mixed" if is_bf16 else "32-true"
-    if options.get("devices") in (None, "auto") and not torch.cuda.is_available():
+    if spec.devices == "auto" and not torch.cuda.is_available():
         options["devices"] = 1
-    accumulate = options.get("accumulate_grad_batches") or 1
     return L.Trainer(
-        **{**options, "accumulate_grad_batches": accumulate},
-        logger=given or False,
-        callbacks=[*more, *callbacks],
-        plugins=[*plugins, AtomicCheckpointIO()],
+        **options
+        | {
+            "logger": loggers or False,
+            "callbacks": [*_as_list(options["callbacks"]), *callbacks],
+            "plugins": [*_as_list(options["plugins"]), AtomicCheckpointIO()],
+            "enable_progress_bar": False,
+        },
         max_epochs=-1,
-        val_check_interval=watch.validate_every_n_steps * accumulate,
+        val_check_interval=watch.validate_every_n_steps * spec.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         enable_model_summary=False,
     )
 
 
-def _limited(options: dict[str, Any], data: DataModule) -> dict[str, Any]:
-    """Options whose limit of validation packs is for all processes together; Lightning's is for each of them."""
-    limit = options.get("limit_val_batches")
+def _made(value: Any) -> Any:
+    """An object that a config names by `class_path` and `init_args`; other values as they are."""
+    if isinstance(value, list):
+        return [_made(one) for one in value]
+    if not isinstance(value, Mapping) or "class_path" not in value:
+        return value
+    module, _, name = str(value["class_path"]).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)(**(value.get("init_args") or {}))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"trainer: {value['class_path']} cannot be made: {error}") from error
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _limited(spec: TrainerSpec, data: DataModule) -> TrainerSpec:
+    """A spec whose limit of validation packs is for all processes together; Lightning's is for each of them."""
+    limit = spec.limit_val_batches
     if limit is None:
-        return options
+        return spec
     data.limits = {"validation": limit}
-    return {**options, "limit_val_batches": 1.0} if isinstance(limit, float) and limit else options
+    return replace(spec, limit_val_batches=1.0) if isinstance(limit, float) and limit else spec
 
 
 class _Greeter(L.Callback):

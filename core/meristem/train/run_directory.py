@@ -1,6 +1,6 @@
 """A run on disk: its paths, its configuration, and how far it came.
 
-<run>/config.yaml              resolved; the command line writes and compares it
+<run>/config.yaml              resolved
 <run>/run.json                 step, and whether and why the run is finished
 <run>/metrics.csv              a row a step
 <run>/curves.png
@@ -14,14 +14,19 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from meristem.data.records import Refusal
-from meristem.errors import CheckpointError, DataError
-from meristem.files import read_json, write_json
+from meristem.errors import CheckpointError, ConfigError, DataError
+from meristem.files import read_json, write_file, write_json
+from meristem.objectives.objective import Objective
+from meristem.train.spec import FREE_KEYS, fill_in
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,37 @@ class RunDirectory:
     def is_started(self) -> bool:
         return self.config.exists() or self.metrics.exists() or self.last_checkpoint.exists()
 
+    def write_config(self, values: Mapping[str, Any]) -> None:
+        """Keep what the run was started with."""
+        write_file(self.config, yaml.safe_dump(dict(values), sort_keys=False).encode())
+
+    def require_same(self, values: Mapping[str, Any], objective: type[Objective]) -> None:
+        """Refuse to go on with a run that was started with another config; `FREE_KEYS` may differ.
+
+        Args:
+            values: as `spec.values_of` gives them.
+            objective: class of the objective.
+
+        Raises:
+            ConfigError: names what differs, and the command that goes on.
+        """
+        if not self.config.exists():
+            return
+        old = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        with suppress(ConfigError, KeyError, TypeError):  # runs of earlier versions left more open
+            fill_in(old, objective)
+        free = tuple(f"{key}." for key in FREE_KEYS)
+        was, now = _flat(old), _flat(values)
+        differing = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+        differing = [key for key in differing if not f"{key}.".startswith(free)]
+        if differing:
+            key = differing[0]
+            more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+            raise ConfigError(
+                f"{self.path} was started otherwise: {key} was {was.get(key)!r}, is {now.get(key)!r}{more}; "
+                f"to go on with it: meristem fit --config {self.config}; to start anew: --run_dir ANOTHER"
+            )
+
     def checkpoint_to_go_on_from(self) -> Path | None:
         """The last checkpoint; None for a run that did not take a step.
 
@@ -94,6 +130,17 @@ class RunDirectory:
     def write_state(self, **state: Any) -> None:
         """Say how far the run came: `step`, and `finished` with the reason once it is."""
         write_json(self.path / "run.json", state)
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    if not isinstance(values, Mapping) or not values:
+        return {prefix: values}
+    return {
+        key: value
+        for name, inner in values.items()
+        for key, value in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 def refusals_as_csv(refused: Sequence[Refusal]) -> bytes:

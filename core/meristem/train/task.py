@@ -17,13 +17,15 @@ from meristem.model.compiled import compile_blocks
 from meristem.model.config import TransformerConfig
 from meristem.model.grid import resampled
 from meristem.model.model import Model
+from meristem.model.plain import from_json
 from meristem.model_directory import InputCard, ModelCard, load_card, load_model
-from meristem.objectives.objective import Objective
+from meristem.registry import name_of
 from meristem.shapes import Tensor
 from meristem.train.ema import MovingAverage
 from meristem.train.loops import place_loops
-from meristem.train.optim import OptimizerConfig, build_optimizer
+from meristem.train.optim import build_optimizer
 from meristem.train.ranks import Ranks
+from meristem.train.spec import ModelSpec
 from meristem.types import PackedBatch, Term
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -58,54 +60,24 @@ class Task(L.LightningModule):
     divided by the targets of the whole step and multiplied by both, so every target weighs the same.
 
     Args:
-        architecture: of a model that starts from scratch; None with `init_from`.
-        objective: what is asked of the model; bound to the data by the data module.
-        optimizer: its settings.
-        init_from: a model directory whose trunk, and the heads that fit, the model starts from.
-        freeze_trunk: only heads are trained; the trunk is as in evaluation.
-        dropout: of every residual branch; None leaves what the architecture says.
-        ema_decay: of a moving average of the weights, which is what is validated and saved; None for none.
-        seed: of initial weights and of what the model does at random.
-        drop_path: share of sequences whose branch is left out, of the last layer; None as for `dropout`.
-        is_compiled: torch compiles the blocks, where the machine has a compiler.
+        spec: what is trained; its objective is bound to the data by the data module.
+        seed: random seed of initial weights and of what the model does at random.
     """
 
-    def __init__(
-        self,
-        architecture: TransformerConfig | None,
-        objective: Objective,
-        optimizer: OptimizerConfig | None = None,
-        init_from: str | None = None,
-        freeze_trunk: bool = False,
-        dropout: float | None = None,
-        ema_decay: float | None = None,
-        seed: int = 0,
-        drop_path: float | None = None,
-        is_compiled: bool = False,
-    ):
+    def __init__(self, spec: ModelSpec, seed: int = 0):
         super().__init__()
-        self.objective = objective
-        self.optimizer_config = optimizer or OptimizerConfig()
-        self.init_from, self.freeze_trunk, self.seed = init_from, freeze_trunk, seed
-        self.init_card: ModelCard | None = load_card(init_from) if init_from else None
-        chosen = self.init_card.architecture if self.init_card else architecture
+        self.spec, self.seed, self.objective = spec, seed, spec.objective
+        self.init_card: ModelCard | None = load_card(spec.init_from) if spec.init_from else None
+        chosen = self.init_card.architecture if self.init_card else spec.architecture
         if chosen is None:
             raise ConfigError("model.architecture must be set, or model.init_from a model directory; got neither")
-        if freeze_trunk and not init_from:
-            raise ConfigError(
-                "model.freeze_trunk needs model.init_from: a frozen trunk of random weights learns little"
-            )
+        if not isinstance(chosen, TransformerConfig):
+            chosen = from_json(TransformerConfig, chosen)
         own = chosen.residual
-        for name, frac in (("dropout", dropout), ("drop_path", drop_path)):
-            if frac is not None and not 0 <= frac < 1:
-                raise ConfigError(f"model.{name} must be in [0, 1); got {frac}")
-        dropped = own.dropout if dropout is None else dropout
-        left_out = own.drop_path if drop_path is None else drop_path
+        dropped = own.dropout if spec.dropout is None else spec.dropout
+        left_out = own.drop_path if spec.drop_path is None else spec.drop_path
         chosen = replace(chosen, residual=replace(own, dropout=dropped, drop_path=left_out))
-        if ema_decay is not None and not 0 < ema_decay < 1:
-            raise ConfigError(f"model.ema_decay must be above 0 and below 1; got {ema_decay}")
-        self.ema_decay, self.is_compiled = ema_decay, is_compiled
-        self.architecture = objective.complete(chosen)
+        self.architecture = self.objective.complete(chosen)
         self.model: Model
         self.average: MovingAverage | None = None
         self.remarks: list[str] = []
@@ -136,6 +108,7 @@ class Task(L.LightningModule):
             heads=self.model.specs,
             domain=data.domain.name,
             inputs={name: data.input_cards.get(name, InputCard()) for name in self.objective.inputs},
+            joined_by=name_of("meristem.objectives", type(self.objective)) if self.objective.joined_inputs else "",
         )
 
     def configure_model(self) -> None:
@@ -146,15 +119,15 @@ class Task(L.LightningModule):
             torch.manual_seed(fold(self.seed, "init"))
             self.model = Model(self.architecture, self.objective.heads)
             self.extra = self.objective.build(self.architecture)
-        if self.init_from and not self.trainer.ckpt_path:
-            self._load_initial(self.init_from)
+        if self.spec.init_from and not self.trainer.ckpt_path:
+            self._load_initial(self.spec.init_from)
         self.objective.start(self.model, self.extra, self.trainer.max_steps)
         self._freeze_unused()
-        if self.freeze_trunk:
+        if self.spec.freeze_trunk:
             self.model.trunk.requires_grad_(False)
-        if self.ema_decay is not None:
-            self.average = MovingAverage(self.ema_decay, self.model, self.extra)
-        if self.is_compiled:
+        if self.spec.ema_decay is not None:
+            self.average = MovingAverage(self.spec.ema_decay, self.model, self.extra)
+        if self.spec.compile:
             compile_blocks(self.model.trunk, self.trainer.strategy.root_device)
         self._metrics, self._confusions = self.objective.metrics(), self.objective.confusions()
 
@@ -199,7 +172,7 @@ class Task(L.LightningModule):
                 fresh.append(name)
         self.fresh_heads = tuple(fresh)
         self.remarks.append(
-            f"{path}: trunk taken over{' and frozen' if self.freeze_trunk else ''}"
+            f"{path}: trunk taken over{' and frozen' if self.spec.freeze_trunk else ''}"
             + (f", heads taken over: {', '.join(taken)}" if taken else "")
             + (f", new heads: {', '.join(fresh)}" if fresh else "")
         )
@@ -207,14 +180,14 @@ class Task(L.LightningModule):
     def train(self, mode: bool = True) -> "Task":
         """A frozen trunk stays in evaluation mode: its dropout would be noise without a use."""
         super().train(mode)
-        if self.freeze_trunk and hasattr(self, "model"):
+        if self.spec.freeze_trunk and hasattr(self, "model"):
             self.model.trunk.eval()
         return self
 
     def configure_optimizers(self) -> Any:
         trained = nn.ModuleList([self.model, self.extra])  # a decoder or a head of the objective learns as well
         is_scaled = self.trainer.precision == "16-mixed"
-        optimizer, schedule = build_optimizer(trained, self.optimizer_config, self.trainer.max_steps, not is_scaled)
+        optimizer, schedule = build_optimizer(trained, self.spec.optimizer, self.trainer.max_steps, not is_scaled)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:

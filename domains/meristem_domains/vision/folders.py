@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from meristem.data.records import Source
@@ -21,11 +21,13 @@ class Found:
         id: path within the source.
         payload: content of the file, or the reason why it cannot be read.
         labels: labels by name; also the part of the split, by the name of the split column.
+        others: payloads of the other inputs by name: contents of picture files, or texts.
     """
 
     id: str
     payload: bytes | str
     labels: Mapping[str, Any]
+    others: Mapping[str, bytes | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

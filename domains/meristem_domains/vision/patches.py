@@ -199,17 +199,17 @@ class PatchTokenizer(Tokenizer):
         Raises:
             DataError: the payload is not an image, or has another number of channels.
         """
-        return self.tokens_at(self._column([self._grid_of(self._pixels(payload))]), 0)
+        return self.tokens_at(self._column([self._grid_of(self.pixels(payload))]), 0)
 
     def encode_column(self, payloads: pa.Array) -> TokenColumn:
-        return self._column([self._grid_of(self._pixels(one, row)) for row, one in enumerate(_encoded(payloads))])
+        return self._column([self._grid_of(self.pixels(one, row)) for row, one in enumerate(_encoded(payloads))])
 
     def encode_values(self, values: Sequence[Any]) -> TokenColumn:
         """Encode images that a program passes: paths, encoded bytes, Pillow images, or arrays."""
         images = []
         for row, value in enumerate(values):
             try:
-                images.append(self._grid_of(self._pixels(payload_of(value, row), row)))
+                images.append(self._grid_of(self.pixels(payload_of(value, row), row)))
             except RefusedImage as error:
                 if not isinstance(value, str | Path) or str(error).startswith(f"{value}: "):
                     raise
@@ -225,7 +225,7 @@ class PatchTokenizer(Tokenizer):
         found = np.empty(len(payloads), np.int64)
         for row, encoded in enumerate(_encoded(payloads)):
             if self.num_channels > 4:  # pages, which the header does not tell of
-                found[row] = math.prod(self._grid_of_size(self._pixels(encoded, row).shape))
+                found[row] = math.prod(self._grid_of_size(self.pixels(encoded, row).shape))
                 continue
             with of_row(row):
                 size = picture_px(encoded)
@@ -282,8 +282,8 @@ class PatchTokenizer(Tokenizer):
             positions[start + before : stop] = np.indices(image.shape[:2]).reshape(2, -1).T
         return TokenColumn(ids=ids, offsets=offsets, features=features, positions=positions, is_special=ids >= 0)
 
-    def _pixels(self, payload: Any, row: int = 0) -> Any:
-        """`[H, W, C]` uint8 or float32 values of a payload; a `StandardImage` stays as it is."""
+    def pixels(self, payload: Any, row: int = 0) -> Any:
+        """`[H, W, C]` uint8 or float32 values of a payload, decoded where needed; a `StandardImage` stays as it is."""
         if isinstance(payload, StandardImage):
             return payload
         if isinstance(payload, np.ndarray):

@@ -59,8 +59,6 @@ def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
     with open_source(source) as stream:
         head = stream.peek(BLOCK_BYTES)
         if is_tar(head, source):
-            bare = replace(options, label_columns=(), split_column="", group_column="")
-            bare.require_bare(source.name, "a sample of a tar file is one picture")
             yield from _gather(source, options, read_members(stream, source, options))
         elif looks_like_picture(head) or source.path.lower().endswith(SUFFIXES):
             options.require_bare(source.name, "a single picture has none")
@@ -157,13 +155,16 @@ def _gather(source: Source, options: ReadOptions, found: Iterable[Found], file: 
     def kept() -> Iterator[Found]:
         for one in found:
             id = one.id.encode("utf-8", "backslashreplace").decode()
-            fault = "the name of the file is not UTF-8" if id != one.id else _fault(one.payload, options.is_checking)
+            pictures = [one.payload, *(other for name, other in one.others.items() if name not in options.foreign)]
+            fault = next(filter(None, (_fault(picture, options.is_checking) for picture in pictures)), "")
+            fault = "the name of the file is not UTF-8" if id != one.id else fault
             if fault:
                 options.refuse(Refusal(file, 0, id, fault))
             else:
                 yield one
 
-    for held in gather(kept(), lambda one: len(one.payload), options.batch_bytes):
+    size_of = lambda one: sum(map(len, (one.payload, *one.others.values())))  # noqa: E731
+    for held in gather(kept(), size_of, options.batch_bytes):
         yield _batch(held, file, options)
 
 
@@ -178,8 +179,11 @@ def _batch(found: list[Found], file: str, options: ReadOptions) -> pa.RecordBatc
         except DataError as error:
             raise DataError(f"{file}: label {name!r}: {error}") from error
     ids = pa.array([one.id for one in found], pa.string())
-    payloads = pa.array([one.payload for one in found], pa.large_binary())
-    return batch_of(ids, {options.main: payloads}, file, np.zeros(len(found), np.int64), extra)
+    inputs = {options.main: pa.array([one.payload for one in found], pa.large_binary())}
+    for name in found[0].others:
+        kind = pa.large_string() if name in options.foreign else pa.large_binary()
+        inputs[name] = pa.array([one.others[name] for one in found], kind)
+    return batch_of(ids, inputs, file, np.zeros(len(found), np.int64), extra)
 
 
 def _read_table(

@@ -7,6 +7,7 @@ pooler is the first row, a linear map and tanh, and BERT's label `next_sentence`
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
@@ -21,21 +22,9 @@ from meristem.interop.family import (
 )
 from meristem.interop.rows import block_rows, head_rows, lm_head_rows
 from meristem.interop.runners import SEQUENCES, run_sequences
-from meristem.interop.settings import Settings, foreign_activation, special_ids
+from meristem.interop.settings import COMMON, Field, Settings, activation, special_ids, write_fields
 from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied
-from meristem.model.config import (
-    Attention,
-    Embedding,
-    FeedForward,
-    Init,
-    LayerNorm,
-    Learned,
-    Position,
-    Prefix,
-    Residual,
-    TokenHead,
-    TransformerConfig,
-)
+from meristem.model.config import Embedding, Learned, Prefix, Residual, TokenHead, TransformerConfig
 from meristem.model.heads import Readout
 from meristem.model.model import SYMBOLS
 from meristem.shapes import Tensor
@@ -43,27 +32,25 @@ from meristem.shapes import Tensor
 NEXT_SENTENCE = Readout(name="next_sentence", classes=("next", "random"), pool=None)
 """Whether the second sentence follows the first, in the order of the reference's logits."""
 
-DEFAULTS = {
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "initializer_range": 0.02,
-    "layer_norm_eps": 1e-12,
-    "tie_word_embeddings": True,
-    "pad_token_id": 0,
-}
+FIELDS = (
+    *COMMON,
+    activation("hidden_act", "gelu"),
+    Field("hidden_dropout_prob", ("residual.dropout", "embedding.dropout"), 0.1),
+    Field("attention_probs_dropout_prob", "attention.dropout", 0.1),
+    Field("max_position_embeddings", "position.max_positions", 512, absent=512),
+    Field("type_vocab_size", "embedding.token_types", 2),
+    Field("layer_norm_eps", "norm.eps", 1e-12),
+)
 
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
 """Kinds that differ in their vocabulary alone."""
 
 
 def trunk_rows(prefix: str, positions: bool = True) -> tuple[Row, ...]:
-    """Rows that BERT and its kin have in common, but those of blocks.
+    """Rows for embedding and pooler, which BERT and its relatives share.
 
     Args:
-        prefix: of the trunk.
+        prefix: prefix of the foreign names of the trunk.
         positions: whether there is a table of positions.
     """
     table = (Rename("trunk.embedding.position.table", f"{prefix}embeddings.position_embeddings"),)
@@ -91,7 +78,7 @@ def _rows(prefix: str) -> tuple[Row, ...]:
 
 
 def prediction_rows(bias: str) -> tuple[Row, ...]:
-    """Rows of BERT's symbol head.
+    """Rows for BERT's symbol head.
 
     Args:
         bias: name of the tensor that is kept; another one repeats it.
@@ -128,99 +115,55 @@ ROBERTA_TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `BertConfig`."""
-    found = Settings("a BERT", config, DEFAULTS)
+    """Convert a `BertConfig` to a `TransformerConfig`."""
+    found = Settings("a BERT", config, FIELDS)
     # the head has the activation of the trunk
-    position = Learned(max_positions=found["max_position_embeddings"])
-    return _read(found, position, TokenHead(activation=found.activation("hidden_act")), "bert.", tensors)
+    head = partial(TokenHead, activation=found.choice("hidden_act"))
+    return _read(found, "bert.", tensors, position=Learned, head=head)
 
 
 def read_roberta_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `RobertaConfig`."""
-    found = Settings("a RoBERTa", config, {**DEFAULTS, "pad_token_id": 1})
+    """Convert a `RobertaConfig` to a `TransformerConfig`."""
+    found = Settings("a RoBERTa", config, FIELDS, {"pad_token_id": 1})
     if not isinstance(found["pad_token_id"], int):
         raise ConfigError(f"pad_token_id must be set in a RoBERTa config; got {found['pad_token_id']!r}")
-    position = Learned(max_positions=found["max_position_embeddings"], offset=found["pad_token_id"] + 1)
-    return _read(found, position, TokenHead(), "roberta.", tensors)
+    return _read(found, "roberta.", tensors, position=partial(Learned, offset=found["pad_token_id"] + 1))
 
 
-def _read(
-    found: Settings, position: Position, head: TokenHead, prefix: str, tensors: Mapping[str, Tensor]
-) -> TransformerConfig:
+def _read(found: Settings, prefix: str, tensors: Mapping[str, Tensor], **parts: Any) -> TransformerConfig:
     """What both have in common."""
     found.require(is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
-    return read_post_norm(
-        found,
-        position,
-        FeedForward(width=found["intermediate_size"], activation=found.activation("hidden_act")),
-        replace(head, is_tied=found["tie_word_embeddings"]),
-        has_pool=f"{prefix}pooler.dense.weight" in tensors,
-    )
+    return read_post_norm(found, has_pool=f"{prefix}pooler.dense.weight" in tensors, **parts)
 
 
-def read_post_norm(
-    found: Settings, position: Position, feedforward: FeedForward, head: TokenHead, has_pool: bool
-) -> TransformerConfig:
-    """A post-norm encoder with the settings of BERT."""
-    dropout = found["hidden_dropout_prob"]
-    return TransformerConfig(
-        width=found["hidden_size"],
-        num_layers=found["num_hidden_layers"],
-        embedding=Embedding(
-            vocab_size=found["vocab_size"],
-            token_types=found["type_vocab_size"],
-            is_normed=True,
-            dropout=dropout,
-        ),
-        position=position,
-        attention=Attention(num_heads=found["num_attention_heads"], dropout=found["attention_probs_dropout_prob"]),
-        feedforward=feedforward,
-        norm=LayerNorm(eps=found["layer_norm_eps"]),
-        residual=Residual(placement="after", dropout=dropout),
+def read_post_norm(found: Settings, has_pool: bool, **parts: Any) -> TransformerConfig:
+    """Build a post-norm encoder from the settings of BERT; `parts` as in `Settings.build`."""
+    return found.build(
+        embedding=partial(Embedding, is_normed=True),
+        residual=partial(Residual, placement="after"),
         final_norm=False,
-        head=head,
         pool=Prefix(is_dense=True) if has_pool else None,
-        init=Init(std=found["initializer_range"]),
+        **parts,
     )
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `BertConfig` of ours, as far as one can say it."""
-    return {"model_type": "bert", **write_post_norm(architecture), **special_ids(tokenizer)}
+    """Convert a `TransformerConfig` to a `BertConfig`."""
+    return {"model_type": "bert", **write_fields(architecture, FIELDS), **special_ids(tokenizer)}
 
 
 def write_roberta_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `RobertaConfig` of ours, as far as one can say it: padding stands before the first position."""
+    """Convert a `TransformerConfig` to a `RobertaConfig`. Padding stands before the first position."""
     position = architecture.position
     pad = position.offset - 1 if isinstance(position, Learned) else 1
     ids = special_ids(tokenizer)
     if ids["pad_token_id"] not in (None, pad):
         raise ConfigError(f"positions must begin behind the padding symbol; got {pad + 1} and {ids['pad_token_id']}")
-    return {"model_type": "roberta", **write_post_norm(architecture), **ids, "pad_token_id": pad}
-
-
-def write_post_norm(architecture: TransformerConfig) -> dict[str, Any]:
-    """The settings of BERT that say a post-norm encoder, as far as they can."""
-    position = architecture.position
-    return {
-        "vocab_size": architecture.embedding.vocab_size,
-        "hidden_size": architecture.width,
-        "num_hidden_layers": architecture.num_layers,
-        "num_attention_heads": architecture.attention.num_heads,
-        "intermediate_size": architecture.feedforward.width,
-        "hidden_act": foreign_activation(architecture.feedforward.activation),
-        "hidden_dropout_prob": architecture.residual.dropout,
-        "attention_probs_dropout_prob": architecture.attention.dropout,
-        "max_position_embeddings": position.max_positions if isinstance(position, Learned) else 512,
-        "type_vocab_size": architecture.embedding.token_types,
-        "initializer_range": architecture.init.std,
-        "layer_norm_eps": getattr(architecture.norm, "eps", None),
-        "tie_word_embeddings": architecture.head is None or architecture.head.is_tied,
-    }
+    return {"model_type": "roberta", **write_fields(architecture, FIELDS), **ids, "pad_token_id": pad}
 
 
 def read_readouts(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
-    """The label of BERT's second task, where its head is there."""
+    """The next-sentence label, if the checkpoint has its head."""
     return (NEXT_SENTENCE,) if "cls.seq_relationship.weight" in names else ()
 
 

@@ -6,6 +6,7 @@ at inference; rotary positions (ESM-2) or a learned table whose first row is tha
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, get_args
@@ -17,23 +18,12 @@ from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.family import TENSORFLOW_SPELLINGS, ForeignConfig, heads_by_prefix, sequence_family
 from meristem.interop.rows import block_rows, lm_head_rows
 from meristem.interop.runners import SEQUENCES, Results, padded
+from meristem.interop.settings import IS_TIED, SHAPE, Field, Settings, write_fields
 from meristem.interop.table import Ignored, KeyTable, Rename, Tied
 from meristem.interop.vocabulary import SPECIAL as SPECIAL_MAP
 from meristem.interop.vocabulary import json_text, symbol_of
 from meristem.interop.vocabulary_files import DEFINITION, SETTINGS, WORDS, read_object
-from meristem.model.config import (
-    Attention,
-    Embedding,
-    FeedForward,
-    LayerNorm,
-    Learned,
-    Position,
-    Residual,
-    Rotary,
-    Rounding,
-    TokenHead,
-    TransformerConfig,
-)
+from meristem.model.config import Embedding, Learned, Position, Rotary, Rounding, TransformerConfig
 from meristem.model.position import rotary_frequencies
 from meristem.shapes import Tensor
 from meristem.types import Tokens
@@ -46,8 +36,17 @@ SYMBOLS = ("<cls>", "<pad>", "<eos>", "<unk>", *RESIDUES, *"XBUZO.-", "<null_1>"
 """The vocabulary of all published models, for directories that hold none."""
 
 SPECIAL = {"cls": "<cls>", "pad": "<pad>", "eos": "<eos>", "unk": "<unk>", "mask": "<mask>"}
+KIND_OF_POSITION = "position_embedding_type"
 FREQUENCIES = "rotary_embeddings.inv_freq"
 LAYER = "esm.encoder.layer.{}"
+FIELDS = (
+    *SHAPE,
+    Field("emb_layer_norm_before", "embedding.is_normed", False),
+    Field("hidden_dropout_prob", "residual.dropout", 0.0),
+    Field("attention_probs_dropout_prob", "attention.dropout", 0.0),
+    Field("layer_norm_eps", "norm.eps", 1e-12),
+    IS_TIED,
+)
 
 TABLE = KeyTable(
     rows=(
@@ -77,49 +76,30 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of an `EsmConfig`.
+    """Convert a `EsmConfig` to a `TransformerConfig`.
 
     Raises:
         ConfigError: a setting that no part of ours can say.
         CheckpointError: rotary frequencies that are not those of the config.
     """
-    for name, plain in (("is_folding_model", False), ("is_decoder", False), ("add_cross_attention", False)):
-        if config.get(name, plain) not in (plain, None):
-            raise ConfigError(f"{name} must be {plain} in an ESM config; got {config[name]!r}")
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise ConfigError(f"hidden_act must be gelu in an ESM config; got {config['hidden_act']!r}")
-    try:
-        architecture = TransformerConfig(
-            width=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            embedding=Embedding(
-                vocab_size=config["vocab_size"],
-                is_normed=bool(config.get("emb_layer_norm_before")),
-                mask_id=config["mask_token_id"] if config.get("token_dropout") else None,
-                mask_dropout_frac=MASK_DROPOUT_FRAC if config.get("token_dropout") else 0.0,
-            ),
-            position=_read_position(config),
-            attention=Attention(
-                num_heads=config["num_attention_heads"],
-                dropout=config.get("attention_probs_dropout_prob") or 0.0,
-            ),
-            feedforward=FeedForward(width=config["intermediate_size"]),
-            norm=LayerNorm(eps=config.get("layer_norm_eps", 1e-12)),
-            residual=Residual(dropout=config.get("hidden_dropout_prob") or 0.0),
-            head=TokenHead(is_tied=config.get("tie_word_embeddings", True)),
-        )
-    except KeyError as error:
-        raise ConfigError(f"an ESM config must have {error.args[0]}") from error
+    # null stands for a default, but of positions it is a kind that we do not have
+    given = {name: value for name, value in config.items() if value is not None or name == KIND_OF_POSITION}
+    found = Settings("an ESM", given, FIELDS, {"token_dropout": False, KIND_OF_POSITION: "absolute"})
+    found.require(is_folding_model=False, is_decoder=False, add_cross_attention=False, hidden_act="gelu")
+    masks = (
+        {"mask_id": found["mask_token_id"], "mask_dropout_frac": MASK_DROPOUT_FRAC} if found["token_dropout"] else {}
+    )
+    architecture = found.build(embedding=partial(Embedding, **masks), position=_read_position(found))
     return _with_rounding(architecture, tensors)
 
 
-def _read_position(config: ForeignConfig) -> Position:
-    kind = config.get("position_embedding_type", "absolute")
+def _read_position(found: Settings) -> Position:
+    kind = found[KIND_OF_POSITION]
     if kind == "absolute":
-        return Learned(max_positions=config["max_position_embeddings"], offset=config["pad_token_id"] + 1)
+        return Learned(max_positions=found["max_position_embeddings"], offset=found["pad_token_id"] + 1)
     if kind != "rotary":
-        raise ConfigError(f"position_embedding_type must be rotary or absolute in an ESM config; got {kind!r}")
-    return Rotary(base=float(config.get("rope_theta") or 10000.0))
+        raise ConfigError(f"{KIND_OF_POSITION} must be rotary or absolute in an ESM config; got {kind!r}")
+    return Rotary(base=float(found.get("rope_theta") or 10000.0))
 
 
 def _with_rounding(architecture: TransformerConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
@@ -137,28 +117,19 @@ def _with_rounding(architecture: TransformerConfig, tensors: Mapping[str, Tensor
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `EsmConfig` of ours, as far as one can say it."""
-    position = architecture.position
+    """Convert a `TransformerConfig` to a `EsmConfig`."""
+    position, mask_id = architecture.position, architecture.embedding.mask_id
     return {
         "model_type": "esm",
-        "vocab_size": architecture.embedding.vocab_size,
+        **write_fields(architecture, FIELDS),
         **ids_of_special(tokenizer),
         # one that is zeroed goes before the tokenizer's
-        **({} if architecture.embedding.mask_id is None else {"mask_token_id": architecture.embedding.mask_id}),
-        "hidden_size": architecture.width,
-        "num_hidden_layers": architecture.num_layers,
-        "num_attention_heads": architecture.attention.num_heads,
-        "intermediate_size": architecture.feedforward.width,
+        **({} if mask_id is None else {"mask_token_id": mask_id}),
         "hidden_act": architecture.feedforward.activation,
-        "hidden_dropout_prob": architecture.residual.dropout,
-        "attention_probs_dropout_prob": architecture.attention.dropout,
-        "layer_norm_eps": getattr(architecture.norm, "eps", None),
-        "position_embedding_type": "rotary" if isinstance(position, Rotary) else "absolute",
+        KIND_OF_POSITION: "rotary" if isinstance(position, Rotary) else "absolute",
         "rope_theta": position.base if isinstance(position, Rotary) else 10000.0,
         "max_position_embeddings": position.max_positions if isinstance(position, Learned) else 1026,
-        "emb_layer_norm_before": architecture.embedding.is_normed,
         "token_dropout": architecture.embedding.mask_dropout_frac > 0,
-        "tie_word_embeddings": architecture.head is None or architecture.head.is_tied,
         "initializer_range": architecture.init.std,
         "is_folding_model": False,
     }
@@ -171,26 +142,17 @@ def derived(architecture: TransformerConfig) -> dict[str, Tensor]:
     return {f"esm.{FREQUENCIES}": rotary_frequencies(architecture.position, architecture.head_width)}
 
 
-def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """One token a residue, with the ids of the directory's vocabulary.
-
-    Raises:
-        CheckpointError: a vocabulary that is damaged, or whose ids are not those of the config.
-    """
-    return read_residues(folder, config, SYMBOLS, len(SYMBOLS), "ESM")
-
-
 def read_residues(
     folder: Path, config: ForeignConfig, published: Sequence[str], num_rows: int, kind: str
 ) -> tuple[Tokenizer, list[str]]:
-    """One token a residue, with the ids of the directory's vocabulary.
+    """Read a tokenizer with one token for each residue; ids are those of the directory's vocabulary.
 
     Letters and `*` without a symbol are read as X, and counted; the reference merges a run of them into one token.
 
     Args:
-        published: the vocabulary of a directory that holds none.
-        num_rows: of the embedding of published models: such a directory must have as many.
-        kind: of models that have it, for notes.
+        published: vocabulary to use for a directory that holds none.
+        num_rows: rows of the embedding of published models; a directory without a vocabulary must have as many.
+        kind: name of the published models in notes.
 
     Raises:
         CheckpointError: a vocabulary that is damaged, or whose ids are not those of the config.
@@ -247,7 +209,7 @@ def _read_special(folder: Path) -> dict[str, str]:
 
 
 def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files of an `EsmTokenizer`.
+    """Texts of the files of an `EsmTokenizer`, by file name.
 
     Raises:
         ConfigError: a tokenizer of another kind, or one that lacks a special symbol.
@@ -260,12 +222,10 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def ids_of_special(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """Settings that name the ids of special symbols; null for one that the tokenizer lacks."""
-    named: Mapping[str, str] = getattr(tokenizer, "special", {})
-    ids = {}
-    for role, symbol in SPECIAL.items():
-        name = named.get(role, symbol)
-        ids[role] = tokenizer.vocab.index(name) if name in tokenizer.vocab else None
+    """Ids of special symbols by name of the setting; None for a symbol that the tokenizer lacks."""
+    symbols = {**SPECIAL, **getattr(tokenizer, "special", {})}
+    vocab = tokenizer.vocab
+    ids = {role: vocab.index(symbol) if symbol in vocab else None for role, symbol in symbols.items()}
     return {
         "mask_token_id": ids["mask"],
         "pad_token_id": ids["pad"],
@@ -291,7 +251,7 @@ ESM = replace(
     sequence_family(
         "ESM-1b and ESM-2", "protein", "esm", "Esm", TABLE, read_config, write_config, "esm.", "ForMaskedLM", HEADS
     ),
-    read_tokenizer=read_tokenizer,
+    read_tokenizer=partial(read_residues, published=SYMBOLS, num_rows=len(SYMBOLS), kind="ESM"),
     write_tokenizer=write_tokenizer,
     # transformers 5 writes the names of long ago, and the star of a pattern, when it saves; it reads both
     spellings=TENSORFLOW_SPELLINGS,

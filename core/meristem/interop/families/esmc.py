@@ -7,7 +7,7 @@ queries and keys have no bias, the others have one: ours has one after the last 
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from meristem.data.tokenizer import AlphabetTokenizer, Tokenizer
@@ -17,20 +17,11 @@ from meristem.interop.families.llama import decoder_rows, gated_rows
 from meristem.interop.family import ForeignConfig, heads_by_prefix, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
 from meristem.interop.rows import lm_head_rows
-from meristem.interop.settings import Settings, foreign_activation
+from meristem.interop.settings import BIASES, INIT_STD, SHAPE, Field, Settings, activation, write_fields
 from meristem.interop.table import KeyTable, Lacking, Rename
 from meristem.interop.vocabulary import json_text
 from meristem.interop.vocabulary_files import SETTINGS, WORDS
-from meristem.model.config import (
-    Attention,
-    Embedding,
-    FeedForward,
-    Init,
-    LayerNorm,
-    Residual,
-    TokenHead,
-    TransformerConfig,
-)
+from meristem.model.config import Attention, FeedForward, LayerNorm, Residual, TokenHead, TransformerConfig
 from meristem.shapes import Tensor
 
 SYMBOLS = ("<cls>", "<pad>", "<eos>", "<unk>", *RESIDUES, *"XBUZO.-|", "<mask>")
@@ -45,14 +36,13 @@ EPS = 1e-5
 SCALED_LAYERS = 36
 """Layers of the model whose branches are added as they are."""
 
-DEFAULTS = {
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.02,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-}
+FIELDS = (
+    *SHAPE,
+    activation("hidden_act", "silu"),
+    INIT_STD,
+    *BIASES,
+    Field("attention_dropout", "attention.dropout", 0.0),
+)
 
 TABLE = KeyTable(
     rows=(
@@ -66,66 +56,33 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of an `EsmcConfig`."""
-    found = Settings("an ESM-C", config, DEFAULTS)
+    """Convert a `EsmcConfig` to a `TransformerConfig`."""
+    plain = {**config, "attention_dropout": config.get("attention_dropout") or 0.0}
+    found = Settings("an ESM-C", plain, FIELDS, {"max_position_embeddings": 2048})
     width, heads, num_layers = found["hidden_size"], found["num_attention_heads"], found["num_hidden_layers"]
     found.require(num_key_value_heads=heads, head_dim=width // heads, tie_word_embeddings=False)
-    return TransformerConfig(
-        width=width,
-        num_layers=num_layers,
-        embedding=Embedding(vocab_size=found["vocab_size"]),
+    return found.build(
         position=read_rotary(found),
-        attention=Attention(
-            num_heads=heads,
-            qkv_bias=found["attention_bias"],
-            out_bias=found["attention_bias"],
-            qk_norm="full",
-            dropout=found["attention_dropout"] or 0.0,
-        ),
-        feedforward=FeedForward(
-            width=found["intermediate_size"],
-            activation=found.activation("hidden_act"),
-            is_gated=True,
-            in_bias=found["mlp_bias"],
-            out_bias=found["mlp_bias"],
-        ),
+        attention=partial(Attention, qk_norm="full"),
+        feedforward=partial(FeedForward, is_gated=True),
         norm=LayerNorm(eps=EPS),
         residual=Residual(scale=(SCALED_LAYERS / num_layers) ** 0.5),
         head=TokenHead(is_tied=False),
-        init=Init(std=found["initializer_range"]),
     )
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `EsmcConfig` of ours, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `EsmcConfig`."""
     return {
         "model_type": "esmc",
-        "vocab_size": architecture.embedding.vocab_size,
-        "hidden_size": architecture.width,
-        "intermediate_size": architecture.feedforward.width,
-        "num_hidden_layers": architecture.num_layers,
-        "num_attention_heads": architecture.attention.num_heads,
-        "hidden_act": foreign_activation(architecture.feedforward.activation),
-        "initializer_range": architecture.init.std,
-        "attention_bias": architecture.attention.qkv_bias,
-        "attention_dropout": architecture.attention.dropout,
-        "mlp_bias": architecture.feedforward.in_bias,
+        **write_fields(architecture, FIELDS),
         **write_rotary(architecture.position),
         **ids_of_special(tokenizer),
     }
 
 
-def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """One token a residue, with the ids of the directory's vocabulary or those of all published models.
-
-    Raises:
-        CheckpointError: a vocabulary that is damaged, or whose ids are not those of the config.
-    """
-    return read_residues(folder, config, SYMBOLS, NUM_ROWS, "ESM-C")
-
-
 def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files of an `EsmcTokenizer`, whose vocabulary is always the same.
+    """Texts of the files of an `EsmcTokenizer`, by file name; its vocabulary is always the same.
 
     Raises:
         ConfigError: another vocabulary.
@@ -143,6 +100,6 @@ ESMC = replace(
     sequence_family(
         "ESM-C", "protein", "esmc", "Esmc", TABLE, read_config, write_config, "esmc.", "ForMaskedLM", HEADS
     ),
-    read_tokenizer=read_tokenizer,
+    read_tokenizer=partial(read_residues, published=SYMBOLS, num_rows=NUM_ROWS, kind="ESM-C"),
     write_tokenizer=write_tokenizer,
 )

@@ -7,27 +7,15 @@ transposed. GPTBigCode with a key head for each query head keeps queries, keys a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.interop.family import ForeignConfig, sequence_family
 from meristem.interop.rows import block_rows, head_rows
-from meristem.interop.settings import Settings, foreign_activation, special_ids
+from meristem.interop.settings import INIT_STD, IS_TIED, Field, Settings, activation, special_ids, write_fields
 from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied, Transform, Transposed
-from meristem.model.config import (
-    Attention,
-    Causal,
-    Embedding,
-    FeedForward,
-    Init,
-    LayerNorm,
-    LayerRule,
-    Learned,
-    Position,
-    Residual,
-    TokenHead,
-    TransformerConfig,
-)
+from meristem.model.config import Attention, Causal, FeedForward, Init, LayerRule, Learned, TokenHead, TransformerConfig
 from meristem.shapes import Tensor
 
 LAYER = "transformer.h.{}"
@@ -86,31 +74,29 @@ ALIASES = {
     "num_hidden_layers": "n_layer",
 }
 
-DEFAULTS = {
-    "n_inner": None,
-    "activation_function": "gelu_new",
-    "resid_pdrop": 0.1,
-    "embd_pdrop": 0.1,
-    "attn_pdrop": 0.1,
-    "layer_norm_epsilon": 1e-5,
-    "initializer_range": 0.02,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
-    "add_cross_attention": False,
-}
+FIELDS = (
+    Field("vocab_size", "embedding.vocab_size"),
+    Field("n_embd", "width"),
+    Field("n_layer", "num_layers"),
+    Field("n_head", "attention.num_heads"),
+    activation("activation_function", "gelu_new"),
+    Field("resid_pdrop", "residual.dropout", 0.1),
+    Field("embd_pdrop", "embedding.dropout", 0.1),
+    Field("attn_pdrop", "attention.dropout", 0.1),
+    Field("layer_norm_epsilon", "norm.eps", 1e-5),
+    INIT_STD,
+    IS_TIED,
+)
+DEFAULTS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `GPT2Config`.
+    """Convert a `GPT2Config` to a `TransformerConfig`.
 
     `reorder_and_upcast_attn` says how scores are computed in half precision, and not what they are.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
     """
-    found = Settings("a GPT-2", config, DEFAULTS, ALIASES)
-    architecture = _read(found, Attention(num_heads=found["n_head"]))
+    found = Settings("a GPT-2", config, FIELDS, DEFAULTS, ALIASES)
+    architecture = _read(found)
     if not found["scale_attn_by_inverse_layer_idx"]:
         return architecture
     # layer i divides its scores by i + 1
@@ -124,51 +110,37 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def read_bigcode(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `GPTBigCodeConfig`."""
+    """Convert a `GPTBigCodeConfig` to a `TransformerConfig`."""
     defaults = {**DEFAULTS, "activation_function": "gelu_pytorch_tanh", "multi_query": True}
-    found = Settings("a GPTBigCode", config, defaults, ALIASES)
+    found = Settings("a GPTBigCode", config, FIELDS, defaults, ALIASES)
     found.require(scale_attn_by_inverse_layer_idx=False)
-    heads = found["n_head"]
-    return _read(found, Attention(num_heads=heads, num_kv_heads=1 if found["multi_query"] else heads))
+    return _read(found, num_kv_heads=1 if found["multi_query"] else found["n_head"])
 
 
-def _read(found: Settings, attention: Attention) -> TransformerConfig:
+def _read(found: Settings, num_kv_heads: int | None = None) -> TransformerConfig:
     """What GPT-2 and GPTBigCode have in common."""
     found.require(add_cross_attention=False)
     return read_gpt(
         found,
+        partial(Attention, num_kv_heads=num_kv_heads, scale=None if found["scale_attn_weights"] else 1.0),
         position=Learned(max_positions=found["n_positions"]),
-        attention=replace(attention, scale=None if found["scale_attn_weights"] else 1.0),
-        residual=Residual(),
-        head=TokenHead(activation=None, bias=False),
-        init=Init(is_depth_scaled=True),
+        head=partial(TokenHead, activation=None, bias=False),
+        init=partial(Init, is_depth_scaled=True),
     )
 
 
-def read_gpt(
-    found: Settings, position: Position, attention: Attention, residual: Residual, head: TokenHead, init: Init
-) -> TransformerConfig:
-    """A causal stack whose config has the names of GPT-2; settings complete the parts that are given."""
-    width = found["n_embd"]
-    return TransformerConfig(
-        width=width,
-        num_layers=found["n_layer"],
-        embedding=Embedding(vocab_size=found["vocab_size"], dropout=found["embd_pdrop"]),
-        position=position,
-        attention=replace(attention, pattern=Causal(), dropout=found["attn_pdrop"]),
-        feedforward=FeedForward(
-            width=4 * width if found["n_inner"] is None else found["n_inner"],
-            activation=found.activation("activation_function"),
-        ),
-        norm=LayerNorm(eps=found["layer_norm_epsilon"]),
-        residual=replace(residual, dropout=found["resid_pdrop"]),
-        head=replace(head, is_tied=found["tie_word_embeddings"]),
-        init=replace(init, std=found["initializer_range"]),
+def read_gpt(found: Settings, attention: partial[Attention], **parts: Any) -> TransformerConfig:
+    """Build a causal stack from settings with the names of GPT-2; `parts` as in `Settings.build`."""
+    width = found.get("n_inner")
+    return found.build(
+        attention=partial(attention, pattern=Causal()),
+        feedforward=partial(FeedForward, width=4 * found["n_embd"] if width is None else width),
+        **parts,
     )
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `GPT2Config` of ours, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `GPT2Config`."""
     last = architecture.layer(architecture.num_layers - 1).attention
     is_by_layer = last.scale != architecture.attention.scale
     return {
@@ -180,7 +152,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 
 
 def write_bigcode(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `GPTBigCodeConfig` of ours, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `GPTBigCodeConfig`."""
     is_multi_query = architecture.num_kv_heads == 1 and architecture.attention.num_heads > 1
     return {"model_type": "gpt_bigcode", **_write(architecture, tokenizer), "multi_query": is_multi_query}
 
@@ -196,20 +168,10 @@ def _write(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, A
 
 
 def write_gpt(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Settings with the names of GPT-2 that say a causal stack, but its positions and scores."""
+    """Settings of a causal stack with the names of GPT-2, without those of positions and attention scores."""
     return {
-        "vocab_size": architecture.embedding.vocab_size,
-        "n_embd": architecture.width,
-        "n_layer": architecture.num_layers,
-        "n_head": architecture.attention.num_heads,
+        **write_fields(architecture, FIELDS),
         "n_inner": architecture.feedforward.width,
-        "activation_function": foreign_activation(architecture.feedforward.activation),
-        "resid_pdrop": architecture.residual.dropout,
-        "embd_pdrop": architecture.embedding.dropout,
-        "attn_pdrop": architecture.attention.dropout,
-        "layer_norm_epsilon": getattr(architecture.norm, "eps", None),
-        "initializer_range": architecture.init.std,
-        "tie_word_embeddings": architecture.head is None or architecture.head.is_tied,
         **special_ids(tokenizer),
     }
 

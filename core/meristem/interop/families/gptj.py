@@ -6,18 +6,19 @@ of a head; no biases in attention; a head of its own, with a bias.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.families.gpt2 import ALIASES, BUFFERS, TIED, read_gpt, write_gpt
+from meristem.interop.families.gpt2 import ALIASES, BUFFERS, FIELDS, TIED, read_gpt, write_gpt
 from meristem.interop.family import ForeignConfig, sequence_family
 from meristem.interop.rows import block_rows, head_rows
 from meristem.interop.settings import Settings
 from meristem.interop.table import KeyTable, Rename, Row, Transform
-from meristem.model.config import Attention, Init, Residual, Rotary, TokenHead, TransformerConfig
+from meristem.model.config import Attention, Residual, Rotary, TokenHead, TransformerConfig
 from meristem.shapes import Tensor
 
 SHARES = 4
@@ -53,25 +54,21 @@ MAX_POSITIONS = 2048
 
 DEFAULTS = {
     "rotary_dim": 64,
-    "n_inner": None,
-    "activation_function": "gelu_new",
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
-    "layer_norm_epsilon": 1e-5,
-    "initializer_range": 0.02,
     "tie_word_embeddings": False,
 }
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `GPTJConfig`."""
-    return _read(Settings("a GPT-J", config, DEFAULTS, ALIASES))
+    """Convert a `GPTJConfig` to a `TransformerConfig`."""
+    return _read(Settings("a GPT-J", config, FIELDS, DEFAULTS, ALIASES))
 
 
 def read_codegen_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `CodeGenConfig`."""
-    found = Settings("a CodeGen", config, DEFAULTS, ALIASES)
+    """Convert a `CodeGenConfig` to a `TransformerConfig`."""
+    found = Settings("a CodeGen", config, FIELDS, DEFAULTS, ALIASES)
     if found["n_head"] % SHARES:
         raise ConfigError(f"n_head must be a multiple of {SHARES} in a CodeGen config; got {found['n_head']}")
     return _read(found)
@@ -82,25 +79,24 @@ def _read(found: Settings) -> TransformerConfig:
     turned = found["rotary_dim"]
     if not turned:
         raise ConfigError(f"rotary_dim must be positive in a config of rotary positions; got {turned!r}")
-    attention = Attention(num_heads=found["n_head"], qkv_bias=False, out_bias=False)
-    whole = turned == attention.width_of_heads(found["n_embd"])
+    attention = partial(Attention, qkv_bias=False, out_bias=False)
+    whole = turned == attention(num_heads=found["n_head"]).width_of_heads(found["n_embd"])
     return read_gpt(
         found,
+        attention,
         position=Rotary(width=None if whole else turned, is_interleaved=True),
-        attention=attention,
-        residual=Residual(placement="parallel"),
-        head=TokenHead(activation=None),
-        init=Init(),
+        residual=partial(Residual, placement="parallel"),
+        head=partial(TokenHead, activation=None),
     )
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `GPTJConfig` of ours, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `GPTJConfig`."""
     return {"model_type": "gptj", **_write(architecture, tokenizer)}
 
 
 def write_codegen_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `CodeGenConfig` of ours, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `CodeGenConfig`."""
     return {"model_type": "codegen", **_write(architecture, tokenizer), "n_ctx": MAX_POSITIONS}
 
 

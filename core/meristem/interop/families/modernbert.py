@@ -6,6 +6,8 @@ norm before the first layer's attention.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
@@ -13,7 +15,7 @@ from meristem.errors import ConfigError
 from meristem.interop.family import ForeignConfig, heads_by_prefix, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
 from meristem.interop.rows import block_rows, head_rows
-from meristem.interop.settings import Settings, foreign_activation, special_ids
+from meristem.interop.settings import BIASES, COMMON, Field, Settings, activation, special_ids, write_fields
 from meristem.interop.table import KeyTable, Rename, Tied
 from meristem.model.config import (
     Attention,
@@ -21,35 +23,33 @@ from meristem.model.config import (
     FeedForward,
     Full,
     Init,
-    LayerNorm,
     LayerRule,
     NoNorm,
     NoPosition,
     Position,
     Rotary,
-    TokenHead,
     TransformerConfig,
     Window,
 )
 from meristem.shapes import Tensor
 
+FIELDS = (
+    *COMMON,
+    activation("hidden_activation", "gelu"),
+    Field("norm_eps", "norm.eps", 1e-5),
+    Field("norm_bias", "norm.bias", False),
+    *BIASES,
+    Field("attention_dropout", "attention.dropout", 0.0),
+    Field("embedding_dropout", "embedding.dropout", 0.0),
+    Field("mlp_dropout", "feedforward.dropout", 0.0),
+    Field("decoder_bias", "head.bias", True, absent=True),
+    Field("classifier_bias", "head.dense_bias", False, absent=False),
+    activation("classifier_activation", "gelu", "head.activation", absent="gelu"),
+)
 DEFAULTS = {
-    "hidden_activation": "gelu",
     "max_position_embeddings": 8192,
-    "initializer_range": 0.02,
-    "norm_eps": 1e-5,
-    "norm_bias": False,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
     "global_attn_every_n_layers": 3,
     "local_attention": 128,
-    "embedding_dropout": 0.0,
-    "mlp_bias": False,
-    "mlp_dropout": 0.0,
-    "decoder_bias": True,
-    "classifier_bias": False,
-    "classifier_activation": "gelu",
-    "tie_word_embeddings": True,
     "global_rope_theta": 160000.0,
     "local_rope_theta": 10000.0,
 }
@@ -73,52 +73,24 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `ModernBertConfig`."""
-    found = Settings("a ModernBERT", config, DEFAULTS)
+    """Convert a `ModernBertConfig` to a `TransformerConfig`."""
+    found = Settings("a ModernBERT", config, FIELDS, DEFAULTS)
     reach = found["local_attention"] // 2
-    kinds = {
-        WINDOWED: (_attention(found, Window(left=reach, right=reach)), _position(found, WINDOWED, "local")),
-        UNBOUNDED: (_attention(found, Full()), _position(found, UNBOUNDED, "global")),
-    }
-    unbounded = [layer for layer, kind in enumerate(_layer_types(found)) if kind == UNBOUNDED]
-    num_layers, bias = found["num_hidden_layers"], found["mlp_bias"]
-    attention, position = kinds[UNBOUNDED if len(unbounded) == num_layers else WINDOWED]
-    rules = [] if len(unbounded) == num_layers else _rules(unbounded, num_layers, *kinds[UNBOUNDED])
-    return TransformerConfig(
-        width=found["hidden_size"],
-        num_layers=num_layers,
-        embedding=Embedding(vocab_size=found["vocab_size"], is_normed=True, dropout=found["embedding_dropout"]),
-        position=position,
-        attention=attention,
-        feedforward=FeedForward(
-            width=found["intermediate_size"],
-            activation=found.activation("hidden_activation"),
-            is_gated=True,
-            in_bias=bias,
-            out_bias=bias,
-            dropout=found["mlp_dropout"],
-        ),
-        norm=LayerNorm(eps=found["norm_eps"], bias=found["norm_bias"]),
-        layers=(LayerRule(stop=1, attention_norm=NoNorm()), *rules),
-        head=TokenHead(
-            activation=found.activation("classifier_activation"),
-            dense_bias=found["classifier_bias"],
-            is_tied=found["tie_word_embeddings"],
-            bias=found["decoder_bias"],
-        ),
-        init=Init(std=found["initializer_range"], is_depth_scaled=True),
+    window, local_position = Window(left=reach, right=reach), _position(found, WINDOWED, "local")
+    global_position = _position(found, UNBOUNDED, "global")
+    types = _layer_types(found)
+    unbounded = [layer for layer, kind in enumerate(types) if kind == UNBOUNDED]
+    has_window = len(unbounded) < len(types)
+    architecture = found.build(
+        embedding=partial(Embedding, is_normed=True),
+        position=local_position if has_window else global_position,
+        attention=partial(Attention, pattern=window if has_window else Full()),
+        feedforward=partial(FeedForward, is_gated=True),
+        init=partial(Init, is_depth_scaled=True),
     )
-
-
-def _attention(found: Settings, pattern: Full | Window) -> Attention:
-    bias = found["attention_bias"]
-    return Attention(
-        num_heads=found["num_attention_heads"],
-        qkv_bias=bias,
-        out_bias=bias,
-        pattern=pattern,
-        dropout=found["attention_dropout"],
-    )
+    sees_all = replace(architecture.attention, pattern=Full())
+    rules = _rules(unbounded, len(types), sees_all, global_position) if has_window else []
+    return replace(architecture, layers=(LayerRule(stop=1, attention_norm=NoNorm()), *rules))
 
 
 def _position(found: Settings, kind: str, older: str) -> Rotary:
@@ -148,40 +120,22 @@ def _rules(layers: list[int], num_layers: int, attention: Attention, position: P
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `ModernBertConfig` of ours, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `ModernBertConfig`."""
     parts = [architecture.layer(layer) for layer in range(architecture.num_layers)]
     reach = next((p.attention.pattern.left for p in parts if isinstance(p.attention.pattern, Window)), 64)
     positions: dict[str, Position] = {
         WINDOWED if isinstance(part.attention.pattern, Window) else UNBOUNDED: part.position for part in parts
     }
-    head = architecture.head or TokenHead(dense_bias=False)
     return {
         "model_type": "modernbert",
-        "vocab_size": architecture.embedding.vocab_size,
-        "hidden_size": architecture.width,
-        "intermediate_size": architecture.feedforward.width,
-        "num_hidden_layers": architecture.num_layers,
-        "num_attention_heads": architecture.attention.num_heads,
-        "hidden_activation": foreign_activation(architecture.feedforward.activation),
+        **write_fields(architecture, FIELDS),
         "max_position_embeddings": 8192,
-        "initializer_range": architecture.init.std,
-        "norm_eps": getattr(architecture.norm, "eps", None),
-        "norm_bias": getattr(architecture.norm, "bias", None),
-        "attention_bias": architecture.attention.qkv_bias,
-        "attention_dropout": architecture.attention.dropout,
         "layer_types": [WINDOWED if isinstance(p.attention.pattern, Window) else UNBOUNDED for p in parts],
         "rope_parameters": {
             kind: write_rotary(positions.get(kind, NoPosition())).get("rope_parameters")
             for kind in (WINDOWED, UNBOUNDED)
         },
         "local_attention": 2 * reach,
-        "embedding_dropout": architecture.embedding.dropout,
-        "mlp_bias": architecture.feedforward.in_bias,
-        "mlp_dropout": architecture.feedforward.dropout,
-        "decoder_bias": head.bias,
-        "classifier_bias": head.dense_bias,
-        "classifier_activation": foreign_activation(head.activation or "gelu"),
-        "tie_word_embeddings": head.is_tied,
         **special_ids(tokenizer, "bos", "eos", "pad", "cls", "sep"),
     }
 

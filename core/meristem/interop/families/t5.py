@@ -5,8 +5,9 @@ share an embedding, scores that are not scaled, and a bias by bucket of distance
 ways in the encoder. v1.1 has gated feed-forward layers, and a head of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,20 @@ from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig, classes_by_head, symbols_by_class
 from meristem.interop.rows import block_rows
 from meristem.interop.runners import PAIRS, SEQUENCES
-from meristem.interop.settings import Settings, foreign_activation
+from meristem.interop.settings import Field, Settings, activation, write_fields
 from meristem.interop.table import STACKED, Ignored, KeyTable, Rename, Row, Tied, joined
 from meristem.interop.vocabulary import read_subwords, write_subwords
 from meristem.model.config import (
     Attention,
     BucketBias,
     Causal,
-    Embedding,
     FeedForward,
     LayerRule,
-    Residual,
     RMSNorm,
     TokenHead,
     TransformerConfig,
 )
 from meristem.shapes import Tensor
-
-Writer = Callable[[TransformerConfig, Tokenizer], dict[str, Any]]
 
 ALIASES = {
     "hidden_size": "d_model",
@@ -46,102 +43,81 @@ ALIASES = {
 COPIES = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
 """Modules whose weight is the shared embedding, where it is not another tensor."""
 
-DEFAULTS = {
-    "d_kv": 64,
-    "num_decoder_layers": None,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "dropout_rate": 0.1,
-    "layer_norm_epsilon": 1e-6,
-    "is_encoder_decoder": True,
-    "tie_word_embeddings": True,
-}
+FIELDS = (
+    Field("vocab_size", "embedding.vocab_size"),
+    Field("d_model", "width"),
+    Field("d_kv", "attention.head_width", 64),
+    Field("d_ff", "feedforward.width"),
+    Field("num_heads", "attention.num_heads"),
+    Field("num_layers", "num_layers"),
+    Field("relative_attention_num_buckets", "position.num_buckets", 32),
+    Field("relative_attention_max_distance", "position.max_distance", 128),
+    Field("dropout_rate", ("residual.dropout", "attention.dropout", "feedforward.dropout", "embedding.dropout"), 0.1),
+    Field("layer_norm_epsilon", "norm.eps", 1e-6),
+    activation("dense_act_fn"),
+)
+DEFAULTS = {"num_decoder_layers": None, "is_encoder_decoder": True, "tie_word_embeddings": True}
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `T5Config`.
+    """Convert a `T5Config` to a `TransformerConfig`.
 
     The reference ties the head whatever `tie_word_embeddings` says, unless the file holds another tensor for it;
     the setting says whether rows are scaled before the head, where `scale_decoder_outputs` does not.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
     """
-    found = Settings("a T5", config, {**DEFAULTS, "feed_forward_proj": "relu"}, ALIASES)
+    found = Settings("a T5", config, FIELDS, {**DEFAULTS, "feed_forward_proj": "relu"}, ALIASES)
     kind = str(found["feed_forward_proj"])
     *gated, name = kind.split("-")
     if gated not in ([], ["gated"]):
         raise ConfigError(f"feed_forward_proj must be NAME or gated-NAME in a T5 config; got {kind!r}")
     # `gated-gelu` means the approximation by tanh; the longer settings, where they are there, have the last word
     implied = {"dense_act_fn": "gelu_new" if gated and name == "gelu" else name, "is_gated_act": bool(gated)}
-    found = Settings("a T5", {**implied, **found}, {}, ALIASES)
+    found = Settings("a T5", {**implied, **found}, FIELDS)
     is_scaled = found.get("scale_decoder_outputs", found["tie_word_embeddings"] is not False)
     head = read_head(found, tensors, is_scaled, is_always_tied=True)
     return read_stacks(found, found["is_gated_act"], head)
 
 
 def read_stacks(found: Settings, is_gated: bool, head: TokenHead | None) -> TransformerConfig:
-    """What all families of this kind have in common."""
+    """Build one or two stacks from settings with the names of T5."""
     found.require(is_decoder=False)
     num_layers, num_decoder_layers = found["num_layers"], 0
-    if not is_encoder_alone(found):
+    if not is_encoder(found):
         num_decoder_layers = num_layers if found["num_decoder_layers"] is None else found["num_decoder_layers"]
-    dropout = found["dropout_rate"]
-    attention = Attention(
-        num_heads=found["num_heads"],
-        head_width=found["d_kv"],
-        qkv_bias=False,
-        out_bias=False,
-        scale=1.0,
-        dropout=dropout,
-    )
-    buckets = BucketBias(
-        num_buckets=found["relative_attention_num_buckets"],
-        max_distance=found["relative_attention_max_distance"],
-    )
-    looks_back = LayerRule(
-        start=num_layers,
-        attention=replace(attention, pattern=Causal()),
-        position=replace(buckets, is_two_sided=False),
-    )
-    return TransformerConfig(
-        width=found["d_model"],
-        num_layers=num_layers,
-        num_decoder_layers=num_decoder_layers,
-        embedding=Embedding(vocab_size=found["vocab_size"], dropout=dropout),
-        position=buckets,
-        attention=attention,
-        feedforward=FeedForward(
-            width=found["d_ff"],
-            activation=found.activation("dense_act_fn"),
-            is_gated=is_gated,
-            in_bias=False,
-            out_bias=False,
-            dropout=dropout,
-        ),
-        norm=RMSNorm(eps=found["layer_norm_epsilon"]),
-        residual=Residual(dropout=dropout),
-        layers=(looks_back,) if num_decoder_layers else (),
+    architecture = found.build(
+        position=BucketBias,
+        attention=partial(Attention, qkv_bias=False, out_bias=False, scale=1.0),
+        feedforward=partial(FeedForward, is_gated=is_gated, in_bias=False, out_bias=False),
+        norm=RMSNorm,
         head=head,
     )
+    if not num_decoder_layers:
+        return architecture
+    assert isinstance(architecture.position, BucketBias)
+    looks_back = LayerRule(
+        start=num_layers,
+        attention=replace(architecture.attention, pattern=Causal()),
+        position=replace(architecture.position, is_two_sided=False),
+    )
+    return replace(architecture, num_decoder_layers=num_decoder_layers, layers=(looks_back,))
 
 
-def is_encoder_alone(found: Settings) -> bool:
-    """Whether there is no decoder: `T5EncoderModel`, whose config may go on speaking of one."""
-    classes = found.get("architectures") or ()
-    return not found["is_encoder_decoder"] or any(name.endswith("EncoderModel") for name in classes)
+def is_encoder(config: ForeignConfig) -> bool:
+    """Whether the model has no decoder, as `T5EncoderModel`; its config may still have settings of one."""
+    classes = config.get("architectures") or ()
+    return not config.get("is_encoder_decoder", True) or any(name.endswith("EncoderModel") for name in classes)
 
 
 def read_head(
     found: Settings, tensors: Mapping[str, Tensor], is_scaled: bool, is_always_tied: bool
 ) -> TokenHead | None:
-    """The symbol head: a map alone.
+    """Read the symbol head, which is a linear map alone; None without a decoder.
 
     Args:
         is_scaled: rows are scaled by `1 / sqrt(D)` before it.
         is_always_tied: it is tied wherever the tensors do not say otherwise; else where the config says so too.
     """
-    if is_encoder_alone(found):
+    if is_encoder(found):
         return None
     is_tied = bool(found["tie_word_embeddings"])
     if tensors and (is_tied or is_always_tied):
@@ -151,38 +127,32 @@ def read_head(
     return TokenHead(activation=None, is_tied=is_tied, bias=False, scale=scale)
 
 
-def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `T5Config` of ours, as far as one can say it."""
+def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, num_stacks: int = 2) -> dict[str, Any]:
+    """Convert a `TransformerConfig` to a `T5Config`."""
     feedforward, head = architecture.feedforward, architecture.head
-    name = foreign_activation(feedforward.activation)
+    values = write_stacks(architecture, tokenizer, num_stacks)
+    name = values["dense_act_fn"]
     return {
         "model_type": "t5",
-        **write_stacks(architecture, tokenizer),
+        **values,
         "feed_forward_proj": f"gated-{name}" if feedforward.is_gated else name,
-        "dense_act_fn": name,
         "is_gated_act": feedforward.is_gated,
         "scale_decoder_outputs": head is None or head.scale != 1.0,
     }
 
 
-def write_stacks(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The settings that all families of this kind have in common."""
-    position, attention, head = architecture.position, architecture.attention, architecture.head
-    if not isinstance(position, BucketBias):
-        raise ConfigError(f"positions must be a BucketBias; got {type(position).__name__}")
+def write_stacks(architecture: TransformerConfig, tokenizer: Tokenizer, num_stacks: int) -> dict[str, Any]:
+    """Settings of one or two stacks with the names of T5; a model with another number has another foreign class."""
+    if (found := 2 if architecture.num_decoder_layers else 1) != num_stacks:
+        raise ConfigError(f"a model must have {num_stacks} stacks; got num_decoder_layers={found - 1}")
+    head = architecture.head
+    if not isinstance(architecture.position, BucketBias):
+        raise ConfigError(f"positions must be a BucketBias; got {type(architecture.position).__name__}")
     return {
-        "vocab_size": architecture.embedding.vocab_size,
-        "d_model": architecture.width,
+        **write_fields(architecture, FIELDS),
         "d_kv": architecture.head_width,
-        "d_ff": architecture.feedforward.width,
-        "num_heads": attention.num_heads,
-        "num_layers": architecture.num_layers,
         "num_decoder_layers": architecture.num_decoder_layers or architecture.num_layers,
         "is_encoder_decoder": architecture.num_decoder_layers > 0,
-        "relative_attention_num_buckets": position.num_buckets,
-        "relative_attention_max_distance": position.max_distance,
-        "dropout_rate": architecture.residual.dropout,
-        "layer_norm_epsilon": getattr(architecture.norm, "eps", None),
         "tie_word_embeddings": head is None or head.is_tied,
         "pad_token_id": tokenizer.pad_id or 0,
         "decoder_start_token_id": tokenizer.pad_id or 0,
@@ -191,7 +161,7 @@ def write_stacks(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 
 
 def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer of a directory, and a note where its decoder does not start from padding, as ours does."""
+    """Read the tokenizer, with a note if the decoder starts from another symbol than padding, which ours uses."""
     tokenizer, notes = read_subwords(folder, config)
     start, pad = config.get("decoder_start_token_id"), tokenizer.pad_id
     if start is not None and start != pad:
@@ -200,12 +170,12 @@ def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list
 
 
 def table(architecture: TransformerConfig, *_: object) -> KeyTable:
-    """Every tensor of a T5."""
+    """Key table of a T5."""
     return build_table(architecture, "DenseReluDense", Rename("trunk.embedding.symbols", "shared"))
 
 
 def build_table(architecture: TransformerConfig, feedforward: str, symbols: Row) -> KeyTable:
-    """Every tensor of one stack or two.
+    """Key table of one stack or two.
 
     Args:
         feedforward: name of the module of a feed-forward layer.
@@ -251,29 +221,12 @@ def _rows_of_stack(architecture: TransformerConfig, own: str, foreign: str, feed
     return rows
 
 
-def is_encoder(config: ForeignConfig) -> bool:
-    """As `is_encoder_alone`, of a config as it was found."""
-    return is_encoder_alone(Settings("a T5", config, DEFAULTS))
-
-
-def with_stacks(write: Writer, count: int) -> Writer:
-    """Refuses models of another number of stacks, which are of another class there."""
-
-    def checked(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        stacks = 2 if architecture.num_decoder_layers else 1
-        if stacks != count:
-            raise ConfigError(f"a model must have {count} stacks; got num_decoder_layers={stacks - 1}")
-        return write(architecture, tokenizer)
-
-    return checked
-
-
 T5 = Family(
     name="T5",
     domain="text",
     recognises=lambda config: config.get("model_type") == "t5" and not is_encoder(config),
     read_config=read_config,
-    write_config=with_stacks(write_config, 2),
+    write_config=write_config,
     read_tokenizer=read_tokenizer,
     write_tokenizer=write_subwords,
     table=table,
@@ -286,7 +239,7 @@ T5_ENCODER = replace(
     T5,
     name="the encoder of T5",
     recognises=lambda config: config.get("model_type") == "t5" and is_encoder(config),
-    write_config=with_stacks(write_config, 1),
+    write_config=partial(write_config, num_stacks=1),
     read_heads=lambda config, names: (),
     name_class=lambda heads: "T5EncoderModel",
     runner=SEQUENCES,

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from meristem.errors import ConfigError
 from meristem.interop.family import ForeignConfig
-from meristem.interop.settings import Settings
+from meristem.interop.settings import Field, Settings
 from meristem.interop.weights import Weights
+from meristem.model.config import Activation
 from meristem.shapes import Tensor
 from meristem_domains.vision.families.timm_names import ARCHITECTURES, Named
 from meristem_domains.vision.families.vit import pair
@@ -31,52 +31,57 @@ REFUSED = {
 """Arguments that must have this one value, or none."""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What shapes say about a model.
+ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""Our activations by their names in timm."""
 
-    Attributes:
-        side: of a patch.
-        hidden: width of feed-forward layers.
-        has_class: a class token, the first of all.
-        is_distilled: a distillation token behind it, with a classifier of its own.
-        registers: further special tokens.
-        num_positions: rows of the table of positions; 0 for none.
-        has_final_norm: a norm of all rows behind the last block.
-        has_pool_norm: a norm of what pooling gives.
-    """
-
-    width: int
-    depth: int
-    channels: int
-    side: int
-    hidden: int
-    is_gated: bool
-    qkv_bias: bool
-    proj_bias: bool
-    has_class: bool
-    is_distilled: bool
-    registers: int
-    num_positions: int
-    is_normed: bool
-    has_final_norm: bool
-    has_pool_norm: bool
-    has_layer_scale: bool
-
-    @property
-    def num_prefix(self) -> int:
-        """Special tokens before the patches."""
-        return self.has_class + self.is_distilled + self.registers
+FIELDS = (
+    Field("embed_dim", "width"),
+    Field("depth", "num_layers"),
+    Field("num_heads", "attention.num_heads"),
+    Field("qkv_bias", "attention.qkv_bias"),
+    Field("proj_bias", ("attention.out_bias", "feedforward.in_bias", "feedforward.out_bias")),
+    Field("init_values", "residual.layer_scale"),
+    Field("pre_norm", "embedding.is_normed"),
+    Field("act_layer", "feedforward.activation", names=ACTIVATIONS),
+    Field("pos_drop_rate", "embedding.dropout", 0.0),
+    Field("attn_drop_rate", "attention.dropout", 0.0),
+    Field("proj_drop_rate", ("residual.dropout", "feedforward.dropout"), 0.0),
+    Field("drop_path_rate", "residual.drop_path", 0.0),
+)
+"""Arguments that are fields of ours."""
 
 
-def facts_of(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Facts:
-    """Of a model's tensors, or of its arguments where there are none yet.
+def facts_of(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Settings:
+    """Describe a model by arguments of timm. Shapes of tensors take precedence over the config.
+
+    Beside arguments of timm there are `hidden` (width of feed-forward layers), `num_positions` (rows of the table of
+    positions; 0 for none), `num_prefix` (special tokens before the patches), `is_gated`, `is_distilled`,
+    `has_final_norm` (a norm of all rows after the last block) and `has_pool_norm` (a norm of what pooling gives).
+
+    Args:
+        tensors: tensors of the model; none where its config says everything, as one that is written does.
 
     Raises:
         ConfigError: tensors that are not those of a vision transformer, or an argument that they contradict.
     """
-    if "patch_embed.proj.weight" not in tensors:
-        return _facts_of_arguments(config)
+    named = named_of(config)
+    given = {name: value for name, value in arguments_of(config).items() if value is not None}
+    found = Settings(
+        "a timm", {"init_values": None, "num_heads": named.num_heads, "act_layer": named.activation, **given}
+    )
+    shown = _of_tensors(found, tensors) if "patch_embed.proj.weight" in tensors else _of_arguments(found, named)
+    num_prefix = shown["class_token"] + shown["is_distilled"] + shown["reg_tokens"]
+    return Settings("a timm", {**found, **shown, "num_prefix": num_prefix}, FIELDS)
+
+
+def _of_tensors(found: Settings, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     shape = tensors.shape if isinstance(tensors, Weights) else lambda name: tensors[name].shape
     numbers = [int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))]
     lacking = [name for name in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight") if name not in tensors]
@@ -86,61 +91,50 @@ def facts_of(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Facts:
     if side != other:
         raise ConfigError(f"a patch must be a square; got {side} x {other}")
     hidden = shape("blocks.0.mlp.fc2.weight")[1]
-    facts = Facts(
-        width=width,
-        depth=max(numbers) + 1,
-        channels=channels,
-        side=side,
-        hidden=hidden,
-        is_gated=shape("blocks.0.mlp.fc1.weight")[0] == 2 * hidden,
-        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
-        proj_bias="blocks.0.attn.proj.bias" in tensors,
-        has_class="cls_token" in tensors,
-        is_distilled="dist_token" in tensors,
-        registers=shape("reg_token")[1] if "reg_token" in tensors else 0,
-        num_positions=shape("pos_embed")[1] if "pos_embed" in tensors else 0,
-        is_normed="norm_pre.weight" in tensors,
-        has_final_norm="norm.weight" in tensors,
-        has_pool_norm="fc_norm.weight" in tensors,
-        has_layer_scale="blocks.0.ls1.gamma" in tensors,
-    )
-    said = {"embed_dim": width, "depth": facts.depth, "class_token": facts.has_class, "reg_tokens": facts.registers}
-    for name, value in said.items():
-        if (got := arguments_of(config).get(name, value)) != value:
+    shown = {
+        "embed_dim": width,
+        "depth": max(numbers) + 1,
+        "class_token": "cls_token" in tensors,
+        "reg_tokens": shape("reg_token")[1] if "reg_token" in tensors else 0,
+    }
+    for name, value in shown.items():
+        if (got := found.get(name, value)) != value:
             raise ConfigError(f"model_args.{name} must be {value}, as the tensors say; got {got}")
-    return facts
+    return shown | {
+        "in_chans": channels,
+        "patch_size": side,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+        "proj_bias": "blocks.0.attn.proj.bias" in tensors,
+        "init_values": (found["init_values"] or 1e-5) if "blocks.0.ls1.gamma" in tensors else None,
+        "pre_norm": "norm_pre.weight" in tensors,
+        "hidden": hidden,
+        "num_positions": shape("pos_embed")[1] if "pos_embed" in tensors else 0,
+        "is_gated": shape("blocks.0.mlp.fc1.weight")[0] == 2 * hidden,
+        "is_distilled": "dist_token" in tensors,
+        "has_final_norm": "norm.weight" in tensors,
+        "has_pool_norm": "fc_norm.weight" in tensors,
+    }
 
 
-def _facts_of_arguments(config: ForeignConfig) -> Facts:
-    """Of arguments that say everything, as `write_config` does."""
-    found = Settings("a timm", arguments_of(config))
-    pool_norm = found["final_norm"] and found["fc_norm"]
-    is_gated = named_of(config).is_gated
-    side, image_px = found["patch_size"], pair(found["img_size"])
-    is_distilled = named_of(config).is_distilled
-    places = (image_px[0] // side) * (image_px[1] // side)
-    return Facts(
-        width=found["embed_dim"],
-        depth=found["depth"],
-        channels=found["in_chans"],
-        side=side,
-        hidden=int(found["embed_dim"] * found["mlp_ratio"]) // (2 if is_gated else 1),
-        is_gated=is_gated,
-        qkv_bias=found["qkv_bias"],
-        proj_bias=found["proj_bias"],
-        has_class=found["class_token"],
-        is_distilled=is_distilled,
-        registers=found["reg_tokens"],
-        num_positions=(places + (2 if is_distilled else 0)) if found["pos_embed"] == "learn" else 0,
-        is_normed=found["pre_norm"],
-        has_final_norm=found["final_norm"] and not pool_norm,
-        has_pool_norm=pool_norm,
-        has_layer_scale=bool(found["init_values"]),
-    )
+def _of_arguments(found: Settings, named: Named) -> dict[str, Any]:
+    side, (height, width) = found["patch_size"], pair(found["img_size"])
+    places = (height // side) * (width // side) + (2 if named.is_distilled else 0)
+    has_pool_norm = found["final_norm"] and found["fc_norm"]
+    return {
+        "class_token": found["class_token"],
+        "reg_tokens": found["reg_tokens"],
+        "init_values": found["init_values"] or None,
+        "hidden": int(found["embed_dim"] * found["mlp_ratio"]) // (2 if named.is_gated else 1),
+        "num_positions": places if found["pos_embed"] == "learn" else 0,
+        "is_gated": named.is_gated,
+        "is_distilled": named.is_distilled,
+        "has_final_norm": found["final_norm"] and not has_pool_norm,
+        "has_pool_norm": has_pool_norm,
+    }
 
 
 def arguments_of(config: ForeignConfig) -> Mapping[str, Any]:
-    """Arguments in which a model differs from what its name stands for.
+    """Arguments in which a model differs from the architecture that its name stands for.
 
     Raises:
         ConfigError: an argument that no part of ours can say.
@@ -169,9 +163,9 @@ def named_of(config: ForeignConfig) -> Named:
     return ARCHITECTURES[name]
 
 
-def has_mask(config: ForeignConfig, facts: Facts) -> bool:
-    """Whether there is a symbol that hides patches; the setting is ours. A table of symbols has one row at least."""
-    return bool(config.get("has_mask", facts.num_prefix == 0))
+def has_mask(config: ForeignConfig, facts: Settings) -> bool:
+    """Whether there is a mask symbol. The setting is ours; without special tokens there must be one symbol."""
+    return bool(config.get("has_mask", facts["num_prefix"] == 0))
 
 
 def image_px_of(config: ForeignConfig) -> tuple[int, int]:
@@ -180,5 +174,5 @@ def image_px_of(config: ForeignConfig) -> tuple[int, int]:
 
 
 def preprocessing_of(config: ForeignConfig) -> Mapping[str, Any]:
-    """How pictures are brought to the model."""
+    """Settings of image preprocessing."""
     return config.get("pretrained_cfg") or {}

@@ -13,6 +13,7 @@ side by side. Written, class token and registers have no rows of positions (`no_
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,10 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig
 from meristem.interop.rows import block_rows
+from meristem.interop.settings import Settings, write_fields
 from meristem.interop.table import KeyTable, Rename, Row, Transform
 from meristem.interop.weights import open_weights
 from meristem.model.config import (
-    Activation,
-    Attention,
     AttentionPool,
     Embedding,
     FeedForward,
@@ -38,7 +38,6 @@ from meristem.model.config import (
     Pool,
     Position,
     Prefix,
-    Residual,
     TransformerConfig,
 )
 from meristem.model.heads import Readout
@@ -48,7 +47,8 @@ from meristem_domains.vision.families.processor import IMAGENET
 from meristem_domains.vision.families.rows import embedding_rows, shaped
 from meristem_domains.vision.families.runners import TIMM_IMAGES
 from meristem_domains.vision.families.timm_facts import (
-    Facts,
+    ACTIVATIONS,
+    FIELDS,
     arguments_of,
     facts_of,
     has_mask,
@@ -61,16 +61,6 @@ from meristem_domains.vision.families.vit import patches_of
 from meristem_domains.vision.patches import PatchTokenizer
 from meristem_domains.vision.picture_sizes import resized_px
 
-ACTIVATIONS: Mapping[str, Activation] = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-"""Our activations by their names in timm."""
-
 NORM = ("layernorm", 1e-6)
 """The norm that an argument can name, and its eps."""
 
@@ -78,95 +68,66 @@ CLASS, DISTILLATION, MASK = "<class>", "<distillation>", "<mask>"
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a model of timm.
+    """Convert the config of a model of timm to a `TransformerConfig`.
 
     Raises:
         ConfigError: an architecture or an argument that no part of ours can say.
     """
-    named, arguments, facts = named_of(config), arguments_of(config), facts_of(config, tensors)
-    if facts.is_gated != named.is_gated:
+    named, facts = named_of(config), facts_of(config, tensors)
+    if facts["is_gated"] != named.is_gated:
         raise ConfigError(f"{config['architecture']} must have gated layers or not; its tensors say otherwise")
-    if arguments.get("norm_layer") not in (None, NORM[0]):
-        raise ConfigError(f"model_args.norm_layer must be {NORM[0]}; got {arguments['norm_layer']!r}")
-    eps = NORM[1] if arguments.get("norm_layer") else named.eps
-    activation = named.activation
-    if (name := arguments.get("act_layer")) is not None:
-        if name not in ACTIVATIONS:
-            raise ConfigError(f"model_args.act_layer must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
-        activation = ACTIVATIONS[name]
-    num_heads = arguments.get("num_heads", named.num_heads)
-    dropout = arguments.get("proj_drop_rate") or 0.0
-    return TransformerConfig(
-        width=facts.width,
-        num_layers=facts.depth,
-        embedding=Embedding(
-            vocab_size=facts.num_prefix + has_mask(config, facts),
-            patch_features=facts.channels * facts.side**2,
-            feature_bias=not facts.is_normed,
-            is_normed=facts.is_normed,
-            dropout=arguments.get("pos_drop_rate") or 0.0,
+    if facts.get("norm_layer") not in (None, NORM[0]):
+        raise ConfigError(f"model_args.norm_layer must be {NORM[0]}; got {facts['norm_layer']!r}")
+    return facts.build(
+        embedding=partial(
+            Embedding,
+            vocab_size=facts["num_prefix"] + has_mask(config, facts),
+            patch_features=facts["in_chans"] * facts["patch_size"] ** 2,
+            feature_bias=not facts["pre_norm"],
         ),
         position=_read_position(config, facts),
-        attention=Attention(
-            num_heads=num_heads,
-            qkv_bias=facts.qkv_bias,
-            out_bias=facts.proj_bias,
-            dropout=arguments.get("attn_drop_rate") or 0.0,
-        ),
-        feedforward=FeedForward(
-            width=facts.hidden,
-            activation=activation,
-            is_gated=facts.is_gated,
-            in_bias=facts.proj_bias,
-            out_bias=facts.proj_bias,
-            dropout=dropout,
-        ),
-        norm=LayerNorm(eps=eps),
-        residual=Residual(
-            dropout=dropout,
-            drop_path=arguments.get("drop_path_rate") or 0.0,
-            layer_scale=(arguments.get("init_values") or 1e-5) if facts.has_layer_scale else None,
-        ),
-        final_norm=facts.has_final_norm,
-        pool=_read_pool(config, facts, num_heads, activation),
+        feedforward=partial(FeedForward, width=facts["hidden"], is_gated=facts["is_gated"]),
+        norm=LayerNorm(eps=NORM[1] if facts.get("norm_layer") else named.eps),
+        final_norm=facts["has_final_norm"],
+        pool=_read_pool(config, facts),
     )
 
 
-def _read_position(config: ForeignConfig, facts: Facts) -> Position:
-    if not facts.num_positions:
+def _read_position(config: ForeignConfig, facts: Settings) -> Position:
+    rows, prefix = facts["num_positions"], facts["num_prefix"]
+    if not rows:
         return NoPosition()
     height, width = image_px_of(config)
-    grid = (height // facts.side, width // facts.side)
+    grid = (height // facts["patch_size"], width // facts["patch_size"])
     places = math.prod(grid)
-    if facts.num_positions not in (places, places + facts.num_prefix):
+    if rows not in (places, places + prefix):
         raise ConfigError(
-            f"pos_embed must have {places} rows for pictures of {height} x {width} px, or {facts.num_prefix} more for "
-            f"special tokens; got {facts.num_positions}"
+            f"pos_embed must have {places} rows for pictures of {height} x {width} px, or {prefix} more for "
+            f"special tokens; got {rows}"
         )
     return Learned(max_positions=places, grid=grid)
 
 
-def _read_pool(config: ForeignConfig, facts: Facts, num_heads: int, activation: Activation) -> Pool | None:
-    arguments = arguments_of(config)
-    kind = arguments.get("global_pool", config.get("global_pool"))
-    sees_prefix = bool(arguments.get("pool_include_prefix"))
-    if facts.has_pool_norm and kind != "avg":
+def _read_pool(config: ForeignConfig, facts: Settings) -> Pool | None:
+    kind = facts.get("global_pool", config.get("global_pool"))
+    sees_prefix = bool(facts.get("pool_include_prefix"))
+    if facts["has_pool_norm"] and kind != "avg":
         raise ConfigError(f"global_pool must be avg where a norm follows (fc_norm); got {kind!r}")
     if sees_prefix and kind != "map":
         raise ConfigError(f"model_args.pool_include_prefix must be false with global_pool {kind!r}; got true")
     match kind:
         case "token":
-            return Prefix(count=2 if facts.is_distilled else 1)
+            return Prefix(count=2 if facts["is_distilled"] else 1)
         case "avg":
-            return Mean(is_normed=facts.has_pool_norm)
+            return Mean(is_normed=facts["has_pool_norm"])
         case "max":
             return Max()
         case "map":
             return AttentionPool(
-                num_heads=num_heads,
-                feedforward_width=facts.hidden * (2 if facts.is_gated else 1),
-                activation=activation,
-                has_special=sees_prefix or facts.num_prefix == 0,
+                num_heads=facts["num_heads"],
+                feedforward_width=facts["hidden"] * (2 if facts["is_gated"] else 1),
+                activation=facts.choice("act_layer", ACTIVATIONS),
+                has_special=sees_prefix or facts["num_prefix"] == 0,
             )
         case "":
             return None
@@ -174,21 +135,21 @@ def _read_pool(config: ForeignConfig, facts: Facts, num_heads: int, activation: 
 
 
 def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
-    """The tensors of a vision transformer of timm."""
+    """Key table of a vision transformer of timm."""
     facts = facts_of(foreign, names if isinstance(names, Mapping) else {})
-    tokens = {"cls_token": 1} if facts.has_class else {}
-    if facts.is_distilled:
+    tokens = {"cls_token": 1} if facts["class_token"] else {}
+    if facts["is_distilled"]:
         tokens["dist_token"] = 1
-    if facts.registers:
-        tokens["reg_token"] = facts.registers
+    if facts["reg_tokens"]:
+        tokens["reg_token"] = facts["reg_tokens"]
     rows: list[Row] = [
         *embedding_rows(
             architecture,
             tokens,
             positions="pos_embed",
             patches="patch_embed.proj",
-            patch=(facts.channels, facts.side),
-            folded=(facts.num_prefix,) if facts.is_distilled else (0, facts.num_prefix),
+            patch=(facts["in_chans"], facts["patch_size"]),
+            folded=(facts["num_prefix"],) if facts["is_distilled"] else (0, facts["num_prefix"]),
         ),
         Rename("trunk.embedding.norm", "norm_pre"),
         *block_rows("blocks.{}", attention_norm="norm1", qkv="attn.qkv", out="attn.proj", attention_scale="ls1.gamma"),
@@ -202,7 +163,7 @@ def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collec
             rows.append(Rename(f"pool.{name}", f"attn_pool.{foreign_names.get(name, name)}"))
     else:
         rows.append(Rename("pool.norm", "fc_norm"))
-    if facts.is_distilled:
+    if facts["is_distilled"]:
         rows.append(Row(f"heads.{LABEL}.out", ("head", "head_dist"), AVERAGED))
     else:
         rows.append(Rename(f"heads.{LABEL}.out", "head"))
@@ -219,40 +180,29 @@ AVERAGED = Transform(
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The config of a directory of timm, every argument said, as far as it can say ours."""
+    """Convert a `TransformerConfig` to the config of a directory of timm that states every argument."""
     patches, pool = patches_of(tokenizer), architecture.pool
     is_distilled = isinstance(pool, Prefix) and pool.count == 2
-    feedforward, residual = architecture.feedforward, architecture.residual
+    feedforward = architecture.feedforward
     has_class = isinstance(pool, Prefix) or patches.prefix[:1] == (CLASS,)
     pool_norm = isinstance(pool, Mean) and pool.is_normed
     hidden = feedforward.width * (2 if feedforward.is_gated else 1)
     global_pool = POOLS.get(type(pool), "")
     arguments = {
+        **write_fields(architecture, FIELDS),
         "img_size": list(patches.fixed_px),
         "patch_size": patches.patch_px,
         "in_chans": patches.num_channels,
         "global_pool": global_pool,
-        "embed_dim": architecture.width,
-        "depth": architecture.num_layers,
-        "num_heads": architecture.attention.num_heads,
         # rounded down there: half a feature more keeps it from falling below
         "mlp_ratio": (hidden + 0.5) / architecture.width,
-        "qkv_bias": architecture.attention.qkv_bias,
-        "proj_bias": architecture.attention.out_bias,
-        "init_values": residual.layer_scale,
         "class_token": has_class,
         "pos_embed": "learn" if isinstance(architecture.position, Learned) else "none",
         "no_embed_class": not is_distilled,
         "reg_tokens": len(patches.prefix) - has_class - is_distilled,
-        "pre_norm": architecture.embedding.is_normed,
         "final_norm": architecture.final_norm or pool_norm,
         "fc_norm": pool_norm,
         "pool_include_prefix": isinstance(pool, AttentionPool) and pool.has_special and len(patches.prefix) > 0,
-        "act_layer": feedforward.activation,
-        "pos_drop_rate": architecture.embedding.dropout,
-        "attn_drop_rate": architecture.attention.dropout,
-        "proj_drop_rate": residual.dropout,
-        "drop_path_rate": residual.drop_path,
     }
     if is_distilled and arguments["reg_tokens"]:
         raise ConfigError(f"a distilled model must have two special tokens; got {', '.join(patches.prefix)}")
@@ -305,21 +255,21 @@ def _crop_pct(patches: PatchTokenizer) -> float:
 
 
 def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """Patches behind the special tokens, with timm's own steps of preparation."""
+    """Read the tokenizer: patches after the special tokens, prepared as timm prepares images."""
     facts, found = facts_of(config, open_weights(folder)), preprocessing_of(config)
     tokenizer = PatchTokenizer(
         image_px=image_px_of(config),
-        patch_px=facts.side,
-        num_channels=facts.channels,
+        patch_px=facts["patch_size"],
+        num_channels=facts["in_chans"],
         mean=tuple(found.get("mean") or IMAGENET[0]),
         std=tuple(found.get("std") or IMAGENET[1]),
         crop=found.get("crop_mode") or "center",
         crop_frac=found.get("crop_pct") or 0.875,
         interpolation=found.get("interpolation") or "bicubic",
         prefix=(
-            *([CLASS] if facts.has_class else []),
-            *([DISTILLATION] if facts.is_distilled else []),
-            *(f"<register_{index}>" for index in range(1, facts.registers + 1)),
+            *([CLASS] if facts["class_token"] else []),
+            *([DISTILLATION] if facts["is_distilled"] else []),
+            *(f"<register_{index}>" for index in range(1, facts["reg_tokens"] + 1)),
         ),
         mask=MASK if has_mask(config, facts) else "",
     )
@@ -327,7 +277,7 @@ def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list
 
 
 def read_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
-    """The classifier, where there is one."""
+    """Read the label of the classifier, if there is one."""
     if "head.weight" not in names:
         return ()
     count = config.get("num_classes") or preprocessing_of(config).get("num_classes")

@@ -7,6 +7,7 @@ a patch are symbols, and the row of positions for the class token is part of its
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,9 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig, of_type
 from meristem.interop.rows import block_rows
-from meristem.interop.settings import Settings, foreign_activation
+from meristem.interop.settings import INIT_STD, Field, Settings, activation, write_fields
 from meristem.interop.table import Ignored, KeyTable, Rename, Row
-from meristem.model.config import (
-    Attention,
-    Embedding,
-    FeedForward,
-    Init,
-    LayerNorm,
-    Learned,
-    Prefix,
-    Residual,
-    TransformerConfig,
-)
+from meristem.model.config import Attention, Embedding, Learned, Prefix, TransformerConfig
 from meristem.model.heads import Readout
 from meristem.shapes import Tensor
 from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
@@ -35,19 +26,22 @@ from meristem_domains.vision.families.rows import embedding_rows
 from meristem_domains.vision.families.runners import HF_IMAGES
 from meristem_domains.vision.patches import PatchTokenizer
 
-DEFAULTS = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.02,
-    "image_size": 224,
-    "num_channels": 3,
-    "qkv_bias": True,
-}
-VIT_DEFAULTS = {**DEFAULTS, "intermediate_size": 3072, "layer_norm_eps": 1e-12, "patch_size": 16}
+FIELDS = (
+    Field("hidden_size", "width", 768),
+    Field("num_hidden_layers", "num_layers", 12),
+    Field("num_attention_heads", "attention.num_heads", 12),
+    Field("attention_probs_dropout_prob", "attention.dropout", 0.0),
+    Field("qkv_bias", "attention.qkv_bias", True),
+    INIT_STD,
+)
+VIT_FIELDS = (
+    *FIELDS,
+    Field("hidden_dropout_prob", ("residual.dropout", "embedding.dropout"), 0.0),
+    Field("intermediate_size", "feedforward.width", 3072),
+    activation("hidden_act", "gelu"),
+    Field("layer_norm_eps", "norm.eps", 1e-12),
+)
+DEFAULTS = {"image_size": 224, "num_channels": 3, "patch_size": 16}
 LEFT_OUT = (
     Ignored(r".*\.pooler\.dense\.(weight|bias)", "the pooler is left out: the classifier does not read it"),
     Ignored(r"decoder\.0\.(weight|bias)", "the decoder that draws hidden patches is left out"),
@@ -56,14 +50,16 @@ LEFT_OUT = (
 
 
 def read_vit_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our config of a `ViTConfig`."""
-    found = Settings("a ViT", config, VIT_DEFAULTS)
+    """Convert a `ViTConfig` to a `TransformerConfig`."""
+    found = _settings(config)
     has_pooler = "vit.pooler.dense.weight" in tensors and "classifier.weight" not in tensors
     if has_pooler:
         found.require(pooler_act="tanh", pooler_output_size=found["hidden_size"])
-    feedforward = FeedForward(width=found["intermediate_size"], activation=found.activation("hidden_act"))
-    residual = Residual(dropout=found["hidden_dropout_prob"])
-    return read_trunk(found, feedforward, residual, 1 + _has_mask(config), Prefix(is_dense=has_pooler))
+    return read_trunk(found, num_symbols=1 + _has_mask(config), pool=Prefix(is_dense=has_pooler))
+
+
+def _settings(config: ForeignConfig) -> Settings:
+    return Settings("a ViT", config, VIT_FIELDS, DEFAULTS)
 
 
 def _has_mask(config: ForeignConfig) -> bool:
@@ -72,37 +68,20 @@ def _has_mask(config: ForeignConfig) -> bool:
     return bool(config.get("use_mask_token", is_masked))
 
 
-def read_trunk(
-    found: Settings, feedforward: FeedForward, residual: Residual, num_symbols: int, pool: Prefix
-) -> TransformerConfig:
-    """Our config but for what the model types say each in its own way."""
+def read_trunk(found: Settings, num_symbols: int, **parts: Any) -> TransformerConfig:
+    """Build an image encoder; `parts`, as in `Settings.build`, are those that the families read differently."""
     (height, width), side = pair(found["image_size"]), side_of(found)
     grid = (height // side, width // side)
-    return TransformerConfig(
-        width=found["hidden_size"],
-        num_layers=found["num_hidden_layers"],
-        embedding=Embedding(
-            vocab_size=num_symbols,
-            patch_features=found["num_channels"] * side**2,
-            dropout=found["hidden_dropout_prob"],
-        ),
+    return found.build(
+        embedding=partial(Embedding, vocab_size=num_symbols, patch_features=found["num_channels"] * side**2),
         position=Learned(max_positions=math.prod(grid), grid=grid),
-        attention=Attention(
-            num_heads=found["num_attention_heads"],
-            head_width=found.get("head_dim"),
-            qkv_bias=found["qkv_bias"],
-            dropout=found["attention_probs_dropout_prob"],
-        ),
-        feedforward=feedforward,
-        norm=LayerNorm(eps=found["layer_norm_eps"]),
-        residual=residual,
-        pool=pool,
-        init=Init(std=found["initializer_range"]),
+        attention=partial(Attention, head_width=found.get("head_dim")),
+        **parts,
     )
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width, of both or of the one number that both are."""
+    """Height and width, given as two numbers or as one for both."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
@@ -118,7 +97,7 @@ def side_of(found: Mapping[str, Any]) -> int:
 
 
 def vit_table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
-    """The tensors of a `ViTModel`, under the names that it has on disk."""
+    """Key table of a `ViTModel` under the names that it has on disk."""
     layer = "vit.encoder.layer.{}"
     rows = (
         *block_rows(layer, attention_norm="layernorm_before", feedforward_norm="layernorm_after"),
@@ -126,15 +105,14 @@ def vit_table(architecture: TransformerConfig, foreign: ForeignConfig, names: Co
         Rename("pool.dense", "vit.pooler.dense"),
     )
     mask = "vit.embeddings.mask_token"
-    found = Settings("a ViT", foreign, VIT_DEFAULTS)
-    shared = trunk_rows(architecture, found, "vit.", 0, mask if mask in names else None, mask_axes=3)
+    shared = trunk_rows(architecture, _settings(foreign), "vit.", 0, mask if mask in names else None, mask_axes=3)
     return KeyTable((*shared, *rows), ignored=LEFT_OUT)
 
 
 def trunk_rows(
     architecture: TransformerConfig, found: Settings, prefix: str, num_registers: int, mask: str | None, mask_axes: int
 ) -> tuple[Row, ...]:
-    """Rows of tensors that are called the same in all of them."""
+    """Rows for tensors that have the same names in all these families."""
     layer, embeddings = prefix + "encoder.layer.{}.attention", f"{prefix}embeddings"
     tokens = {f"{embeddings}.cls_token": 1}
     if num_registers:
@@ -175,33 +153,24 @@ VIT_SPELLINGS = (
 
 
 def write_vit_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `ViTConfig` of ours, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `ViTConfig`."""
     return {
         "model_type": "vit",
-        **write_trunk(architecture, tokenizer),
-        "hidden_dropout_prob": architecture.residual.dropout,
-        "intermediate_size": architecture.feedforward.width,
-        "hidden_act": foreign_activation(architecture.feedforward.activation),
+        **write_trunk(architecture, tokenizer, VIT_FIELDS),
         "pooler_output_size": architecture.width,
         "pooler_act": "tanh",
         "encoder_stride": patches_of(tokenizer).patch_px,
     }
 
 
-def write_trunk(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Settings that are called the same in all of them."""
+def write_trunk(architecture: TransformerConfig, tokenizer: Tokenizer, fields: Sequence[Field]) -> dict[str, Any]:
+    """Settings that have the same names in all these families."""
     patches = patches_of(tokenizer)
     return {
-        "hidden_size": architecture.width,
-        "num_hidden_layers": architecture.num_layers,
-        "num_attention_heads": architecture.attention.num_heads,
-        "attention_probs_dropout_prob": architecture.attention.dropout,
-        "layer_norm_eps": getattr(architecture.norm, "eps", None),
+        **write_fields(architecture, fields),
         "image_size": patches.fixed_px[0] if len(set(patches.fixed_px)) == 1 else list(patches.fixed_px),
         "patch_size": patches.patch_px,
         "num_channels": patches.num_channels,
-        "qkv_bias": architecture.attention.qkv_bias,
-        "initializer_range": architecture.init.std,
         "use_mask_token": bool(patches.mask),
     }
 
@@ -221,12 +190,12 @@ def patches_of(tokenizer: Tokenizer) -> PatchTokenizer:
 
 
 def read_vit_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """Patches behind a class token."""
-    return read_patches(folder, Settings("a ViT", config, VIT_DEFAULTS), _has_mask(config))
+    """Read the tokenizer: patches after a class token."""
+    return read_patches(folder, _settings(config), _has_mask(config))
 
 
 def read_patches(folder: Path, found: Settings, has_mask: bool) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer of a directory, and notes for the user."""
+    """Read a tokenizer of patches from a directory; also returns notes for the user."""
     registers = [f"<register_{index}>" for index in range(1, found.get("num_register_tokens", 0) + 1)]
     return read_processor(
         folder,
@@ -239,12 +208,12 @@ def read_patches(folder: Path, found: Settings, has_mask: bool) -> tuple[Tokeniz
 
 
 def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
-    """The file of an image processor."""
+    """Text of the file of an image processor, by file name."""
     return {"preprocessor_config.json": write_processor(patches_of(tokenizer))}
 
 
 def read_vit_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
-    """The classifier on the class token, where there is one."""
+    """Read the label of the classifier on the class token, if there is one."""
     return (label_of(classes_of(config)),) if "classifier.weight" in names else ()
 
 

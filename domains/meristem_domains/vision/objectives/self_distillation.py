@@ -22,7 +22,7 @@ from meristem.types import INPUT, Layout, LossOut, PackedBatch, Record, Term, To
 from meristem_domains.vision.multi_crop import NUM_GLOBAL, MultiCrop
 from meristem_domains.vision.objectives.teacher_metrics import FigureMean, UsedEntropy
 from meristem_domains.vision.patches import PatchTokenizer
-from meristem_domains.vision.pictures import read_pixels
+from meristem_domains.vision.pictures import StandardImage
 
 VIEW = "view"
 """Name of the label that holds the index of a sequence among the views of its record."""
@@ -144,8 +144,12 @@ class SelfDistillation(Objective):
     def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
         """One sequence of tokens for each view, which is cut out of the original picture."""
         large, small = self.tokenizers
-        assert isinstance(record.payload, bytes)
-        views = self.crops.draw(read_pixels(record.payload, large.num_channels), rng)
+        pixels = large.pixels(record.payload)
+        if isinstance(pixels, StandardImage):
+            raise ConfigError(
+                "objective SelfDistillation cuts its views out of whole pictures: data.views must be null"
+            )
+        views = self.crops.draw(pixels, rng)
         encoded = [(large if view < NUM_GLOBAL else small).encode(pixels) for view, pixels in enumerate(views)]
         return tuple(replace(one, labels={VIEW: np.array(view)}) for view, one in enumerate(encoded))
 
