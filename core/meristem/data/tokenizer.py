@@ -71,8 +71,14 @@ class Tokenizer(ABC):
         return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans, is_special=is_special)
 
     def encode_values(self, values: Sequence[Any]) -> TokenColumn:
-        """Encode payloads that a program hands over, as `encode_column`."""
-        return self.encode_column(pa.array(values, pa.large_string()))
+        """Encode payloads that a program hands over, as `encode_column`.
+
+        Here they are texts, as `str` or as `bytes` of UTF-8, and objects of other libraries that are one (with a method
+        `__bytes__`) or hold one (as `seq`).
+        """
+        return self.encode_column(
+            pa.array([_text_of(value, row) for row, value in enumerate(values)], pa.large_binary())
+        )
 
     def lengths(self, payloads: pa.Array) -> np.ndarray:
         """`[N]` tokens of each payload, special ones included.
@@ -207,6 +213,16 @@ class Tokenizer(ABC):
         return self.id_of("eos")
 
 
+def _text_of(value: Any, row: int) -> bytes:
+    value = getattr(value, "seq", value)
+    if not isinstance(value, str) and not hasattr(value, "__bytes__"):
+        raise RefusedSymbol.of_row(row, f"must be a text, or an object that is one; got {type(value).__name__}")
+    text = value.encode() if isinstance(value, str) else bytes(value)
+    if not text:
+        raise RefusedSymbol.of_row(row, "empty")
+    return text
+
+
 def frozen_symbols(tokenizer: Any) -> dict[str, int]:
     """Make tuples of a tokenizer's `vocab`, `prefix` and `suffix`, which JSON gives as lists, and number the symbols.
 
@@ -237,6 +253,13 @@ class RefusedSymbol(DataError):
     def __init__(self, row: int, offset: int, symbol: str, reason: str):
         super().__init__(f"{reason} at position {offset + 1}")
         self.row, self.offset, self.symbol, self.reason = row, offset, symbol, reason
+
+    @classmethod
+    def of_row(cls, row: int, reason: str) -> "RefusedSymbol":
+        """A whole payload that is refused."""
+        error = cls(row, 0, "", reason)
+        error.args = (reason,)
+        return error
 
 
 @dataclass(frozen=True)

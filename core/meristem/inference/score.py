@@ -134,16 +134,24 @@ class RunningScore(Running):
         self.facts = {"summary": self.scorer.describe(self.model, self._options)}
         self.fault = "its score is not finite; the model is damaged"
 
-    def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
+    def results(self, column: TokenColumn, advance: Advance) -> Iterator[Any]:
+        """What the scorer gives for each sequence, in order.
+
+        Raises:
+            NotFinite: names the first sequence whose score is not finite.
+        """
         special = sum(self.model.tokenizer.num_special)
-        advance = advance or (lambda records, tokens: None)
         model = replace(self.model, advance=lambda tokens: advance(0, tokens))
-        found = []
         for row, result in enumerate(self.scorer.score(model, column, self._options)):
             if not _is_finite(result):
                 raise NotFinite(row)
-            found.append(result if self.scorer.schema is not None else self._array(result, column, row))
+            yield result
             advance(1, special)  # of a record, progress leaves the special rows out
+
+    def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
+        results = enumerate(self.results(column, advance or (lambda records, tokens: None)))
+        is_table = self.scorer.schema is not None
+        found = [result if is_table else self._array(result, column, row) for row, result in results]
         schema = ARRAYS if self.scorer.schema is None else self.scorer.schema(self.model, self._options)
         return pa.Table.from_pylist(found, schema)
 

@@ -1,12 +1,14 @@
 """A model as scorers run it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from meristem.data.tokenizer import Tokenizer
+from meristem.framing import payload_parts
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.outputs import HeadRequest, Wanted
 from meristem.shapes import Float, Float64, Int, Tensor
@@ -48,10 +50,26 @@ class RunningModel:
         device = self.model.device
         batch, found = batch.to(device), []
         hidden = self.model(batch, Wanted()).hidden
-        for part, asked in zip(rows.to(device).split(ROWS_PER_CALL), symbols.to(device).split(ROWS_PER_CALL)):
-            logits = self.symbol_logits(batch, hidden, F.pad(part, (0, ROWS_PER_CALL - len(part))))[: len(part)]
+        parts = self.logits_in_parts(batch, hidden, rows.to(device))
+        for logits, asked in zip(parts, symbols.to(device).split(ROWS_PER_CALL)):
             found.append(logits.double().log_softmax(-1).gather(1, asked[:, None]).squeeze(1))
         return torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.float64)
+
+    @torch.inference_mode()
+    def logits_of(self, batch: PackedBatch) -> Iterator[np.ndarray]:
+        """Logits of every symbol at each row of each sequence that is not special, `[n, V]` float32."""
+        hidden = self.model(batch, Wanted()).hidden
+        rows = torch.arange(batch.layout.num_tokens, device=self.model.device)
+        values = torch.cat([part.float().cpu() for part in self.logits_in_parts(batch, hidden, rows)]).numpy()
+        for start, length, part in zip(batch.layout.starts, batch.layout.lengths, payload_parts(batch.layout)):
+            yield values[start : start + length][part]
+
+    def logits_in_parts(
+        self, batch: PackedBatch, hidden: Hidden, rows: Int[Tensor, "M"]
+    ) -> Iterator[Float[Tensor, "R V"]]:
+        """Logits of every symbol, some rows at a time, which do not depend on how many rows are asked for."""
+        for part in rows.split(ROWS_PER_CALL):
+            yield self.symbol_logits(batch, hidden, F.pad(part, (0, ROWS_PER_CALL - len(part))))[: len(part)]
 
     def symbol_logits(self, batch: PackedBatch, hidden: Hidden, rows: Int[Tensor, "M"]) -> Float[Tensor, "M V"]:
         """Logits of every symbol for some rows of a pack that the trunk has run."""
