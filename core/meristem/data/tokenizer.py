@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from meristem.data.given import RefusedSymbol
 from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.framing import frame_of
 from meristem.types import TokenColumn, Tokens
@@ -71,11 +72,7 @@ class Tokenizer(ABC):
         return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans, is_special=is_special)
 
     def encode_values(self, values: Sequence[Any]) -> TokenColumn:
-        """Encode payloads that a program hands over, as `encode_column`.
-
-        Here they are texts, as `str` or as `bytes` of UTF-8, and objects of other libraries that are one (with a method
-        `__bytes__`) or hold one (as `seq`).
-        """
+        """Encode payloads that a program hands over: texts, or objects that are (`__bytes__`) or hold one (`seq`)."""
         return self.encode_column(
             pa.array([_text_of(value, row) for row, value in enumerate(values)], pa.large_binary())
         )
@@ -213,16 +210,6 @@ class Tokenizer(ABC):
         return self.id_of("eos")
 
 
-def _text_of(value: Any, row: int) -> bytes:
-    value = getattr(value, "seq", value)
-    if not isinstance(value, str) and not hasattr(value, "__bytes__"):
-        raise RefusedSymbol.of_row(row, f"must be a text, or an object that is one; got {type(value).__name__}")
-    text = value.encode() if isinstance(value, str) else bytes(value)
-    if not text:
-        raise RefusedSymbol.of_row(row, "empty")
-    return text
-
-
 def frozen_symbols(tokenizer: Any) -> dict[str, int]:
     """Make tuples of a tokenizer's `vocab`, `prefix` and `suffix`, which JSON gives as lists, and number the symbols.
 
@@ -238,28 +225,6 @@ def frozen_symbols(tokenizer: Any) -> dict[str, int]:
     if len(index) != len(tokenizer.vocab):
         raise ConfigError("vocab must hold each symbol once")
     return index
-
-
-class RefusedSymbol(DataError):
-    """A symbol that the tokenizer does not take.
-
-    Attributes:
-        row: row of the column it stands in (0 for a single payload).
-        offset: byte of the payload.
-        symbol: what was found.
-        reason: why it is refused.
-    """
-
-    def __init__(self, row: int, offset: int, symbol: str, reason: str):
-        super().__init__(f"{reason} at position {offset + 1}")
-        self.row, self.offset, self.symbol, self.reason = row, offset, symbol, reason
-
-    @classmethod
-    def of_row(cls, row: int, reason: str) -> "RefusedSymbol":
-        """A whole payload that is refused."""
-        error = cls(row, 0, "", reason)
-        error.args = (reason,)
-        return error
 
 
 @dataclass(frozen=True)
