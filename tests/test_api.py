@@ -165,7 +165,7 @@ def test_logits_are_what_likelihoods_are_made_of(model_directory: Path, sequence
     again = model.logits(sequences[::-1], tokens_per_batch=64)[::-1]
     assert all(np.array_equal(a, b) for a, b in zip(logits, again, strict=True))
     for call in (model.logits, model.score):
-        with pytest.raises(DataError, match="sequence 2: must be 80 tokens or fewer; got 92"):
+        with pytest.raises(DataError, match=r"sequence 2: must be 78 tokens or fewer, .*; got 90"):
             call(["MKT", "MKV", "M" * 90])
 
 

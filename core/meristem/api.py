@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from meristem.data.records import ReadOptions, columns_of
+from meristem.data.records import ReadOptions
 from meristem.domain import load_domain
 from meristem.errors import CheckpointError, ConfigError
 from meristem.inference.embed import EmbedOptions, embed_files
@@ -206,10 +206,10 @@ def _job_options(kind: type[Options], options: Mapping[str, Any]) -> Options:
         ConfigError: one that the job does not take.
     """
     given = dict(options)
-    on_error, columns, ids = (given.pop(name, "") for name in ("on_error", "column", "id_column"))
+    on_error, column, ids = (given.pop(name, "") for name in ("on_error", "column", "id_column"))
     if on_error not in ("", "refuse", "skip"):
         raise ConfigError(f"on_error must be refuse or skip; got {on_error!r}")
     try:
-        return kind(is_skipping=on_error == "skip", read=ReadOptions(columns_of(columns), id_column=ids), **given)
+        return kind(is_skipping=on_error == "skip", column=column, read=ReadOptions(id_column=ids), **given)
     except TypeError as error:
         raise ConfigError(f"{kind.__name__}: {error}") from error

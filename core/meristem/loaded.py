@@ -1,6 +1,6 @@
 """A model that is ready for sequences in memory."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from meristem.data.order import plan_in_order
-from meristem.data.pack import pack_column
 from meristem.data.tokenizer import RefusedSymbol
 from meristem.domain import GROUP
 from meristem.errors import ConfigError, DataError
 from meristem.generation.text import Generator, check_options
 from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS
-from meristem.inference.embed import default_pool, require_class_row
+from meristem.inference.embed import default_pool
 from meristem.inference.engine import PRECISIONS, Embedder, NotFinite, best_device, best_precision
-from meristem.inference.job import Engine
+from meristem.inference.job import Engine, too_long
 from meristem.inference.predictor import Prediction, Predictor
 from meristem.inference.score import Score
 from meristem.interop.directory import write_directory
@@ -87,7 +85,6 @@ class LoadedModel:
             >>> first, last = model.embed({"P1": "MKTAYIAKQR"}, layer=[0, -1])
         """
         pool = default_pool(self.card) if pool is None else pool
-        require_class_row(pool, self.card)
         layers = [layer] if isinstance(layer, int) else list(layer)
         embedders = [Embedder(self._engine(tokens_per_batch, precision).trunk(self.model, one), pool) for one in layers]
         pieces: list[list[np.ndarray]] = [[] for _ in layers]
@@ -161,7 +158,7 @@ class LoadedModel:
         job = Score(scorer, chosen, domain)
         running = job.start(self.card, self.model, self._engine(tokens_per_batch, precision))
         found: list[Any] = []
-        for first, column in self._columns(sequences, running.max_tokens):
+        for first, column in self._columns(sequences, running.unfit):
             with _naming(first):
                 found += running.results(column, lambda records, tokens: None)
         return found
@@ -187,14 +184,10 @@ class LoadedModel:
         if isinstance(self.model.trunk, EncoderDecoder):
             raise ConfigError("logits are those of a model of one stack; score an encoder-decoder, or generate with it")
         trunk = self._engine(tokens_per_batch, precision).trunk(self.model)
-        running = RunningModel(trunk.runnable, self.card.tokenizer, trunk.tokens_per_batch)
+        running = RunningModel(trunk.runnable, self.card.tokenizer, trunk.budget)
         found: list[np.ndarray] = []
-        for _, column in self._columns(sequences, self.model.config.max_length):
-            made: dict[int, np.ndarray] = {}
-            for rows in plan_in_order(column.lengths, trunk.tokens_per_batch):
-                batch = pack_column(column, rows, rows.tolist()).to(trunk.device)
-                made |= zip(rows.tolist(), running.logits_of(batch))
-            found += [made[row] for row in range(len(column))]
+        for _, column in self._columns(sequences, lambda one: too_long(one, self.model.config.max_length)):
+            found += running.logits(column)
         return found
 
     def export(self, out: Path | str, to: str = "hf") -> list[str]:
@@ -246,11 +239,13 @@ class LoadedModel:
             raise ConfigError(f"precision must be one of auto, {', '.join(PRECISIONS)}; got {precision!r}")
         return Engine(chosen, self.device, tokens_per_batch)
 
-    def _columns(self, sequences: Iterable[Any], max_tokens: int | None = None) -> Iterator[tuple[int, TokenColumn]]:
+    def _columns(
+        self, sequences: Iterable[Any], unfit: Callable[[TokenColumn], Mapping[int, str]] = lambda column: {}
+    ) -> Iterator[tuple[int, TokenColumn]]:
         """Columns of the sequences, with the number of the first of each.
 
         Args:
-            max_tokens: of a sequence, special ones included.
+            unfit: rows of a column that cannot be worked on, and why.
         """
         is_one = isinstance(sequences, str) or hasattr(sequences, "__bytes__") or hasattr(sequences, "seq")
         if is_one or not isinstance(sequences, Iterable):
@@ -262,18 +257,20 @@ class LoadedModel:
             held.append(sequence)
             size += len(sequence) if isinstance(sequence, str) else CHUNK_SYMBOLS // FILES_AHEAD
             if len(held) == CHUNK_RECORDS or size >= CHUNK_SYMBOLS:
-                yield first, self._encode(first, held, max_tokens)
+                yield first, self._encode(first, held, unfit)
                 first, held, size = first + len(held), [], 0
         if held:
-            yield first, self._encode(first, held, max_tokens)
+            yield first, self._encode(first, held, unfit)
 
-    def _encode(self, first: int, sequences: Sequence[Any], max_tokens: int | None) -> TokenColumn:
+    def _encode(
+        self, first: int, sequences: Sequence[Any], unfit: Callable[[TokenColumn], Mapping[int, str]]
+    ) -> TokenColumn:
         try:
             column = self.card.tokenizer.encode_values(sequences)
         except RefusedSymbol as error:
             raise DataError(f"sequence {first + error.row}: {error}") from error
-        for row in np.flatnonzero(column.lengths > max_tokens) if max_tokens else ():
-            raise DataError(f"sequence {first + row}: must be {max_tokens} tokens or fewer; got {column.lengths[row]}")
+        for row, reason in unfit(column).items():
+            raise DataError(f"sequence {first + row}: {reason}")
         return column
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from meristem.data.given import RefusedSymbol
+from meristem.data.given import RefusedSymbol, texts_of
 from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.framing import frame_of
 from meristem.types import TokenColumn, Tokens
@@ -73,9 +73,7 @@ class Tokenizer(ABC):
 
     def encode_values(self, values: Sequence[Any]) -> TokenColumn:
         """Encode payloads that a program hands over: texts, or objects that are (`__bytes__`) or hold one (`seq`)."""
-        return self.encode_column(
-            pa.array([_text_of(value, row) for row, value in enumerate(values)], pa.large_binary())
-        )
+        return self.encode_column(pa.array(texts_of(values), pa.large_binary()))
 
     def lengths(self, payloads: pa.Array) -> np.ndarray:
         """`[N]` tokens of each payload, special ones included.

@@ -1,18 +1,20 @@
 """A model as scorers run it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from meristem.data.budget import Budget
+from meristem.data.pack import pack_column
 from meristem.data.tokenizer import Tokenizer
 from meristem.framing import payload_parts
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.outputs import HeadRequest, Wanted
 from meristem.shapes import Float, Float64, Int, Tensor
-from meristem.types import Hidden, PackedBatch
+from meristem.types import Hidden, PackedBatch, TokenColumn
 
 ROWS_PER_CALL = 128
 """Rows that the symbol head gets in one call, no more and no fewer. Log-probabilities of all rows of a pack at once
@@ -26,14 +28,14 @@ class RunningModel:
 
     Attributes:
         model: as it runs fastest, such as with a trunk of pre-packed weights.
-        tokenizer: of the model.
-        tokens_per_batch: tokens that a pack holds at most, unless a single sequence is longer.
+        tokenizer: of the sequences that are scored.
+        budget: runs sequences in packs of so many tokens as fit in memory.
         advance: called with the number of tokens that were run since the last call.
     """
 
     model: Model
     tokenizer: Tokenizer
-    tokens_per_batch: int = 4096
+    budget: Budget = field(default_factory=Budget)
     advance: Callable[[int], None] = lambda count: None
 
     @torch.inference_mode()
@@ -56,13 +58,22 @@ class RunningModel:
         return torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.float64)
 
     @torch.inference_mode()
-    def logits_of(self, batch: PackedBatch) -> Iterator[np.ndarray]:
+    def logits(self, column: TokenColumn) -> list[np.ndarray]:
         """Logits of every symbol at each row of each sequence that is not special, `[n, V]` float32."""
-        hidden = self.model(batch, Wanted()).hidden
-        rows = torch.arange(batch.layout.num_tokens, device=self.model.device)
-        values = torch.cat([part.float().cpu() for part in self.logits_in_parts(batch, hidden, rows)]).numpy()
-        for start, length, part in zip(batch.layout.starts, batch.layout.lengths, payload_parts(batch.layout)):
-            yield values[start : start + length][part]
+        found: dict[int, np.ndarray] = {}
+
+        def run(numbers: np.ndarray) -> None:
+            batch = pack_column(column, numbers, numbers.tolist()).to(self.model.device)
+            hidden = self.model(batch, Wanted()).hidden
+            rows = torch.arange(batch.layout.num_tokens, device=self.model.device)
+            values = torch.cat([part.float().cpu() for part in self.logits_in_parts(batch, hidden, rows)]).numpy()
+            of_sequences = zip(batch.layout.starts, batch.layout.lengths, payload_parts(batch.layout))
+            for number, (start, length, part) in zip(numbers.tolist(), of_sequences, strict=True):
+                found[number] = values[start : start + length][part]
+
+        for _ in self.budget.run(column.lengths, run):
+            pass
+        return [found[number] for number in range(len(column))]
 
     def logits_in_parts(
         self, batch: PackedBatch, hidden: Hidden, rows: Int[Tensor, "M"]
@@ -73,6 +84,6 @@ class RunningModel:
 
     def symbol_logits(self, batch: PackedBatch, hidden: Hidden, rows: Int[Tensor, "M"]) -> Float[Tensor, "M V"]:
         """Logits of every symbol for some rows of a pack that the trunk has run."""
-        wanted = Wanted(requests={SYMBOLS: HeadRequest(rows)}).behind(hidden)
+        wanted = Wanted({SYMBOLS: HeadRequest(rows)}, hidden=hidden)
         logits: Tensor = self.model(batch, wanted).heads[SYMBOLS]
         return logits
