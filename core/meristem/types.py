@@ -57,6 +57,9 @@ Payload = str | bytes | Slice
 INPUT = "input"
 """Name of the input of records that have one."""
 
+SOURCE = "source"
+"""Name of the side of a pack that an encoder reads and a decoder attends to."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -113,7 +116,7 @@ class Tokens:
         labels: what is to be predicted for the whole record, by name: a scalar or an array.
         token_types: `[n]` kind of each token (0 for the first sentence, 1 for the second); None: all 0.
         prefix_length: first tokens that every token may see, under a pattern that has a prefix.
-        is_source: the sequence is read by an encoder and attended to by a decoder.
+        side: name of the side of a pack that the sequence belongs to, such as `SOURCE`; empty for the main one.
         is_special: `[n]` whether a row stands for no part of the payload, such as a class token or a separator. Means
             and maxima leave these rows out. None: no row does.
     """
@@ -126,7 +129,7 @@ class Tokens:
     labels: Mapping[str, np.ndarray] = field(default_factory=dict)
     token_types: np.ndarray | None = None
     prefix_length: int = 0
-    is_source: bool = False
+    side: str = ""
     is_special: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -302,7 +305,8 @@ class PackedBatch:
         records: index of the record that each sequence came from.
         step_counts: scored targets by name in the whole optimiser step, over all its packs and ranks.
             A loss is a sum divided by these, so that packing and accumulation do not weigh it.
-        source: the packed source side of an encoder-decoder, sequence for sequence.
+        sides: other sequences of the same records by the name of their side, packed, sequence for sequence. A decoder
+            attends to what an encoder reads of the side `SOURCE`.
         is_repeat: another process evaluates this pack. This one runs it, so all run equally many, and counts nothing.
     """
 
@@ -315,20 +319,25 @@ class PackedBatch:
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     records: tuple[int, ...] = ()
     step_counts: Mapping[str, float] = field(default_factory=dict)
-    source: "PackedBatch | None" = None
+    sides: Mapping[str, "PackedBatch"] = field(default_factory=dict)
     is_repeat: bool = False
+
+    @property
+    def source(self) -> "PackedBatch | None":
+        """The side that an encoder reads for a decoder."""
+        return self.sides.get(SOURCE)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedBatch":
         """Move every tensor; Lightning's transfer hook calls this."""
         device = torch.device(device)
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        source = None if self.source is None else self.source.to(device, non_blocking)
-        return replace(moved, layout=self.layout.to(device), source=source)
+        sides = {name: side.to(device, non_blocking) for name, side in self.sides.items()}
+        return replace(moved, layout=self.layout.to(device), sides=sides)
 
     def pin_memory(self) -> "PackedBatch":
         """Pin every tensor, so that transfers overlap with work."""
-        pinned = self._map(Tensor.pin_memory)
-        return replace(pinned, source=None if self.source is None else self.source.pin_memory())
+        sides = {name: side.pin_memory() for name, side in self.sides.items()}
+        return replace(self._map(Tensor.pin_memory), sides=sides)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
         """With every tensor of this side changed."""

@@ -29,7 +29,7 @@ from meristem.model.patterns import has_prefix, parts_of
 from meristem.model.transformer import Decoder, EncoderDecoder
 from meristem.scoring.running import RunningModel
 from meristem.scoring.scorer import Scorer, option
-from meristem.types import IGNORE, TokenColumn, Tokens
+from meristem.types import IGNORE, SOURCE, TokenColumn, Tokens
 
 TYPICAL_LENGTH = 256
 """Tokens of a record, about: each is run as often where every token is hidden in turn."""
@@ -310,7 +310,7 @@ class _Passes:
         """What one run reads: the source where there is one, and the sequence with its targets."""
         record, hidden = self.records[number], self.hidden[number]
         if reading.source is not None:
-            yield _tokens(_sequence(reading.source.ids, reading.source, record), is_source=True)
+            yield _tokens(_sequence(reading.source.ids, reading.source, record), side=SOURCE)
         ids = _sequence(reading.column.ids, reading.column, record)
         targets = _sequence(reading.targets, reading.column, record)
         if hidden >= 0:
