@@ -7,7 +7,7 @@ no batch axis: sequences lie end to end along `T`, and a `Layout` says where eac
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +54,9 @@ class Slice:
 Payload = str | bytes | Slice
 """What a tokenizer reads: a text, or the bytes of a file; or a part of a file that is to be fetched first."""
 
+Labels = Mapping[str, str | Sequence[str | None]]
+"""What is to be predicted, by name: a word, or a list of words, one a token."""
+
 INPUT = "input"
 """Name of the input of records that have one."""
 
@@ -68,26 +71,19 @@ class Record:
     Attributes:
         id: the name the file gives it; need not be unique.
         inputs: payloads by name: most domains have one, `INPUT`; a pair of sentences has two.
-        labels: what is to be predicted, by name: a word, or a list of words, one a token. A missing label is absent.
+        labels: a missing one is absent.
         source: where it came from, `file:line`, for error messages.
         group: what must stay in one part of a split, such as a patient; empty for none.
     """
 
     id: str
     inputs: Mapping[str, Payload]
-    labels: Mapping[str, str | Sequence[str | None]] = field(default_factory=dict)
+    labels: Labels = field(default_factory=dict)
     source: str = ""
     group: str = ""
 
     @classmethod
-    def of(
-        cls,
-        id: str,
-        payload: Payload,
-        labels: Mapping[str, str | Sequence[str | None]] | None = None,
-        source: str = "",
-        group: str = "",
-    ) -> "Record":
+    def of(cls, id: str, payload: Payload, labels: Labels | None = None, source: str = "", group: str = "") -> "Record":
         """A record of one input."""
         return cls(id, {INPUT: payload}, labels or {}, source, group)
 
@@ -330,26 +326,24 @@ class PackedBatch:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedBatch":
         """Move every tensor; Lightning's transfer hook calls this."""
         device = torch.device(device)
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        sides = {name: side.to(device, non_blocking) for name, side in self.sides.items()}
-        return replace(moved, layout=self.layout.to(device), sides=sides)
+        options = {"non_blocking": non_blocking}
+        return self._map(lambda one: one.to(device, **({} if isinstance(one, Layout) else options)))
 
     def pin_memory(self) -> "PackedBatch":
         """Pin every tensor, so that transfers overlap with work."""
-        sides = {name: side.pin_memory() for name, side in self.sides.items()}
-        return replace(self._map(Tensor.pin_memory), sides=sides)
+        return self._map(lambda one: one if isinstance(one, Layout) else one.pin_memory())
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
-        """With every tensor of this side changed."""
-        return replace(
-            self,
-            positions=change(self.positions),
-            ids=change(self.ids),
-            features=None if self.features is None else change(self.features),
-            token_types=None if self.token_types is None else change(self.token_types),
-            targets={name: change(value) for name, value in self.targets.items()},
-            labels={name: change(value) for name, value in self.labels.items()},
-        )
+    def _map(self, change: Callable[[Any], Any]) -> "PackedBatch":
+        """With every tensor and layout changed, those of the other sides too."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: changed(one) for name, one in value.items()}
+            if isinstance(value, PackedBatch):
+                return value._map(change)
+            return change(value) if isinstance(value, Tensor | Layout) else value
+
+        return replace(self, **{one.name: changed(getattr(self, one.name)) for one in fields(self)})
 
 
 @dataclass(frozen=True)
