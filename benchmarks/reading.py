@@ -35,6 +35,7 @@ from meristem.data.records import PAYLOAD, ReadOptions, Source
 from meristem.data.store import RecordStore
 from meristem.domain import load_domain
 from meristem.inference.chunks import ChunkReader
+from meristem.inference.encoding import Reading
 from meristem.inference.engine import Embedder
 from meristem.inference.job import Engine
 from meristem.objectives.masked import MaskedTokens
@@ -333,7 +334,7 @@ def read_tokens(path: Path) -> Iterator[np.ndarray]:
 
 
 def read_chunks(path: Path) -> Iterator[np.ndarray]:
-    for chunk in ChunkReader(DOMAIN, TOKENIZER, [str(path)], ReadOptions()):
+    for chunk in ChunkReader(DOMAIN, Reading({INPUT: TOKENIZER}), [str(path)], ReadOptions()):
         yield chunk.column.ids
 
 

@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from installing import write_package
+from meristem import registry
 from meristem.cli.main import main
 from meristem.cli.run_config import parse, with_class_path
 from meristem.domain import load_domain
@@ -104,7 +107,12 @@ def test_a_package_that_cannot_be_imported_leaves_the_others_working(what, site)
     assert len(caught) == 1
 
 
-def test_two_packages_with_one_name_are_both_named_and_neither_is_taken(site):
+def two_packages_with_one_name(site: Path) -> None:
+    """Check that neither is taken.
+
+    Raises:
+        Failed: one is.
+    """
     source = "from meristem.objectives.masked import MaskedTokens as Piece"
     for package in ("lab-one", "lab-two"):
         module = package.replace("-", "_")
@@ -113,6 +121,17 @@ def test_two_packages_with_one_name_are_both_named_and_neither_is_taken(site):
         find(OBJECTIVES, "Twice")
     with pytest.warns(PackageWarning, match="lab-one 1.0 and lab-two 1.0"):
         assert "Twice" not in find_all(OBJECTIVES)
+
+
+def test_two_packages_with_one_name_are_both_named_and_neither_is_taken(site):
+    two_packages_with_one_name(site)
+
+
+def test_a_registry_that_takes_the_first_of_two_packages_would_be_found(site, monkeypatch):
+    """The mutant: whichever package comes first by name wins."""
+    monkeypatch.setattr(registry, "_load", lambda points: points[0].load())
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        two_packages_with_one_name(site)
 
 
 def test_a_package_that_takes_a_built_in_name_is_named_beside_meristem(site, capsys):
@@ -127,11 +146,11 @@ def test_a_package_that_takes_a_built_in_name_is_named_beside_meristem(site, cap
     ]
 
 
-def test_a_model_directory_cannot_name_what_is_imported(tmp_path, site):
-    """The mutant of a kind is an import path, of a module that is there and of one that would leave a trace."""
-    (site / "lab_trace.py").write_text("raise SystemExit('imported')")
-    domain = load_domain("protein")
-    tokenizer = domain.tokenizer()
+@pytest.fixture
+def tampered(tmp_path, site) -> Callable[[object], Path]:
+    """Writes a model directory whose tokenizer is said to be of a kind."""
+    (site / "lab_trace.py").write_text("from meristem.data.tokenizer import AlphabetTokenizer as Trace")
+    tokenizer = load_domain("protein").tokenizer()
     config = TransformerConfig(
         width=8,
         num_layers=1,
@@ -143,11 +162,39 @@ def test_a_model_directory_cannot_name_what_is_imported(tmp_path, site):
     save_model(tmp_path / "model", card, card.build())
     path = tmp_path / "model" / "tokenizer.json"
     values = json.loads(path.read_text())
-    for kind in ("os:system", "lab_trace", "lab_trace:Trace", "meristem.data.tokenizer:AlphabetTokenizer", "", None, 3):
+
+    def write(kind: object) -> Path:
         path.write_text(json.dumps(values | {"kind": kind}))
-        with pytest.raises(CheckpointError, match=f"kind of tokenizer '{kind}'; installed: alphabet"):
-            load_card(tmp_path / "model")
+        return path.parent
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "kind", ["os:system", "lab_trace", "lab_trace:Trace", "meristem.data.tokenizer:AlphabetTokenizer", "", None, 3]
+)
+def test_a_model_directory_cannot_name_what_is_imported(tampered, kind):
+    with pytest.raises(CheckpointError, match=f"kind of tokenizer '{kind}'; installed: alphabet"):
+        load_card(tampered(kind))
     assert "lab_trace" not in sys.modules
+
+
+class ByPath(dict):
+    """A mutant of what is installed: a name that is an import path is a piece of its own."""
+
+    def __contains__(self, name: object) -> bool:
+        return ":" in str(name) or super().__contains__(name)
+
+    def __missing__(self, name: str) -> tuple[EntryPoint, ...]:
+        return (EntryPoint(name, name, "meristem.tokenizers"),)
+
+
+def test_a_registry_that_imports_by_path_would_be_found(tampered, monkeypatch):
+    """The mutant opens what no package offers, and leaves a trace."""
+    monkeypatch.setattr(registry, "installed", lambda group: ByPath(installed(group)))
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_a_model_directory_cannot_name_what_is_imported(tampered, "lab_trace:Trace")
+    assert "lab_trace" in sys.modules
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from meristem.data.records import ReadOptions, columns_of
+from meristem.data.records import ReadOptions
 from meristem.data.tokenizer import RefusedSymbol
 from meristem.errors import ConfigError, DataError
 from meristem.generation.text import Generator, check_options
 from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS
-from meristem.inference.embed import EmbedOptions, default_pool, embed_files, require_class_row
+from meristem.inference.embed import EmbedOptions, default_pool, embed_files
 from meristem.inference.engine import PRECISIONS, Embedder, NotFinite, TrunkRunner, best_device, best_precision
 from meristem.inference.formats import Embeddings, read_embeddings
 from meristem.inference.predictor import Prediction, Predictor
@@ -64,7 +64,6 @@ class LoadedModel:
             >>> meristem.load("runs/sample").embed(["MKTAYIAKQR", "GSHMLEDP"]).shape
         """
         pool = default_pool(self.card) if pool is None else pool
-        require_class_row(pool, self.card)
         embedder = Embedder(self._trunk(layer, tokens_per_batch, precision), pool)
         pieces: list[np.ndarray] = []
         for first, column in self._columns(sequences):
@@ -236,7 +235,8 @@ def embed(
     try:
         chosen = EmbedOptions(
             is_skipping=on_error == "skip",
-            read=ReadOptions(columns_of(column), id_column=id_column),
+            column=column,
+            read=ReadOptions(id_column=id_column),
             **options,
         )
     except TypeError as error:

@@ -94,6 +94,20 @@ class Domain:
                 f"their options: {', '.join([*signature(self.views).parameters][1:]) or 'none'}"
             ) from error
 
+    def build_verb_views(self, tokenizer: Tokenizer) -> Views | None:
+        """The views, with their default options, that verbs such as embed run in the place of a record.
+
+        What a model says of all views of a record is averaged. None where views are for training only, which the class
+        says that makes them, or the class that a function that makes them is said to return.
+        """
+        if self.views is None:
+            return None
+        made = self.views if isinstance(self.views, type) else getattr(self.views, "__annotations__", {}).get("return")
+        if getattr(made, "is_training_only", False):
+            return None
+        views = self.build_views(tokenizer)
+        return None if views.is_training_only else views
+
     def similarity_with(self, k: int | None = None, threshold: float | None = None) -> Similarity:
         """When two payloads are similar.
 

@@ -64,6 +64,7 @@ class ModelCard:
         facts: plain values about how it came to be (data, steps, scores), shown and not acted on.
         changes: of the built model, in the order in which they are applied.
         inputs: the inputs of the records it was trained on, by name, in the order in which its objective names them.
+        joined_by: installed objective that makes one sequence of the inputs; empty where each is a sequence.
     """
 
     architecture: TransformerConfig
@@ -73,6 +74,7 @@ class ModelCard:
     facts: Mapping[str, Any] = field(default_factory=dict)
     changes: tuple[ChangeSpec, ...] = ()
     inputs: Mapping[str, InputCard] = field(default_factory=lambda: {INPUT: InputCard()})
+    joined_by: str = ""
 
     def tokenizer_of(self, name: str) -> Tokenizer:
         """The tokenizer that reads an input."""
@@ -160,6 +162,7 @@ def load_card(path: Path | str) -> ModelCard:
                 # not written before records had several inputs
                 for name, one in values.get("inputs", {INPUT: {"domain": "", "tokenizer": None}}).items()
             },
+            joined_by=values.get("joined_by", ""),
         )
     except (KeyError, TypeError, ConfigError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
@@ -300,6 +303,7 @@ def card_to_json(card: ModelCard) -> dict[str, Any]:
             name: {"domain": one.domain, "tokenizer": one.tokenizer and _stated(one.tokenizer)}
             for name, one in card.inputs.items()
         },
+        **({"joined_by": card.joined_by} if card.joined_by else {}),
         "facts": dict(card.facts),
     }
 

@@ -63,6 +63,16 @@ def find(group: str, name: str) -> Any:
     return _load(points[name])
 
 
+def name_of(group: str, piece: type) -> str:
+    """The name that an installed package offers a class under; the path of its import where none does.
+
+    Args:
+        group: one of `GROUPS`.
+    """
+    path = f"{piece.__module__}:{piece.__qualname__}"
+    return next((name for name, points in installed(group).items() if points[0].value == path), path)
+
+
 def find_all(group: str) -> dict[str, Any]:
     """Every piece of a group by name. What cannot be imported is left out with a `PackageWarning`.
 

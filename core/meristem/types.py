@@ -2,8 +2,8 @@
 
     file -> Record -> Tokens -> (objective.prepare) Tokens -> PackedBatch -> Outputs -> LossOut, or rows of a file
 
-Domains differ in `Tokens` alone. From `PackedBatch` on there is no padding and
-no batch axis: sequences lie end to end along `T`, and a `Layout` says where each begins.
+Domains differ in `Tokens` alone. From `PackedBatch` on there is no padding and no batch axis: sequences lie end to end
+along `T`, and a `Layout` says where each begins.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,11 +57,8 @@ Payload = str | bytes | Slice
 Labels = Mapping[str, str | Sequence[str | None]]
 """What is to be predicted, by name: a word, or a list of words, one a token."""
 
-INPUT = "input"
-"""Name of the input of records that have one."""
-
-SOURCE = "source"
-"""Name of the side of a pack that an encoder reads and a decoder attends to."""
+INPUT, SOURCE = "input", "source"
+"""Name of the input of records that have one, and of the side of a pack that an encoder reads for a decoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +151,8 @@ class TokenColumn:
         features: `[sum of n, P]` float32 features of patches; None without patches.
         positions: `[sum of n, A]` as in `Tokens`; None where they count from 0 in each sequence.
         is_special: `[sum of n]` as in `Tokens`; None where no row is special.
+        token_types: `[sum of n]` as in `Tokens`; None: all 0.
+        source: what an encoder reads of each record; other views of the same records are `views`.
     """
 
     ids: np.ndarray
@@ -162,6 +161,9 @@ class TokenColumn:
     features: np.ndarray | None = None
     positions: np.ndarray | None = None
     is_special: np.ndarray | None = None
+    token_types: np.ndarray | None = None
+    source: "TokenColumn | None" = None
+    views: "tuple[TokenColumn, ...]" = ()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -186,13 +188,10 @@ class TokenColumn:
     def take(self, rows: np.ndarray) -> "TokenColumn":
         """The sequences at `rows`, in that order; what was replaced is not counted anew."""
         index, offsets = self.index_of(np.asarray(rows))
-        return TokenColumn(
-            ids=self.ids[index],
-            offsets=offsets,
-            features=None if self.features is None else self.features[index],
-            positions=None if self.positions is None else self.positions[index],
-            is_special=None if self.is_special is None else self.is_special[index],
-        )
+        named = {name: getattr(self, name) for name in ("features", "positions", "is_special", "token_types")}
+        taken: dict[str, Any] = {name: values[index] for name, values in named.items() if values is not None}
+        taken["source"] = None if self.source is None else self.source.take(rows)
+        return TokenColumn(self.ids[index], offsets, views=tuple(view.take(rows) for view in self.views), **taken)
 
     def index_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the tokens of some sequences stand, `[sum of n]`, and where each sequence begins among them."""
@@ -204,9 +203,7 @@ class TokenColumn:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each sequence lies in a pack. Made once a batch, shared by every layer.
-
-    Lengths are host-side integers, so that no layer waits for the device.
+    """Where each sequence lies in a pack. Lengths are on the host, so that no layer waits for the device.
 
     Attributes:
         lengths: tokens of each sequence, in the order of the pack.

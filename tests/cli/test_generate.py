@@ -67,7 +67,7 @@ def test_a_file_of_prompts_gives_a_file_of_samples(
     (tmp_path / "prompts.txt").write_text("MKT\nGSHM\nA\n")
     output = tmp_path / "texts.jsonl"
     argv = ["generate", str(folder), "--prompts", str(tmp_path / "prompts.txt"), "--output", str(output), "-n", "2"]
-    assert main([*argv, "--max-new-tokens", "9", "--batch-size", "3"]) == 0
+    assert main([*argv, "--max-new-tokens", "9", "--tokens-per-batch", "40"]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["prompt"], row["sample"]) for row in rows] == [(p, n) for p in ("MKT", "GSHM", "A") for n in (0, 1)]
     for row in rows:
@@ -75,6 +75,8 @@ def test_a_file_of_prompts_gives_a_file_of_samples(
         assert abs(sum(row["log_probabilities"]) - row["score"]) < 1e-6
         assert row["reason"] == "stop" or len(row["ids"]) == 9
         assert len(row["text"]) <= len(row["ids"])
+    made = meristem.generate(folder, ["MKT", "GSHM", "A"], num_samples=2, max_new_tokens=9)
+    assert [row["text"] for row in rows] == [text for texts in made for text in texts]
     assert "6 texts" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.part"))
 
@@ -82,7 +84,7 @@ def test_a_file_of_prompts_gives_a_file_of_samples(
 def test_prompts_come_from_standard_input(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("MKT\nGSH\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"MKT\nGSH\n")))
     assert main(["generate", str(folder), "--prompts", "-", "--beams", "3", "--max-new-tokens", "5"]) == 0
     assert [line[:3] for line in capsys.readouterr().out.splitlines()] == ["MKT", "GSH"]
 
@@ -110,13 +112,14 @@ def test_a_stop_text_ends_a_text_where_it_stands(folder: Path) -> None:
     [
         ([], "one of --prompt TEXT and --prompts FILE must be given"),
         (["--prompt", "MKT", "--prompts", "x"], "one of --prompt TEXT and --prompts FILE must be given"),
-        (["--prompt", "MK7"], "prompt 1: '7' is not in the alphabet"),
-        (["--prompt", "MKT", "--prompt", "M!"], "prompt 2: '!' is not in the alphabet"),
-        (["--prompts", "none.txt"], "none.txt: No such file"),
+        (["--prompt", "MK7"], "prompt:1: record '1': '7' is not in the alphabet"),
+        (["--prompt", "MKT", "--prompt", "M!"], "prompt:2: record '2': '!' is not in the alphabet"),
+        (["--prompts", "none.txt"], "none.txt: no such file"),
+        (["--prompt", "MKT", "--compile"], "--compile has no effect on generate"),
         (["--prompt", "MKT", "--top-k", "0"], "top_k must be 1 or more; got 0"),
         (["--prompt", "MKT", "--temperature", "0", "--top-p", "0.5"], "top_p has no effect at temperature 0"),
         (["--prompt", "MKT", "--beams", "2", "--stop", "A"], "num_beams searches and draws nothing"),
-        (["--prompt", "MKT", "--output", "texts.csv"], "--output must be a .jsonl file; got texts.csv"),
+        (["--prompt", "MKT", "--output", "texts.csv"], "--output must end in .jsonl; got texts.csv"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -146,4 +149,4 @@ def test_models_that_cannot_do_it_are_refused(
     assert "generating needs a decoder or an encoder-decoder" in capsys.readouterr().err
     short = save(tmp_path / "short", config(position=Learned(max_positions=10)))
     assert main(["generate", str(short), "--prompt", "MKT", "--max-new-tokens", "8"]) == 2
-    assert "prompt 1: prompt and new tokens must be 10 tokens or fewer" in capsys.readouterr().err
+    assert "prompt:1: record '1': prompt and new tokens must be 10 tokens or fewer" in capsys.readouterr().err

@@ -3,11 +3,13 @@
 import argparse
 import io
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from meristem.cli import tokenizer_options as tokenizer_options_module
 from meristem.cli.main import main
 from meristem.cli.tokenizer_options import take_tokenizer_options, tokenizer_options
 from meristem.errors import ConfigError
@@ -74,6 +76,16 @@ def test_other_options_are_one_line(parser: argparse.ArgumentParser, argv: list[
     with pytest.raises(ConfigError, match=said) as caught:
         take_tokenizer_options(parser, ["model", "input", *argv])
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_says_whose_options_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other domain is imported to tell that an option is unknown."""
+    monkeypatch.setattr(tokenizer_options_module, "find_all", lambda group: pytest.fail("every domain was imported"))
+    for folder in (tmp_path, tmp_path / "run" / "model"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text('{"domain": "protein"}')
+    for model in (tmp_path, tmp_path / "run"):
+        assert set(tokenizer_options(["--output", "o", str(model)])) == {"protein"}
 
 
 def test_every_installed_domain_is_asked() -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from small_models import column_of, random_ids, tiny_model
 
+from meristem.data.budget import is_out_of_memory
 from meristem.errors import DataError
 from meristem.inference import memory
 from meristem.inference.engine import Embedder, TrunkRunner
-from meristem.inference.memory import FEWEST_TOKENS, MOST_TOKENS, bytes_per_token, fitting_tokens, is_out_of_memory
+from meristem.inference.memory import FEWEST_TOKENS, MOST_TOKENS, bytes_per_token, fitting_tokens
 
 CPU = torch.device("cpu")
 

@@ -17,12 +17,14 @@ from small_models import READOUTS, RESIDUES, records_with_repeats, snapshot, wri
 from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.inference.chunks import ChunkReader
 from meristem.inference.embed import EmbedOptions, embed_files
+from meristem.inference.encoding import Reading
 from meristem.inference.engine import Embedder, TrunkRunner
 from meristem.inference.formats import read_embeddings
 from meristem.inference.predict import PredictOptions, predict_files
 from meristem.inference.score import ScoreOptions, score_files
 from meristem.model.config import Learned
 from meristem.model_directory import load_model
+from meristem.types import INPUT
 
 MakeModel = Callable[..., Path]
 
@@ -222,12 +224,11 @@ def test_chunks_depend_on_the_records_alone(tmp_path: Path, rng: np.random.Gener
 
     records = records_with_repeats(rng, 80)
     source = str(write_fasta(tmp_path / "in.fa", records))
+    reading = Reading({INPUT: domain.tokenizer()})
     found = [
         [(chunk.ids.to_pylist(), chunk.digest) for chunk in reader]
         for batch_bytes in (1, 100, 1 << 20)
-        for reader in [
-            ChunkReader(domain, domain.tokenizer(), [source], ReadOptions(batch_bytes=batch_bytes), max_symbols=200)
-        ]
+        for reader in [ChunkReader(domain, reading, [source], ReadOptions(batch_bytes=batch_bytes), max_symbols=200)]
     ]
     assert found[0] == found[1] == found[2]
     sizes = [sum(len(dict_text) for dict_text in names) for names, _ in found[0]]

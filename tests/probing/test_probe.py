@@ -16,7 +16,9 @@ from sklearn.preprocessing import StandardScaler
 from small_probes import protein_of, read_rows, write_table
 
 import meristem
+from meristem.probing import run
 from meristem.probing import vectors as vectors_module
+from meristem.probing.measures import value_figures
 from meristem_domains.protein import domain as protein_domain
 
 Probe = Callable[..., dict]
@@ -118,7 +120,11 @@ def test_the_domain_that_is_asked_for_reads_the_records(
     assert (found["linear"], found["knn"]) == (wanted["linear"], wanted["knn"])
 
 
-def test_values_get_ridge_and_rank_correlation(tmp_path: Path, model: Path, table: Path, probe: Probe) -> None:
+def test_values_get_ridge_and_rank_correlation(
+    tmp_path: Path, model: Path, table: Path, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    monkeypatch.setattr(run, "value_figures", lambda *given: measured.append(given) or value_figures(*given))
     rows = [row | {"share": sum(map(row["sequence"].count, "LAGV")) / len(row["sequence"])} for row in read_rows(table)]
     write_table(table, rows)
     found = probe(model, table, "--label", "share")
@@ -130,9 +136,10 @@ def test_values_get_ridge_and_rank_correlation(tmp_path: Path, model: Path, tabl
     assert all(abs(float(row["label"]) - share[row["id"]]) < 1e-5 for row in predicted)
     from scipy.stats import spearmanr
 
-    for method in ("linear", "knn"):
-        given = [[float(row[key]) for row in predicted] for key in ("label", method)]
-        assert found[method]["spearman"] == pytest.approx(spearmanr(*given).statistic, abs=5e-3)  # six digits tie
+    # ranks are those of the values before they are written with six digits, which may tie
+    for method, (true, values) in zip(("linear", "knn"), measured, strict=True):
+        assert found[method]["spearman"] == pytest.approx(spearmanr(true, values).statistic, abs=1e-12)
+        assert [float(row[method]) for row in predicted] == pytest.approx(values.tolist(), rel=5e-6)
     assert (tmp_path / "probe" / "values.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "probe" / "confusion.png").exists()
 
@@ -224,8 +231,6 @@ def test_labels_or_vectors_a_row_off_would_be_seen(
     probe: Probe,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from meristem.probing import run
-
     if kind == "labels":
         labels = run.read_labels
         monkeypatch.setattr(run, "read_labels", lambda *arguments: list(np.roll(labels(*arguments), 1)))

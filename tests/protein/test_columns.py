@@ -13,7 +13,9 @@ import pytest
 
 from meristem.data.records import PAYLOAD, ReadOptions, Source
 from meristem.inference.chunks import CHUNK_RECORDS, ChunkReader
+from meristem.inference.encoding import Reading
 from meristem.model_directory import ModelCard, save_model
+from meristem.types import INPUT
 from meristem_domains.protein import domain
 from meristem_domains.protein.presets import PRESETS
 from model_runs import specs
@@ -53,7 +55,8 @@ def read_and_encode(path: str) -> list[np.ndarray]:
 
 
 def read_chunks(path: str) -> list[np.ndarray]:
-    return [chunk.column.ids for chunk in ChunkReader(domain, domain.tokenizer(), [path], ReadOptions())]
+    reading = Reading({INPUT: domain.tokenizer()})
+    return [chunk.column.ids for chunk in ChunkReader(domain, reading, [path], ReadOptions())]
 
 
 @pytest.mark.parametrize("work", [read_and_encode, read_chunks])

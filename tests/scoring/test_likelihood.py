@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_scored import KINDS, by_brute_force, draw_column, draw_model, draw_tokenizer, ids_of, redrawn, small_config
 
+from meristem.data.budget import Budget
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError
 from meristem.model.config import (
@@ -19,9 +20,9 @@ from meristem.model.config import (
 )
 from meristem.model.model import Model
 from meristem.scoring import likelihood
-from meristem.scoring.likelihood import LikelihoodOptions, Reading, kind_of, score_column, token_log_likelihoods
+from meristem.scoring.likelihood import LikelihoodOptions, ScoredRows, score_column, token_log_likelihoods
 from meristem.scoring.running import ROWS_PER_CALL, RunningModel
-from meristem.types import IGNORE, Hidden, PackedBatch, TokenColumn
+from meristem.types import IGNORE, Hidden, PackedBatch
 from model_runs import specs
 
 
@@ -34,25 +35,27 @@ class Case:
         # in double precision: what a mutant changes stands out, and rounding does not
         self.model = draw_model(kind, self.tokenizer, rng).double()
         self.column = draw_column(self.tokenizer, rng)
-        self.sources = draw_column(self.tokenizer, rng) if kind == "encoder-decoder" else None
+        if kind == "encoder-decoder":
+            self.column = replace(self.column, source=draw_column(self.tokenizer, rng))
         if kind == "prefix":
             self.options.setdefault("prefix_tokens", int(rng.integers(4)))
         if kind == "encoder-decoder":
             self.options.setdefault("start_id", int(rng.integers(len(self.tokenizer.vocab))))
 
     def wanted(self) -> list[list[float]]:
-        sources = [None if self.sources is None else ids_of(self.sources, row) for row in range(len(self.column))]
+        source = self.column.source
+        sources = [None if source is None else ids_of(source, row) for row in range(len(self.column))]
         return [
             by_brute_force(self.kind, self.model, self.tokenizer, ids_of(self.column, row), source, **self.options)
             for row, source in enumerate(sources)
         ]
 
     def running(self, tokens_per_batch: int = 100) -> RunningModel:
-        return RunningModel(self.model, self.tokenizer, tokens_per_batch)
+        return RunningModel(self.model, self.tokenizer, Budget(tokens_per_batch))
 
     def rows(self, tokens_per_batch: int = 100) -> list[dict[str, Any]]:
         options = LikelihoodOptions(**self.options)
-        return list(score_column(self.running(tokens_per_batch), self.column, options, self.sources))
+        return list(score_column(self.running(tokens_per_batch), self.column, options))
 
     def check(self) -> None:
         name = "pseudo_perplexity" if self.kind == "masked" else "perplexity"
@@ -125,9 +128,7 @@ def test_likelihoods_do_not_depend_on_the_token_budget(kind: str, rng: np.random
     for tokens_per_batch in (64, 4096):
         assert case.rows(tokens_per_batch) == wanted
     order = rng.permutation(len(case.column))
-    sources = None if case.sources is None else case.sources.take(order)
-    options = LikelihoodOptions(**case.options)
-    mixed = list(score_column(case.running(), case.column.take(order), options, sources))
+    mixed = list(score_column(case.running(), case.column.take(order), LikelihoodOptions(**case.options)))
     assert mixed == [wanted[row] for row in order]
 
 
@@ -147,20 +148,14 @@ def test_progress_counts_every_token_that_is_run(kind: str, rng: np.random.Gener
     case = Case(kind, rng)
     seen: list[int] = []
     running = replace(case.running(30), advance=seen.append)
-    list(score_column(running, case.column, LikelihoodOptions(**case.options), case.sources))
-    reading = _reading(case)
-    assert sum(seen) == reading.work.sum()
+    options = LikelihoodOptions(**case.options)
+    list(score_column(running, case.column, options))
+    work = likelihood.scored_rows(running, case.column, options).work
+    assert sum(seen) == work.sum()
     if kind == "masked":
         payload = case.column.lengths - sum(case.tokenizer.num_special)
-        assert (reading.work == payload * case.column.lengths).all()
+        assert (work == payload * case.column.lengths).all()
         assert len(seen) > 1
-
-
-def _reading(case: Case) -> Reading:
-    options = LikelihoodOptions(**case.options)
-    if case.sources is not None:
-        return likelihood.read_pairs(case.tokenizer, case.sources, case.column, options)
-    return likelihood.read_column(kind_of(case.model, case.tokenizer), case.tokenizer, case.column, options)
 
 
 def _without(case: Case, option: str) -> Case:
@@ -172,18 +167,18 @@ def _without(case: Case, option: str) -> Case:
 # ---- mutants: each is a way in which likelihoods have been computed wrongly ----
 
 
-def off_by_one(read: Callable[..., Reading]) -> Callable[..., Reading]:
-    def mutant(*args: Any) -> Reading:
+def off_by_one(read: Callable[..., ScoredRows]) -> Callable[..., ScoredRows]:
+    def mutant(*args: Any) -> ScoredRows:
         reading = read(*args)
         return replace(reading, targets=np.roll(reading.targets, 1))
 
     return mutant
 
 
-def drop_bos(read: Callable[..., Reading]) -> Callable[..., Reading]:
+def drop_bos(read: Callable[..., ScoredRows]) -> Callable[..., ScoredRows]:
     """The first token is left out although something stands before it."""
 
-    def mutant(*args: Any) -> Reading:
+    def mutant(*args: Any) -> ScoredRows:
         reading = read(*args)
         targets = reading.targets.copy()
         for start, stop in zip(reading.column.offsets, reading.column.offsets[1:]):
@@ -194,10 +189,10 @@ def drop_bos(read: Callable[..., Reading]) -> Callable[..., Reading]:
     return mutant
 
 
-def leave_mask_in(read: Callable[..., Reading]) -> Callable[..., Reading]:
+def leave_mask_in(read: Callable[..., ScoredRows]) -> Callable[..., ScoredRows]:
     """Every scored token is hidden at once, and stays so."""
 
-    def mutant(*args: Any) -> Reading:
+    def mutant(*args: Any) -> ScoredRows:
         reading = read(*args)
         ids = reading.column.ids.copy()
         ids[reading.targets != IGNORE] = reading.mask_id or 0
@@ -206,30 +201,38 @@ def leave_mask_in(read: Callable[..., Reading]) -> Callable[..., Reading]:
     return mutant
 
 
-def hide_nothing(read: Callable[..., Reading]) -> Callable[..., Reading]:
+def hide_nothing(read: Callable[..., ScoredRows]) -> Callable[..., ScoredRows]:
     return lambda *args: replace(read(*args), mask_id=None)
 
 
-def count_closing(read: Callable[..., Reading]) -> Callable[..., Reading]:
+def count_closing(read: Callable[..., ScoredRows]) -> Callable[..., ScoredRows]:
     return lambda *args: read(*args[:-1], replace(args[-1], closing=True))
 
 
-def score_as_if_masked(read: Callable[..., Reading]) -> Callable[..., Reading]:
+def score_as_if_masked(read: Callable[..., ScoredRows]) -> Callable[..., ScoredRows]:
     """A causal model scored like a bidirectional one, since its alphabet has a mask."""
-    return lambda kind, tokenizer, column, options: read("masked", tokenizer, column, options)
+
+    def mutant(*args: Any) -> ScoredRows:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(likelihood, "kind_of", lambda *_: "masked")
+            return read(*args)
+
+    return mutant
 
 
-def forget_prefix(read: Callable[..., Reading]) -> Callable[..., Reading]:
-    return lambda *args: replace(read(*args), prefix_length=0)
+def forget_prefix(read: Callable[..., ScoredRows]) -> Callable[..., ScoredRows]:
+    return lambda *args: replace(read(*args), prefix_lengths=None)
 
 
-def swap_sides(read: Callable[..., Reading]) -> Callable[..., Reading]:
-    return lambda tokenizer, sources, targets, options: read(tokenizer, targets, sources, options)
+def swap_sides(read: Callable[..., ScoredRows]) -> Callable[..., ScoredRows]:
+    return lambda running, column, options: read(
+        running, replace(column.source, source=replace(column, source=None)), options
+    )
 
 
-def start_from_another(read: Callable[..., Reading]) -> Callable[..., Reading]:
-    return lambda tokenizer, sources, targets, options: read(
-        tokenizer, sources, targets, replace(options, start_id=(options.start_id + 1) % len(tokenizer.vocab))
+def start_from_another(read: Callable[..., ScoredRows]) -> Callable[..., ScoredRows]:
+    return lambda running, column, options: read(
+        running, column, replace(options, start_id=(options.start_id + 1) % len(running.tokenizer.vocab))
     )
 
 
@@ -258,8 +261,7 @@ def test_a_wrong_reading_is_caught(
 ) -> None:
     case = Case(kind, rng, (1, 1), **({"prefix_tokens": 3} if kind == "prefix" else {}))
     case.check()
-    name = "read_pairs" if kind == "encoder-decoder" else "read_column"
-    monkeypatch.setattr(likelihood, name, mutate(getattr(likelihood, name)))
+    monkeypatch.setattr(likelihood, "scored_rows", mutate(likelihood.scored_rows))
     with pytest.raises(AssertionError):
         case.check()
 
@@ -332,7 +334,7 @@ def test_closing_needs_a_special_token_behind(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_many_inputs_as_the_model_has_sides(kind: str, rng: np.random.Generator) -> None:
     case = Case(kind, rng)
-    case.sources = case.column if case.sources is None else None
+    case.column = replace(case.column, source=case.column if case.column.source is None else None)
     with pytest.raises(ConfigError, match="two inputs"):
         case.rows()
 
@@ -348,9 +350,40 @@ def test_logits_of_zero_give_a_perplexity_of_the_vocabulary(rng: np.random.Gener
     for parameter in model.heads["tokens"].parameters():
         torch.nn.init.zeros_(parameter)
     running = RunningModel(model, tokenizer)
-    [scores] = token_log_likelihoods(running, _read(tokenizer, tokenizer.encode_values(["ACGTTT"])))
+    rows = likelihood.scored_rows(running, tokenizer.encode_values(["ACGTTT"]), LikelihoodOptions())
+    [scores] = token_log_likelihoods(running, rows)
     np.testing.assert_allclose(np.exp(-scores), 5.0)
 
 
-def _read(tokenizer: AlphabetTokenizer, column: TokenColumn) -> Reading:
-    return likelihood.read_column("causal", tokenizer, column, LikelihoodOptions())
+def test_special_rows_are_those_of_each_record(rng: np.random.Generator) -> None:
+    """A column may hold sequences that another number of special rows frames, such as texts that end at once."""
+    for kind in KINDS[:3]:
+        case = Case(kind, rng, (2, 1), **({"prefix_tokens": 2} if kind == "prefix" else {}))
+        whole = case.rows()
+        bare = case.column.take(np.arange(1))
+        bare = replace(bare, is_special=np.where(np.arange(len(bare.ids)) == 1, False, bare.is_special))
+        options = LikelihoodOptions(**case.options)
+        [row] = score_column(case.running(), bare, options)
+        assert row["length"] == whole[0]["length"] + 1
+        assert row["num_scored"] == whole[0]["num_scored"] + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packs_that_do_not_fit_are_halved_and_nothing_is_lost(
+    kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(kind, rng)
+    case.model.float()
+    wanted, running = case.rows(1), case.running(10_000)
+    real, refused = RunningModel.symbol_log_probabilities, []
+
+    def tight(self: RunningModel, batch: PackedBatch, *args: Any) -> torch.Tensor:
+        if len(batch.records) > 2:
+            refused.append(len(batch.records))
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, batch, *args)
+
+    monkeypatch.setattr(RunningModel, "symbol_log_probabilities", tight)
+    assert list(score_column(running, case.column, LikelihoodOptions(**case.options))) == wanted
+    assert refused
+    assert running.budget.tokens < 10_000, "what was learned of the memory is kept"

@@ -88,7 +88,7 @@ def _throughput(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second on this machine, and what that makes of an input."""
     import torch
 
-    from meristem.inference.embed import default_pool, require_class_row
+    from meristem.inference.embed import default_pool
     from meristem.inference.engine import Embedder
     from meristem.inference.job import JobOptions
     from meristem.inference.throughput import measure_throughput, weigh
@@ -96,9 +96,7 @@ def _throughput(args: argparse.Namespace) -> dict[str, Any]:
 
     card, model = load_any(args.model)
     engine = JobOptions(precision=args.precision).engine
-    pool = args.pool or default_pool(card)
-    require_class_row(pool, card)
-    embedder = Embedder(engine.trunk(model), pool)
+    embedder = Embedder(engine.trunk(model), args.pool or default_pool(card))
     measured = measure_throughput(embedder)
     facts: dict[str, Any] = {
         "device": engine.device,

@@ -5,10 +5,12 @@ import sys
 import time
 from typing import Any
 
+MODEL_HELP = "a run directory, a model directory or one of another library"
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """With what, and of what."""
-    parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or one of another library")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="files of records; - for standard input")
 
 
@@ -55,7 +57,7 @@ def add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
 
 def job_options(args: argparse.Namespace) -> dict[str, Any]:
     """What the arguments of `add_engine_arguments` say, as fields of `JobOptions`."""
-    from meristem.data.records import ReadOptions, columns_of
+    from meristem.data.records import ReadOptions
 
     return {
         "tokens_per_batch": args.tokens_per_batch,
@@ -67,7 +69,8 @@ def job_options(args: argparse.Namespace) -> dict[str, Any]:
         "tokenizer": args.tokenizer,
         "is_skipping": args.on_error == "skip",
         "is_overwriting": getattr(args, "overwrite", False),
-        "read": ReadOptions(columns_of(args.column), id_column=args.id_column),
+        "column": args.column,
+        "read": ReadOptions(id_column=args.id_column),
     }
 
 

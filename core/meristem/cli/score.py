@@ -14,18 +14,17 @@ from meristem.cli.main import Parser
 from meristem.cli.options import add_options, flags_of, options_of
 from meristem.cli.tokenizer_options import take_tokenizer_options
 from meristem.errors import ConfigError
+from meristem.scoring.likelihood_options import LikelihoodOptions
 
 
 def run_argv(argv: list[str], parser: argparse.ArgumentParser) -> int:
     """Parse the arguments, those of the scorer among them, score every record, and say what came of it."""
-    from meristem.inference.score import Score, ScoreOptions, find_scorers, score_files
-
     # which arguments there are depends on the scorer
     first = Parser(prog=parser.prog, add_help=False)
     first.add_argument("--scorer", default="likelihood")
     first.add_argument("--domain", default="")
     asked, _ = first.parse_known_args(argv)
-    scorer = Score(asked.scorer, domain=asked.domain).find()
+    options, listed = _options_of(asked.scorer, asked.domain)
     add_model_arguments(parser)
     parser.add_argument(
         "--output",
@@ -36,26 +35,38 @@ def run_argv(argv: list[str], parser: argparse.ArgumentParser) -> int:
     parser.add_argument("--plots", default="", metavar="FOLDER", help="folder for a PNG of each array")
     add_engine_arguments(parser)
     add_overwrite_argument(parser)
-    add_options(parser, scorer.options, f"options of the scorer {asked.scorer}")
-    if {"-h", "--help"} & set(argv):
-        listed = "\n".join(f"  {name:<14}{one.help}" for name, one in find_scorers(asked.domain).items())
-        parser.epilog = f"scorers (--scorer NAME --help shows the options of one):\n{listed}\n\n{parser.epilog}"
+    add_options(parser, options, f"options of the scorer {asked.scorer}")
+    parser.epilog = f"{listed}\n\n{parser.epilog}"
     try:
         rest, tokenizer = take_tokenizer_options(parser, argv)
     except ConfigError as error:
-        there = ", ".join(flags_of(scorer.options)) or "none"
+        there = ", ".join(flags_of(options)) or "none"
         raise ConfigError(f"{error}; options of the scorer {asked.scorer}: {there}") from error
     args = parser.parse_args(rest, argparse.Namespace(tokenizer=tokenizer))
-    options = ScoreOptions(
-        scorer=asked.scorer,
-        scorer_options=options_of(args, scorer.options),
-        plots=args.plots,
-        **job_options(args),
-    )
+    from meristem.inference.score import ScoreOptions, score_files
+
+    given = options_of(args, options)
+    how = ScoreOptions(scorer=asked.scorer, scorer_options=given, plots=args.plots, **job_options(args))
     with ProgressReport("score") as report:
-        manifest = score_files(args.model, args.inputs, args.output, options, report)
+        manifest = score_files(args.model, args.inputs, args.output, how, report)
     print_summary(manifest)
     print(manifest["summary"])
     plots = f", plots in {args.plots}" if args.plots else ""
     print(f"{manifest['records']:,} records in {args.output}{plots}")
     return 0
+
+
+def _options_of(scorer: str, domain: str) -> tuple[type, str]:
+    """The options of a scorer, and a text about others; the likelihood needs no domain, and none is imported for it.
+
+    Raises:
+        ConfigError: there is no such scorer.
+    """
+    if scorer == "likelihood" and not domain:
+        text = "scorers of a domain: meristem score --domain NAME --help; options of one: --scorer NAME --help"
+        return LikelihoodOptions, text
+    from meristem.inference.score import Score, find_scorers
+
+    listed = "\n".join(f"  {name:<14}{one.help}" for name, one in find_scorers(domain).items())
+    text = f"scorers (--scorer NAME --help shows the options of one):\n{listed}"
+    return Score(scorer, domain=domain).find().options, text

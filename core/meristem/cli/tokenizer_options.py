@@ -8,10 +8,15 @@ of another domain than the model's is refused there.
 import argparse
 import inspect
 import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from meristem.errors import ConfigError
-from meristem.registry import find_all
+from meristem.registry import find, find_all, installed
+
+GROUP = "meristem.domains"
 
 WORDS = {"true": True, "false": False, "null": None, "none": None}
 """Values that are no words."""
@@ -45,7 +50,7 @@ def take_tokenizer_options(parser: argparse.ArgumentParser, argv: list[str]) -> 
             rest.append(word)
             continue
         option = name[2:].replace("-", "_")
-        _require_known(option, name, parser.prog)
+        _require_known(option, name, parser.prog, argv)
         values = [joined] if is_joined else []
         while not is_joined and left and _is_number(left[0]):
             values.append(left.pop(0))
@@ -58,12 +63,24 @@ def take_tokenizer_options(parser: argparse.ArgumentParser, argv: list[str]) -> 
     return rest, found
 
 
-def tokenizer_options() -> dict[str, tuple[str, ...]]:
-    """Names of the tokenizer options of each installed domain."""
-    return {
-        name: tuple(inspect.signature(domain.tokenizer).parameters)
-        for name, domain in find_all("meristem.domains").items()
-    }
+def tokenizer_options(words: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+    """Names of the tokenizer options of the domain that a model directory names, or of each installed domain.
+
+    Args:
+        words: of the command line, the model directory among them.
+    """
+    named = next(filter(None, map(_domain_named_by, words)), "")
+    is_there = named in installed(GROUP)
+    domains = {named: find(GROUP, named)} if is_there else find_all(GROUP)
+    return {name: tuple(inspect.signature(domain.tokenizer).parameters) for name, domain in domains.items()}
+
+
+def _domain_named_by(word: str) -> str:
+    """The domain of a model directory or of a run; empty for another word."""
+    for place in (Path(word), Path(word) / "model"):
+        with suppress(OSError, ValueError, AttributeError):
+            return str(json.loads((place / "config.json").read_text(encoding="utf-8")).get("domain", ""))
+    return ""
 
 
 def as_flag(option: str) -> str:
@@ -71,8 +88,8 @@ def as_flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-def _require_known(option: str, said: str, verb: str) -> None:
-    options = tokenizer_options()
+def _require_known(option: str, said: str, verb: str, argv: Sequence[str]) -> None:
+    options = tokenizer_options(argv)
     if not any(option in names for names in options.values()):
         listed = "; ".join(f"{name} {' '.join(map(as_flag, names))}" for name, names in options.items() if names)
         raise ConfigError(

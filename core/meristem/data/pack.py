@@ -85,13 +85,35 @@ def pack_column(
         features, own = rows_of(column.features.shape[1:], torch.float32)
         values = torch.from_numpy(np.require(column.features, np.float32, "W"))  # what is read-only torch does not take
         torch.index_select(values, 0, torch.from_numpy(index), out=own)
+    token_types = None
+    if column.token_types is not None:
+        token_types, own = rows_of((), torch.int64)
+        own.numpy()[:] = column.token_types[index]
     return PackedBatch(
         layout=layout,
         positions=all_positions,
         ids=ids,
         features=features,
+        token_types=token_types,
         records=tuple(np.asarray(records)[order].tolist()),
     )
+
+
+def column_of(sequences: Sequence[Tokens], replaced: Mapping[str, int] | None = None) -> TokenColumn:
+    """Sequences end to end, all of symbols or all of patches.
+
+    Args:
+        replaced: as in `TokenColumn`.
+    """
+    named = {
+        name: [getattr(tokens, name) for tokens in sequences]
+        for name in ("features", "positions", "is_special", "token_types")
+    }
+    joined: dict[str, Any] = {
+        name: np.concatenate(values) for name, values in named.items() if values and values[0] is not None
+    }
+    ids = np.concatenate([np.zeros(0, np.int64), *(tokens.ids for tokens in sequences)])
+    return TokenColumn(ids, np.cumsum([0, *map(len, sequences)]), replaced or {}, **joined)
 
 
 def _lay(sequences: list[Tokens], min_rows: int) -> dict[str, Any]:

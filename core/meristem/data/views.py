@@ -14,7 +14,7 @@ class Views(ABC):
 
     Attributes:
         num_views: records that training takes for each record, all of them in one pack; packs are planned by it.
-        is_training_only: evaluation takes each record as it is.
+        is_training_only: evaluation and verbs such as embed take each record as it is.
     """
 
     num_views: int = 1
@@ -29,8 +29,8 @@ class Views(ABC):
         many tokens as the record's own.
 
         Args:
-            rng: keyed by (seed, epoch, record); nothing else may be drawn from. None in evaluation, which takes one
-                view. Verbs such as embed take records as they are.
+            rng: keyed by (seed, epoch, record); nothing else may be drawn from. None in evaluation, and in verbs such
+                as embed, which average what a model says of all views of a record; these are equally many for each.
 
         Raises:
             DataError: the payload cannot be read.

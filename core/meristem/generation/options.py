@@ -58,6 +58,11 @@ class GenerateOptions:
             raise ConfigError("stop must be texts with something in them; got an empty one")
         self._check_combinations()
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are run at once for a prompt."""
+        return max(self.num_samples, self.num_beams)
+
     def _check_combinations(self) -> None:
         """Refuse options that would have no effect together."""
         narrowing = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]

@@ -11,9 +11,10 @@ from meristem.errors import ConfigError, DataError, UserError
 from meristem.generation.beams import search
 from meristem.generation.few_rows import for_few_rows
 from meristem.generation.options import Generated, GenerateOptions
-from meristem.generation.sample import IsStop, sample
+from meristem.generation.sample import IsStop, OnToken, sample
 from meristem.generation.steps import check_generates
 from meristem.model.model import Model
+from meristem.types import Tokens
 
 OnText = Callable[[int, int, str], None]
 """Told of each piece of text as it is made: number of the prompt, number of the sample, the piece."""
@@ -67,39 +68,56 @@ class Generator:
             DataError: a prompt that the tokenizer refuses, or one that is too long; counts prompts from 1.
         """
         left = iter(enumerate(prompts))
-        per_batch = max(1, options.batch_size // max(options.num_samples, options.num_beams))
+        per_batch = max(1, options.batch_size // options.num_sequences)
         while batch := list(islice(left, per_batch)):
             ids = [self._encode(number, prompt, options) for number, prompt in batch]
-            if options.num_beams > 1:
-                made = search(self.model, ids, options, self.stop_ids, self.start_id)
-            else:
-                streams = _Streams(self.tokenizer, batch[0][0], on_text) if on_text is not None else None
-                made = sample(
-                    self.model, ids, options, self.stop_ids, self.start_id, self._is_stop(options.stop), streams
-                )
-            for (_, prompt), samples in zip(batch, made, strict=True):
+            streams = _Streams(self.tokenizer, batch[0][0], on_text) if on_text is not None else None
+            for (_, prompt), samples in zip(batch, self.go_on(ids, options, streams), strict=True):
                 yield [Sample(prompt, self.tokenizer.text_of(one.ids), one) for one in samples]
 
-    def _encode(self, number: int, prompt: str, options: GenerateOptions) -> np.ndarray:
-        """Ids that the model goes on from; a decoder's prompt is left open at its end."""
-        try:
-            ids = self.tokenizer.encode(prompt).ids
-        except UserError as error:
-            raise DataError(f"prompt {number + 1}: {error}") from error
+    def go_on(
+        self, prompts: Sequence[np.ndarray], options: GenerateOptions, on_token: OnToken | None = None
+    ) -> list[list[Generated]]:
+        """The samples of some prompts that are run at once.
+
+        Args:
+            prompts: ids of each, as `open_ids` gives them.
+        """
+        if options.num_beams > 1:
+            return search(self.model, prompts, options, self.stop_ids, self.start_id)
+        is_stop = self._is_stop(options.stop)
+        return sample(self.model, prompts, options, self.stop_ids, self.start_id, is_stop, on_token)
+
+    def open_ids(self, tokens: Tokens) -> np.ndarray:
+        """Ids that the model goes on from: a decoder's prompt is left open at its end."""
+        ids = tokens.ids
         if not self.is_two_sided:
-            ids = ids[: len(ids) - self.tokenizer.num_special[1]]
-            if not len(ids) and self.tokenizer.bos_id is not None:
-                ids = np.array([self.tokenizer.bos_id])
+            ids = ids[: len(ids) - tokens.frame[1]]
+            if not len(tokens.payload_rows):
+                ids = np.array([] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id])
+        return np.asarray(ids, np.int64)
+
+    def refusal(self, ids: np.ndarray, options: GenerateOptions) -> str:
+        """Why the model cannot go on from a prompt; empty where it can."""
         if not len(ids):
-            raise DataError(f"prompt {number + 1}: empty, and the tokenizer has no symbol to begin with")
+            return "empty, and the tokenizer has no symbol to begin with"
         limit = self.model.config.max_length
         needed = len(ids) if self.is_two_sided else len(ids) + options.max_new_tokens - 1
-        if limit is not None and needed > limit:
-            raise DataError(
-                f"prompt {number + 1}: prompt and new tokens must be {limit} tokens or fewer, as the model's positions "
-                f"allow; got {needed}; shorten the prompt or take fewer new tokens"
-            )
-        return np.asarray(ids, np.int64)
+        if limit is None or needed <= limit:
+            return ""
+        return (
+            f"prompt and new tokens must be {limit} tokens or fewer, as the model's positions allow; got {needed}; "
+            "shorten the prompt or take fewer new tokens"
+        )
+
+    def _encode(self, number: int, prompt: str, options: GenerateOptions) -> np.ndarray:
+        try:
+            ids = self.open_ids(self.tokenizer.encode(prompt))
+        except UserError as error:
+            raise DataError(f"prompt {number + 1}: {error}") from error
+        if reason := self.refusal(ids, options):
+            raise DataError(f"prompt {number + 1}: {reason}")
+        return ids
 
     def _is_stop(self, stop: Sequence[str]) -> IsStop | None:
         if not stop:

@@ -6,18 +6,18 @@ how a file is read. So a run that was killed finds the same chunks again.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.records import PAYLOAD, SCHEMA, ReadOptions, Refusal, Source, place_of
+from meristem.data.records import INPUT_PREFIX, SCHEMA, ReadOptions, Refusal, Source, place_of
 from meristem.data.stretches import is_sliced, slices_of
-from meristem.data.tokenizer import Tokenizer, column_bytes
+from meristem.data.tokenizer import column_bytes
 from meristem.domain import Domain
 from meristem.errors import DataError
-from meristem.inference.encoding import Encoded, encode_tables
+from meristem.inference.encoding import Encoded, Reading, encode_tables, sides_of
 from meristem.types import TokenColumn
 
 CHUNK_RECORDS = 1024
@@ -37,7 +37,8 @@ class Chunk:
     Attributes:
         index: from 0.
         ids: names of the records.
-        column: their tokens.
+        column: what the model reads of them.
+        payloads: of their last input.
         files: that they come from.
         lines: where each stands in its file.
         digest: of all records up to the last of this chunk.
@@ -46,6 +47,7 @@ class Chunk:
     index: int
     ids: pa.Array
     column: TokenColumn
+    payloads: pa.Array
     files: pa.Array
     lines: pa.Array
     digest: str
@@ -64,17 +66,18 @@ class ChunkReader:
 
     Args:
         domain: reads the inputs.
-        tokenizer: of the model.
+        reading: what the model reads of a record.
         inputs: read one after another.
-        options: how to read; its `on_error` is replaced.
+        options: how to read; its `on_error` is replaced, and its `columns` are those of the inputs in `reading`.
         is_skipping: refused records are counted and left out; else they are errors.
         max_symbols: payload symbols of a chunk at most.
         workers: processes that encode payloads; 0 for this one.
-        max_tokens: of a record, special ones included; longer ones are refused. None for no bound.
+        unfit: says which rows of a column are to be refused, and why.
 
     Attributes:
+        options: how the inputs are read.
         num_records: read so far, refused ones left out.
-        num_symbols: payload tokens of these.
+        num_symbols: payload tokens of these, of all that is read of them.
         replaced: symbols that the tokenizer replaced, by `"old>new"`.
         refused: the first refused records.
         num_refused: how many were refused.
@@ -84,20 +87,21 @@ class ChunkReader:
     def __init__(
         self,
         domain: Domain,
-        tokenizer: Tokenizer,
+        reading: Reading,
         inputs: Sequence[str],
         options: ReadOptions,
         is_skipping: bool = False,
         max_symbols: int = CHUNK_SYMBOLS,
         workers: int = 0,
-        max_tokens: int | None = None,
+        unfit: Callable[[TokenColumn], Mapping[int, str]] = lambda column: {},
     ):
-        self._num_workers, self._max_tokens = workers, max_tokens
-        self._domain, self._tokenizer, self._max_symbols = domain, tokenizer, max_symbols
+        self._num_workers, self._unfit = workers, unfit
+        self._domain, self._reading, self._max_symbols = domain, reading, max_symbols
+        self._columns = [INPUT_PREFIX + name for name in reading.tokenizers]
         self._inputs, self._is_skipping = tuple(inputs), is_skipping
         # every payload is encoded here, which finds what is wrong with it; a chunk anew for each that is left out
-        self._options = replace(options, on_error=self._refuse if is_skipping else None, is_checking=is_skipping)
-        self._digest = _Digest()
+        self.options = replace(options, on_error=self._refuse if is_skipping else None, is_checking=is_skipping)
+        self._digest = _Digest(["id", *self._columns])
         self.num_records = self.num_symbols = self.num_refused = 0
         self.replaced: Counter[str] = Counter()
         self.refused: list[Refusal] = []
@@ -109,15 +113,17 @@ class ChunkReader:
         Raises:
             DataError: an input or a record that cannot be used, or no record at all.
         """
-        tables = encode_tables(self._cut(), self._tokenizer, self._is_skipping, self._num_workers)
+        tables = encode_tables(self._cut(), self._reading, self._is_skipping, self._num_workers)
         for index, (table, encoded) in enumerate(tables):
             self._digest.add(table)
             digest = self._digest.value()
             table, column = self._kept(table, encoded)
             self.num_records += table.num_rows
-            self.num_symbols += int(column.payload_lengths.sum())
-            self.replaced.update(encoded.column.replaced)
-            yield Chunk(index, table["id"], column, table["file"], table["line"], digest)
+            for side in sides_of(column):
+                self.num_symbols += int(side.payload_lengths.sum())
+            for side in sides_of(encoded.column):
+                self.replaced.update(side.replaced)
+            yield Chunk(index, table["id"], column, table[self._columns[-1]], table["file"], table["line"], digest)
         if not self.num_records:
             refused = f": all {self.num_refused} were refused, {self.refused[0]}" if self.num_refused else ""
             raise DataError(f"{', '.join(Source(name).name for name in self._inputs)}: no record to work on{refused}")
@@ -131,8 +137,10 @@ class ChunkReader:
         held: list[pa.RecordBatch] = []
         num_records = num_symbols = 0
         for batch in self._batches():
-            sizes = np.diff(column_bytes(batch.column(PAYLOAD))[1])
-            ends = np.cumsum(self._tokenizer.length_of(sizes) - sum(self._tokenizer.num_special))
+            ends = np.zeros(batch.num_rows, np.int64)
+            for name, tokenizer in zip(self._columns, self._reading.tokenizers.values()):
+                sizes = np.diff(column_bytes(batch.column(name))[1])
+                ends += np.cumsum(tokenizer.length_of(sizes) - sum(tokenizer.num_special))
             at = 0
             while at < batch.num_rows:
                 used = int(ends[at - 1]) if at else 0
@@ -152,29 +160,28 @@ class ChunkReader:
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         for number, name in enumerate(self._inputs):
-            for batch in self._domain.reader.read(Source(name), self._options):
+            for batch in self._domain.reader.read(Source(name), self.options):
                 self.per_input[number] += batch.num_rows
-                columns = {name: batch.column(name) for name in (*SCHEMA.names, PAYLOAD)}
-                if is_sliced(columns[PAYLOAD].type):
-                    columns[PAYLOAD] = self._domain.reader.fetch(slices_of(columns[PAYLOAD]))
+                columns = {name: batch.column(name) for name in (*SCHEMA.names, *self._columns)}
+                for name in self._columns:
+                    if is_sliced(columns[name].type):
+                        columns[name] = self._domain.reader.fetch(slices_of(columns[name]))
                 columns["file"] = columns["file"].cast(pa.string())  # dictionaries of two files do not go together
                 yield pa.RecordBatch.from_pydict(columns)
 
     def _kept(self, table: pa.RecordBatch, encoded: Encoded) -> tuple[pa.RecordBatch, TokenColumn]:
-        """The records of a table that the tokenizer takes and that are no longer than allowed; others are refused."""
+        """The records of a table that can be read and are fit for the job; others are refused."""
         for row, reason in encoded.refused:
             self._leave_out(table, row, reason)
         table = table.filter(pa.array(encoded.is_kept)) if encoded.refused else table
-        column, limit = encoded.column, self._max_tokens
-        if limit is None or not (column.lengths > limit).any():
+        column, unfit = encoded.column, self._unfit(encoded.column)
+        if not unfit:
             return table, column
-        is_short = column.lengths <= limit
-        for row in np.flatnonzero(~is_short).tolist():
-            got = column.payload_lengths[row]
-            special = column.lengths[row] - got
-            must = f"must be {limit - special} tokens or fewer, as the model's positions allow; got {got}"
-            self._leave_out(table, row, must)
-        return table.filter(pa.array(is_short)), column.take(np.flatnonzero(is_short))
+        is_kept = np.ones(len(column), bool)
+        is_kept[list(unfit)] = False
+        for row, reason in unfit.items():
+            self._leave_out(table, row, reason)
+        return table.filter(pa.array(is_kept)), column.take(np.flatnonzero(is_kept))
 
     def _leave_out(self, table: pa.RecordBatch, row: int, reason: str) -> None:
         file, line, id = (table[name][row].as_py() for name in ("file", "line", "id"))
@@ -190,16 +197,17 @@ class ChunkReader:
 
 
 class _Digest:
-    """Of a stream of records, however it is cut into batches."""
+    """Of some columns of a stream of records, however it is cut into batches."""
 
-    def __init__(self) -> None:
-        self._parts = [hashlib.blake2b(digest_size=16) for _ in range(3)]
+    def __init__(self, names: Sequence[str]):
+        self._names = names
+        self._parts = [hashlib.blake2b(digest_size=16) for _ in range(len(names) + 1)]
 
     def add(self, table: pa.RecordBatch) -> None:
-        texts = [column_bytes(table[name]) for name in ("id", PAYLOAD)]
+        texts = [column_bytes(table[name]) for name in self._names]
         for digest, (text, _) in zip(self._parts, texts):
             digest.update(text.data)
-        self._parts[2].update(np.stack([np.diff(bounds) for _, bounds in texts], axis=1).tobytes())
+        self._parts[-1].update(np.stack([np.diff(bounds) for _, bounds in texts], axis=1).tobytes())
 
     def value(self) -> str:
         whole = hashlib.blake2b(digest_size=16)

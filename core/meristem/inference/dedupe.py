@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meristem.inference.encoding import sides_of
 from meristem.types import TokenColumn
 
 WINDOW_SEQUENCES = 1 << 18
@@ -44,14 +45,19 @@ class Seen:
         if not self._is_across_parts:
             self._places.clear()
         parts, rows = np.empty(len(column), np.int64), np.empty(len(column), np.int64)
-        offsets = column.offsets.tolist()
-        arrays = [a for a in (column.ids, column.features, column.positions) if a is not None]
-        data = [(a.tobytes(), a.itemsize * a[:1].size) for a in arrays]
+        data = [
+            (values.tobytes(), values.itemsize * values[:1].size, side.offsets.tolist())
+            for side in sides_of(column)
+            for values in (side.ids, side.features, side.positions, side.token_types)
+            if values is not None
+        ]
         for row in range(len(column)):
             # 128 bits: no two sequences will ever share them
             digest = hashlib.blake2b(digest_size=16)
-            for text, width in data:
-                digest.update(text[offsets[row] * width : offsets[row + 1] * width])
+            for text, width, offsets in data:
+                start, stop = offsets[row], offsets[row + 1]
+                digest.update((stop - start).to_bytes(8, "little"))  # or two sides might share their symbols otherwise
+                digest.update(text[start * width : stop * width])
             place = self._places.setdefault(digest.digest(), (part, row))
             parts[row], rows[row] = place
             if len(self._places) > self._window:

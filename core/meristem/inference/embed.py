@@ -1,7 +1,7 @@
 """Vectors of records, one each or one a token."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.errors import ConfigError
+from meristem.inference.encoding import Reading
 from meristem.inference.engine import PLAIN_POOLS, POOLS, Advance, Embedder
 from meristem.inference.formats import FORMATS, convert
 from meristem.inference.job import Engine, Job, JobOptions, Running
@@ -71,7 +72,7 @@ class RunningEmbed(Running):
 
     def __init__(self, job: Embed, card: ModelCard, model: Model, engine: Engine):
         pool = job.pool or default_pool(card)
-        require_class_row(pool, card)
+        self.reading = Reading.of(card)
         trunk = engine.trunk(model, job.layer)
         self.embedder = Embedder(trunk, pool)
         self.tokens_per_batch = trunk.tokens_per_batch
@@ -112,16 +113,6 @@ def default_pool(card: ModelCard) -> str:
     return next((name for name, pool in PLAIN_POOLS.items() if pool == own), "mean" if own is None else "own")
 
 
-def require_class_row(pool: str, card: ModelCard) -> None:
-    """Refuse pool cls for a model whose sequences begin with no special row.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if pool == "cls" and not card.tokenizer.num_special[0]:
-        raise ConfigError("pool cls needs a class row before the payload and this model has none; use mean")
-
-
 def embed_files(
     model: Path | str,
     inputs: Sequence[str],
@@ -137,5 +128,4 @@ def embed_files(
             f"--output must be a directory; got {output}; with --output {output.with_suffix('')} "
             f"--format {output.suffix[1:]} the file is in it"
         )
-    plain = JobOptions(**{field.name: getattr(options, field.name) for field in fields(JobOptions)})
-    return run_job(Embed(options.pool, options.layer, options.format), model, inputs, output, plain, report)
+    return run_job(Embed(options.pool, options.layer, options.format), model, inputs, output, options, report)

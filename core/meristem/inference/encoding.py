@@ -1,25 +1,131 @@
-"""From payloads to token columns ahead of the model: in this process, or in several where decoding takes long."""
+"""From the inputs of records to what a model reads of them: in this process, or in several for what takes long."""
 
 import multiprocessing
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.records import PAYLOAD
+from meristem.data.pack import column_of
+from meristem.data.records import INPUT_PREFIX, records_of
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer
-from meristem.types import TokenColumn
+from meristem.data.views import Views
+from meristem.errors import ConfigError, DataError
+from meristem.model_directory import ModelCard
+from meristem.registry import find
+from meristem.types import TokenColumn, Tokens
+
+SIDES = ("source", "target")
+"""Inputs of an encoder-decoder that was not trained on records of two inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a model reads of a record; a plain value, which travels to other processes.
+
+    Attributes:
+        tokenizers: of each input that is read, by its name. Of two that are not joined, the first is what an encoder
+            reads, and the second belongs to the decoder.
+        join: makes one sequence of the tokens of the inputs of a record, by name; None for none.
+        views: records that are read in the place of each record; None for the record itself.
+    """
+
+    tokenizers: Mapping[str, Tokenizer]
+    join: Callable[[Mapping[str, Tokens]], Tokens] | None = None
+    views: Views | None = None
+
+    @classmethod
+    def of(cls, card: ModelCard) -> "Reading":
+        """One sequence of each record: of all inputs, where the model's objective joins them, else of the first.
+
+        Raises:
+            ConfigError: no installed package offers the objective.
+        """
+        names = tuple(card.inputs)
+        if not card.joined_by:
+            return cls({names[0]: card.tokenizer_of(names[0])})
+        objective = find("meristem.objectives", card.joined_by)
+        tokenizers = {name: card.tokenizer_of(name) for name in objective.joined_inputs}
+        return cls(tokenizers, partial(objective.join, config=card.architecture))
+
+    @classmethod
+    def of_sides(cls, card: ModelCard) -> "Reading":
+        """The source and the target of each record, for an encoder-decoder."""
+        names = tuple(card.inputs) if len(card.inputs) == 2 else SIDES
+        return cls({name: card.tokenizer_of(name) if name in card.inputs else card.tokenizer for name in names})
+
+    def column(self, table: pa.RecordBatch) -> TokenColumn:
+        """What is read of each record of a table.
+
+        Raises:
+            RefusedSymbol: names the row of the table that cannot be read.
+        """
+        if self.views is None:
+            payloads = {name: table[INPUT_PREFIX + name] for name in self.tokenizers}
+            return self._joined({name: self._encoded(name, payloads[name]) for name in payloads})
+        seen = []
+        for row, record in enumerate(records_of(table.to_pydict())):
+            try:
+                seen.append(self.views.views(record, None))
+            except DataError as error:
+                raise _Refused(row, str(error)) from error
+            if len(seen[row]) != len(seen[0]):
+                raise ConfigError(
+                    f"the views of a domain must be equally many for every record; got {len(seen[0])} and, of "
+                    f"{record.source or record.id}, {len(seen[row])}"
+                )
+        of_views = [
+            self._joined({name: self._encoded(name, [one.inputs[name] for one in view]) for name in self.tokenizers})
+            for view in zip(*seen)
+        ]
+        return replace(of_views[0], views=tuple(of_views[1:]))
+
+    def _encoded(self, name: str, payloads: "pa.Array | list") -> TokenColumn:
+        tokenizer = self.tokenizers[name]
+        try:
+            is_column = isinstance(payloads, pa.Array)
+            return tokenizer.encode_column(payloads) if is_column else tokenizer.encode_values(payloads)
+        except RefusedSymbol as error:
+            raise _Refused(
+                error.row, str(error) if len(self.tokenizers) == 1 else f"input {name!r}: {error}"
+            ) from error
+
+    def _joined(self, columns: dict[str, TokenColumn]) -> TokenColumn:
+        first, *others = columns.values()
+        if self.join is not None:
+            rows = range(len(first))
+            sequences = [
+                self.join({name: self.tokenizers[name].tokens_at(column, row) for name, column in columns.items()})
+                for row in rows
+            ]
+            return column_of(sequences, sum((Counter(one.replaced) for one in columns.values()), Counter()))
+        return replace(others[0], source=first) if others else first
+
+
+class _Refused(RefusedSymbol):
+    """A row whose reason is said in full."""
+
+    def __init__(self, row: int, reason: str):
+        DataError.__init__(self, reason)
+        self.row = row
+
+
+def sides_of(column: TokenColumn) -> tuple[TokenColumn, ...]:
+    """A column, and the others that belong to its records: sources and other views."""
+    others = (*column.views, *([] if column.source is None else [column.source]))
+    return (column, *(side for other in others for side in sides_of(other)))
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of a table of records.
+    """What is read of a table of records.
 
     Attributes:
-        column: of the records that the tokenizer takes.
+        column: of the records that can be read.
         is_kept: `[N]` which these are.
         refused: row and reason of the others; where none is to be skipped, of the first, and then `column` is empty.
     """
@@ -29,27 +135,26 @@ class Encoded:
     refused: tuple[tuple[int, str], ...] = ()
 
 
-def encode(tokenizer: Tokenizer, payloads: pa.Array, is_skipping: bool) -> Encoded:
-    """Encode a column of payloads, without those that the tokenizer refuses."""
-    is_kept = np.ones(len(payloads), bool)
+def encode(reading: Reading, table: pa.RecordBatch, is_skipping: bool) -> Encoded:
+    """What is read of the records of a table, without those that cannot be read."""
+    is_kept = np.ones(len(table), bool)
     refused: list[tuple[int, str]] = []
     while True:
         try:
-            kept = payloads if not refused else payloads.filter(pa.array(is_kept))
-            return Encoded(tokenizer.encode_column(kept), is_kept, tuple(refused))
+            kept = table if not refused else table.filter(pa.array(is_kept))
+            return Encoded(reading.column(kept), is_kept, tuple(refused))
         except RefusedSymbol as error:
             row = int(np.flatnonzero(is_kept)[error.row])
             refused.append((row, str(error)))
             is_kept[row] = False
             if not is_skipping:
-                nothing = TokenColumn(ids=np.zeros(0, np.int64), offsets=np.zeros(1, np.int64))
-                return Encoded(nothing, is_kept, tuple(refused))
+                return Encoded(column_of([]), is_kept, tuple(refused))
 
 
 def encode_tables(
-    tables: Iterable[pa.RecordBatch], tokenizer: Tokenizer, is_skipping: bool, workers: int = 0
+    tables: Iterable[pa.RecordBatch], reading: Reading, is_skipping: bool, workers: int = 0
 ) -> Iterator[tuple[pa.RecordBatch, Encoded]]:
-    """Each table and its tokens, in the order of the tables.
+    """Each table and what is read of it, in the order of the tables.
 
     Args:
         is_skipping: refused records are left out; else encoding a table ends at the first.
@@ -57,14 +162,14 @@ def encode_tables(
     """
     if not workers:
         for table in tables:
-            yield table, encode(tokenizer, table[PAYLOAD], is_skipping)
+            yield table, encode(reading, table, is_skipping)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (tokenizer, is_skipping)) as pool:
+    with ProcessPoolExecutor(workers, context, _start, (reading, is_skipping)) as pool:
         waiting: deque = deque()
         try:
             for table in tables:
-                waiting.append((table, pool.submit(_encode, table[PAYLOAD])))
+                waiting.append((table, pool.submit(_encode, table)))
                 if len(waiting) > 2 * workers:
                     done, future = waiting.popleft()
                     yield done, future.result()
@@ -75,16 +180,15 @@ def encode_tables(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_own: tuple[Tokenizer, bool] | None = None
-"""Tokenizer of a worker process, and whether it skips."""
+_own: tuple[Reading, bool] | None = None
+"""What a worker process reads, and whether it skips."""
 
 
-def _start(tokenizer: Tokenizer, is_skipping: bool) -> None:
+def _start(reading: Reading, is_skipping: bool) -> None:
     global _own
-    _own = (tokenizer, is_skipping)
+    _own = (reading, is_skipping)
 
 
-def _encode(payloads: pa.Array) -> Encoded:
+def _encode(table: pa.RecordBatch) -> Encoded:
     assert _own is not None
-    tokenizer, is_skipping = _own
-    return encode(tokenizer, payloads, is_skipping)
+    return encode(_own[0], table, _own[1])

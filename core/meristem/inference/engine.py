@@ -5,21 +5,20 @@ vector is the same bit for bit whatever it is packed with: linear layers, norms 
 alone (packs have `MIN_ROWS` rows or more, see `meristem.types`), and pooling reduces each sequence on its own.
 """
 
-import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from meristem.data.order import plan_in_order
+from meristem.data.budget import Budget, give_back_memory
 from meristem.data.pack import pack_column
 from meristem.errors import ConfigError, DataError
 from meristem.framing import payload_parts
-from meristem.inference.memory import fitting_tokens, give_back_memory, is_out_of_memory
-from meristem.inference.trunks import compiled_trunk, runnable_trunk, with_runnable_heads
+from meristem.inference.memory import fitting_tokens
+from meristem.inference.trunks import compiled_trunk, first_blocks, runnable_trunk, with_runnable_heads
 from meristem.inference.windows import WindowMean, cut
 from meristem.model.config import Max, Mean, Pool, Prefix
 from meristem.model.model import Model
@@ -33,8 +32,6 @@ PLAIN_POOLS: dict[str, Pool] = {"mean": Mean(), "cls": Prefix(), "max": Max()}
 POOLS = (*PLAIN_POOLS, "own", "none")
 """Poolings as the command line names them: own is the model's, with its weights; none is one vector a token."""
 
-logger = logging.getLogger(__name__)
-
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 ROWS_ALONE = Wanted(is_source_only=True)
@@ -42,7 +39,7 @@ ROWS_ALONE = Wanted(is_source_only=True)
 Item = TypeVar("Item")
 
 Advance = Callable[[int, int], None]
-"""Told of records and tokens as they are done."""
+"""Told of records and payload tokens as they are done."""
 
 
 def best_device() -> str:
@@ -97,12 +94,27 @@ class Rows:
             yield values[start : start + length][part]
 
 
+def views_of(column: TokenColumn, is_per_token: bool = False) -> tuple[TokenColumn, ...]:
+    """The views of the records of a column, each as a column of its own.
+
+    Args:
+        is_per_token: what is said of each token of the payload is to be averaged.
+
+    Raises:
+        ConfigError: then, views of a record that are not equally long.
+    """
+    views = (replace(column, views=()), *column.views)
+    if is_per_token and any((view.payload_lengths != column.payload_lengths).any() for view in column.views):
+        raise ConfigError("results for each token need views of a record that have equally many; some have others")
+    return views
+
+
 class TrunkRunner:
     """Runs the trunk over columns, within a token budget.
 
     Args:
         model: moved to `device`.
-        layer: whose rows are wanted; counted from the last where negative.
+        layer: whose rows are wanted; counted from the last where negative. Blocks behind it are not run.
         tokens_per_batch: tokens that a pack holds at most, but for a single longer sequence; None for as many as
             suit the device and the memory at hand. It is halved when a pack does not fit after all.
         dtype: of the trunk's weights and activations.
@@ -124,14 +136,18 @@ class TrunkRunner:
     ):
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
-        trunk = compiled_trunk(model, dtype) if is_compiled else runnable_trunk(model, dtype)
-        self.runnable = with_runnable_heads(self.model).over(trunk)
         self.layer = model.trunk.resolve_layer(layer)
+        self.is_cut = self.layer != model.trunk.resolve_layer(-1)
+        trunk = compiled_trunk(model, dtype) if is_compiled else runnable_trunk(model, dtype)
+        self.runnable = with_runnable_heads(self.model).over(first_blocks(trunk, self.layer) if self.is_cut else trunk)
         if tokens_per_batch is None:
             tokens_per_batch = fitting_tokens(model.config, self.device, dtype)
-        if tokens_per_batch < 1:
-            raise ConfigError(f"tokens_per_batch must be at least 1; got {tokens_per_batch}")
-        self.tokens_per_batch = tokens_per_batch
+        self.budget = Budget(tokens_per_batch, self.device)
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens that a pack holds at most at present."""
+        return self.budget.tokens
 
     @torch.inference_mode()
     def run(self, column: TokenColumn, wanted: Wanted | None = None) -> Iterator[Rows]:
@@ -153,61 +169,17 @@ class TrunkRunner:
             yield Rows(self.runnable(batch, wanted.behind(self._run_windows(column, int(row), batch))), batch.records)
 
     def _run_packs(self, column: TokenColumn, rows: np.ndarray, wanted: Wanted) -> Iterator[Rows]:
-        """The packs of `rows`, longest sequences first: what does not fit in memory is known at once.
-
-        From a pack that does not fit on, packs are half as large; nothing is lost.
-
-        Raises:
-            DataError: a single sequence does not fit.
-        """
-        plan = plan_in_order(column.lengths[rows], self.tokens_per_batch)
-        left = len(plan)
-        while left:
-            pack = rows[plan[left - 1]]
-            done = self._try_pack(column, pack, wanted)
-            if done is not None:
-                left -= 1
-                yield done
-                continue
-            self._halve(column.lengths[pack])
-            rows = np.sort(rows[plan.records[: plan.stops[left - 1]]])
-            plan = plan_in_order(column.lengths[rows], self.tokens_per_batch)
-            left = len(plan)
-
-    def _try_pack(self, column: TokenColumn, rows: np.ndarray, wanted: Wanted) -> Rows | None:
-        """The pack; None where it does not fit, and then nothing of it is held by an error any more."""
-        try:
-            return self._run_pack(column, rows, wanted)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
-
-    def _halve(self, lengths: np.ndarray) -> None:
-        if len(lengths) == 1:
-            raise DataError(f"a sequence of {lengths[0]:,} tokens does not fit in the memory of {self.device}")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        give_back_memory()
-        tokens = int(lengths.sum())
-        self.tokens_per_batch = max(min(tokens, self.tokens_per_batch) // 2, 1)
-        logger.warning(
-            "out of memory with %s tokens at once on %s; going on with %s",
-            f"{tokens:,}",
-            self.device,
-            f"{self.tokens_per_batch:,}",
-        )
+        """The packs of `rows`, as `Budget.run` gives them."""
+        return self.budget.run(column.lengths[rows], lambda numbers: self._run_pack(column, rows[numbers], wanted))
 
     def _run_pack(self, column: TokenColumn, rows: np.ndarray, wanted: Wanted) -> Rows:
         is_pinned = self.device.type == "cuda"
-        return self.run_batch(pack_column(column, rows, rows.tolist(), is_pinned=is_pinned).to(self.device), wanted)
+        batch = pack_column(column, rows, rows.tolist(), is_pinned=is_pinned).to(self.device)
+        return self.run_batch(batch, wanted)
 
     @torch.inference_mode()
     def run_batch(self, batch: PackedBatch, wanted: Wanted) -> Rows:
         """Outputs for one pack that is on the device; of the first rows alone where no others are made."""
-        if self.layer != self.model.trunk.resolve_layer(-1):
-            hidden = self.runnable(batch, Wanted(layers=(self.layer,), is_source_only=True)).hidden
-            wanted = wanted.behind(Hidden(hidden.layers[self.layer], hidden.layout))
         return Rows(self.runnable(batch, wanted), batch.records)
 
     def _run_windows(self, column: TokenColumn, row: int, batch: PackedBatch) -> Hidden:
@@ -250,8 +222,9 @@ class Embedder:
         pooled_by = trunk.model.pool if pool == "own" else self.pool
         self.is_pooled = pooled_by is not None
         self.width = width if pooled_by is None else pooled_by.width
-        self._num_first = None if pooled_by is None else pooled_by.num_first
-        self._is_own = pool == "own"
+        # the last block of the model alone may leave out rows
+        self._num_first = None if pooled_by is None or trunk.is_cut else pooled_by.num_first
+        self._is_own, self._reads_class = pool == "own", pool == "cls"
 
     def num_vectors(self, column: TokenColumn) -> np.ndarray:
         """`[N]` vectors that each sequence gets."""
@@ -264,9 +237,14 @@ class Embedder:
         """`[N, D]` float32, or `[sum of payload tokens, D]` where there is no pooling.
 
         Raises:
+            ConfigError: pool cls, and a sequence that begins with no special row.
             NotFinite: names the first sequence whose vector is not finite.
         """
-        counts = self.num_vectors(column)
+        if self._reads_class and (column.is_special is None or not column.is_special[column.offsets[:-1]].all()):
+            raise ConfigError("pool cls needs a class row before the payload and this model has none; use mean")
+        if column.views:
+            return np.mean([self.embed(view, advance) for view in views_of(column, not self.is_pooled)], axis=0)
+        counts, lengths = self.num_vectors(column), column.payload_lengths
         ends = np.cumsum(counts)
         values = np.empty((int(ends[-1]) if len(ends) else 0, self.width), np.float32)
         wanted = Wanted(is_pooled=self._is_own, num_first=self._num_first, is_source_only=True)
@@ -278,7 +256,7 @@ class Embedder:
                 for record, own in zip(rows.records, rows.payloads_of(host)):
                     values[ends[record] - counts[record] : ends[record]] = own
             if advance is not None:
-                advance(len(rows.records), rows.layout.num_tokens)
+                advance(len(rows.records), int(lengths[list(rows.records)].sum()))
         self._check_finite(values, ends)
         give_back_memory()
         return values

@@ -5,7 +5,7 @@ and goes on where a run was stopped.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,8 +14,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from meristem.data.reading.reader import Reader
 from meristem.data.records import ReadOptions
+from meristem.domain import Domain
 from meristem.errors import ConfigError
+from meristem.inference.encoding import Reading, sides_of
 from meristem.inference.engine import PRECISIONS, Advance, TrunkRunner, best_device, best_precision
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard
@@ -36,6 +39,7 @@ class JobOptions:
         tokenizer: options of the domain's tokenizer that are to differ from the model's.
         is_skipping: refused records are counted and named in the manifest; else they are errors.
         is_overwriting: an output file that is there already is replaced.
+        column: columns of a table that hold the inputs, as `columns_of` takes them; empty for those of `read`.
         read: how to read tables.
     """
 
@@ -48,6 +52,7 @@ class JobOptions:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     is_skipping: bool = False
     is_overwriting: bool = False
+    column: str | Mapping[str, str] | Sequence[str] = ()
     read: ReadOptions = field(default_factory=ReadOptions)
 
     def __post_init__(self) -> None:
@@ -97,37 +102,41 @@ class Running(ABC):
     """A job with the model that it runs on.
 
     Attributes:
+        reading: what it reads of a record.
         tokens_per_batch: tokens that are run at once at most.
         identity: what decides the rows beside model, input and engine, as plain values by the name of the option.
         facts: what the manifest says of the rows.
         fault: what is wrong where a row is not finite, as messages say it.
-        max_tokens: of a record, special ones included; longer ones are refused. None where windows are cut of them.
     """
 
+    reading: Reading
     tokens_per_batch: int
     identity: Mapping[str, Any]
     facts: Mapping[str, Any]
     fault: str
-    max_tokens: int | None = None
 
     @abstractmethod
     def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
         """The rows of some sequences, one each, in their order.
 
         Args:
-            advance: told of records and tokens as they are done.
+            advance: told of records and tokens as they are done; of as many in all as `work` says.
 
         Raises:
             NotFinite: names the first sequence whose row is not finite.
         """
 
+    def unfit(self, column: TokenColumn) -> Mapping[int, str]:
+        """Rows of a column that the job cannot work on, and why; they are refused."""
+        return {}
+
     def num_values(self, column: TokenColumn) -> np.ndarray:
         """`[N]` how many results each row holds: one, or one a token."""
         return np.ones(len(column), np.int64)
 
-    def work(self, column: TokenColumn) -> np.ndarray | None:
-        """`[N]` tokens that are run for each row, as progress counts them; None for those of the payloads, once."""
-        return None
+    def work(self, column: TokenColumn) -> np.ndarray:
+        """`[N]` tokens that are run for each row, as progress counts them: here those of the payloads, once."""
+        return np.sum([side.payload_lengths for side in sides_of(column)], axis=0)
 
     def most_symbols(self, most: int) -> int:
         """Payload symbols of a chunk at most, where `most` are few enough for the time a chunk takes."""
@@ -146,6 +155,13 @@ class Job(ABC):
 
     is_reused: ClassVar[bool] = True
     """Whether the row of a record serves equal records of later parts; rows with a value a token are too large."""
+
+    keeps_payloads: ClassVar[bool] = False
+    """Whether rows also hold the payload of their record, as the column `payload`."""
+
+    def reader(self, domain: Domain) -> Reader:
+        """Reads the records: here as the domain does."""
+        return domain.reader
 
     @abstractmethod
     def start(self, card: ModelCard, model: Model, engine: Engine) -> Running:
@@ -167,3 +183,18 @@ class Job(ABC):
         Returns:
             Name of a file that was made within the output folder; empty for none.
         """
+
+
+def too_long(column: TokenColumn, limit: int | None) -> dict[int, str]:
+    """Rows of a column that are longer than a model's positions allow, and what must hold.
+
+    Args:
+        limit: tokens of a sequence, special ones included; None for no bound.
+    """
+    found = {}
+    for side in sides_of(column) if limit is not None else ():
+        for row in np.flatnonzero(side.lengths > limit).tolist():
+            got = side.payload_lengths[row]
+            most = limit - (side.lengths[row] - got)
+            found[row] = f"must be {most} tokens or fewer, as the model's positions allow; got {got}"
+    return found

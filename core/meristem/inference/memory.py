@@ -1,6 +1,5 @@
-"""How much memory is at hand, what a pack takes of it, and giving it back."""
+"""How much memory is at hand, and what a pack takes of it."""
 
-import ctypes
 from pathlib import Path
 
 import torch
@@ -71,22 +70,3 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
-
-
-WORDS_OF_A_CPU = ("can't allocate memory", "could not create a primitive", "bad_alloc")
-"""How torch, oneDNN and the C++ library say that there was no memory: none of them has an error of its own for it."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether something could not be made for want of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in WORDS_OF_A_CPU)
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system: packs of ever other shapes leave holes, which glibc's heap keeps.
-
-    Without it an ESM-2 8M grows by 50 MB with each 2,000 records; it costs milliseconds a chunk.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -25,6 +25,9 @@ from meristem.inference.dedupe import Sources
 
 MANIFEST = "manifest.json"
 METADATA_KEY = b"meristem"
+PAYLOAD = "payload"
+"""Column of a part that holds the payload of each record, where a job keeps it."""
+
 CACHED_PARTS = 16
 """Parts whose rows are kept in memory for records that come again."""
 
@@ -176,10 +179,11 @@ class PartWriter:
     Args:
         output: where to.
         run: short name of the run, put into each part.
+        keeps_payloads: the payload of each record is put beside its id.
     """
 
-    def __init__(self, output: OutputDirectory, run: str):
-        self._output, self._run = output, run
+    def __init__(self, output: OutputDirectory, run: str, keeps_payloads: bool = False):
+        self._output, self._run, self._keeps_payloads = output, run, keeps_payloads
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
 
     def write(self, chunk: Chunk, sources: Sources, new_rows: pa.Table, seconds: float) -> None:
@@ -193,6 +197,8 @@ class PartWriter:
             DataError: the disk is full.
         """
         rows = self._assemble(chunk, sources, new_rows).add_column(0, "id", chunk.ids.cast(pa.string()))
+        if self._keeps_payloads:
+            rows = rows.add_column(1, PAYLOAD, chunk.payloads)
         facts = {"run": self._run, "digest": chunk.digest, "seconds": round(seconds, 3)}
         table = rows.replace_schema_metadata({METADATA_KEY: json.dumps(facts)})
         path = self._output.part(chunk.index)
@@ -226,7 +232,9 @@ class PartWriter:
 
     def _rows_of(self, part: int) -> pa.Table:
         if part not in self._cache:
-            self._cache[part] = pq.read_table(self._output.part(part)).drop_columns(["id"])
+            self._cache[part] = pq.read_table(self._output.part(part))
+            own = ["id", *([PAYLOAD] if self._keeps_payloads else [])]  # of each record, whatever its row
+            self._cache[part] = self._cache[part].drop_columns(own)
             while len(self._cache) > CACHED_PARTS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(part)

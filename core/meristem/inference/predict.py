@@ -1,7 +1,7 @@
 """Labels of records from a fine-tuned model: one table, one row a record or a token, in input order."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.errors import ConfigError
+from meristem.inference.encoding import Reading
 from meristem.inference.engine import Advance
 from meristem.inference.job import Engine, Job, JobOptions, Running
 from meristem.inference.predictor import Predictor, record_columns, token_columns
@@ -59,6 +60,7 @@ class RunningPredict(Running):
 
     def __init__(self, job: Predict, card: ModelCard, model: Model, engine: Engine):
         trunk = engine.trunk(model)
+        self.reading = Reading.of(card)
         self.predictor = Predictor(trunk, job.labels)
         if job.is_per_token and all(readout.level == "record" for readout in self.predictor.readouts):
             raise ConfigError("one row a token needs a label of tokens; this model has labels of records only")
@@ -103,5 +105,4 @@ def predict_files(
 ) -> dict[str, Any]:
     """Label the records of files; arguments and result as those of `run_job`."""
     options = options or PredictOptions()
-    plain = JobOptions(**{field.name: getattr(options, field.name) for field in fields(JobOptions)})
-    return run_job(Predict(options.labels, options.is_per_token), model, inputs, Path(output), plain, report)
+    return run_job(Predict(options.labels, options.is_per_token), model, inputs, Path(output), options, report)

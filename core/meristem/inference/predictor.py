@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from meristem.errors import ConfigError
-from meristem.inference.engine import Advance, NotFinite, TrunkRunner
+from meristem.inference.engine import Advance, NotFinite, TrunkRunner, views_of
 from meristem.model.heads import Readout
 from meristem.model.outputs import Wanted
 from meristem.shapes import Float, Tensor
@@ -71,6 +71,9 @@ class Predictor:
         Raises:
             NotFinite: names the first sequence whose prediction is not finite.
         """
+        if column.views:
+            is_per_token = not all(map(_is_pooled, self.readouts))
+            return _mean_of([self.predict(view, advance) for view in views_of(column, is_per_token)])
         token_lengths = column.payload_lengths
         found = {
             readout.name: _empty(readout, np.ones(len(column), np.int64) if _is_pooled(readout) else token_lengths)
@@ -89,10 +92,18 @@ class Predictor:
                 for record, own in zip(rows.records, rows.payloads_of(values)):
                     into.values[ends[record] - into.lengths[record] : ends[record]] = own
             if advance is not None:
-                advance(len(rows.records), rows.layout.num_tokens)
+                advance(len(rows.records), int(token_lengths[list(rows.records)].sum()))
         for prediction in found.values():
             _check_finite(prediction)
         return found
+
+
+def _mean_of(views: list[dict[str, Prediction]]) -> dict[str, Prediction]:
+    """What is predicted for all views of each record together."""
+    return {
+        name: replace(first, values=np.mean([view[name].values for view in views], axis=0))
+        for name, first in views[0].items()
+    }
 
 
 def in_units(readout: Readout, outputs: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:

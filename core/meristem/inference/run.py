@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from meristem import __version__
-from meristem.data.records import Source
+from meristem.data.records import Source, columns_of
 from meristem.domain import domain_of_model
 from meristem.errors import ConfigError, DataError
 from meristem.files import read_json, write_json
@@ -29,7 +29,7 @@ from meristem.inference.threads import Behind, ahead
 from meristem.inference.windows import OVERLAP_FRAC
 from meristem.inference.workers import InProcess, Workers
 from meristem.model_directory import hash_weights, load_any
-from meristem.types import TokenColumn
+from meristem.types import INPUT, TokenColumn
 
 MANIFEST_VERSION = 2
 CHUNK_WORK = 1.5e11
@@ -118,6 +118,7 @@ class _Run:
             self._refuse_existing()
         self.card, model = load_any(self.model_path, self.options.tokenizer)
         self.domain = domain_of_model(self.options.domain, self.card.domain)
+        self.domain = replace(self.domain, reader=self.job.reader(self.domain))
         self.engine = self.options.engine
         self.running = self.job.start(self.card, model, self.engine)
         self.config = model.config
@@ -125,7 +126,7 @@ class _Run:
         counted = None
         if "-" not in self.inputs:
             counted = self._reader()
-            work = sum(self._num_tokens(chunk.column) for chunk in counted)
+            work = sum(self._work_of(chunk.column) for chunk in counted)
         identity = {
             "model": hash_weights(self.model_path),
             "input": counted.digest if counted else "<stdin>",
@@ -189,16 +190,21 @@ class _Run:
         return self.running.most_symbols(most)
 
     def _reader(self) -> ChunkReader:
-        options = self.options
+        options, reading = self.options, self.running.reading
+        names = tuple(reading.tokenizers)
+        said = options.column or options.read.columns
+        if isinstance(said, Mapping) and tuple(said) == (INPUT,):  # a record of one input, whatever its name
+            said = said[INPUT]
+        foreign = [name for name, card in self.card.inputs.items() if card.domain not in ("", self.domain.name)]
         return ChunkReader(
             self.domain,
-            self.card.tokenizer,
+            replace(reading, views=self.domain.build_verb_views(self.card.tokenizer)),
             self.inputs,
-            options.read,
+            replace(options.read, columns=columns_of(said, names), foreign=tuple(set(foreign) & set(names))),
             options.is_skipping,
             self.chunk_symbols,
             options.workers,
-            self.running.max_tokens,
+            self.running.unfit,
         )
 
     def _work(self, identity: dict[str, Any], workers: "Workers | InProcess") -> dict[str, Any]:
@@ -208,7 +214,7 @@ class _Run:
         run = run_id(identity)
         manifest = lambda is_complete: self._manifest(identity, reader, is_complete, spent)  # noqa: E731
         self.parts.write_manifest(manifest(False))
-        writer = PartWriter(self.parts, run)
+        writer = PartWriter(self.parts, run, self.job.keeps_payloads)
         seen = Seen(is_across_parts=self.job.is_reused)
         behind: Behind[_Piece] = Behind(lambda piece: self._write(writer, piece, spent), ahead=2 * self.options.devices)
         try:
@@ -218,15 +224,13 @@ class _Run:
                     self._count(chunk, sources)
                     if chunk.index < done:
                         self._check_part(chunk, run)
-                        self.report.skipped(len(chunk), self._num_tokens(chunk.column))
+                        self.report.skipped(len(chunk), self._work_of(chunk.column))
                         continue
                     column = take(chunk.column, sources.new_rows)
-                    size = self._num_tokens(column) + len(column) * sum(self.card.tokenizer.num_special)
-                    future = workers.submit(column, self._advance, size) if len(column) else _nothing()
-                    again = len(chunk) - len(column)
-                    if again:
-                        num_again = self._num_tokens(chunk.column) - self._num_tokens(column)
-                        self.report.advance(again, num_again)
+                    size = self._work_of(column)
+                    future = workers.submit(column, self.report.advance, size) if len(column) else _nothing()
+                    if again := len(chunk) - len(column):
+                        self.report.advance(again, self._work_of(chunk.column) - size)
                     behind.put(_Piece(chunk, sources, future))
             behind.close()
         except BaseException:
@@ -261,15 +265,9 @@ class _Run:
             else:
                 self.parts.remove()
 
-    def _num_tokens(self, column: TokenColumn) -> int:
+    def _work_of(self, column: TokenColumn) -> int:
         """Tokens of a column as progress counts them."""
-        work = self.running.work(column)
-        if work is not None:
-            return int(work.sum())
-        return int(column.payload_lengths.sum())
-
-    def _advance(self, records: int, tokens: int) -> None:
-        self.report.advance(records, tokens - records * sum(self.card.tokenizer.num_special))
+        return int(self.running.work(column).sum())
 
     def _count(self, chunk: Chunk, sources: Sources) -> None:
         self.num_new += len(sources.new_rows)
@@ -314,7 +312,7 @@ class _Run:
                 "threads": torch.get_num_threads(),
                 "tokens_per_batch": self.running.tokens_per_batch,
                 "on_error": "skip" if options.is_skipping else "refuse",
-                "columns": dict(options.read.columns),
+                "columns": dict(reader.options.columns),
                 "id_column": options.read.id_column,
             },
             **self.running.facts,

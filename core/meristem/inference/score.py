@@ -4,7 +4,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,8 +16,9 @@ from meristem.domain import GROUP, Domain, load_domain
 from meristem.errors import ConfigError
 from meristem.figures.canvas import encode_figure
 from meristem.files import replacing, write_file
-from meristem.inference.engine import Advance, NotFinite
-from meristem.inference.job import Engine, Job, JobOptions, Running
+from meristem.inference.encoding import Reading
+from meristem.inference.engine import Advance, NotFinite, views_of
+from meristem.inference.job import Engine, Job, JobOptions, Running, too_long
 from meristem.inference.output import parts_of
 from meristem.inference.run import Report, run_job
 from meristem.inference.table_file import SUFFIXES, write_table_file
@@ -128,27 +129,34 @@ class RunningScore(Running):
         self._options = self.scorer.options() if job.scorer_options is None else job.scorer_options
         self._has_plots = bool(job.plots)
         trunk = engine.trunk(model)
-        self.tokens_per_batch, self.max_tokens = trunk.tokens_per_batch, model.config.max_length
-        self.model = RunningModel(trunk.runnable, card.tokenizer, trunk.tokens_per_batch)
+        self.tokens_per_batch, self._max_tokens = trunk.tokens_per_batch, model.config.max_length
+        is_two_sided = self.scorer.reads_two_sides and bool(model.config.num_decoder_layers)
+        self.reading = Reading.of_sides(card) if is_two_sided else Reading.of(card)
+        *_, tokenizer = self.reading.tokenizers.values()
+        self.model = RunningModel(trunk.runnable, tokenizer, trunk.budget)
         self.identity = {"scorer": job.scorer, **asdict(self._options), "plots": self._has_plots}
         self.facts = {"summary": self.scorer.describe(self.model, self._options)}
         self.fault = "its score is not finite; the model is damaged"
 
     def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
-        special = sum(self.model.tokenizer.num_special)
         advance = advance or (lambda records, tokens: None)
         model = replace(self.model, advance=lambda tokens: advance(0, tokens))
+        of_views = [self.scorer.score(model, view, self._options) for view in views_of(column)]
         found = []
-        for row, result in enumerate(self.scorer.score(model, column, self._options)):
+        for row, results in enumerate(zip(*of_views, strict=True)):
+            result = _mean_of(results)
             if not _is_finite(result):
                 raise NotFinite(row)
             found.append(result if self.scorer.schema is not None else self._array(result, column, row))
-            advance(1, special)  # of a record, progress leaves the special rows out
+            advance(1, 0)
         schema = ARRAYS if self.scorer.schema is None else self.scorer.schema(self.model, self._options)
         return pa.Table.from_pylist(found, schema)
 
+    def unfit(self, column: TokenColumn) -> Mapping[int, str]:
+        return too_long(column, self._max_tokens)
+
     def work(self, column: TokenColumn) -> np.ndarray:
-        return self.scorer.work(self.model, column, self._options)
+        return np.sum([self.scorer.work(self.model, view, self._options) for view in views_of(column)], axis=0)
 
     def most_symbols(self, most: int) -> int:
         most = most // max(1, self.scorer.num_runs(self.model, self._options))
@@ -163,6 +171,19 @@ class RunningScore(Running):
 
 ARRAYS = pa.schema({"shape": pa.list_(pa.int64()), "values": pa.large_list(pa.float32()), "plot": pa.large_binary()})
 """Columns of a part that holds arrays, and PNGs of them."""
+
+
+def _mean_of(results: Sequence[Any]) -> Any:
+    """The mean of what is said of the views of a record: of arrays, or of the numbers of a row that are no counts."""
+    if len(results) == 1:
+        return results[0]
+    if isinstance(results[0], np.ndarray):
+        return np.mean(results, axis=0)
+    first = results[0]
+    return {
+        name: float(np.mean([one[name] for one in results])) if isinstance(value, float) else value
+        for name, value in first.items()
+    }
 
 
 def _is_finite(result: Any) -> bool:
@@ -208,6 +229,5 @@ def score_files(
 ) -> dict[str, Any]:
     """Score the records of files; arguments and result as those of `run_job`. `summary` says what the values are."""
     options = options or ScoreOptions()
-    plain = JobOptions(**{field.name: getattr(options, field.name) for field in fields(JobOptions)})
     job = Score(options.scorer, options.scorer_options, options.domain, options.plots)
-    return run_job(job, model, inputs, Path(output), plain, report)
+    return run_job(job, model, inputs, Path(output), options, report)

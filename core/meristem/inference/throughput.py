@@ -13,6 +13,7 @@ import numpy as np
 from meristem.data.records import ReadOptions
 from meristem.domain import domain_of_model
 from meristem.inference.chunks import ChunkReader
+from meristem.inference.encoding import Reading
 from meristem.inference.engine import Embedder
 from meristem.model_directory import ModelCard
 from meristem.types import TokenColumn
@@ -76,18 +77,20 @@ def _tokens_per_second(embedder: Embedder, length: int, rounds: int) -> float:
 
 
 def _column(embedder: Embedder, length: int, count: int) -> TokenColumn:
-    """Sequences of any symbols, or of patches of zeros that all stand at the first place of their grid."""
+    """Sequences of a special row and any symbols, or patches of zeros at the first place of their grid."""
     config = embedder.trunk.model.config
     ids = np.resize(np.arange(config.embedding.vocab_size), count * length)
     offsets = np.arange(count + 1) * length
+    is_special = np.arange(count * length) % length == 0
     num_features = config.embedding.patch_features
     if not num_features:
-        return TokenColumn(ids=ids, offsets=offsets)
+        return TokenColumn(ids=ids, offsets=offsets, is_special=is_special)
     return TokenColumn(
         ids=np.full(count * length, -1),
         offsets=offsets,
         features=np.zeros((count * length, num_features), np.float32),
         positions=np.zeros((count * length, 2), np.int64),
+        is_special=is_special,
     )
 
 
@@ -101,7 +104,7 @@ def weigh(embedder: Embedder, card: ModelCard, inputs: Sequence[str], measured: 
     Raises:
         DataError: an input that cannot be used.
     """
-    reader = ChunkReader(domain_of_model("", card.domain), card.tokenizer, inputs, ReadOptions())
+    reader = ChunkReader(domain_of_model("", card.domain), Reading.of(card), inputs, ReadOptions())
     seconds, num_vectors, id_bytes = 0.0, 0, 0
     for chunk in reader:
         seconds += measured.seconds(chunk.column.lengths)

@@ -1,6 +1,7 @@
 """A model as it is run for vectors: in the precision asked for, and as fast as the machine allows."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +49,21 @@ def compiled_trunk(model: Model, dtype: torch.dtype) -> Encoder | EncoderDecoder
     trunk = copy.deepcopy(model.trunk).to(dtype)
     compile_blocks(trunk, trunk.device)
     return trunk
+
+
+def first_blocks(trunk: Encoder | EncoderDecoder, count: int) -> Encoder | EncoderDecoder:
+    """The trunk with its first blocks alone, of the first stack where there are two, and without the last norm.
+
+    It shares its layers with `trunk`. All rows of it are computed: it must not be asked for a few.
+    """
+    stack = trunk.encoder if isinstance(trunk, EncoderDecoder) else trunk
+    short: Any = copy.copy(stack)
+    short._modules = {**stack._modules, "blocks": stack.blocks[:count], "final_norm": nn.Identity()}
+    if not isinstance(trunk, EncoderDecoder):
+        return short
+    other = copy.copy(trunk)
+    other._modules = {**trunk._modules, "encoder": short}
+    return other
 
 
 def _cast(trunk: Encoder | EncoderDecoder, dtype: torch.dtype) -> Encoder | EncoderDecoder:

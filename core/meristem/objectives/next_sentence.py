@@ -1,6 +1,7 @@
 """Next sentence: masked symbols of two sentences, and whether the second one follows the first (BERT)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class NextSentence(MaskedTokens):
     """
 
     inputs = (FIRST, SECOND)
+    joined_inputs = (FIRST, SECOND)
 
     def __init__(
         self,
@@ -88,25 +90,34 @@ class NextSentence(MaskedTokens):
         return {**super().heads, NEXT_SENTENCE: Readout(name=NEXT_SENTENCE, classes=("next", "random"), pool=None)}
 
     def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
-        first, second = encode(FIRST), encode(SECOND)
+        second = encode(SECOND)
         is_random = bool(rng.random() < self.random_second_frac)
         if is_random:
             second = encode(SECOND, self._another(record.inputs[SECOND], rng))
+        pair = self.join({FIRST: encode(FIRST), SECOND: second}, self.config)
+        labels = {NEXT_SENTENCE: np.array(IS_RANDOM if is_random else IS_NEXT)}
+        return (self._mask(replace(pair, labels=labels), rng),)
+
+    @classmethod
+    def join(cls, inputs: Mapping[str, Tokens], config: TransformerConfig | None) -> Tokens:
+        first, second = inputs[FIRST], inputs[SECOND]
         before, behind = first.frame
         num_closing = second.frame[1]
-        firsts, seconds = self._trim(first.ids, behind, second.ids[second.frame[0] :], num_closing)
+        firsts, seconds = first.ids, second.ids[second.frame[0] :]
+        limit = None if config is None else config.max_length
+        if limit is not None and len(firsts) + len(seconds) > limit:  # the special rows that close each stay
+            num_second = min(len(seconds), max(limit // 2, limit - len(firsts)))
+            firsts, seconds = _shorten(firsts, limit - num_second, behind), _shorten(seconds, num_second, num_closing)
         ids = np.concatenate([firsts, seconds]).astype(np.int64)
         is_special = np.zeros(len(ids), bool)
         for start, stop in ((0, before), (len(firsts) - behind, len(firsts)), (len(ids) - num_closing, len(ids))):
             is_special[start:stop] = True
-        pair = Tokens(
+        return Tokens(
             positions=np.arange(len(ids))[:, None],
             ids=ids,
             token_types=np.repeat([0, 1], [len(firsts), len(seconds)]),
-            labels={NEXT_SENTENCE: np.array(IS_RANDOM if is_random else IS_NEXT)},
             is_special=is_special,
         )
-        return (self._mask(pair, rng),)
 
     def _another(self, second: Payload, rng: np.random.Generator) -> Payload:
         """A sentence that differs from `second`, each of them equally likely."""
@@ -115,16 +126,6 @@ class NextSentence(MaskedTokens):
             return self._seconds[int(rng.integers(len(self._seconds)))]
         drawn = int(rng.integers(len(self._seconds) - 1))
         return self._seconds[drawn + (drawn >= own)]
-
-    def _trim(
-        self, firsts: np.ndarray, behind: int, seconds: np.ndarray, num_closing: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Both sentences within the model's positions; the special rows that close each stay."""
-        limit = None if self.config is None else self.config.max_length
-        if limit is None or len(firsts) + len(seconds) <= limit:
-            return firsts, seconds
-        num_second = min(len(seconds), max(limit // 2, limit - len(firsts)))
-        return _shorten(firsts, limit - num_second, behind), _shorten(seconds, num_second, num_closing)
 
     def wanted(self, batch: PackedBatch) -> Wanted:
         symbols = request_symbols(batch, self.label_smoothing)

@@ -47,6 +47,10 @@ class Objective(ABC):
     payload_inputs: tuple[str, ...] = ()
     """Those of `inputs` that `prepare` reads as payloads, from the record; no tokens are made of them ahead."""
 
+    joined_inputs: ClassVar[tuple[str, ...]] = ()
+    """Those of `inputs` that verbs such as predict read, of which `join` makes one sequence. Empty for the first input
+    as it is."""
+
     label_columns: tuple[str, ...] = ()
     """Label columns of the records that this objective reads."""
 
@@ -122,6 +126,18 @@ class Objective(ABC):
             encode: gives the tokens of an input by its name, and those of other payloads.
             rng: keyed by (seed, epoch, record); nothing else may be drawn from.
         """
+
+    @classmethod
+    def join(cls, inputs: Mapping[str, Tokens], config: TransformerConfig) -> Tokens:
+        """The one sequence that a trained model reads of the inputs of a record, nothing of it hidden.
+
+        Called where `joined_inputs` names inputs; then it must agree with what `prepare` makes of them.
+
+        Args:
+            inputs: tokens of the inputs by name, each as its tokenizer gives it.
+            config: of the model, which may bound the length.
+        """
+        raise NotImplementedError
 
     def counts(self, batch: PackedBatch) -> Mapping[str, float]:
         """How much each term of `loss` counts in this pack, known before the trunk runs.

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from meristem.data.order import plan_in_order
 from meristem.data.pack import pack
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
@@ -27,35 +26,15 @@ from meristem.model.config import BlockSparse, sees_the_future
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.patterns import has_prefix, parts_of
 from meristem.model.transformer import Decoder, EncoderDecoder
+from meristem.scoring.likelihood_options import LikelihoodOptions
 from meristem.scoring.running import RunningModel
-from meristem.scoring.scorer import Scorer, option
+from meristem.scoring.scorer import Scorer
 from meristem.types import IGNORE, SOURCE, TokenColumn, Tokens
 
 TYPICAL_LENGTH = 256
 """Tokens of a record, about: each is run as often where every token is hidden in turn."""
 
 Kind = Literal["masked", "causal", "prefix", "encoder-decoder"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LikelihoodOptions:
-    """What is asked for; each option is for some kinds of model and refused for others.
-
-    Attributes:
-        one_pass: take the probability of each token given the whole sequence, itself included (the wild-type marginal
-            of Meier 2021, doi 10.1101/2021.07.09.450648). It approximates the pseudo-log-likelihood, which runs a
-            sequence of n tokens n times. (The one-pass estimate of Kantroo 2024, arXiv 2407.07265, adds a regression
-            that is trained for it, and is not this.)
-        closing: score the special tokens behind the payload too.
-        prefix_tokens: payload tokens of the prefix, which are read and not scored.
-        start_id: the symbol that the decoder reads first; None for the padding symbol, or 0 where there is none, as in
-            training.
-    """
-
-    one_pass: bool = option(False, "bidirectional models: run each record once, without masks (wild-type marginal)")
-    closing: bool = option(False, "causal models and encoder-decoders: score the special tokens behind a record too")
-    prefix_tokens: int | None = option(None, "prefix language models: tokens of the prefix, which are not scored")
-    start_id: int | None = option(None, "encoder-decoders: id of the symbol that the decoder reads first")
 
 
 def kind_of(model: Model, tokenizer: Tokenizer) -> Kind:
@@ -96,22 +75,20 @@ def kind_of(model: Model, tokenizer: Tokenizer) -> Kind:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class ScoredRows:
     """What a model reads of each record, and the symbol that each row is to predict.
 
     Attributes:
         column: the sequences; those of the decoder where there are two sides.
         targets: `[sum of n]` id of the symbol that each row predicts; `IGNORE` where a row is not scored.
         mask_id: hides each scored token in turn, in a copy of its sequence; None to run each sequence once.
-        prefix_length: first tokens of each sequence that all its tokens see, under a pattern that has a prefix.
-        source: what the encoder reads of each record.
+        prefix_lengths: `[N]` first tokens of each sequence that all its tokens see; None without such a pattern.
     """
 
     column: TokenColumn
     targets: np.ndarray
     mask_id: int | None = None
-    prefix_length: int = 0
-    source: TokenColumn | None = None
+    prefix_lengths: np.ndarray | None = None
 
     @property
     def num_scored(self) -> np.ndarray:
@@ -122,7 +99,8 @@ class Reading:
     @property
     def lengths(self) -> np.ndarray:
         """`[N]` tokens of one run of each record, on both sides."""
-        return self.column.lengths + (0 if self.source is None else self.source.lengths)
+        source = self.column.source
+        return self.column.lengths + (0 if source is None else source.lengths)
 
     @property
     def work(self) -> np.ndarray:
@@ -130,88 +108,93 @@ class Reading:
         return self.lengths * (np.minimum(self.num_scored, 1) if self.mask_id is None else self.num_scored)
 
 
-def read(
-    running: RunningModel, column: TokenColumn, options: LikelihoodOptions, sources: TokenColumn | None = None
-) -> Reading:
-    """What a model reads of a column, and what it is asked for; arguments as those of `score_column`."""
-    kind = kind_of(running.model, running.tokenizer)
-    if (kind == "encoder-decoder") != (sources is not None):
+def scored_rows(running: RunningModel, column: TokenColumn, options: LikelihoodOptions) -> ScoredRows:
+    """What a model reads of a column, and what it is asked for.
+
+    Raises:
+        ConfigError: as `score_column`.
+    """
+    kind, tokenizer = kind_of(running.model, running.tokenizer), running.tokenizer
+    _check_options(kind, options)
+    if (kind == "encoder-decoder") != (column.source is not None):
         raise ConfigError(
-            "the likelihood of an encoder-decoder is that of a target given a source, two inputs of a record; "
-            "got one (in Python, score_column of this module takes both)"
-            if sources is None
+            "the likelihood of an encoder-decoder is that of a target given a source, two inputs of a record; got one"
+            if column.source is None
             else "only an encoder-decoder reads a source beside the sequence that is scored; got two inputs"
         )
-    if sources is not None:
-        return read_pairs(running.tokenizer, sources, column, options)
-    return read_column(kind, running.tokenizer, column, options)
-
-
-def read_column(kind: Kind, tokenizer: Tokenizer, column: TokenColumn, options: LikelihoodOptions) -> Reading:
-    """What a model of one stack reads of a column, and what it is asked for.
-
-    Args:
-        kind: of the model; an encoder-decoder takes `read_pairs`.
-
-    Raises:
-        ConfigError: an option that has no effect on this kind of model, or one that it needs and did not get.
-    """
-    _check_options(kind, tokenizer, options)
-    assert kind != "encoder-decoder", "an encoder-decoder needs a source and a target"
-    before, behind = tokenizer.num_special
-    starts, stops = column.offsets[:-1], column.offsets[1:] - (0 if options.closing else behind)
-    prefix_length = before + (options.prefix_tokens or 0)
-    targets = np.full(len(column.ids), IGNORE, np.int64)
+    firsts, stops = _payload_bounds(column)
+    is_scored = np.ones(len(column.ids), bool) if column.is_special is None else ~column.is_special
+    if options.closing:
+        closing = _ranges(stops, column.offsets[1:])
+        if not len(closing):
+            raise ConfigError("closing needs special tokens behind the payload, and this tokenizer puts none there")
+        is_scored[closing] = True
+    if kind == "encoder-decoder":
+        return _written_rows(
+            tokenizer, column, options, is_scored, firsts, column.offsets[1:] if options.closing else stops
+        )
+    starts, shift = column.offsets[:-1], 0 if kind == "masked" else 1
+    firsts = firsts + (options.prefix_tokens or 0)
     # the first token of a sequence has nothing before it that could predict it
-    shift, first = (0, before) if kind == "masked" else (1, max(prefix_length, 1))
-    places = _ranges(starts + first, np.maximum(stops, starts + first))
+    places = _ranges(np.maximum(firsts, starts + shift), column.offsets[1:])
+    places = places[is_scored[places]]
+    targets = np.full(len(column.ids), IGNORE, np.int64)
     targets[places - shift] = column.ids[places]
     mask_id = tokenizer.mask_id if kind == "masked" and not options.one_pass else None
-    return Reading(column, targets, mask_id, prefix_length if kind == "prefix" else 0)
+    return ScoredRows(column, targets, mask_id, firsts - starts if kind == "prefix" else None)
 
 
-def read_pairs(tokenizer: Tokenizer, sources: TokenColumn, targets: TokenColumn, options: LikelihoodOptions) -> Reading:
-    """What an encoder-decoder reads of pairs: the source as it is, and of the target one token behind what it predicts.
+def _written_rows(
+    tokenizer: Tokenizer,
+    column: TokenColumn,
+    options: LikelihoodOptions,
+    is_scored: np.ndarray,
+    starts: np.ndarray,
+    stops: np.ndarray,
+) -> ScoredRows:
+    """What the decoder reads of targets: the start symbol and then each target, one token behind what it predicts.
 
-    The decoder reads the start symbol first, which stands for the special tokens before a payload.
+    The start symbol stands for the special tokens before a payload.
 
     Args:
-        sources, targets: `N` sequences each, with the tokenizer's special tokens.
-
-    Raises:
-        ConfigError: an option that has no effect on this kind of model, or no symbol to start from.
+        starts, stops: `[N]` first row of each target that is predicted, and the row behind its last.
     """
-    _check_options("encoder-decoder", tokenizer, options)
-    assert len(sources) == len(targets)
     start_id = (tokenizer.pad_id or 0) if options.start_id is None else options.start_id
     if not 0 <= start_id < len(tokenizer.vocab):
         raise ConfigError(f"start_id must be the id of a symbol, 0 to {len(tokenizer.vocab) - 1}; got {start_id}")
-    before, behind = tokenizer.num_special
-    stops = targets.offsets[1:] - (0 if options.closing else behind)
-    starts = np.minimum(targets.offsets[:-1] + before, stops)
-    wanted = targets.ids[_ranges(starts, stops)].astype(np.int64)
+    rows = _ranges(starts, stops)
+    ids = column.ids[rows].astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(stops - starts)])
-    read = np.concatenate([[start_id], wanted[:-1]]) if len(wanted) else wanted
+    read = np.concatenate([[start_id], ids[:-1]]) if len(ids) else ids
     # only sequences that are not empty begin somewhere
     read[offsets[:-1][stops > starts]] = start_id
-    return Reading(TokenColumn(ids=read, offsets=offsets), wanted, source=sources)
+    return ScoredRows(
+        TokenColumn(ids=read, offsets=offsets, source=column.source), np.where(is_scored[rows], ids, IGNORE)
+    )
 
 
-def score_column(
-    running: RunningModel, column: TokenColumn, options: LikelihoodOptions, sources: TokenColumn | None = None
-) -> Iterator[dict[str, Any]]:
+def _payload_bounds(column: TokenColumn) -> tuple[np.ndarray, np.ndarray]:
+    """`[N]` first row of each payload and the row behind its last; both are the end of a sequence that has none."""
+    if column.is_special is None:
+        return column.offsets[:-1], column.offsets[1:]
+    rows = np.append(np.flatnonzero(~column.is_special), len(column.ids))
+    bounds = np.searchsorted(rows, column.offsets)
+    is_empty, ends = bounds[1:] == bounds[:-1], column.offsets[1:]
+    return np.where(is_empty, ends, rows[bounds[:-1]]), np.where(is_empty, ends, rows[bounds[1:] - 1] + 1)
+
+
+def score_column(running: RunningModel, column: TokenColumn, options: LikelihoodOptions) -> Iterator[dict[str, Any]]:
     """The likelihood of each record of a column, as a row of a table with the columns of `schema_of`.
 
     Args:
-        column: the sequences to score.
-        sources: for encoder-decoders: what each sequence is the target of.
+        column: the sequences to score; for encoder-decoders those that the decoder writes, each with its `source`.
 
     Raises:
         ConfigError: the model has no likelihood, or not with these options or sides.
     """
     names = schema_of(running, options).names
     lengths = column.payload_lengths
-    scores = token_log_likelihoods(running, read(running, column, options, sources))
+    scores = token_log_likelihoods(running, scored_rows(running, column, options))
     for length, values in zip(lengths, scores, strict=True):
         perplexity = _exp(-values.mean()) if len(values) else None
         yield dict(zip(names, (int(length), len(values), float(values.sum()), perplexity), strict=True))
@@ -242,7 +225,7 @@ def describe(running: RunningModel, options: LikelihoodOptions) -> str:
         ConfigError: as `score_column`.
     """
     kind = kind_of(running.model, running.tokenizer)
-    _check_options(kind, running.tokenizer, options)
+    _check_options(kind, options)
     means = {
         "masked": "each token given all others"
         if not options.one_pass
@@ -259,25 +242,28 @@ def _exp(value: float) -> float:
         return float(np.exp(value))
 
 
-def token_log_likelihoods(running: RunningModel, reading: Reading) -> list[np.ndarray]:
+def token_log_likelihoods(running: RunningModel, scored: ScoredRows) -> list[np.ndarray]:
     """Log-probability (nats) of each scored token, one array a record, in the order of the records.
 
     On a CPU in fp32 the values are the same, bit for bit, whatever the token budget and the other records.
     """
-    passes = _Passes.of(reading)
-    scores = np.empty(int(reading.num_scored.sum()))
-    plan = plan_in_order(reading.lengths[passes.records], running.tokens_per_batch)
-    for index in reversed(range(len(plan))):  # longest first: what does not fit in memory is known at once
-        numbers = plan[index]
-        sequences = [side for number in numbers for side in passes.sides(reading, number)]
+    passes = _Passes.of(scored)
+    scores = np.empty(int(scored.num_scored.sum()))
+    lengths = scored.lengths[passes.records]
+
+    def run(numbers: np.ndarray) -> None:
+        sequences = [side for number in numbers for side in passes.sides(scored, number)]
         batch = pack(sequences, np.repeat(numbers, len(sequences) // len(numbers)).tolist())
         targets = batch.targets[SYMBOLS]
         rows = torch.nonzero(targets != IGNORE).squeeze(1)
         done = np.array(batch.records)
         places = _ranges(passes.first_scores[done], passes.first_scores[done] + passes.num_scored[done])
         scores[places] = running.symbol_log_probabilities(batch, rows, targets[rows]).numpy()
-        running.advance(int(reading.lengths[passes.records[numbers]].sum()))
-    return np.split(scores, np.cumsum(reading.num_scored)[:-1])
+        running.advance(int(lengths[numbers].sum()))
+
+    for _ in running.budget.run(lengths, run):
+        pass
+    return np.split(scores, np.cumsum(scored.num_scored)[:-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,29 +282,31 @@ class _Passes:
     num_scored: np.ndarray
 
     @classmethod
-    def of(cls, reading: Reading) -> "_Passes":
-        counts = reading.num_scored
-        if reading.mask_id is None:  # a record of which nothing is scored is not run
+    def of(cls, scored: ScoredRows) -> "_Passes":
+        counts = scored.num_scored
+        if scored.mask_id is None:  # a record of which nothing is scored is not run
             records = np.flatnonzero(counts)
             ends = np.cumsum(counts)[records]
             return cls(records, np.full(len(records), -1), ends - counts[records], counts[records])
-        hidden = np.flatnonzero(reading.targets != IGNORE)
+        hidden = np.flatnonzero(scored.targets != IGNORE)
         records = np.repeat(np.arange(len(counts)), counts)
         return cls(records, hidden, np.arange(len(hidden)), np.ones(len(hidden), np.int64))
 
-    def sides(self, reading: Reading, number: int) -> Iterator[Tokens]:
+    def sides(self, scored: ScoredRows, number: int) -> Iterator[Tokens]:
         """What one run reads: the source where there is one, and the sequence with its targets."""
         record, hidden = self.records[number], self.hidden[number]
-        if reading.source is not None:
-            yield _tokens(_sequence(reading.source.ids, reading.source, record), side=SOURCE)
-        ids = _sequence(reading.column.ids, reading.column, record)
-        targets = _sequence(reading.targets, reading.column, record)
+        source = scored.column.source
+        if source is not None:
+            yield _tokens(_sequence(source.ids, source, record), side=SOURCE)
+        ids = _sequence(scored.column.ids, scored.column, record)
+        targets = _sequence(scored.targets, scored.column, record)
         if hidden >= 0:
-            place = hidden - reading.column.offsets[record]
+            place = hidden - scored.column.offsets[record]
             wanted = targets[place]
             targets = np.full_like(targets, IGNORE)
-            ids[place], targets[place] = reading.mask_id, wanted
-        yield _tokens(ids, targets={SYMBOLS: targets}, prefix_length=reading.prefix_length)
+            ids[place], targets[place] = scored.mask_id, wanted
+        prefix_length = 0 if scored.prefix_lengths is None else int(scored.prefix_lengths[record])
+        yield _tokens(ids, targets={SYMBOLS: targets}, prefix_length=prefix_length)
 
 
 def _sequence(values: np.ndarray, column: TokenColumn, record: int) -> np.ndarray:
@@ -337,13 +325,11 @@ def _ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
     return np.repeat(starts - before, counts) + np.arange(counts.sum())
 
 
-def _check_options(kind: Kind, tokenizer: Tokenizer, options: LikelihoodOptions) -> None:
+def _check_options(kind: Kind, options: LikelihoodOptions) -> None:
     if options.one_pass and kind != "masked":
         raise ConfigError(f"one_pass has no effect on a model of kind {kind}, which is run once anyway; leave it out")
     if options.closing and kind == "masked":
         raise ConfigError("closing has no effect on a bidirectional model, which is told where a sequence ends")
-    if options.closing and not tokenizer.num_special[1]:
-        raise ConfigError("closing needs special tokens behind the payload, and this tokenizer puts none there")
     if options.start_id is not None and kind != "encoder-decoder":
         raise ConfigError(f"start_id has no effect on a model of kind {kind}; leave it out")
     if kind == "prefix":
@@ -367,6 +353,7 @@ LIKELIHOOD = Scorer(
     describe=describe,
     schema=schema_of,
     score=score_column,
-    work=lambda running, column, options: read(running, column, options).work,
+    work=lambda running, column, options: scored_rows(running, column, options).work,
     num_runs=_num_runs,
+    reads_two_sides=True,
 )

@@ -1,11 +1,12 @@
 """A model as scorers run it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F
 
+from meristem.data.budget import Budget
 from meristem.data.tokenizer import Tokenizer
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.outputs import HeadRequest, Wanted
@@ -24,14 +25,14 @@ class RunningModel:
 
     Attributes:
         model: as it runs fastest, such as with a trunk of pre-packed weights.
-        tokenizer: of the model.
-        tokens_per_batch: tokens that a pack holds at most, unless a single sequence is longer.
+        tokenizer: of the sequences that are scored.
+        budget: runs sequences in packs of so many tokens as fit in memory.
         advance: called with the number of tokens that were run since the last call.
     """
 
     model: Model
     tokenizer: Tokenizer
-    tokens_per_batch: int = 4096
+    budget: Budget = field(default_factory=Budget)
     advance: Callable[[int], None] = lambda count: None
 
     @torch.inference_mode()

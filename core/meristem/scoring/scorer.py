@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
+if TYPE_CHECKING:  # importing torch takes seconds, and help shows options without it
+    import numpy as np
+    import pyarrow as pa
 
-from meristem.scoring.running import RunningModel
-from meristem.types import TokenColumn
+    from meristem.scoring.running import RunningModel
+    from meristem.types import TokenColumn
 
 
 def option(default: Any, help: str) -> Any:
@@ -40,13 +41,15 @@ class Scorer:
         num_runs: given the model and the options, how often a token is run, about: records that take long are handed
             out and written in smaller chunks.
         draw: gives a matplotlib figure of one array, given the array, the model and a column of the one record.
+        reads_two_sides: of an encoder-decoder it scores targets given sources: the column has a `source`.
     """
 
     help: str
-    describe: Callable[[RunningModel, Any], str]
-    score: Callable[[RunningModel, TokenColumn, Any], Iterable[Any]]
-    schema: Callable[[RunningModel, Any], pa.Schema] | None = None
+    describe: "Callable[[RunningModel, Any], str]"
+    score: "Callable[[RunningModel, TokenColumn, Any], Iterable[Any]]"
+    schema: "Callable[[RunningModel, Any], pa.Schema] | None" = None
     options: type = NoOptions
-    work: Callable[[RunningModel, TokenColumn, Any], np.ndarray] = lambda running, column, options: column.lengths
-    num_runs: Callable[[RunningModel, Any], int] = lambda running, options: 1
-    draw: Callable[[np.ndarray, RunningModel, TokenColumn], Any] | None = None
+    work: "Callable[[RunningModel, TokenColumn, Any], np.ndarray]" = lambda running, column, options: column.lengths
+    num_runs: "Callable[[RunningModel, Any], int]" = lambda running, options: 1
+    draw: "Callable[[np.ndarray, RunningModel, TokenColumn], Any] | None" = None
+    reads_two_sides: bool = False

@@ -19,6 +19,7 @@ from meristem.model.grid import resampled
 from meristem.model.model import Model
 from meristem.model.plain import from_json
 from meristem.model_directory import InputCard, ModelCard, load_card, load_model
+from meristem.registry import name_of
 from meristem.shapes import Tensor
 from meristem.train.ema import MovingAverage
 from meristem.train.loops import place_loops
@@ -107,6 +108,7 @@ class Task(L.LightningModule):
             heads=self.model.specs,
             domain=data.domain.name,
             inputs={name: data.input_cards.get(name, InputCard()) for name in self.objective.inputs},
+            joined_by=name_of("meristem.objectives", type(self.objective)) if self.objective.joined_inputs else "",
         )
 
     def configure_model(self) -> None:
