@@ -101,7 +101,7 @@ def paper_table(num_places: int, width: int) -> torch.Tensor:
 
 
 class Reference(nn.Module):
-    """`torch.nn.Transformer` between an embedding, with our table of positions, and a tied output, over padded batches."""
+    """`torch.nn.Transformer` between an embedding, our table of positions and a tied output, over padded batches."""
 
     def __init__(self, shape: Shape):
         super().__init__()

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["parquet", "h5", "npz"],
         help="part-*.parquet alone, or embeddings.h5 (as biotrainer reads it) or embeddings.npz beside them",
     )
-    add_vector_arguments(parser, ["mean", "cls", "max", "own", "none"], "; none is one a token")
+    add_vector_arguments(parser, ["mean", "cls", "max", "own", "none"], "; none keeps one a token")
     add_engine_arguments(parser)
 
 
@@ -31,8 +31,8 @@ def add_vector_arguments(parser: argparse.ArgumentParser, pools: list[str], more
     Args:
         more: said of the pools in the help text.
     """
-    own = "own is the model's, with its weights, and the default; mean where the model has none"
-    parser.add_argument("--pool", choices=pools, help=f"how tokens become one vector: {own}{more}")
+    own = "own is the pool that the model was trained with, and the default; without one the default is mean"
+    parser.add_argument("--pool", choices=pools, help=f"how the vectors of tokens become one: {own}{more}")
     parser.add_argument(
         "--layer", type=int, default=-1, help="layer whose vectors are wanted: 0 is the embedding, -1 the last"
     )

@@ -46,14 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, help="draw from the smallest set of tokens whose probability reaches p")
     parser.add_argument("--min-p", type=float, help="draw from tokens at least p times as likely as the likeliest")
     parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="above 1: tokens that are there already get less likely"
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="above 1, tokens that the text already holds become less likely",
     )
     parser.add_argument("--beams", type=int, default=1, help="beams of a beam search; 1 for none")
     parser.add_argument(
         "--length-penalty", type=float, default=1.0, help="scores of beams are divided by their length to this power"
     )
     parser.add_argument("--num-samples", "-n", type=int, default=1, help="texts for each prompt")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a sample ends where this text comes; may be repeated",
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed and prompt give the same text")
     add_engine_arguments(parser)
     parser.set_defaults(precision="fp32")

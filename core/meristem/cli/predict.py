@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to label, with what, and where to."""
     add_model_arguments(parser)
     parser.add_argument("--output", required=True, help="a .csv, .tsv or .parquet file")
-    parser.add_argument("--label", action="append", dest="labels", help="to predict, may be repeated; all by default")
+    parser.add_argument(
+        "--label", action="append", dest="labels", help="label to predict; may be repeated; all labels by default"
+    )
     parser.add_argument(
         "--per-token",
         action="store_true",

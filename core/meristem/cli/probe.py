@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to probe, for what, how, and where to."""
     parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or a foreign directory")
     parser.add_argument("inputs", metavar="DATA", nargs="+", help="files of records with labels")
-    parser.add_argument("--test", metavar="DATA", nargs="+", default=[], help="files of the test; DATA is for training")
+    parser.add_argument(
+        "--test", metavar="DATA", nargs="+", default=[], help="files of test records; DATA is then for training alone"
+    )
     parser.add_argument("--label", required=True, metavar="COLUMN", help="column of the label: classes or numbers")
     parser.add_argument("--output", required=True, help="folder of metrics.json, predictions.csv and a figure")
     parser.add_argument(
@@ -37,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a word that means that a record has no label, such as NA; an empty cell always does (may be repeated)",
     )
     parser.add_argument("--k", type=int, help="neighbours that vote; 20 by default, or all where there are fewer")
-    parser.add_argument("--temperature", type=float, default=0.07, help="of the votes")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.07,
+        help="a neighbour's vote has the weight exp(cosine / temperature); 0.07 by default",
+    )
     add_vector_arguments(parser, ["mean", "cls", "max", "own"])
     parser.add_argument(
         "--split",
@@ -48,15 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group-column", default="", metavar="COLUMN", help="column of what must stay on one side of the split"
     )
-    parser.add_argument("--split-column", default="", metavar="COLUMN", help="column of train, validation or test")
-    parser.add_argument("--test-frac", type=float, help="of the records, for the test; 0.2 by default")
+    parser.add_argument(
+        "--split-column", default="", metavar="COLUMN", help="column that says train, validation or test"
+    )
+    parser.add_argument("--test-frac", type=float, help="share of the records for the test; 0.2 by default")
     parser.add_argument(
         "--validation-frac",
         type=float,
         default=0.1,
-        help="of the records for training, to choose the penalty of the linear map by",
+        help="share of the training records that the penalty of the linear map is chosen by; 0.1 by default",
     )
-    parser.add_argument("--seed", type=int, default=0, help="another one deals anew")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the split")
     add_engine_arguments(parser)
     parser.add_argument("--cache", metavar="DIR", help="folder in which vectors are kept for the next call")
 

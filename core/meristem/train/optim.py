@@ -20,13 +20,13 @@ class OptimizerConfig:
 
     Attributes:
         lr: the highest learning rate, reached after warm-up.
-        weight_decay: of matrices; biases, norms and embedding tables are not decayed.
-        betas: of the moving averages.
-        eps: of the division.
+        weight_decay: weight decay of matrices; biases, norms and embedding tables are not decayed.
+        betas: decay rates of the moving averages of the gradient and of its square.
+        eps: added to the denominator of a step, against division by zero.
         warmup_steps: steps over which the learning rate rises linearly.
         schedule: after warm-up: a cosine down to `min_lr_frac` at `trainer.max_steps`, or the inverse square
             root of the step, or a constant.
-        min_lr_frac: of `lr`, the least that either curve falls to.
+        min_lr_frac: share of `lr` below which no schedule falls.
         layer_decay: each layer learns this many times as fast as the one above it, from the heads down to the
             embedding (Clark 2020, arXiv 2003.10555; Bao 2021, arXiv 2106.08254); 1 for the same rate everywhere.
     """

@@ -98,7 +98,7 @@ class Split:
         column: name of the column, with method `column`.
         validation_frac: share of the records for validation.
         test_frac: share of the records for the test.
-        seed: another one deals anew.
+        seed: random seed of the split.
         k: with method `similarity`: length of the k-mers that it is measured by; null for the domain's.
         threshold: with method `similarity`: share of the k-mers of the shorter of two payloads that makes them
             similar; null for the domain's.
@@ -175,7 +175,7 @@ class DataSpec:
         max_tokens_per_record: a longer record is cropped to another random window each time it is trained on;
             null for none. Evaluation takes whole records, but for what learned positions do not reach.
         on_error: `refuse` stops at a record that cannot be used; `skip` leaves it out, and lists it in `refused.csv`.
-        workers: processes that prepare packs; without effect on what comes.
+        workers: processes that prepare packs; the packs are the same for any number of them.
         cache_dir: where record stores are kept; null for `$MERISTEM_CACHE`, else `~/.cache/meristem`.
         missing_labels: words of label columns that mean "no label", such as `[NA, unknown]`; an empty cell always does.
     """
@@ -210,7 +210,8 @@ class TrainerSpec:
         max_steps: optimiser steps of the whole run.
         max_time: time after which the run ends, `DD:HH:MM:SS` or a mapping of `days`, `hours`, `minutes`.
         accumulate_grad_batches: packs of each device that make one step.
-        gradient_clip_val: norm of the gradient over all parameters that is not exceeded; null or 0 for no bound.
+        gradient_clip_val: largest norm of the gradient over all parameters, to which a larger one is scaled down; null
+            or 0 for no bound.
         precision: `32-true`, `bf16-mixed`, `16-mixed` ...; null for `bf16-mixed` on a GPU that has it, else `32-true`.
         accelerator: `auto`, `cpu` or `gpu`.
         devices: how many devices, or which.
