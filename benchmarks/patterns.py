@@ -19,7 +19,7 @@ import torch
 from harness import Finding, Options, agree
 
 from meristem.model.config import Causal, Window
-from meristem.model.kernels import attend, attend_reference
+from meristem.model.kernels import Packed, Scoring, attend, attend_reference
 from meristem.types import Layout
 
 LENGTHS = (4096, 8192, 16_384, 32_768)
@@ -32,8 +32,8 @@ TOLERANCE = 1e-5
 def findings(options: Options) -> Iterator[Finding]:
     """Forward alone, and with the gradient."""
     tensors, layout = inputs(1024), Layout((1024,))
-    wanted, _ = attend_reference(*tensors, layout, layout, PATTERN)
-    worst = agree("window", attend(*tensors, layout, layout, PATTERN), wanted, TOLERANCE)
+    wanted, _ = attend_reference(Packed(*tensors, layout, layout), Scoring(PATTERN))
+    worst = agree("window", attend(Packed(*tensors, layout, layout), Scoring(PATTERN)), wanted, TOLERANCE)
     lengths = LENGTHS[:2] if options.is_quick else LENGTHS
     first = lengths[0]
     for way in WAYS:
@@ -70,10 +70,10 @@ def run(tensors: list[torch.Tensor], way: str) -> None:
     layout = Layout((len(tensors[0]),))
     if way == "forward":
         with torch.inference_mode():
-            attend(*tensors, layout, layout, PATTERN)
+            attend(Packed(*tensors, layout, layout), Scoring(PATTERN))
     else:
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        torch.autograd.grad(attend(*leaves, layout, layout, PATTERN).sum(), leaves)
+        torch.autograd.grad(attend(Packed(*leaves, layout, layout), Scoring(PATTERN)).sum(), leaves)
 
 
 def peak_in_a_process(length: int, way: str) -> int:

@@ -40,7 +40,7 @@ from meristem.model.config import (
     Residual,
     TransformerConfig,
 )
-from meristem.model.outputs import Wanted
+from meristem.model.outputs import HeadRequest, Wanted
 from meristem.model_directory import load_any
 from meristem.objectives.supervised import Supervised, Target
 from meristem.train.spec import ModelSpec
@@ -160,7 +160,7 @@ def our_forward(
     if options.device == "cpu":
         return lambda: predictor.predict(column)[LABEL].values
     (readout,) = predictor.readouts
-    wanted = Wanted((LABEL,), rounds_alike=True, num_first=0)
+    wanted = Wanted({LABEL: HeadRequest(rounds_alike=True)}, num_first=0)
     batch = pack_column(column, np.arange(len(column)), range(len(column))).to(options.device)
 
     @torch.inference_mode()

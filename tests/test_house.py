@@ -98,6 +98,27 @@ def names_other_processes(text: str) -> list[int]:
     return [number for number, line in enumerate(text.splitlines(), 1) if OTHER_PROCESSES.search(line)]
 
 
+ROUNDING = re.compile(
+    r"\brounds? (?:a |each |all )?(?:row |rows )?(?:otherwise|alike|by)\b|\brounded alike\b|MKL", re.I
+)
+"""Sentences that explain why a result depends, or does not, on what is computed beside it."""
+
+
+def test_exact_results_are_explained_in_one_place():
+    said = [
+        path
+        for path in tracked("core/**/*.py", "domains/**/*.py", "docs/design.md")
+        if ROUNDING.search(path.read_text("utf-8"))
+    ]
+    assert {path.name for path in said} == {"exact.py", "reordered.py"}  # the second says what it is faster than
+
+
+def test_a_second_explanation_of_exact_results_would_be_found():
+    for mutant in ("a row would round by the number beside it", "MKL packs anew", "so that rows round alike"):
+        assert ROUNDING.search(mutant)
+    assert not ROUNDING.search("precision that the frequencies were rounded to")
+
+
 def test_only_ranks_knows_of_other_processes():
     """What is collective must be called by all, which is easy to see in one module and nowhere else."""
     files = tracked("core/meristem/*.py", "domains/*.py")

@@ -25,7 +25,7 @@ from meristem.domain import Domain
 from meristem.inference.dedupe import Seen
 from meristem.inference.engine import TrunkRunner
 from meristem.model.config import Attention, Embedding, FeedForward, Full, Learned, TransformerConfig
-from meristem.model.kernels import attend, attend_reference
+from meristem.model.kernels import Packed, Scoring, attend, attend_reference
 from meristem.model.model import Model
 from meristem.objectives.supervised import Supervised, Target
 from meristem.types import SOURCE, TokenColumn, Tokens
@@ -220,8 +220,8 @@ def test_a_source_and_a_target_side_attend_across_as_padded_torch_does(rng: np.r
     kv = (table[batch.source.ids] @ torch.randn(24, 2 * num_kv_heads * width)).unflatten(1, (2, num_kv_heads, width))
     k, v = kv.unbind(1)
     layouts = (batch.layout, batch.source.layout)
-    got = attend(q, k, v, *layouts, Full())
-    by_reference, weights = attend_reference(q, k, v, *layouts, Full())
+    got = attend(Packed(q, k, v, *layouts), Scoring(Full()))
+    by_reference, weights = attend_reference(Packed(q, k, v, *layouts), Scoring(Full()))
     torch.testing.assert_close(got, by_reference, atol=2e-5, rtol=1e-4)
 
     for index, record in enumerate(batch.records):

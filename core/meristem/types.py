@@ -20,8 +20,7 @@ IGNORE = -100
 """The target of a token that is not scored, and the label of a class that is missing."""
 
 MIN_ROWS = 16
-"""Rows a pack holds at least. On a CPU a linear layer takes another path, and rounds otherwise, where it has few: MKL
-below 14 rows at a width of 320 and below 16 from 640 on; with spare rows a lone short sequence gets the same bits."""
+"""Rows that a pack holds at least, spare ones included; `model/exact.py` says why."""
 
 
 @dataclass(frozen=True, slots=True)

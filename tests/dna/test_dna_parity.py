@@ -196,20 +196,8 @@ class Geometric(LinearBiasLayer):
     """Slopes in one series, also where the heads are no power of two."""
 
     def bias(self, device: torch.device) -> ScoreBias:
-        return LinearScoreBias(torch.tensor([2 ** (-8 * (k + 1) / self.num_heads) for k in range(self.num_heads)]))
-
-
-class LinearScoreBias(ScoreBias):
-    def __init__(self, slopes: torch.Tensor):
-        super().__init__()
-        self.slopes = slopes
-
-    def at(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        return -self.slopes[:, None, None] * (i - j).abs()
-
-    @property
-    def device(self) -> torch.device:
-        return self.slopes.device
+        slopes = torch.tensor([2 ** (-8 * (k + 1) / self.num_heads) for k in range(self.num_heads)])[:, None, None]
+        return ScoreBias(lambda i, j: -slopes * (i - j).abs(), device)
 
 
 def take_geometric_slopes(model: Model) -> None:

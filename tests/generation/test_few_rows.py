@@ -15,8 +15,9 @@ from meristem.generation.options import GenerateOptions
 from meristem.generation.sample import sample
 from meristem.generation.steps import Steps
 from meristem.model.config import Attention, Causal, Experts, FeedForward, LayerNorm, TokenHead
+from meristem.model.exact import MIN_REORDERED_ROWS
 from meristem.model.model import Model
-from meristem.model.reordered import MIN_REORDERED_ROWS, ReorderedLinear
+from meristem.model.reordered import ReorderedLinear
 from meristem.types import MIN_ROWS
 
 WIDE = decoder(

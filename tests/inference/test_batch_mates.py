@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_models import column_of, random_ids, tiny_model
 
 from meristem.inference.engine import Embedder, TrunkRunner
-from meristem.model import kernels
+from meristem.model import exact
 from meristem.model.config import FeedForward, Learned
 from meristem.model.model import Model
 
@@ -88,7 +88,7 @@ def test_a_kernel_without_spare_queries_is_caught(rng: np.random.Generator, monk
         return sum(not np.array_equal(a, b) for a, b in zip(alone, together))
 
     assert differences() == 0
-    monkeypatch.setattr(kernels, "CPU_MIN_QUERIES", 0)
+    monkeypatch.setattr(exact, "CPU_MIN_QUERIES", 0)
     found = differences()
     torch.set_num_threads(before)
     if torch.backends.cpu.get_cpu_capability() == "AVX2":  # other processors may round alike either way
@@ -98,10 +98,10 @@ def test_a_kernel_without_spare_queries_is_caught(rng: np.random.Generator, monk
 def test_bf16_stays_near_fp32(rng: np.random.Generator) -> None:
     model = tiny_model(width=64)
     column = column_of([random_ids(rng, int(n)) for n in rng.integers(5, 200, 10)])
-    exact, rounded = (
+    single, rounded = (
         Embedder(TrunkRunner(model, dtype=dtype), "mean").embed(column) for dtype in (torch.float32, torch.bfloat16)
     )
     # bf16 keeps 8 bits, 0.4 % a rounding; some dozen roundings in two layers
-    assert np.abs(exact - rounded).max() < 0.03 * np.sqrt((exact**2).mean())
+    assert np.abs(single - rounded).max() < 0.03 * np.sqrt((single**2).mean())
     again = Embedder(TrunkRunner(model), "mean").embed(column)
-    assert np.array_equal(again, exact), "the model's own weights must not have been rounded"
+    assert np.array_equal(again, single), "the model's own weights must not have been rounded"

@@ -72,17 +72,7 @@ def seen_by_loop(pattern: Pattern, i: int, j: int, length: int, prefix_length: i
             raise AssertionError(pattern)
 
 
-class DistanceBias(ScoreBias):
+def distance_bias(table: torch.Tensor) -> ScoreBias:
     """Any number for each head and distance, nearest at the ends of the table for those beyond it."""
-
-    def __init__(self, table: torch.Tensor):
-        super().__init__()
-        self.table = table
-
-    def at(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        middle = self.table.shape[1] // 2
-        return self.table[:, (j - i).clamp(-middle, middle) + middle]
-
-    @property
-    def device(self) -> torch.device:
-        return self.table.device
+    middle = table.shape[1] // 2
+    return ScoreBias(lambda i, j: table[:, (j - i).clamp(-middle, middle) + middle], table.device)

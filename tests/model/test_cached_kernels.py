@@ -6,14 +6,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from flat import attend_cached, attend_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import DistanceBias, some_patterns
+from kinds import distance_bias, some_patterns
 
-from meristem.model import cached
-from meristem.model.cached import attend_cached
 from meristem.model.config import Causal, Dilated, Full, InPrefix, Pattern, Window
-from meristem.model.kernels import attend_reference
+from meristem.model.kernels import Scoring, Slotted, cached
 from meristem.types import Layout
 
 # new tokens, keys and prefix of each sequence
@@ -32,7 +31,7 @@ class Kept:
         capacity = capacity or max(self.kv_lengths) + 3
         self.q = 2**0.5 * torch.randn(self.q_layout.num_rows, 4, width, generator=generator)
         self.k, self.v = (2**0.5 * torch.randn(len(lengths), capacity, 2, width, generator=generator) for _ in range(2))
-        self.bias = DistanceBias(torch.randn(4, 41, generator=generator)) if has_bias else None
+        self.bias = distance_bias(torch.randn(4, 41, generator=generator)) if has_bias else None
 
     def packed(self) -> tuple[torch.Tensor, torch.Tensor, Layout]:
         """Keys and values end to end, as the reference takes them."""
@@ -148,7 +147,7 @@ def test_one_padded_call_attends_as_the_reference_does(
         lengths = [(1, *lengths[0][1:])]
 
     def padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, n: list[int], *rest: object):
-        return cached._attend_padded(q, k, v, layout, tuple(n), *rest)
+        return cached._attend_padded(Slotted(q, k, v, layout, tuple(n), list(range(len(n)))), Scoring(*rest))
 
     with mock.patch(f"{__name__}.attend_cached", padded):
         Kept(seed, lengths, has_bias).check(pattern)
@@ -167,7 +166,7 @@ def test_slots_on_cuda_equal_the_reference(pattern: Pattern, has_bias: bool, rng
     exact = [half[0].float()[:num_tokens], half[1].float(), half[2].float()]
     wanted, _ = attend_reference(*exact, q_layout, kv_layout, pattern, kept.bias)
     device = torch.device("cuda")
-    bias = DistanceBias(kept.bias.table.to(device)) if kept.bias is not None else None
+    bias = distance_bias(kept.bias.table.to(device)) if kept.bias is not None else None
     slots = [x.to(device).bfloat16() for x in (kept.q, kept.k, kept.v)]
     with torch.inference_mode():
         got = attend_cached(*slots, kept.q_layout.to(device), kept.kv_lengths, pattern, bias)

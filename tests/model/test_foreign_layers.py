@@ -35,9 +35,10 @@ from meristem.model.config import (
     TokenHead,
     TransformerConfig,
 )
+from meristem.model.exact import MIN_REORDERED_ROWS
 from meristem.model.heads import Readout
 from meristem.model.model import Model
-from meristem.model.reordered import MIN_REORDERED_ROWS, ReorderedLinear, has_foreign
+from meristem.model.reordered import ReorderedLinear, has_foreign
 from meristem.types import MIN_ROWS, TokenColumn
 from model_runs import specs
 

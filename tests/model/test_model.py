@@ -126,16 +126,15 @@ def test_what_is_asked_for_comes_back_and_nothing_else(rng: np.random.Generator)
     assert everything.pooled.shape == (3, model.config.width)
     plain = model(batch, Wanted())
     assert not plain.heads
-    assert not plain.losses
     assert plain.pooled is None
     assert not plain.hidden.layers
-    some = model(batch, Wanted(requests={SYMBOLS: HeadRequest(rows)})).heads[SYMBOLS]
+    some = model(batch, Wanted({SYMBOLS: HeadRequest(rows)})).heads[SYMBOLS]
     torch.testing.assert_close(some, everything.heads[SYMBOLS][rows], atol=1e-5, rtol=1e-5)
-    asked = model(batch, Wanted(requests={SYMBOLS: HeadRequest(rows, targets)}))
-    assert not asked.heads
+    asked = model(batch, Wanted({SYMBOLS: HeadRequest(rows, targets)}))
+    assert set(asked.heads) == {SYMBOLS}
     loss = torch.nn.functional.cross_entropy(some, targets, reduction="sum")
-    torch.testing.assert_close(asked.losses[SYMBOLS].total, loss)
-    behind = model(batch, Wanted(("own",), is_pooled=True).behind(plain.hidden))
+    torch.testing.assert_close(asked.heads[SYMBOLS].total, loss)
+    behind = model(batch, Wanted(("own",), is_pooled=True, hidden=plain.hidden))
     torch.testing.assert_close(behind.heads["own"], everything.heads["own"])
     torch.testing.assert_close(behind.pooled, everything.pooled)
 
@@ -166,11 +165,11 @@ def test_predictions_of_a_record_do_not_depend_on_how_many_are_made(rng: np.rand
     model = Model(_config(), specs((), (value,))).eval()
     batch = random_pack(rng, [int(n) for n in rng.integers(1, 30, 7)])
     lengths = batch.layout.lengths
-    wanted = Wanted(("value",), rounds_alike=True)
+    wanted = Wanted({"value": HeadRequest(rounds_alike=True)})
     together = model(batch, wanted).heads["value"]
     hidden = model(batch, Wanted()).hidden
     for count in range(1, 7):
         layout = replace(hidden.layout, lengths=lengths[:count], num_spare=0)
         some = replace(hidden, final=hidden.final[: layout.num_tokens], layout=layout)
-        alone = model(batch, wanted.behind(some)).heads["value"]
+        alone = model(batch, wanted.but(hidden=some)).heads["value"]
         assert torch.equal(alone, together[:count])

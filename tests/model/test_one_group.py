@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from flat import attend
 
-from meristem.model import kernels
 from meristem.model.config import Full
-from meristem.model.kernels import attend
+from meristem.model.kernels import grouped
 from meristem.types import Layout
 
 COPIES = ("Split", "Cat", "Index")
@@ -35,12 +35,12 @@ def test_other_lengths_are_split_and_joined():
 
 def test_an_empty_group_of_spare_rows_is_caught(monkeypatch):
     """Mutant: no spare rows make a group of their own."""
-    plan = kernels._plan.__wrapped__
+    plan = grouped._plan.__wrapped__
 
     def with_empty(q_segments, kv_segments, prefixes):
         made = plan(q_segments, kv_segments, prefixes)
-        return kernels._Plan((*made.groups, (0, 0, 0, 1)), [*made.q_rows, 0], [*made.kv_rows, 0], None, None)
+        return grouped._Plan((*made.groups, (0, 0, 0, 1)), [*made.q_rows, 0], [*made.kv_rows, 0], None, None)
 
-    monkeypatch.setattr(kernels, "_plan", with_empty)
+    monkeypatch.setattr(grouped, "_plan", with_empty)
     with pytest.raises(AssertionError):
         test_equal_lengths_are_not_copied()

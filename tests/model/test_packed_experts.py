@@ -10,7 +10,7 @@ from slow_experts import FORWARD, PARTS, layer_of, slow_experts
 from torch import nn
 from torch.nn import functional as F
 
-from meristem.model import experts as experts_module
+from meristem.model import exact
 from meristem.model.config import Experts, FeedForward, Init
 from meristem.model.experts import ExpertsLayer
 from meristem.model.feedforward import ACTIVATIONS
@@ -44,7 +44,7 @@ def test_a_sequence_alone_has_the_bits_it_has_in_a_pack(name: str, rng: np.rando
 def test_without_spare_rows_of_an_expert_the_bits_would_differ(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts_module, "MIN_ROWS", 0)
+    monkeypatch.setattr(exact, "MIN_ROWS", 0)
     layer = layer_of(Experts(count=16), FeedForward(width=100), width=48)
     assert not all(torch.equal(alone, among) for alone, among in alone_and_packed(layer, rng))
 
@@ -100,7 +100,8 @@ def test_the_grouped_product_in_bf16_equals_one_product_an_expert(
         single, _ = layer(x, layout)
         monkeypatch.setattr(ExpertsLayer, "_can_group", lambda self, x: True)
         grouped, _ = layer(x, layout)
-    torch.testing.assert_close(grouped, single, rtol=0.02, atol=0.02)  # bf16 has 8 bits
+    # bf16 has 8 bits, and an output is a sum of dozens of products
+    torch.testing.assert_close(grouped, single, rtol=0.02, atol=0.02 * float(single.detach().abs().max()))
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import DistanceBias, seen_by_loop, some_patterns
+from kinds import distance_bias, seen_by_loop, some_patterns
 from torch.nn.attention.flex_attention import create_mask
 
 from meristem.model.config import (
@@ -21,7 +21,7 @@ from meristem.model.config import (
     Pattern,
     Window,
 )
-from meristem.model.flex import mask_function, score_function
+from meristem.model.kernels.flex import mask_function, score_function
 from meristem.model.patterns import (
     Sequence,
     left_reach,
@@ -207,7 +207,7 @@ def test_a_flex_mask_that_leaks_into_the_next_sequence_is_caught() -> None:
 
 
 def test_the_bias_that_flex_attention_asks_for_is_that_of_each_sequence(rng: np.random.Generator) -> None:
-    bias = DistanceBias(torch.randn(3, 81))
+    bias = distance_bias(torch.randn(3, 81))
     layout, kv_layout = Layout((5, 9)), Layout((8, 12))
     scored = score_function(bias, layout, kv_layout)
     b = torch.zeros((), dtype=torch.long)

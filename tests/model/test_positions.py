@@ -132,7 +132,7 @@ def test_a_row_turns_alike_wherever_it_stands(is_even: bool, monkeypatch: pytest
     torch.set_num_threads(2)
     try:
         if not is_even:
-            monkeypatch.setattr("meristem.model.position._product", lambda x, table: x * table)
+            monkeypatch.setattr("meristem.model.exact.multiply_rows", lambda x, table: x * table)
         layer, x = RotaryLayer(Rotary(), 16), torch.randn(4567, 5, 16)
         tables = layer.tables(torch.arange(4567)[:, None])
         with torch.inference_mode():

@@ -8,14 +8,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from flat import attend, attend_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import DistanceBias, some_patterns
+from kinds import distance_bias, some_patterns
 from torch.nn.attention.flex_attention import flex_attention
 
-from meristem.model import flex, kernels, tiles
 from meristem.model.config import BlockSparse, Causal, Dilated, Full, GlobalTokens, InPrefix, Pattern, Window
-from meristem.model.kernels import attend, attend_reference
+from meristem.model.kernels import Packed, Scoring, flex, grouped, tiles
 from meristem.model.patterns import may_see
 from meristem.types import Layout
 
@@ -49,7 +49,7 @@ class Case:
         """Output, and gradients of all that went in; spare rows are computed and never read."""
         leaves = [leaf.clone().requires_grad_() for leaf in self.leaves]
         table = [] if self.table is None else [self.table.clone().requires_grad_()]
-        bias = DistanceBias(table[0]) if table else None
+        bias = distance_bias(table[0]) if table else None
         out = kernel(*leaves, self.q_layout, self.kv_layout, pattern, bias, 0.4)[: self.q_layout.num_tokens]
         weights = torch.linspace(-9, 9, out.numel()).view_as(out).cos()
         gradients = torch.autograd.grad((out * weights).sum(), [*leaves, *table])
@@ -149,7 +149,7 @@ def widened(pattern: Pattern, queries: tuple, keys: tuple, *rest: object) -> tor
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "mutant"), [(kernels, "plan_tiles", dropped_tile), (tiles, "may_see", widened)]
+    ("module", "name", "mutant"), [(grouped, "plan_tiles", dropped_tile), (tiles, "may_see", widened)]
 )
 def test_a_dropped_tile_and_a_window_off_by_one_are_caught(
     module: object, name: str, mutant: Kernel, rng: np.random.Generator
@@ -192,7 +192,7 @@ def test_a_sequence_gives_the_bits_it_gives_among_others(
     short = rng.integers(1, 60, 4).tolist()
     lengths = [(int(n), int(n), int(rng.integers(0, n + 1))) for n in sorted([*short, 300, 300, 420, 700])]
     case = Case(int(rng.integers(2**31)), lengths, has_bias, width)
-    bias = DistanceBias(case.table) if case.table is not None else None
+    bias = distance_bias(case.table) if case.table is not None else None
     layout = case.q_layout
     with torch.inference_mode():
         together = attend(*case.leaves, layout, layout, pattern, bias)
@@ -205,7 +205,7 @@ def test_a_sequence_gives_the_bits_it_gives_among_others(
 
 def test_weights_can_be_had_under_any_pattern_and_bias(rng: np.random.Generator) -> None:
     case = Case(int(rng.integers(2**31)), [(20, 20, 4), (12, 12, 2)], has_bias=True)
-    bias = DistanceBias(case.table)
+    bias = distance_bias(case.table)
     pattern = (Causal() & Window(left=4)) | InPrefix()
     q, k, v = case.leaves
     out, weights = attend_reference(q, k, v, case.q_layout, case.kv_layout, pattern, bias)
@@ -227,7 +227,7 @@ def test_kernels_on_cuda_equal_the_reference(pattern: Pattern, has_bias: bool, r
     device = torch.device("cuda")
     layout = case.q_layout.to(device)
     exact = [x.to(device).bfloat16().float() for x in case.leaves]
-    bias = DistanceBias(case.table.to(device)) if case.table is not None else None
+    bias = distance_bias(case.table.to(device)) if case.table is not None else None
     wanted = attend_reference(*exact, layout, layout, pattern, bias)[0]
     got = attend(*(x.bfloat16() for x in exact), layout, layout, pattern, bias)
     rows = slice(0, layout.num_tokens)
@@ -261,9 +261,9 @@ def test_flex_attention_not_compiled_equals_the_reference(
     lengths = [(int(m), int(m + more), 9) for m, more in zip(rng.integers(1, 60, 4), rng.integers(0, 9, 4))]
     case = Case(int(rng.integers(2**31)), lengths, has_bias, 16)
     q_layout, kv_layout = case.q_layout, case.kv_layout
-    bias = DistanceBias(case.table) if case.table is not None else None
+    bias = distance_bias(case.table) if case.table is not None else None
     with torch.no_grad(), mock.patch.object(flex, "_compiled_attention", return_value=flex_attention):
-        got = flex.attend_flex(*case.leaves, q_layout, kv_layout, pattern, bias, 0.4)
+        got = flex.attend_flex(Packed(*case.leaves, q_layout, kv_layout), Scoring(pattern, bias, 0.4))
     wanted, _ = attend_reference(*case.leaves, q_layout, kv_layout, pattern, bias, 0.4)
     rows = slice(0, q_layout.num_tokens)
     # sums of at most 70 products in another order, in fp32

@@ -29,6 +29,7 @@ from meristem.model.config import (
 from meristem.model.feedforward import FeedForwardLayer
 from meristem.model.heads import Readout
 from meristem.model.model import Model
+from meristem.model.outputs import Wanted
 from meristem.model.position import BetweenLayer, LearnedLayer, RotaryLayer
 from meristem.model.transformer import Encoder
 from meristem.types import Layout, PackedBatch
@@ -181,7 +182,7 @@ def test_attention_maps_are_those_that_the_output_is_made_of(rng: np.random.Gene
     trunk = redraw(Encoder(config()))
     batch = random_pack(rng, [4, 9, 15])
     with torch.inference_mode():
-        fast, slow = trunk(batch), trunk(batch, attentions=(0, 1))
+        fast, slow = trunk(batch), trunk(batch, Wanted(attentions=(0, 1)))
     torch.testing.assert_close(fast.final, slow.final, atol=1e-5, rtol=1e-5)
     for layer in (0, 1):
         assert [tuple(m.shape) for m in slow.attentions[layer]] == [(4, n, n) for n in (4, 9, 15)]
@@ -260,13 +261,13 @@ def test_a_sequence_longer_than_its_positions_is_refused(rng: np.random.Generato
 
 def test_layers_count_from_both_ends(rng: np.random.Generator) -> None:
     trunk = redraw(Encoder(config(num_layers=3)))
-    hidden = trunk(random_pack(rng, [5]), layers=(0, 1, 2, 3, -1, -4))
+    hidden = trunk(random_pack(rng, [5]), Wanted(layers=(0, 1, 2, 3, -1, -4)))
     assert torch.equal(hidden.layers[-1], hidden.final)
     assert torch.equal(hidden.layers[3], hidden.final)
     assert torch.equal(hidden.layers[-4], hidden.layers[0])
     assert not torch.equal(hidden.layers[1], hidden.layers[2])
     with pytest.raises(ConfigError, match=r"layer must be in 0\.\.3 or -4\.\.-1; got 4"):
-        trunk(random_pack(rng, [5]), layers=(4,))
+        trunk(random_pack(rng, [5]), Wanted(layers=(4,)))
 
 
 FULL = {

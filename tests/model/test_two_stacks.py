@@ -110,7 +110,7 @@ def test_a_target_sees_its_whole_source_and_no_future(rng: np.random.Generator) 
 def test_layers_of_both_sides_are_kept(rng: np.random.Generator) -> None:
     trunk = redraw(EncoderDecoder(two_stacks()))
     batch = pack_pairs(random_pairs(rng, 3))
-    hidden = trunk(batch, layers=(0, 1, 2), attentions=(0, 1))
+    hidden = trunk(batch, Wanted(layers=(0, 1, 2), attentions=(0, 1)))
     assert hidden.source is not None
     assert torch.equal(hidden.layers[2], hidden.final)
     assert torch.equal(hidden.source.layers[2], hidden.source.final)

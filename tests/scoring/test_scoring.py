@@ -30,6 +30,7 @@ from meristem.model.config import (
     TransformerConfig,
 )
 from meristem.model.model import Model
+from meristem.model.outputs import Wanted
 from meristem.model_directory import ModelCard, save_model
 from meristem.scoring.running import RunningModel
 from meristem.scoring.scorer import NoOptions
@@ -73,20 +74,17 @@ def contacts_of(model: Model, proteins: list[str]) -> list[np.ndarray]:
 
 def maps_by_hand(model: Model, sequence: str) -> np.ndarray:
     """Symmetric, corrected maps `[L, H, n, n]`, one element at a time."""
-    hidden = model.trunk(pack([TOKENIZER.encode(sequence)], [0]), attentions=(0, 1))
+    hidden = model.trunk(pack([TOKENIZER.encode(sequence)], [0]), Wanted(attentions=(0, 1)))
     found = []
     for layer in (0, 1):
         maps = hidden.attentions[layer][0][:, 1:-1, 1:-1].double().detach().numpy()
         maps = maps + maps.transpose(0, 2, 1)
         rows, columns, total = maps.sum(2), maps.sum(1), maps.sum((1, 2))
-        found.append(
-            np.array(
-                [
-                    [[m[i, j] - r[i] * c[j] / t for j in range(len(r))] for i in range(len(r))]
-                    for m, r, c, t in zip(maps, rows, columns, total)
-                ]
-            )
-        )
+        corrected = [
+            [[m[i, j] - r[i] * c[j] / t for j in range(len(r))] for i in range(len(r))]
+            for m, r, c, t in zip(maps, rows, columns, total)
+        ]
+        found.append(np.array(corrected))
     return np.stack(found)
 
 

@@ -204,8 +204,14 @@ def test_sums_gathered_tensors_and_decisions_are_the_same_in_each_process(of_two
         assert one["whole"] == [1]
         assert one["any"] == [True, False, True]
         assert one["first_says"] == [True, False]
-        assert one["full_state"]
-        assert one["is_share"]
+
+
+@pytest.mark.slow
+def test_a_model_that_is_sharded_runs_and_gives_its_whole_state(of_two: list[Results]) -> None:
+    for one in of_two:
+        facts = one["check"]["sharded"]
+        assert facts == dict.fromkeys(facts, True)
+        assert len(facts) == 4
 
 
 @pytest.mark.slow

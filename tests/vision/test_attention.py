@@ -15,6 +15,7 @@ from meristem.errors import ConfigError
 from meristem.figures.canvas import save_figure
 from meristem.model.config import Attention, Embedding, FeedForward, Learned, TransformerConfig
 from meristem.model.model import Model
+from meristem.model.outputs import Wanted
 from meristem.scoring.running import RunningModel
 from meristem.types import TokenColumn, Tokens
 from meristem_domains.vision.attention import AttentionOptions, attention_maps, draw_attention, maps_of
@@ -48,7 +49,7 @@ def maps(model: Model, tokenizer: Tokenizer, column: TokenColumn, **options: Any
 def by_hand(model: Model, tokens: Tokens, grid: tuple[int, int], layer: int, query: str) -> np.ndarray:
     """One cell at a time, by the position that each token says it has."""
     with torch.inference_mode():
-        hidden = model.trunk(pack([tokens], [0]), attentions=(layer,))
+        hidden = model.trunk(pack([tokens], [0]), Wanted(attentions=(layer,)))
     [weights] = hidden.attentions[layer]
     patches = [j for j, place in enumerate(tokens.positions) if place[0] >= 0]
     out = np.zeros((len(weights), *grid))
@@ -93,7 +94,7 @@ def test_maps_of_a_pack_are_those_of_each_image_alone(rng: np.random.Generator) 
     images = [one.encode(rng.random((*one.image_px, 3), np.float32)) for one in (small, large, small)]
     with torch.inference_mode():
         batch = pack(images, [0, 1, 2])
-        together = maps_of(model.trunk(batch, attentions=(1,)), batch.positions, 1)
+        together = maps_of(model.trunk(batch, Wanted(attentions=(1,))), batch.positions, 1)
     assert len(together) == 3
     for got, record in zip(together, batch.records):
         shape = [(2, 3), (3, 5), (2, 3)][record]

@@ -202,7 +202,7 @@ def test_a_pool_without_spare_rows_is_caught(
     own, how = POOLS[named]
     model, pictures = native_model(SinCos2D(), own), drawn(rng, 11)
     assert distance(model, pictures, how) == 0
-    monkeypatch.setattr(pool, "_with_spare", lambda rows: rows)
+    monkeypatch.setattr(pool, "with_spare_rows", lambda rows: rows)
     found = distance(model, pictures, how)
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # other processors may round alike either way
         assert found > 0

@@ -70,7 +70,7 @@ def draw_spans(length: int, rng: np.random.Generator, *, rate: float, mean_span:
     """Where spans of a sequence are cut out, never two side by side (Raffel 2020, arXiv 1910.10683, section 3.1.4).
 
     `rate * length` tokens lie in spans, rounded to the nearest (halves to even) and 1 at least; where there is more
-    than one token, one at least lies in none. There are `tokens in spans / mean_span` spans, rounded alike: 1 at
+    than one token, one at least lies in none. There are `tokens in spans / mean_span` spans, rounded so too: 1 at
     least, and no more than fit. Lengths and places are drawn uniformly from all there are. (The published code of T5
     always keeps the first token and cuts the last one; here no token is special.)
 

@@ -1,20 +1,20 @@
 """A model that runs few rows fast: its weights in the order in which they are read, for a CPU in fp32.
 
 A decoding step has one row a sequence and reads every weight, so it costs at least what reading them costs. Measured on
-one core at the shapes of GPT-2 124M, head and all, 8 rows: 77 ms; 67 at the 16 rows that MKL needs to round a row
-alike; 44 with weights that were reordered once, where reading them takes 33.
+one core at the shapes of GPT-2 124M, head and all: 77 ms at 8 rows, 67 at 16 (`MIN_ROWS`); 44 with weights that were
+reordered once, where reading them takes 33.
 """
 
 import torch
 from torch import nn
 
+from meristem.model.exact import MIN_REORDERED_ROWS
 from meristem.model.experts import ExpertsLayer
 from meristem.model.heads import Head
 from meristem.model.heads.symbols import SymbolHead
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.outputs import HeadRequest
 from meristem.model.reordered import (
-    MIN_REORDERED_ROWS,
     ReorderedLinear,
     can_reorder,
     is_own,
@@ -60,7 +60,7 @@ def for_few_rows(model: Model) -> Model:
 
 
 def _reorder(model: Model) -> Model | None:
-    """A copy with reordered weights, the map onto the vocabulary among them; None where rows would not round alike."""
+    """A copy with reordered weights, the map onto the vocabulary among them; None where it would not be exact."""
     head = model.heads[SYMBOLS]
     others = [one for one in model.heads.values() if one is not head]
     if not isinstance(head, SymbolHead) or not is_own(head):
@@ -73,7 +73,7 @@ def _reorder(model: Model) -> Model | None:
 
 
 def min_rows_of(model: Model) -> int:
-    """Rows that a batch of this model must have, so that none rounds by how many there are.
+    """Rows that a batch of this model must have for exact results (`model/exact.py`).
 
     Fewer will do where every product of the trunk and of the symbol head is reordered.
     """

@@ -52,7 +52,7 @@ class Steps:
     """
 
     def __init__(self, model: Model, prompts: Sequence[np.ndarray], start_id: int | None = None, room_tokens: int = 0):
-        self.model, self.device = model, model.trunk.device
+        self.model, self.device = model, model.device
         self.cache, self._min_rows = Cache(min(room_tokens, MAX_ROOM_TOKENS)), min_rows_of(model)
         self._prefixes: list[int] = []
         if isinstance(model.trunk, EncoderDecoder):
@@ -89,10 +89,9 @@ class Steps:
     def _run(self, batch: PackedBatch) -> Float[Tensor, "S V"]:
         layout = batch.layout
         last = [start + length - 1 for start, length in zip(layout.starts, layout.lengths)]
-        # a linear layer rounds by the number of rows when they are few
         spare = [0] * max(0, self._min_rows - len(last))
         request = HeadRequest(torch.tensor([*last, *spare]).to(self.device))
-        logits: Tensor = self.model(batch, Wanted(requests={SYMBOLS: request}, cache=self.cache)).heads[SYMBOLS]
+        logits: Tensor = self.model(batch, Wanted({SYMBOLS: request}, cache=self.cache)).heads[SYMBOLS]
         return logits[: len(last)].float()
 
     def _batch(self, sequences: Sequence[np.ndarray], starts: Sequence[int] = ()) -> PackedBatch:

@@ -1,8 +1,7 @@
 """From token columns to vectors; knows no file.
 
 Sequences of like lengths are packed up to a budget, run longest first, and put back in order. On a CPU in fp32 a
-vector is the same bit for bit whatever it is packed with: linear layers, norms and attention treat each row or sequence
-alone (packs have `MIN_ROWS` rows or more, see `meristem.types`), and pooling reduces each sequence on its own.
+vector does not depend on what it is packed with (`model/exact.py`).
 """
 
 from collections.abc import Callable, Iterator
@@ -166,7 +165,8 @@ class TrunkRunner:
         yield from self._run_packs(column, np.flatnonzero(~is_long), wanted)
         for row in np.flatnonzero(is_long):
             batch = pack_column(column, np.array([row]), [int(row)]).to(self.device)
-            yield Rows(self.runnable(batch, wanted.behind(self._run_windows(column, int(row), batch))), batch.records)
+            hidden = self._run_windows(column, int(row), batch)
+            yield Rows(self.runnable(batch, wanted.but(hidden=hidden)), batch.records)
 
     def _run_packs(self, column: TokenColumn, rows: np.ndarray, wanted: Wanted) -> Iterator[Rows]:
         """The packs of `rows`, as `Budget.run` gives them."""

@@ -10,7 +10,7 @@ import torch
 from meristem.errors import ConfigError
 from meristem.inference.engine import Advance, NotFinite, TrunkRunner, views_of
 from meristem.model.heads import Readout
-from meristem.model.outputs import Wanted
+from meristem.model.outputs import HeadRequest, Wanted
 from meristem.shapes import Float, Tensor
 from meristem.types import TokenColumn
 
@@ -80,7 +80,7 @@ class Predictor:
             for readout in self.readouts
         }
         names = [readout.name for readout in self.readouts]
-        wanted = Wanted(names, rounds_alike=True, num_first=0, is_source_only=True)
+        wanted = Wanted(dict.fromkeys(names, HeadRequest(rounds_alike=True)), num_first=0, is_source_only=True)
         for rows in self.trunk.run(column, wanted):
             for readout in self.readouts:
                 into = found[readout.name]

@@ -17,7 +17,7 @@ from meristem.model.transformer import Encoder, EncoderDecoder
 def runnable_trunk(model: Model, dtype: torch.dtype) -> Encoder | EncoderDecoder:
     """A model's trunk as it runs fastest; made once as long as the model stays as it is.
 
-    On a CPU weights are reordered, where memory allows it and, in fp32, rows then round alike.
+    On a CPU weights are reordered where memory allows it and, in fp32, the results stay exact (`model/exact.py`).
     """
 
     def make() -> Encoder | EncoderDecoder | None:
@@ -32,10 +32,7 @@ def runnable_trunk(model: Model, dtype: torch.dtype) -> Encoder | EncoderDecoder
 
 
 def with_runnable_heads(model: Model) -> Model:
-    """A model whose pools and heads of labels are reordered on a CPU, where rows then round alike; its trunk aside.
-
-    MKL's does not: from 1,024 inputs on and with several threads it shares the inputs out, by the number of rows.
-    """
+    """A model whose pools and heads of labels have reordered weights on a CPU (`model/exact.py`)."""
 
     def make() -> Model | None:
         others = [model.trunk, *(head for head in model.heads.values() if not isinstance(head, LabelHead))]
@@ -47,7 +44,7 @@ def with_runnable_heads(model: Model) -> Model:
 def compiled_trunk(model: Model, dtype: torch.dtype) -> Encoder | EncoderDecoder:
     """A model's trunk, compiled where the machine can; a copy, so that the model stays as it is."""
     trunk = copy.deepcopy(model.trunk).to(dtype)
-    compile_blocks(trunk, trunk.device)
+    compile_blocks(trunk, model.device)
     return trunk
 
 

@@ -1,4 +1,4 @@
-"""The attention layers: projections, positions, a kernel, the way out."""
+"""Self-attention and cross-attention: projections, positions, a kernel, the output projection."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from meristem.model.cache import Cache
-from meristem.model.cached import attend_cached
 from meristem.model.config import Full, LayerParts
-from meristem.model.kernels import attend, attend_reference
+from meristem.model.kernels import Packed, Scoring, Slotted, attend, attend_cached, attend_reference
 from meristem.model.norm import build_norm
 from meristem.model.position import BetweenLayer, ScoreBias, Tables
 from meristem.shapes import Float, Int, Tensor
@@ -19,12 +18,12 @@ from meristem.types import Hidden, Layout, Routing
 
 @dataclass(frozen=True)
 class Placed:
-    """A position as it stands in one batch.
+    """A kind of position, with what it computed once for the rows of a batch.
 
     Attributes:
-        layer: turns queries and keys.
-        tables: its tables for these rows.
-        bias: what is added to the scores.
+        layer: module that rotates queries and keys.
+        tables: cosines and sines for these rows; empty where nothing is rotated.
+        bias: what is added to the scores; None for nothing.
     """
 
     layer: BetweenLayer
@@ -40,8 +39,8 @@ class KeptRows:
     lengths of sequences too, and compiles anew for each pack.
 
     Attributes:
-        rows: `[M]` where they stand, in order.
-        layout: of these rows: as many sequences as there are, and spare rows.
+        rows: `[M]` their places in the pack, in order.
+        layout: where the sequences lie among these rows, spare ones included.
     """
 
     rows: Int[Tensor, "M"]
@@ -49,7 +48,7 @@ class KeptRows:
 
 
 def first_rows(layout: Layout, count: int) -> KeptRows:
-    """The first rows of each sequence; all of one that has fewer."""
+    """Choose the first `count` rows of each sequence, or all rows of a sequence that has fewer."""
     lengths = [min(count, length) for length in layout.lengths]
     rows = np.concatenate([np.arange(start, start + n) for start, n in zip(layout.starts, lengths)])
     chosen = Layout.of(lengths, is_special=np.isin(rows, layout.special_rows))
@@ -62,13 +61,13 @@ class Context:
     """What the layers of a stack share within one batch, and where they leave what was asked for.
 
     Attributes:
-        layout: of the rows.
-        placed: the stack's positions.
+        layout: where the sequences of the batch lie.
+        placed: the positions of the stack.
         source: hidden rows that a decoder attends to.
         cache: keys and values of the tokens before these.
-        maps: attention weights `[H, n, n]` of each sequence, by layer; those of the layers that have a list here
-            are kept, and run on the slow reference kernel.
-        routing: what routers did, by layer.
+        maps: attention weights `[H, n, n]` of each sequence, by layer. A layer that has a list here adds its weights to
+            it, and runs on the slow reference kernel.
+        routing: decisions of the routers, by layer.
     """
 
     layout: Layout
@@ -87,7 +86,7 @@ class AttentionLayer(nn.Module):
 
     Args:
         layer: number of the layer, counted through both stacks.
-        position: which of the stack's positions is this layer's.
+        position: index of its position among those of the stack.
     """
 
     def __init__(self, parts: LayerParts, layer: int = 0, position: int = 0):
@@ -108,7 +107,7 @@ class AttentionLayer(nn.Module):
         return self.num_heads, self.num_kv_heads
 
     def forward(self, x: Float[Tensor, "T D"], context: Context, kept: KeptRows | None = None) -> Float[Tensor, "T D"]:
-        """Attend within each sequence; of the rows that are kept, or of all rows."""
+        """Attend within each sequence; only the kept rows are queries, where some are named."""
         placed = context.placed[self.position]
         q_THE, k_TKE, v_TKE = self._project(x, placed)
         if kept is None:
@@ -117,7 +116,7 @@ class AttentionLayer(nn.Module):
         return self.out(self._attend(q_MHE, k_TKE, v_TKE, context, placed.bias, kept).flatten(1))
 
     def _project(self, x: Float[Tensor, "T D"], placed: Placed) -> Sequence[Float[Tensor, "T X E"]]:
-        """Queries, keys and values, the first two turned by their positions."""
+        """Queries, keys and values; the first two are rotated by their positions."""
         heads_TXE = self.qkv(x).unflatten(-1, (-1, self.head_width))
         if self.config.qk_norm is None and not placed.tables:  # one split, since the gradient of each is a copy
             return heads_TXE.split([*self._heads, self.num_kv_heads], dim=1)
@@ -143,25 +142,23 @@ class AttentionLayer(nn.Module):
         kept: KeptRows | None = None,
     ) -> Float[Tensor, "T H E"]:
         layout, cache = context.layout, context.cache
-        pattern, scale = self.config.pattern, self.config.scale
+        scoring = Scoring(self.config.pattern, bias, self.config.scale, self.config.dropout if self.training else 0.0)
         if cache is not None:
             slots = cache.add(self.layer, k_TKE, v_TKE, layout)
             if not cache.is_empty:
-                lengths = [n + more for n, more in zip(cache.lengths, layout.lengths)]
-                return attend_cached(
-                    q_THE, slots.keys, slots.values, layout, lengths, pattern, bias, scale, cache.slots
-                )
-        if self.layer in context.maps:
-            o_THE, weights = attend_reference(q_THE, k_TKE, v_TKE, layout, layout, pattern, bias, scale)
-            context.maps[self.layer].extend(weights)
-            return o_THE
-        dropout = self.config.dropout if self.training else 0.0
-        q_layout = layout if kept is None else kept.layout
-        return attend(q_THE, k_TKE, v_TKE, q_layout, layout, pattern, bias, scale, dropout)
+                lengths = tuple(n + more for n, more in zip(cache.lengths, layout.lengths))
+                slotted = Slotted(q_THE, slots.keys, slots.values, layout, lengths, cache.slots)
+                return attend_cached(slotted, scoring)
+        packed = Packed(q_THE, k_TKE, v_TKE, layout if kept is None else kept.layout, layout)
+        if self.layer not in context.maps:
+            return attend(packed, scoring)
+        o_THE, weights = attend_reference(packed, scoring)
+        context.maps[self.layer].extend(weights)
+        return o_THE
 
 
 class CrossAttentionLayer(nn.Module):
-    """Attention from the rows of a decoder to those of the source: all of its sequence, without positions."""
+    """Attention from each row of a decoder to all rows of its source sequence, without positions."""
 
     def __init__(self, parts: LayerParts, layer: int):
         super().__init__()
@@ -175,24 +172,12 @@ class CrossAttentionLayer(nn.Module):
         """Attend to the source of each sequence."""
         source, cache = context.source, context.cache
         assert source is not None, "a decoder layer needs a source"
-        kv = cache.cross(self.layer) if cache is not None else None
+        kv = None if cache is None else cache.cross.get(self.layer)
         if kv is None:
-            heads_UXE = self.kv(source.final).unflatten(-1, (-1, self.head_width))
-            k_UKE, v_UKE = heads_UXE.chunk(2, dim=1)
+            kv = self.kv(source.final).unflatten(-1, (-1, self.head_width)).chunk(2, dim=1)
             if cache is not None:
-                cache.keep_cross(self.layer, k_UKE, v_UKE)
-        else:
-            k_UKE, v_UKE = kv
-        q_THE = self.q(x).unflatten(-1, (-1, self.head_width))
-        return self.out(self._attend(q_THE, k_UKE, v_UKE, context.layout, source.layout).flatten(1))
-
-    def _attend(
-        self,
-        q_THE: Float[Tensor, "T H E"],
-        k_UKE: Float[Tensor, "U K E"],
-        v_UKE: Float[Tensor, "U K E"],
-        layout: Layout,
-        source: Layout,
-    ) -> Float[Tensor, "T H E"]:
-        dropout = self.config.dropout if self.training else 0.0
-        return attend(q_THE, k_UKE, v_UKE, layout, source, Full(), None, self.config.scale, dropout)
+                cache.cross[self.layer] = kv
+        q_THE, (k_UKE, v_UKE) = self.q(x).unflatten(-1, (-1, self.head_width)), kv
+        packed = Packed(q_THE, k_UKE, v_UKE, context.layout, source.layout)
+        scoring = Scoring(Full(), scale=self.config.scale, dropout=self.config.dropout if self.training else 0.0)
+        return self.out(attend(packed, scoring).flatten(1))

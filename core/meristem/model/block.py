@@ -1,4 +1,4 @@
-"""One block: attention, cross-attention in a decoder, feed-forward; each branch joined to the trunk with a norm."""
+"""One transformer block: attention, cross-attention in a decoder, feed-forward, each in a residual branch."""
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ class Block(nn.Module):
     """One layer of a stack.
 
     Args:
-        layer: its number, counted through both stacks.
-        position: which of the stack's positions its attention takes.
+        layer: number of the layer, counted through both stacks.
+        position: index of its position among those of the stack.
     """
 
     attention_scale: Tensor | None
@@ -47,7 +47,7 @@ class Block(nn.Module):
         self.init_own_weights(None)
 
     def forward(self, x: Float[Tensor, "T D"], context: Context, kept: KeptRows | None = None) -> Float[Tensor, "T D"]:
-        """All rows, or those that are kept."""
+        """Run the block; return all rows, or only the kept ones where some are named."""
         if kept is not None:
             return self._forward_kept(x, context, kept)
         match self.residual.placement:
@@ -67,7 +67,7 @@ class Block(nn.Module):
                 return x + attended + self._join(self._feed(normed, context), self.feedforward_scale, context)
 
     def _forward_kept(self, x: Float[Tensor, "T D"], context: Context, kept: KeptRows) -> Float[Tensor, "M D"]:
-        """Every row is a key; what comes behind the attention is made of the kept ones alone."""
+        """Every row is a key and a value; what follows attention is computed for the kept rows alone."""
         x_MD = x.index_select(0, kept.rows)
         is_after = self.residual.placement == "after"
         normed = x if is_after else self.attention_norm(x)
@@ -93,10 +93,10 @@ class Block(nn.Module):
     def _join(
         self, branch: Float[Tensor, "T D"], scale: Tensor | None, rows: Context | KeptRows
     ) -> Float[Tensor, "T D"]:
-        """A branch as it is added to the trunk.
+        """The output of a branch as it is added to the residual stream: dropped out, scaled, or left out.
 
         Args:
-            rows: which rows it has.
+            rows: has the layout of the rows of the branch.
         """
         branch = self.dropout(branch)
         if scale is not None:
@@ -114,7 +114,7 @@ class Block(nn.Module):
         return branch * factor[rows.layout.segment_of_row, None]
 
     def init_own_weights(self, config: Init | None) -> None:
-        """Factors of branches start at the value their config says."""
+        """Set the learned factors of branches to the value in the config."""
         for name, parameter in self.named_parameters(recurse=False):
             assert name.endswith("_scale"), name
             nn.init.constant_(parameter, self.residual.layer_scale or 0.0)

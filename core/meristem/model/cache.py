@@ -6,17 +6,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from meristem.shapes import Float, Int, Tensor
+from meristem.shapes import Float, Tensor
 from meristem.types import Hidden, Layout
 
 
 @dataclass
 class LayerCache:
-    """Keys and values of one layer, a slot a sequence.
+    """Keys and values of one layer, with a slot for each sequence.
 
     Attributes:
-        keys: `[R, capacity, K, E]`; `Cache.slots` says which slot is whose, and past its length one holds anything.
-        values: likewise.
+        keys: `[R, capacity, K, E]`. `Cache.slots` says which slot belongs to which sequence; places beyond the length
+            of that sequence hold arbitrary numbers.
+        values: the same of values.
     """
 
     keys: Float[Tensor, "R capacity K E"]
@@ -25,33 +26,34 @@ class LayerCache:
 
 @dataclass
 class Cache:
-    """What a decoder knows of the sequences so far; it grows as rows are added.
+    """Keys and values of the tokens that a decoder has read; it grows as tokens are added.
 
-    Empty at first; the first batch says how many sequences there are. Each batch adds rows to every sequence, in
-    the same order of sequences.
+    Empty at first; the first batch says how many sequences there are. Each batch adds tokens to every sequence, with
+    the sequences in the same order.
 
     Attributes:
-        room_tokens: places that slots have at first beyond those of the first batch, so that they need not grow.
-        lengths: tokens of each sequence that are kept, on the host.
-        slots: where each sequence lies.
-        source: hidden rows of an encoder's side; None for a model of one stack.
+        room_tokens: places that slots have beyond the tokens of the first batch, so that they seldom need to grow.
+        lengths: tokens of each sequence so far, on the host.
+        slots: index of the slot of each sequence.
+        source: hidden rows of the encoder; None for a model of one stack.
+        cross: keys and values `[U, K, E]` of the source, by layer.
     """
 
     room_tokens: int = 0
     lengths: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     source: Hidden | None = None
+    cross: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _layers: dict[int, LayerCache] = field(default_factory=dict)
-    _cross: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _places: tuple[Tensor, Tensor] | None = None
 
     @property
     def is_empty(self) -> bool:
-        """No token is kept yet."""
+        """Whether no token has been added yet."""
         return not any(self.lengths)
 
     def begin(self, layout: Layout) -> None:
-        """Make room for the rows of a batch; every layer then adds its own by `add`."""
+        """Work out where the tokens of a batch go; every layer then adds its keys and values by `add`."""
         if not self.lengths:
             self.lengths, self.slots = [0] * layout.num_sequences, list(range(layout.num_sequences))
         assert layout.num_sequences == len(self.lengths), "a batch adds to every sequence of the cache"
@@ -62,7 +64,7 @@ class Cache:
     def add(
         self, layer: int, k_TKE: Float[Tensor, "T K E"], v_TKE: Float[Tensor, "T K E"], layout: Layout
     ) -> LayerCache:
-        """Keep the keys and values of a layer's rows behind those of each sequence, and give all of them."""
+        """Append the keys and values of a layer to those of each sequence, and return all of them."""
         assert self._places is not None, "begin comes first"
         needed = max(n + more for n, more in zip(self.lengths, layout.lengths))
         kept = self._layers.get(layer)
@@ -77,30 +79,24 @@ class Cache:
         return kept
 
     def end(self, layout: Layout) -> None:
-        """Count the rows of a batch that every layer has added."""
+        """Count the tokens of a batch, once every layer has added them."""
         self.lengths = [n + more for n, more in zip(self.lengths, layout.lengths)]
         self._places = None
 
-    def cross(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values `[U, K, E]` of the source side in a layer, once they are kept."""
-        return self._cross.get(layer)
-
-    def keep_cross(self, layer: int, k_UKE: Float[Tensor, "U K E"], v_UKE: Float[Tensor, "U K E"]) -> None:
-        """Keep keys and values of the source side."""
-        self._cross[layer] = (k_UKE, v_UKE)
-
     def select(self, sequences: list[int]) -> None:
-        """Go on with these sequences, in this order: some may be left out, others be there more than once.
+        """Continue with these sequences, in this order; a sequence may be left out or repeated.
 
-        Slots are copied only where a sequence is there twice, where half of them or more are nobody's, and on a GPU,
-        whose kernels read one slot after the other.
+        Slots are copied only where a sequence is repeated, where half of them or more are unused, and on a GPU, whose
+        kernels read the slots in their order.
         """
         is_same = sequences == list(range(len(self.lengths)))
         self.lengths = [self.lengths[sequence] for sequence in sequences]
         self.slots = [self.slots[sequence] for sequence in sequences]
         if is_same:
             return
-        if len(set(self.slots)) < len(self.slots) or any(self._must_move(kept) for kept in self._layers.values()):
+        num_slots = len(self.slots)
+        is_idle = any(kept.keys.is_cuda or len(kept.keys) >= 2 * num_slots for kept in self._layers.values())
+        if is_idle or len(set(self.slots)) < num_slots:
             for kept in self._layers.values():
                 index = torch.tensor(self.slots, device=kept.keys.device)
                 kept.keys, kept.values = kept.keys.index_select(0, index), kept.values.index_select(0, index)
@@ -108,24 +104,17 @@ class Cache:
         if self.source is not None:
             self._select_source(sequences, self.source)
 
-    def _must_move(self, kept: LayerCache) -> bool:
-        return kept.keys.is_cuda or len(kept.keys) >= 2 * len(self.slots)
-
     def _select_source(self, sequences: list[int], source: Hidden) -> None:
-        rows = rows_of_sequences(source.layout, sequences).to(source.final.device)
-        layout = Layout.of([source.layout.lengths[sequence] for sequence in sequences]).to(source.layout.device)
+        starts, lengths = source.layout.starts, source.layout.lengths
+        places = [np.arange(starts[sequence], starts[sequence] + lengths[sequence]) for sequence in sequences]
+        rows = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *places])).to(source.final.device)
+        layout = Layout.of([lengths[sequence] for sequence in sequences]).to(source.layout.device)
 
         def chosen(x: Tensor) -> Tensor:
             return F.pad(x.index_select(0, rows), (0, 0) * (x.ndim - 1) + (0, layout.num_spare))
 
-        self._cross = {layer: (chosen(k), chosen(v)) for layer, (k, v) in self._cross.items()}
+        self.cross = {layer: (chosen(k), chosen(v)) for layer, (k, v) in self.cross.items()}
         self.source = Hidden(final=chosen(source.final), layout=layout)
-
-
-def rows_of_sequences(layout: Layout, sequences: list[int]) -> Int[Tensor, "R"]:
-    """Rows of some sequences of a pack, end to end."""
-    parts = [torch.arange(layout.starts[s], layout.starts[s] + layout.lengths[s]) for s in sequences]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
 
 def _slots(rows: Float[Tensor, "T K E"], shape: tuple[int, ...]) -> Float[Tensor, "R capacity K E"]:

@@ -1,4 +1,4 @@
-"""Blocks compiled by torch, where the machine has what that takes."""
+"""Compiling the blocks of a model with torch, where the machine has a compiler."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ AS_IT_STANDS: dict[type[nn.Module], tuple[str, ...]] = {
     CrossAttentionLayer: ("forward",),
     Block: ("_ask_experts", "_drop_sequences"),
 }
-"""Methods that a compiler leaves alone: what they do depends on the lengths of sequences, which the host knows."""
+"""Methods that are not compiled, by class: they depend on the lengths of sequences, which lie on the host."""
 
 
 def compile_blocks(trunk: nn.Module, device: torch.device | str) -> bool:
@@ -21,11 +21,11 @@ def compile_blocks(trunk: nn.Module, device: torch.device | str) -> bool:
     Norms, maps, rotations and activations are fused. Names of parameters do not change.
 
     Args:
-        trunk: of any kind.
-        device: that it will run on.
+        trunk: its blocks are changed in place.
+        device: where it will run.
 
     Returns:
-        Whether it is compiled.
+        Whether the blocks are compiled.
     """
     if not has_compiler(device):
         return False

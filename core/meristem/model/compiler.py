@@ -1,4 +1,4 @@
-"""Torch's compiler, where the machine has what that takes."""
+"""Whether `torch.compile` works on this machine, and functions that it fuses for a GPU."""
 
 import logging
 from collections.abc import Callable
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def has_compiler(device: torch.device | str) -> bool:
-    """Whether torch can compile for a device; if not, a line says so."""
+    """Whether torch can compile for a device; if not, a warning says why."""
     try:
         torch.compile(_probe, dynamic=True)(torch.ones(2, 3, device=device))
     except Exception as error:  # what a missing compiler raises differs by backend and version
@@ -33,7 +33,7 @@ def compiles_for_gpu() -> bool:
 
 
 def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function of tensors that is one kernel on a GPU, compiled at its first call; elsewhere as it stands."""
+    """Compile a function of tensors into one kernel when it is first called on a GPU; elsewhere run it as it is."""
 
     @lru_cache
     def compiled() -> Callable[..., Tensor]:

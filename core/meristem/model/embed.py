@@ -1,4 +1,4 @@
-"""From rows of a batch to vectors: a table for symbols, a linear map for patches."""
+"""The embedding: a table for symbols, a linear map for patches."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from meristem.types import PackedBatch
 
 
 class EmbeddingLayer(nn.Module):
-    """Symbols and patches to `[T, D]`: token dropout, token types, positions, a norm, dropout, in this order."""
+    """Embeds symbols and patches; then token dropout, token types, positions, a norm and dropout, in this order."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -42,14 +42,12 @@ class EmbeddingLayer(nn.Module):
     def _drop_masked(self, x_TD: Float[Tensor, "T D"], batch: PackedBatch) -> Float[Tensor, "T D"]:
         """Zero masked rows and scale each sequence for the share of masks it has.
 
-        Counted in each sequence on its own: the scale of one never depends on another. Lengths count
-        special rows too, as the reference does.
+        Lengths count special rows too, as the reference does.
         """
         layout = batch.layout
         assert self.config.mask_id is not None
         is_mask = batch.ids.eq(self.config.mask_id)
         segment = layout.segment_of_row
-        # float sums of zeros and ones are exact, in any order
         num_masks = torch.zeros(len(layout.segments), device=x_TD.device).index_add_(0, segment, is_mask.float())
         # the spare rows may be no row at all
         lengths = torch.tensor(layout.segments, dtype=torch.float32, device=x_TD.device).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Several feed-forward layers in the place of one: a router sends each token to a few of them.
+"""Mixture of experts: several feed-forward layers, of which a router chooses some for each token.
 
 Switch routing (Fedus 2021, arXiv 2101.03961, section 2.1) for one choice a token, and the same for several. Nothing
 loops over tokens: pairs of token and choice are sorted by expert, and each expert is a product of matrices over
@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from meristem.model import exact
 from meristem.model.config import Init, LayerParts
 from meristem.model.feedforward import ACTIVATIONS, FeedForwardLayer, activate
 from meristem.shapes import Bool, Float, Float32, Int, Tensor
-from meristem.types import MIN_ROWS, Layout, Routing
+from meristem.types import Layout, Routing
 
 ALIGNED = 8
 """Widths of grouped products in bf16 are multiples of it (16 bytes)."""
@@ -34,7 +35,7 @@ class ExpertsLayer(nn.Module):
     training disturbs what the experts read as well.
 
     Args:
-        parts: of the layer; its experts must be set.
+        parts: config of the layer; its `experts` must be set.
     """
 
     def __init__(self, parts: LayerParts):
@@ -55,7 +56,7 @@ class ExpertsLayer(nn.Module):
             self.shared = FeedForwardLayer(parts.width, replace(part, width=part.width * self.config.num_shared))
 
     def init_own_weights(self, config: Init) -> None:
-        """Experts start as linear maps do."""
+        """Fill the weights of the experts as those of linear layers."""
         for weight in (self.up, self.down):
             nn.init.trunc_normal_(weight, std=config.std, a=-2 * config.std, b=2 * config.std)
         for bias in (self.up_bias, self.down_bias):
@@ -63,7 +64,7 @@ class ExpertsLayer(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x: Float[Tensor, "T D"], layout: Layout) -> tuple[Float[Tensor, "T D"], Routing]:
-        """What the chosen experts give, and what the router did."""
+        """Return the weighted sum of the chosen experts, and the decisions of the router."""
         routing, shares_Tk = self._route(x, layout)
         # dropped pairs come behind those of the last expert
         expert_N = routing.chosen.masked_fill(~routing.is_taken, self.config.count).flatten()
@@ -73,7 +74,7 @@ class ExpertsLayer(nn.Module):
         out_TkD = out_ND.view(len(x), self.config.top_k, -1)
         shares_Tk = (shares_Tk * routing.is_taken).to(out_TkD.dtype)
         y_TD = out_TkD[:, 0] * shares_Tk[:, :1]
-        for choice in range(1, self.config.top_k):  # one after the other: a sum might round by what lies beside it
+        for choice in range(1, self.config.top_k):
             y_TD = y_TD + out_TkD[:, choice] * shares_Tk[:, choice, None]
         return y_TD if self.shared is None else y_TD + self.shared(x), routing
 
@@ -122,8 +123,8 @@ class ExpertsLayer(nn.Module):
         outputs = []
         for expert, rows_nD in enumerate(rows):
             if len(rows_nD):
-                hidden_nF = self._activate(_linear(rows_nD, ups[expert], up_biases[expert]))
-                outputs.append(_linear(hidden_nF, downs[expert], down_biases[expert]))
+                hidden_nF = self._activate(exact.linear(rows_nD, ups[expert], up_biases[expert]))
+                outputs.append(exact.linear(hidden_nF, downs[expert], down_biases[expert]))
         out_RD = torch.cat(outputs)
         return out_RD.new_zeros(len(order_N), out_RD.shape[1]).index_copy(0, taken_R, out_RD)
 
@@ -156,14 +157,6 @@ class ExpertsLayer(nn.Module):
 
 def _unbind(bias: Tensor | None, count: int) -> Sequence[Tensor | None]:
     return [None] * count if bias is None else bias.unbind()
-
-
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear map that rounds a row alike however few there are: see `MIN_ROWS`."""
-    missing = MIN_ROWS - len(rows)
-    if missing <= 0:
-        return F.linear(rows, weight, bias)
-    return F.linear(F.pad(rows, (0, 0, 0, missing)), weight, bias)[: len(rows)]
 
 
 def _precision(x: Tensor) -> torch.dtype:

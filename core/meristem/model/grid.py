@@ -1,4 +1,4 @@
-"""A model of patches for another grid than it was trained for."""
+"""Changing a model of patches to a grid other than the one that it was trained on."""
 
 import math
 from collections.abc import Mapping
@@ -12,17 +12,17 @@ from meristem.model.position import resample_grid
 from meristem.shapes import Tensor
 
 TABLE = "embedding.position.table.weight"
-"""How the name of a table of positions ends."""
+"""End of the name of a table of positions in the state of a model."""
 
 
 def with_grid(config: TransformerConfig, grid: tuple[int, ...]) -> TransformerConfig:
-    """The config for another grid; positions without a table serve any.
+    """The config of the model for another grid. Positions without a table need no change.
 
     Args:
         grid: rows and columns of patches; empty where each payload has its own.
 
     Raises:
-        ConfigError: a table of positions, and no grid that it could be brought to.
+        ConfigError: the model has a table of positions, and `grid` is empty or has another number of axes.
     """
     position = config.position
     if not isinstance(position, Learned) or not position.grid or tuple(grid) == position.grid:
@@ -37,7 +37,7 @@ def with_grid(config: TransformerConfig, grid: tuple[int, ...]) -> TransformerCo
 
 
 def resampled(tensors: Mapping[str, Tensor], old: TransformerConfig, new: TransformerConfig) -> dict[str, Tensor]:
-    """Tensors of a model with its table of positions brought from the grid of `old` to that of `new`."""
+    """Tensors of a model, with the table of positions interpolated from the grid of `old` to that of `new`."""
     before, after = old.position, new.position
     if before == after or not (isinstance(before, Learned) and isinstance(after, Learned)):
         return dict(tensors)

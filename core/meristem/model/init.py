@@ -5,7 +5,7 @@
 | Linear            | normal(0, std), cut at two deviations   | 0    |
 | Embedding         | normal(0, std), cut at two deviations   |      |
 | LayerNorm, RMSNorm| 1                                       | 0    |
-| way out of a branch (`out`, `down`) | std / sqrt(2 L) where `is_depth_scaled` | 0 |
+| last map of a branch (`out`, `down`) | std / sqrt(2 L) where `is_depth_scaled` | 0 |
 """
 
 import math
@@ -26,7 +26,7 @@ def init_weights(module: nn.Module, config: Init, num_layers: int) -> None:
     """Fill every parameter of `module` by the table above.
 
     Args:
-        num_layers: blocks of the stack; scales the ways out of branches where the config says so.
+        num_layers: blocks of the stack (L).
     """
     for name, child in module.named_modules():
         match child:
@@ -51,9 +51,10 @@ def init_weights(module: nn.Module, config: Init, num_layers: int) -> None:
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """What is built within has the shapes of weights and none: on the meta device, with nothing to fill.
+    """Modules that are built within are on the meta device: they have shapes, but no weights.
 
-    Torch would draw an embedding's values there too, and imports its compiler for it: a third of the start of `embed`.
+    Initialisation is skipped. Torch would run it on the meta device too, and import its compiler for that, which takes
+    a third of the start of `embed`.
     """
     with torch.device("meta"), _Unfilled():
         yield

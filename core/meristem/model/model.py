@@ -23,11 +23,11 @@ class Model(nn.Module):
     """A trunk and its heads by name. `forward` is the only way to run it, so that what wraps a model sees every run.
 
     Args:
-        config: of the trunk and the symbol head.
-        heads: what is predicted, by name of the head; a label has the head of its name.
+        config: config of the trunk, the pool and the symbol head.
+        heads: spec of each head by name; the head that predicts a label has the name of the label.
 
     Attributes:
-        specs: of the heads, by name.
+        specs: spec of each head by name.
     """
 
     def __init__(self, config: TransformerConfig, heads: Mapping[str, HeadSpec] | None = None):
@@ -40,10 +40,10 @@ class Model(nn.Module):
             self.head(name).tie(self.trunk.embedding, self.pool)
 
     def forward(self, batch: PackedBatch, wanted: Wanted) -> Outputs:
-        """Run the trunk over a pack, and what is asked for behind it.
+        """Run the trunk over a pack, then the pool and the heads that are wanted.
 
         Raises:
-            ConfigError: a head, a layer or a pool that the model does not have.
+            ConfigError: the model does not have a head, a layer or a pool that is wanted.
             DataError: a sequence longer than its positions allow.
         """
         heads = {name: self.head(name) for name in wanted.heads}
@@ -56,26 +56,16 @@ class Model(nn.Module):
         hidden = wanted.hidden or self._run_trunk(batch, wanted, list(heads.values()))
         pooled = self.pool(hidden.final, hidden.layout) if wanted.is_pooled and self.pool else None
         values = {name: head(hidden, batch, wanted.heads[name]) for name, head in heads.items()}
-        losses = {name for name, request in wanted.heads.items() if request.targets is not None}
-        return Outputs(
-            hidden,
-            heads={name: value for name, value in values.items() if name not in losses},
-            losses={name: value for name, value in values.items() if name in losses},
-            pooled=pooled,
-            is_training=self.training,
-        )
+        return Outputs(hidden, values, pooled, is_training=self.training)
 
     def _run_trunk(self, batch: PackedBatch, wanted: Wanted, heads: Collection[Head]) -> Hidden:
-        all_blocks = range(self.config.num_layers)
-        attentions = all_blocks if any(head.needs_attentions for head in heads) else wanted.attentions
-        if isinstance(self.trunk, EncoderDecoder):
-            if wanted.is_source_only:
-                return self.trunk.read(batch, wanted.layers, attentions)
-            return self.trunk(batch, wanted.layers, attentions, wanted.cache, wanted.source_layers)
-        count = self._num_first(wanted, heads)
-        is_plain = self.trunk.may_leave_rows and not wanted.layers and not attentions and wanted.cache is None
-        last_rows = first_rows(batch.layout, count) if count and is_plain else None
-        hidden: Hidden = self.trunk(batch, wanted.layers, attentions, wanted.cache, last_rows)
+        if any(head.needs_attentions for head in heads):
+            wanted = wanted.but(attentions=range(self.config.num_layers))
+        last_rows = None
+        if isinstance(self.trunk, Encoder) and self.trunk.may_leave_rows_of(wanted):
+            count = self._num_first(wanted, heads)
+            last_rows = first_rows(batch.layout, count) if count else None
+        hidden: Hidden = self.trunk(batch, wanted, last_rows)
         return hidden
 
     def _num_first(self, wanted: Wanted, heads: Collection[Head]) -> int | None:
@@ -88,14 +78,14 @@ class Model(nn.Module):
 
     @property
     def readouts(self) -> tuple[Readout, ...]:
-        """The labels that the model predicts."""
+        """Specs of the heads that predict labels."""
         return readouts_of(self.specs)
 
     def head(self, name: str) -> Head:
-        """The head of a name.
+        """The head with this name.
 
         Raises:
-            ConfigError: the model has no such head; lists those that it has.
+            ConfigError: the model has no such head; the message lists those that it has.
         """
         if name not in self.heads:
             known = ", ".join(self.heads) or "none: the model is a trunk alone"
@@ -105,7 +95,7 @@ class Model(nn.Module):
         return head
 
     def over(self, trunk: Encoder | EncoderDecoder) -> "Model":
-        """The same pool and heads, which share their parameters with this model's, behind another trunk."""
+        """A model with another trunk, and with the pool and heads of this one, whose parameters both share."""
         other = copy.copy(self)
         other._modules = {**self._modules, "trunk": trunk}
         return other
@@ -113,4 +103,4 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.trunk.device
+        return self.trunk.embedding.symbols.weight.device

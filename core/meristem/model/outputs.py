@@ -38,10 +38,9 @@ class Wanted:
     A plain class: FSDP2 copies dataclass arguments, and would lose what a cache is given.
 
     Args:
-        heads: names of the heads to run on all rows.
-        requests: heads to run otherwise, by name.
-        rounds_alike: as in `HeadRequest`, of the heads named in `heads`.
-        layers: hidden states to keep: 0 is the input of the first block, k the output of the k-th, -1 the last one.
+        heads: heads to run: their names, for outputs of all rows, or what is asked of each, by name.
+        layers: hidden states to keep: 0 is the input of the first block, k the output of the k-th, -1 the last one,
+            after the final norm. Each is kept under the number that it was asked for by.
         source_layers: the same of an encoder-decoder's source side; None for those of `layers`.
         attentions: blocks (from 0) whose attention maps to keep; these run on the slow reference kernel.
         is_pooled: the model's own pool gives one vector a sequence.
@@ -49,16 +48,14 @@ class Wanted:
             all. The last block leaves out rows that neither the caller nor a head uses, where it can.
         is_source_only: only the first stack is run: on the source side of the pack, or on the pack itself where it has
             no other side. Embeddings of an encoder-decoder are made so.
-        cache: what a decoder knows of the tokens before these; these are added to it.
+        cache: what a decoder knows of the tokens before these, and of its source; these tokens are added to it.
         hidden: final rows that were computed before, such as means over windows; only pools and heads are run.
     """
 
     def __init__(
         self,
-        heads: Collection[str] = (),
+        heads: Collection[str] | Mapping[str, HeadRequest] = (),
         *,
-        requests: Mapping[str, HeadRequest] | None = None,
-        rounds_alike: bool = False,
         layers: Collection[int] = (),
         source_layers: Collection[int] | None = None,
         attentions: Collection[int] = (),
@@ -68,15 +65,15 @@ class Wanted:
         cache: Cache | None = None,
         hidden: Hidden | None = None,
     ):
-        self.heads = dict.fromkeys(heads, HeadRequest(rounds_alike=rounds_alike)) | dict(requests or {})
+        self.heads = dict(heads) if isinstance(heads, Mapping) else dict.fromkeys(heads, HeadRequest())
         self.layers, self.source_layers, self.attentions = layers, source_layers, attentions
         self.is_pooled, self.num_first, self.is_source_only = is_pooled, num_first, is_source_only
         self.cache, self.hidden = cache, hidden
 
-    def behind(self, hidden: Hidden) -> "Wanted":
-        """The same pools and heads, behind rows that were computed before."""
+    def but(self, **changes: Any) -> "Wanted":
+        """The same with other values of some attributes."""
         other = copy(self)
-        other.hidden = hidden
+        vars(other).update(changes)
         return other
 
 
@@ -86,14 +83,13 @@ class Outputs:
 
     Attributes:
         hidden: rows of the stack: the final ones, and layers, attention maps and routing where they were asked for.
-        heads: outputs by name of the head; a head's class says what its outputs are.
-        losses: what heads gave that were asked for their loss, by name.
+        heads: what each head gave, by its name: outputs, or its loss where it was asked for that. The class of a head
+            says what they are.
         pooled: `[S, W]` vectors of the model's own pool; None where they were not asked for.
         is_training: the model was in training mode.
     """
 
     hidden: Hidden
     heads: Mapping[str, Any]
-    losses: Mapping[str, Any]
     pooled: Float[Tensor, "S W"] | None
     is_training: bool

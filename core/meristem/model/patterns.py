@@ -1,8 +1,8 @@
-"""Which keys a query may see, as one mask function a pattern.
+"""Masks of attention patterns: which keys a query may see.
 
-The function says, for places of queries and keys within one sequence, whether the query sees the key. It is asked of
-spans of places, and a single place is a span of one: so the reference kernel evaluates it densely, FlexAttention
-compiles it, and the kernel of tiles asks whole tiles at once which of them see each other.
+One function, `may_see`, says for places of queries and keys within a sequence whether the query sees the key. It takes
+spans of places; a single place is a span of one. So the reference kernel evaluates it densely, FlexAttention compiles
+it, and the kernel of tiles asks of whole tiles at once which of them see each other.
 """
 
 import operator
@@ -28,7 +28,7 @@ from meristem.model.config import (
 from meristem.shapes import Bool, Int, Tensor
 
 Span = tuple[Tensor, Tensor]
-"""First and last places, both within."""
+"""First and last places of spans, both included."""
 
 
 def visible(
@@ -40,8 +40,8 @@ def visible(
     there are more, as across two sides, the first of them stand before 0.
 
     Args:
-        length: keys of the sequence; random blocks are drawn for it.
-        prefix_length: keys of its prefix.
+        length: keys of the sequence, on which random blocks depend.
+        prefix_length: keys of the prefix of the sequence.
     """
     seen = may_see(pattern, (i, i), (j, j), Sequence.of(pattern, length, prefix_length, i.device))
     return seen.broadcast_to(i.shape[0], j.shape[1])
@@ -49,11 +49,11 @@ def visible(
 
 @dataclass(frozen=True)
 class Sequence:
-    """What a mask depends on beside the places.
+    """What a mask depends on besides places.
 
     Attributes:
-        prefix_length: keys of the prefix; of several sequences, as a tensor that goes with the places.
-        drawn: the n-th block drawn for blocks of queries, -1 where there is none.
+        prefix_length: length of the prefix; for several sequences, a tensor that broadcasts against the places.
+        drawn: for a pattern, blocks of queries and a number n, the n-th random block of each; -1 where there is none.
     """
 
     prefix_length: int | Tensor
@@ -61,7 +61,7 @@ class Sequence:
 
     @classmethod
     def of(cls, pattern: Pattern, length: int, prefix_length: int, device: torch.device) -> "Sequence":
-        """One sequence of `length` keys."""
+        """Of one sequence with `length` keys."""
         tables = {
             part: torch.from_numpy(random_blocks(part, max(1, -(-length // part.block)))).to(device)
             for part in parts_of(pattern)
@@ -81,7 +81,7 @@ def may_see(
 
     Args:
         queries, keys: first and last places of the spans, broadcast against each other.
-        num_queries: places of a span of queries, at most.
+        num_queries: largest number of places in a span of queries.
     """
     (i, i_last), (j, j_last) = queries, keys
     match pattern:
@@ -167,7 +167,7 @@ def is_relative(pattern: Pattern) -> bool:
 
 
 def window_of(pattern: Pattern) -> tuple[int, int] | None:
-    """Keys seen before and behind a query, -1 for all of them, where the pattern is nothing but such a window."""
+    """Keys seen before and behind a query, -1 for all of them; None where the pattern is not such a window."""
     match pattern:
         case Full():
             return -1, -1

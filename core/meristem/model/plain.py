@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from meristem.errors import ConfigError
+from meristem.model.config.checks import require
 from meristem.registry import find
 
 ConfigPart = TypeVar("ConfigPart")
@@ -34,26 +34,26 @@ def from_json(part_type: type[ConfigPart], values: Mapping[str, Any], where: str
     Raises:
         ConfigError: an unknown or missing field, a kind that is unknown or not installed, or a value of the wrong type.
     """
-    _require(isinstance(values, Mapping), f"{where} must be a mapping", repr(values))
+    require(isinstance(values, Mapping), f"{where} must be a mapping", repr(values))
     chosen: Any = part_type
     values = dict(values)
     group = getattr(part_type, "group", None)
     if group is not None or (kinds := _kinds_of(part_type)):
         kind = str(values.pop("kind", None))
         if group is None:
-            _require(kind in kinds, f"{where}.kind must be one of {', '.join(kinds)}", kind)
+            require(kind in kinds, f"{where}.kind must be one of {', '.join(kinds)}", kind)
         chosen = kinds[kind] if group is None else find(group, kind)
-        _require(issubclass(chosen, part_type), f"{where} must be a {part_type.__name__}", f"the kind {kind!r}")
+        require(issubclass(chosen, part_type), f"{where} must be a {part_type.__name__}", f"the kind {kind!r}")
     hints = get_type_hints(chosen)
     known = {f.name: f for f in fields(chosen)}
     unknown = sorted(set(values) - set(known))
-    _require(not unknown, f"{where} takes {', '.join(known)}", ", ".join(unknown))
+    require(not unknown, f"{where} takes {', '.join(known)}", ", ".join(unknown))
     missing = [
         name
         for name, f in known.items()
         if name not in values and f.default is MISSING and f.default_factory is MISSING
     ]
-    _require(not missing, f"{where} needs {', '.join(missing)}", "no value")
+    require(not missing, f"{where} needs {', '.join(missing)}", "no value")
     return chosen(**{name: _read_value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
@@ -81,24 +81,19 @@ def _read_value(hint: Any, value: Any, where: str) -> Any:
     is_union = get_origin(hint) in (Union, UnionType)
     options = [option for option in get_args(hint) if option is not type(None)] if is_union else [hint]
     if value is None:
-        _require(is_union and type(None) in get_args(hint), f"{where} must be set", "null")
+        require(is_union and type(None) in get_args(hint), f"{where} must be set", "null")
         return None
     chosen = options[0]
     if get_origin(chosen) is tuple:
-        _require(isinstance(value, (list, tuple)), f"{where} must be a list", repr(value))
+        require(isinstance(value, (list, tuple)), f"{where} must be a list", repr(value))
         item = get_args(chosen)[0]
         return tuple(_read_value(item, entry, f"{where}[{index}]") for index, entry in enumerate(value))
     if isinstance(chosen, type) and is_dataclass(chosen):
         return from_json(chosen, value, where)
     if chosen in (int, float, bool, str):
         is_number = chosen is float and type(value) is int
-        _require(type(value) is chosen or is_number, f"{where} must be {chosen.__name__}", repr(value))
+        require(type(value) is chosen or is_number, f"{where} must be {chosen.__name__}", repr(value))
         return float(value) if is_number else value
     words = get_args(chosen)  # of a Literal
-    _require(value in words, f"{where} must be one of {', '.join(map(str, words))}", repr(value))
+    require(value in words, f"{where} must be one of {', '.join(map(str, words))}", repr(value))
     return value
-
-
-def _require(condition: bool, rule: str, got: str) -> None:
-    if not condition:
-        raise ConfigError(f"{rule}; got {got}")

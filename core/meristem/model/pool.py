@@ -1,7 +1,6 @@
-"""From the rows of each sequence to one vector.
+"""Pooling: from the rows of each sequence to one vector.
 
-Each sequence is reduced on its own: a sum over a pack with `index_add` would round by what lies beside it. On a CPU
-they are reduced one by one, on a GPU in one kernel, which adds up the rows of each in their order.
+On a CPU sequences are reduced one by one, on a GPU in one kernel, which adds up the rows of each in their order.
 """
 
 from dataclasses import replace
@@ -12,16 +11,17 @@ from torch import nn
 
 from meristem.framing import payload_parts
 from meristem.model.config import AttentionPool, Full, Init, Max, Mean, Pool, Prefix, TransformerConfig
+from meristem.model.exact import with_spare_rows
 from meristem.model.feedforward import ACTIVATIONS
 from meristem.model.init import init_weights
-from meristem.model.kernels import attend
+from meristem.model.kernels import Packed, Scoring, attend
 from meristem.model.norm import build_norm
 from meristem.shapes import Float, Tensor
 from meristem.types import Layout
 
 
 def pool_rows(pool: Pool, x: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "S W"]:
-    """One vector a sequence, in fp32, of a pool without weights; several prefix rows stand side by side.
+    """Pool each sequence into one fp32 vector, by a pool without weights; several prefix rows are concatenated.
 
     Means and maxima leave out the special rows of the layout, unless a sequence has no others.
     """
@@ -69,11 +69,11 @@ def _num_rows(pool: Prefix) -> int:
 
 
 class PoolLayer(nn.Module):
-    """A way to one vector a sequence; of the kinds without weights as it stands.
+    """Pools each sequence into one vector. This class serves pools without weights; the others are subclasses.
 
     Attributes:
-        config: of the pool.
-        width: of the vectors.
+        config: config of the pool.
+        width: width of the vectors.
     """
 
     def __init__(self, pool: Pool, width: int):
@@ -83,11 +83,11 @@ class PoolLayer(nn.Module):
 
     @property
     def num_first(self) -> int | None:
-        """First rows of each sequence that are all it reads; None where it reads others."""
+        """Number of first rows of each sequence that the pool reads; None where it reads others too."""
         return self.config.count if isinstance(self.config, Prefix) and not self.config.has_mean else None
 
     def forward(self, x: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "S W"]:
-        """One vector a sequence, in fp32, without the special rows of the layout where `pool_rows` leaves them out."""
+        """One fp32 vector for each sequence; see `pool_rows` for the special rows."""
         return pool_rows(self.config, x, layout)
 
 
@@ -113,7 +113,7 @@ class DensePrefix(PoolLayer):
 
     def forward(self, x: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "S W"]:
         first_SW = pool_rows(self.config, x, layout)
-        return self.dense(_with_spare(first_SW))[: layout.num_sequences].tanh()
+        return self.dense(with_spare_rows(first_SW))[: layout.num_sequences].tanh()
 
 
 class AttentionPoolLayer(PoolLayer):
@@ -136,21 +136,15 @@ class AttentionPoolLayer(PoolLayer):
             kv_THE, layout = _payload_rows(kv_THE, layout)
         k_THE, v_THE = kv_THE.chunk(2, dim=1)
         q_layout = Layout((1,) * layout.num_sequences, device=layout.device)
-        # one product for one query, then as many rows as there are sequences: the same bits for each
         q_SHE = self.q(self.query[None]).unflatten(-1, (self.num_heads, -1)).expand(layout.num_sequences, -1, -1)
-        pooled_SD = attend(q_SHE.contiguous(), k_THE, v_THE, q_layout, layout, Full()).flatten(1)
-        pooled_SD = self.out(_with_spare(pooled_SD))
+        pooled_SD = attend(Packed(q_SHE.contiguous(), k_THE, v_THE, q_layout, layout), Scoring(Full())).flatten(1)
+        pooled_SD = self.out(with_spare_rows(pooled_SD))
         fed_SD = pooled_SD + self.down(self.activation(self.up(self.norm(pooled_SD))))
         return fed_SD[: layout.num_sequences]
 
     def init_own_weights(self, config: Init) -> None:
-        """The query starts as a row of a table does."""
+        """Fill the query as a row of an embedding table."""
         nn.init.trunc_normal_(self.query, std=config.std, a=-2 * config.std, b=2 * config.std)
-
-
-def _with_spare(rows_SW: Float[Tensor, "S W"]) -> Float[Tensor, "s W"]:
-    """With rows that nobody reads: a linear layer rounds by the number of rows when they are few."""
-    return nn.functional.pad(rows_SW, (0, 0, 0, -len(rows_SW) % 16))
 
 
 def _payload_of(rows: Float[Tensor, "n D"], part: slice | np.ndarray) -> Float[Tensor, "m D"]:

@@ -1,15 +1,16 @@
-"""Positions: what is added to the embedding, what turns queries and keys, and what is added to their scores.
+"""Positions: vectors added to the embedding, rotations of queries and keys, and biases of their scores.
 
-`build_added` gives the first sort, one for the whole model. `build_between` gives the others, one for all layers of a
-stack that share it; each has the same two hooks, which do nothing unless the kind needs them.
+`build_added` builds the first sort, one for the whole model. `build_between` builds the others, one for all layers of a
+stack that share it.
 """
 
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from meristem.model import exact
 from meristem.model.compiler import fused
 from meristem.model.config import (
     AddedPosition,
@@ -29,18 +30,19 @@ from meristem.shapes import Float, Int, Tensor
 Tables = tuple[Tensor, ...]
 
 
-class ScoreBias(ABC):
+class ScoreBias:
     """What is added to the scores of attention: a function of the distance of query and key within a sequence.
 
     Of nothing else: kernels look it up by distance. Made once a batch, so that layers share what was computed.
+
+    Args:
+        at: gives the bias `[H, m, n]` for queries at places `[m, 1]` and keys at places `[1, n]`.
+        device: where it is computed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at: Callable[[Tensor, Tensor], Tensor], device: torch.device):
+        self.at, self.device = at, device
         self._known: dict[tuple[int, int], Tensor] = {}
-
-    @abstractmethod
-    def at(self, i: Int[Tensor, "m 1"], j: Int[Tensor, "1 n"]) -> Float[Tensor, "H m n"]:
-        """For queries at places `i` and keys at places `j`."""
 
     def over(self, q_length: int, kv_length: int) -> Float[Tensor, "H m n"]:
         """For all keys of a sequence and its last `q_length` places as queries; remembered."""
@@ -50,25 +52,20 @@ class ScoreBias(ABC):
             self._known[key] = self.at(i, torch.arange(kv_length, device=self.device)[None, :])
         return self._known[key]
 
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where the bias is computed."""
-
 
 class BetweenLayer(nn.Module):
-    """No position at all, and the hooks that a kind of position between rows may fill."""
+    """Base of the positions that act between queries and keys; by itself it does nothing."""
 
     def tables(self, positions: Int[Tensor, "T A"]) -> Tables:
-        """What `turn` needs, computed once a batch and shared by the layers."""
+        """Tensors that `turn` needs, computed once for a batch and shared by the layers."""
         return ()
 
     def turn(self, x: Float[Tensor, "T H E"], tables: Tables) -> Float[Tensor, "T H E"]:
-        """Turn queries or keys by their positions."""
+        """Rotate queries or keys by their positions."""
         return x
 
     def bias(self, device: torch.device) -> ScoreBias | None:
-        """What is added to the scores in this batch."""
+        """What is added to the scores in a batch; None for nothing."""
         return None
 
 
@@ -94,7 +91,7 @@ class RotaryLayer(BetweenLayer):
         return angles_T1p.cos(), angles_T1p.sin()
 
     def turn(self, x: Float[Tensor, "T H E"], tables: Tables) -> Float[Tensor, "T H E"]:
-        """Turn pairs by their angles; the two features of a pair come out as neighbours, whatever the config.
+        """Rotate pairs by their angles; the two features of a pair come out as neighbours, whatever the config.
 
         Queries and keys alike, so their products are those of any other order.
         """
@@ -108,7 +105,7 @@ class RotaryLayer(BetweenLayer):
         else:
             first, second = turned.chunk(2, dim=-1)
         if is_one_pass:
-            pairs = torch.view_as_real(_product(torch.complex(first, second), torch.complex(cos, sin)))
+            pairs = torch.view_as_real(exact.multiply_rows(torch.complex(first, second), torch.complex(cos, sin)))
             turned = pairs.flatten(-2).to(x.dtype)
         else:
             turned = _turn_halves(first, second, cos, sin)
@@ -124,29 +121,8 @@ def _turn_halves(
     return pairs.flatten(-2).to(first_THp.dtype)
 
 
-PARALLEL_GRAIN = 32_768
-"""Elements that torch gives a CPU thread at least."""
-
-
-def _product(x_THp: Tensor, table_T1p: Tensor) -> Tensor:
-    """The complex product of each row with its row of the table, rounded alike wherever the row stands.
-
-    Torch rounds the elements at the ends of a thread's share otherwise than those between, so shares must end
-    where rows do: as many rows a call as all threads take in whole rows, then what is left, one thread at a time.
-    """
-    if torch.is_grad_enabled():
-        return x_THp * table_T1p
-    rows = max(PARALLEL_GRAIN // x_THp[0].numel(), 1)
-    together = rows * torch.get_num_threads()
-    num_even = len(x_THp) // together * together
-    for start in (*range(0, num_even, together), *range(num_even, len(x_THp), rows)):
-        share = slice(start, start + (together if start < num_even else rows))
-        x_THp[share].mul_(table_T1p[share])
-    return x_THp
-
-
 def rotary_frequencies(config: Rotary, head_width: int) -> Float[Tensor, "f"]:
-    """Radians a place of each pair of one axis, fp32, scaled, and rounded as the model was trained."""
+    """Radians per place of each pair of one axis, in fp32, scaled, and rounded as when the model was trained."""
     width = (config.width or head_width) // config.num_axes
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     frequencies = _scaled(1.0 / (config.base**exponents), config.scaling)
@@ -176,20 +152,8 @@ class LinearBiasLayer(BetweenLayer):
         self.num_heads = num_heads
 
     def bias(self, device: torch.device) -> ScoreBias:
-        return _LinearScoreBias(linear_slopes(self.num_heads).to(device))
-
-
-class _LinearScoreBias(ScoreBias):
-    def __init__(self, slopes: Float[Tensor, "H"]):
-        super().__init__()
-        self.slopes = slopes
-
-    def at(self, i: Int[Tensor, "m 1"], j: Int[Tensor, "1 n"]) -> Float[Tensor, "H m n"]:
-        return -self.slopes[:, None, None] * (i - j).abs()
-
-    @property
-    def device(self) -> torch.device:
-        return self.slopes.device
+        slopes_H11 = linear_slopes(self.num_heads).to(device)[:, None, None]
+        return ScoreBias(lambda i, j: -slopes_H11 * (i - j).abs(), device)
 
 
 def linear_slopes(num_heads: int) -> Float[Tensor, "H"]:
@@ -212,21 +176,12 @@ class BucketBiasLayer(BetweenLayer):
         self.table = nn.Embedding(config.num_buckets, num_heads)
 
     def bias(self, device: torch.device) -> ScoreBias:
-        return _BucketScoreBias(self.config, self.table.weight)
+        return ScoreBias(self._at, device)
 
-
-class _BucketScoreBias(ScoreBias):
-    def __init__(self, config: BucketBias, table: Float[Tensor, "buckets H"]):
-        super().__init__()
-        self.config, self.table = config, table
-
-    def at(self, i: Int[Tensor, "m 1"], j: Int[Tensor, "1 n"]) -> Float[Tensor, "H m n"]:
+    def _at(self, i: Int[Tensor, "m 1"], j: Int[Tensor, "1 n"]) -> Float[Tensor, "H m n"]:
         buckets_mn = distance_buckets(self.config, j - i)
-        return self.table.index_select(0, buckets_mn.flatten()).unflatten(0, buckets_mn.shape).permute(2, 0, 1)
-
-    @property
-    def device(self) -> torch.device:
-        return self.table.device
+        table: Tensor = self.table.weight
+        return table.index_select(0, buckets_mn.flatten()).unflatten(0, buckets_mn.shape).permute(2, 0, 1)
 
 
 def distance_buckets(config: BucketBias, distance: Int[Tensor, "m n"]) -> Int[Tensor, "m n"]:
@@ -250,7 +205,7 @@ def distance_buckets(config: BucketBias, distance: Int[Tensor, "m n"]) -> Int[Te
 
 
 def build_between(config: Position, head_width: int, num_heads: int) -> BetweenLayer:
-    """The module of a kind that acts between rows; one that does nothing for the other kinds."""
+    """Build the module of a position that acts between rows; one that does nothing for the other kinds."""
     match config:
         case Rotary():
             return RotaryLayer(config, head_width)
@@ -263,7 +218,7 @@ def build_between(config: Position, head_width: int, num_heads: int) -> BetweenL
 
 
 class LearnedLayer(nn.Module):
-    """A learned table of positions, one row a place."""
+    """A learned table of positions, with one row for each place."""
 
     def __init__(self, config: Learned, width: int):
         super().__init__()
@@ -271,7 +226,7 @@ class LearnedLayer(nn.Module):
         self.table = nn.Embedding(config.max_positions, width)
 
     def forward(self, positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
-        """What is added to each row; nothing where it has no place."""
+        """What is added to each row; zeros for rows that have no place (-1)."""
         grid = self.config.grid or (self.config.max_positions,)
         assert positions.shape[1] == len(grid), f"positions must have {len(grid)} axes; got {positions.shape[1]}"
         place = positions[:, 0]
@@ -291,7 +246,7 @@ class SinusoidalLayer(nn.Module):
         self.config, self.width = config, width
 
     def forward(self, positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
-        """What is added to each row; nothing where it has no place."""
+        """What is added to each row; zeros for rows that have no place (-1)."""
         assert positions.shape[1] == 1, f"sinusoidal positions have one axis; got {positions.shape[1]}"
         exponents = torch.arange(0, self.width, 2, device=positions.device, dtype=torch.float32) / self.width
         angles = positions.float() / self.config.base**exponents
@@ -307,7 +262,7 @@ class SinCos2DLayer(nn.Module):
         self.config, self.width = config, width
 
     def forward(self, positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
-        """What is added to each row; nothing where it has no place."""
+        """What is added to each row; zeros for rows that have no place (-1)."""
         assert positions.shape[1] == 2, f"these positions have two axes; got {positions.shape[1]}"
         count = self.width // 4
         steps = max(count - 1, 1) if self.config.reaches_base else count
@@ -318,12 +273,12 @@ class SinCos2DLayer(nn.Module):
 
 
 def resample_grid(table: Float[Tensor, "N D"], old: tuple[int, int], new: tuple[int, int]) -> Float[Tensor, "n D"]:
-    """A table of positions for another grid: bicubic interpolation with antialiasing, in fp32.
+    """Interpolate a table of positions for another grid: bicubic, with antialiasing, in fp32.
 
     Args:
-        table: one row a place, row after row of the old grid.
-        old: rows and columns that it has.
-        new: rows and columns that it is to have.
+        table: one row for each place, in row-major order of the old grid.
+        old: rows and columns of the old grid.
+        new: rows and columns of the new grid.
     """
     assert len(table) == old[0] * old[1], f"{len(table)} rows for a grid of {old}"
     if tuple(old) == tuple(new):
@@ -334,7 +289,7 @@ def resample_grid(table: Float[Tensor, "N D"], old: tuple[int, int], new: tuple[
 
 
 def build_added(config: Position, width: int) -> nn.Module | None:
-    """The module of a kind that is added to the embedding; None for the other kinds."""
+    """Build the module of a position that is added to the embedding; None for the other kinds."""
     match config:
         case Learned():
             return LearnedLayer(config, width)

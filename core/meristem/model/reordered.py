@@ -18,17 +18,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from meristem.model.exact import PROBED_ROWS, rounds_alike
 from meristem.model.experts import ExpertsLayer
 from meristem.model.feedforward import ACTIVATIONS, FeedForwardLayer
 from meristem.shapes import Float, Tensor
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
-
-MIN_REORDERED_ROWS = 2
-"""Rows from which on a reordered product rounds a row alike, however many there are; one alone is another path."""
-
-PROBED_ROWS = (2, 3, 8, 16, 130)
-"""Numbers of rows that are tried on this CPU, beside one more than the last, before its rounding is trusted."""
 
 FUSED: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
     F.gelu: ("gelu", "none"),
@@ -64,10 +59,7 @@ class ReorderedLinear(nn.Module):
 
     def rounds_alike(self) -> bool:
         """Whether rows come out the same, bit for bit, whatever their number."""
-        rows = torch.randn(PROBED_ROWS[-1] + 1, self.num_inputs, generator=torch.Generator().manual_seed(0))
-        rows = rows.to(self._reordered.dtype)
-        wanted = self(rows)
-        return all(torch.equal(self(rows[:count]), wanted[:count]) for count in PROBED_ROWS)
+        return rounds_alike(self, self.num_inputs, self._reordered.dtype)
 
 
 class ReorderedFeedForward(nn.Module):
@@ -180,11 +172,11 @@ def reordered(
     Args:
         module: in evaluation mode; one that `can_reorder` allows.
         kept: modules that stay as they are, with all that they hold.
-        must_round_alike: rows must not depend on their number; in bf16 they often do, reordered or not.
+        must_round_alike: results must be exact (`exact.rounds_alike`); in bf16 they often are not, reordered or not.
         given: modules that the copy has in the place of some of the module's own.
 
     Returns:
-        None where there is nothing to reorder, or this CPU does not round all rows alike then, and must.
+        None where there is nothing to reorder, or where results must be exact and would not be.
     """
     stand_ins: dict[int, nn.Module] = {id(layer): one for layer, one in (given or {}).items()}
     left = {id(layer) for layer in kept} | set(stand_ins)

@@ -1,8 +1,7 @@
-"""Stacks of one `Block`: an encoder, a decoder, and both with attention from the one to the other."""
+"""Trunks, made of stacks of `Block`: an encoder, a decoder, or both with cross-attention."""
 
 from collections.abc import Collection
 
-import torch
 from torch import nn
 
 from meristem.errors import ConfigError, DataError
@@ -21,17 +20,20 @@ from meristem.model.config import (
 from meristem.model.embed import EmbeddingLayer
 from meristem.model.init import init_weights
 from meristem.model.norm import build_norm
+from meristem.model.outputs import Wanted
 from meristem.model.patterns import parts_of
 from meristem.model.position import BetweenLayer, build_between
 from meristem.shapes import Float, Tensor
 from meristem.types import Hidden, Layout, PackedBatch
+
+ROWS_ALONE = Wanted()
 
 
 class Stack(nn.Module):
     """Blocks and a final norm: `[T, D]` to `[T, D]`.
 
     Args:
-        layers: numbers of its blocks, counted through both stacks of a model.
+        layers: numbers of the blocks, counted through both stacks of a model.
     """
 
     def __init__(self, config: TransformerConfig, layers: range):
@@ -58,7 +60,13 @@ class Stack(nn.Module):
         cache: Cache | None = None,
         last_rows: KeptRows | None = None,
     ) -> Hidden:
-        """Run the blocks over embedded rows; arguments as those of `Encoder.forward`."""
+        """Run the blocks over embedded rows.
+
+        Args:
+            layers, attentions, cache: as in `Wanted`.
+            source: hidden rows that a decoder attends to.
+            last_rows: rows of the last block that are computed; None for all.
+        """
         resolved = {layer: self.resolve_layer(layer) for layer in layers}
         layout = batch.layout
         context = Context(
@@ -90,10 +98,10 @@ class Stack(nn.Module):
         )
 
     def resolve_layer(self, layer: int) -> int:
-        """The layer counted from 0, of one that may be counted from the last.
+        """The number of a layer counted from 0, where negative numbers count from the last one.
 
         Raises:
-            ConfigError: a layer that the stack does not have.
+            ConfigError: the stack does not have the layer.
         """
         num_layers = len(self.blocks)
         resolved = layer + num_layers + 1 if layer < 0 else layer
@@ -109,50 +117,37 @@ def _place(position: nn.Module, batch: PackedBatch) -> Placed:
 
 
 class Encoder(Stack):
-    """A model of one stack: embedding, blocks, final norm.
-
-    Built on the meta device it costs nothing; `init_weights` then fills what `to_empty` has made.
-    """
+    """A trunk of one stack: embedding, blocks, final norm."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config, range(config.num_layers))
         self.embedding = EmbeddingLayer(config)
         init_weights(self, config.init, config.num_layers)
 
-    def forward(
-        self,
-        batch: PackedBatch,
-        layers: Collection[int] = (),
-        attentions: Collection[int] = (),
-        cache: Cache | None = None,
-        last_rows: KeptRows | None = None,
-    ) -> Hidden:
+    def forward(self, batch: PackedBatch, wanted: Wanted = ROWS_ALONE, last_rows: KeptRows | None = None) -> Hidden:
         """Run the model.
 
         Args:
-            layers: hidden states to keep: 0 is the input of the first block, k the output of the k-th, the
-                last one after the final norm. Negative ones count from the last; each is kept as it was asked for.
-            attentions: blocks (from 0) whose attention maps to keep; these run on the slow reference kernel.
-            cache: of a decoder: what it knows of the tokens before these, to which these are added.
-            last_rows: rows of the last block that will be used, where `may_leave_rows` and nothing else is asked for.
+            wanted: layers, attention maps and the cache of these are read here.
+            last_rows: rows of the last block that will be used, where `may_leave_rows_of` allows it.
 
         Raises:
-            ConfigError: a layer that the stack does not have, or a cache for a model that sees the future.
-            DataError: a sequence longer than its positions allow.
+            ConfigError: the stack does not have a layer, or a cache is given to a model whose tokens see later ones.
+            DataError: a sequence is longer than positions allow.
         """
-        check_lengths(self.config, batch.layout, cache)
-        if cache is not None:
+        check_lengths(self.config, batch.layout, wanted.cache)
+        if wanted.cache is not None:
             self._check_cached()
-        assert last_rows is None or (self.may_leave_rows and not layers and not attentions and cache is None)
-        return self.run(self.embedding(batch), batch, layers, attentions, cache=cache, last_rows=last_rows)
+        assert last_rows is None or self.may_leave_rows_of(wanted)
+        return self.run(self.embedding(batch), batch, wanted.layers, wanted.attentions, None, wanted.cache, last_rows)
 
-    def read(self, batch: PackedBatch, layers: Collection[int] = (), attentions: Collection[int] = ()) -> Hidden:
-        """Hidden rows of the inputs: what embeddings are made of."""
-        return self(batch, layers, attentions)
+    def may_leave_rows_of(self, wanted: Wanted) -> bool:
+        """Whether the last block may compute some rows and not others in a run."""
+        return self.may_leave_rows and not wanted.layers and not wanted.attentions and wanted.cache is None
 
     @property
     def may_leave_rows(self) -> bool:
-        """Whether the last block can make some rows and not others: each query sees all keys, wherever it stands."""
+        """Whether the last block can compute some rows and not others: each query sees all keys, at any place."""
         parts = self.config.layer(self.config.num_layers - 1)
         is_free = isinstance(parts.attention.pattern, Full) and not isinstance(parts.position, LinearBias | BucketBias)
         return is_free and parts.experts is None
@@ -167,13 +162,9 @@ class Encoder(Stack):
                 "for each length"
             )
 
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.symbols.weight.device
-
 
 class Decoder(Encoder):
-    """A model of one stack whose tokens see none behind them: it can go on from a cache."""
+    """A trunk of one stack in which no token sees a later one, so that it can continue from a cache."""
 
 
 class EncoderDecoder(nn.Module):
@@ -187,51 +178,40 @@ class EncoderDecoder(nn.Module):
         self.decoder = Stack(config, range(config.num_layers, config.total_layers))
         init_weights(self, config.init, config.num_layers)
 
-    def forward(
-        self,
-        batch: PackedBatch,
-        layers: Collection[int] = (),
-        attentions: Collection[int] = (),
-        cache: Cache | None = None,
-        source_layers: Collection[int] | None = None,
-    ) -> Hidden:
-        """Read `batch.source`, then run the decoder over the batch.
+    def forward(self, batch: PackedBatch, wanted: Wanted = ROWS_ALONE, last_rows: None = None) -> Hidden:
+        """Read `batch.source`, then run the decoder over the batch; or read the batch alone where only that is wanted.
 
-        Layers and attentions are kept of both sides: those of the source in `Hidden.source`.
-
-        Args:
-            cache: keeps the source too, so that only the first batch must have one.
-            source_layers: layers of the encoder to keep; None for those of `layers`.
+        Layers and attentions are kept of both sides: those of the source in `Hidden.source`. A cache keeps the source
+        too, so that only the first batch must have one.
 
         Raises:
-            ConfigError: a layer that a stack does not have.
-            DataError: a sequence longer than its positions allow.
+            ConfigError: a stack does not have a layer.
+            DataError: a sequence is longer than positions allow.
         """
+        if wanted.is_source_only:
+            return self._read(batch, wanted, wanted.layers)
+        cache = wanted.cache
         check_lengths(self.config, batch.layout, cache)
         source = cache.source if cache is not None else None
         if source is None:
             assert batch.source is not None, "an encoder-decoder needs a source side"
-            source = self.read(batch.source, layers if source_layers is None else source_layers, attentions)
+            layers = wanted.layers if wanted.source_layers is None else wanted.source_layers
+            source = self._read(batch.source, wanted, layers)
             if cache is not None:
                 cache.source = source
-        return self.decoder.run(self.embedding(batch), batch, layers, attentions, source, cache)
+        return self.decoder.run(self.embedding(batch), batch, wanted.layers, wanted.attentions, source, cache)
 
-    def read(self, batch: PackedBatch, layers: Collection[int] = (), attentions: Collection[int] = ()) -> Hidden:
-        """Hidden rows of the source side: what embeddings are made of."""
+    def _read(self, batch: PackedBatch, wanted: Wanted, layers: Collection[int]) -> Hidden:
         check_lengths(self.config, batch.layout)
-        return self.encoder.run(self.embedding(batch), batch, layers, attentions)
+        return self.encoder.run(self.embedding(batch), batch, layers, wanted.attentions)
 
     def resolve_layer(self, layer: int) -> int:
         """As `Stack.resolve_layer`, of the encoder."""
         return self.encoder.resolve_layer(layer)
 
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.symbols.weight.device
-
 
 def build_trunk(config: TransformerConfig) -> Encoder | EncoderDecoder:
-    """The stacks that a config describes."""
+    """Build the trunk that a config describes."""
     if config.num_decoder_layers:
         return EncoderDecoder(config)
     sees_ahead = any(sees_the_future(config.layer(layer).attention.pattern) for layer in range(config.num_layers))
@@ -242,7 +222,7 @@ def check_lengths(config: TransformerConfig, layout: Layout, cache: Cache | None
     """Refuse sequences longer than positions allow.
 
     Raises:
-        DataError: names the limit and the length.
+        DataError: names the limit and the length of the longest sequence.
     """
     before = cache.lengths if cache is not None and cache.lengths else [0] * layout.num_sequences
     longest, limit = max((n + more for n, more in zip(before, layout.lengths)), default=0), config.max_length

@@ -81,7 +81,7 @@ class MaskedTokens(SymbolObjective):
         return replace(tokens, ids=ids, targets={**tokens.targets, SYMBOLS: targets})
 
     def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
-        scored: SymbolLoss = outputs.losses[SYMBOLS]
+        scored: SymbolLoss = outputs.heads[SYMBOLS]
         is_hidden_M = batch.ids.index_select(0, scored.rows) == self._mask_id
         return LossOut(
             terms={SYMBOLS: scored.term},

@@ -14,7 +14,7 @@ from meristem.errors import ConfigError, DataError
 from meristem.model.config import TransformerConfig
 from meristem.model.heads import HeadSpec, Readout
 from meristem.model.model import SYMBOLS
-from meristem.model.outputs import Outputs, Wanted
+from meristem.model.outputs import HeadRequest, Outputs, Wanted
 from meristem.objectives.masked import MaskedTokens
 from meristem.objectives.symbols import HitRate, request_symbols, require_fractions
 from meristem.types import LossOut, PackedBatch, Payload, Record, Term, Tokens
@@ -129,7 +129,7 @@ class NextSentence(MaskedTokens):
 
     def wanted(self, batch: PackedBatch) -> Wanted:
         symbols = request_symbols(batch, self.label_smoothing)
-        return Wanted((NEXT_SENTENCE,), requests={SYMBOLS: symbols})
+        return Wanted({NEXT_SENTENCE: HeadRequest(), SYMBOLS: symbols})
 
     def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
         out = super().loss(outputs, extra, batch)

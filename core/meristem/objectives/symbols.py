@@ -48,10 +48,10 @@ class SymbolObjective(Objective):
         return {SYMBOLS: Symbols()}
 
     def wanted(self, batch: PackedBatch) -> Wanted:
-        return Wanted(requests={SYMBOLS: request_symbols(batch, self.label_smoothing)})
+        return Wanted({SYMBOLS: request_symbols(batch, self.label_smoothing)})
 
     def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
-        scored: SymbolLoss = outputs.losses[SYMBOLS]
+        scored: SymbolLoss = outputs.heads[SYMBOLS]
         return LossOut({SYMBOLS: scored.term}, {SYMBOLS: scored.figures}, {SYMBOLS: scored.targets})
 
     def metrics(self) -> dict[str, Metric]:

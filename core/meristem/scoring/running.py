@@ -56,6 +56,6 @@ class RunningModel:
 
     def symbol_logits(self, batch: PackedBatch, hidden: Hidden, rows: Int[Tensor, "M"]) -> Float[Tensor, "M V"]:
         """Logits of every symbol for some rows of a pack that the trunk has run."""
-        wanted = Wanted(requests={SYMBOLS: HeadRequest(rows)}).behind(hidden)
+        wanted = Wanted({SYMBOLS: HeadRequest(rows)}, hidden=hidden)
         logits: Tensor = self.model(batch, wanted).heads[SYMBOLS]
         return logits

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import lightning as L
 import torch
 from torch import distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from meristem.shapes import Tensor
@@ -80,6 +81,10 @@ class Ranks:
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each a whole tensor; collective where processes hold shares of them."""
+    """Parameters and buffers by name, each a whole tensor.
+
+    Collective under FSDP2 (`fully_shard`): processes hold shards, which are gathered one tensor at a time and kept in
+    the memory of the host, since a device need not have room for all of them.
+    """
     state = module.state_dict()
-    return {name: one.full_tensor() if hasattr(one, "full_tensor") else one for name, one in state.items()}
+    return {name: one.full_tensor().cpu() if isinstance(one, DTensor) else one for name, one in state.items()}

@@ -1,4 +1,4 @@
-"""What follows the trunk: the head that predicts symbols, and the ways to one vector a sequence."""
+"""Configs of what follows the trunk: the head that predicts symbols, and pooling."""
 
 from abc import ABC
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ class TokenHead:
     """The head that predicts symbols: dense, activation, norm, then a map onto the vocabulary.
 
     Attributes:
-        activation: of the dense layer; None for a head without dense layer and norm: the map alone.
-        dense_bias: a bias of the dense layer.
-        is_tied: the map onto the vocabulary is the embedding table.
-        bias: a bias for each symbol.
-        scale: of the rows before the map.
+        activation: activation of the dense layer; None for a head that is the last map alone.
+        dense_bias: whether the dense layer has a bias.
+        is_tied: whether the map onto the vocabulary is the embedding table.
+        bias: whether each symbol has a bias.
+        scale: factor of the rows before the map.
     """
 
     activation: Activation | None = "gelu"
@@ -42,7 +42,7 @@ class Mean(Pool):
     """The mean over the payload's own tokens; special rows are left out.
 
     Attributes:
-        is_normed: a norm of the trunk's kind follows.
+        is_normed: whether a norm of the kind of the trunk follows.
     """
 
     is_normed: bool = False
@@ -58,9 +58,9 @@ class Prefix(Pool):
     """The first rows of the sequence: the class token, or several side by side in one vector.
 
     Attributes:
-        count: of rows.
-        is_dense: a linear map and tanh follow.
-        has_mean: the mean over the payload's own tokens stands beside them, as the last.
+        count: number of rows.
+        is_dense: whether a linear map and tanh follow.
+        has_mean: whether the mean over the payload's own tokens is appended to the rows.
     """
 
     count: int = 1
@@ -76,10 +76,10 @@ class AttentionPool(Pool):
     """A learned query attends to the rows; a feed-forward layer with a residual follows (Zhai 2022, arXiv 2106.04560).
 
     Attributes:
-        num_heads: of the attention; they divide the width.
-        feedforward_width: hidden width.
-        activation: of the feed-forward layer.
-        has_special: special rows are attended to, beside the payload's own tokens.
+        num_heads: attention heads; the width must be a multiple of it.
+        feedforward_width: hidden width of the feed-forward layer.
+        activation: activation of the feed-forward layer.
+        has_special: whether special rows are attended to, besides the payload's own tokens.
     """
 
     num_heads: int

@@ -1,4 +1,4 @@
-"""The parts of a block: attention, feed-forward, experts, and how they join the trunk."""
+"""Configs of the parts of a block: attention, feed-forward, experts, and the residual branches."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,15 +20,15 @@ class Attention:
 
     Attributes:
         num_heads: query heads (H).
-        num_kv_heads: key and value heads (K); each serves H / K query heads. None: as many as `num_heads`.
-        head_width: of one head (E); None: width / num_heads.
-        qkv_bias: biases on queries, keys and values.
-        out_bias: bias on the output projection.
-        scale: of the scores; None: 1 / sqrt(head width).
-        qk_norm: the norm that queries and keys pass before their positions: over each head, or over all
-            heads at once (full); it is of the kind of the trunk's, without a bias.
+        num_kv_heads: key and value heads (K); each serves H / K query heads. None for as many as `num_heads`.
+        head_width: width of one head (E); None for width / num_heads.
+        qkv_bias: whether the projections of queries, keys and values have biases.
+        out_bias: whether the output projection has a bias.
+        scale: factor of the scores; None for 1 / sqrt(head width).
+        qk_norm: norm of queries and keys before their positions: over each head ("head"), or over all heads at once
+            ("full"). It is of the kind of the trunk's norm, without a bias. None for no norm.
         pattern: which keys a query may see.
-        dropout: of the attention weights, in training.
+        dropout: dropout rate of the attention weights, in training.
     """
 
     num_heads: int
@@ -58,10 +58,10 @@ class Attention:
         require_frac(self.dropout, "attention.dropout")
 
     def width_of_heads(self, width: int) -> int:
-        """E, resolved for a trunk of this width.
+        """Width of one head (E) in a trunk of this width.
 
         Raises:
-            ConfigError: the heads do not divide the width.
+            ConfigError: the width is no multiple of the number of heads.
         """
         if self.head_width is not None:
             return self.head_width
@@ -75,7 +75,7 @@ class Attention:
 
     @property
     def kv_heads(self) -> int:
-        """K, resolved."""
+        """Number of key and value heads (K)."""
         return self.num_kv_heads or self.num_heads
 
 
@@ -85,11 +85,11 @@ class FeedForward:
 
     Attributes:
         width: hidden width (F).
-        activation: gelu is the exact one (erf), gelu_tanh its approximation by tanh, quick_gelu by a sigmoid.
-        is_gated: two input maps, one of them through the activation.
-        in_bias: bias of the input map.
-        out_bias: bias of the output map.
-        dropout: of the hidden values, in training.
+        activation: gelu is exact (erf), gelu_tanh its approximation by tanh, quick_gelu that by a sigmoid.
+        is_gated: whether there are two input maps, one of them followed by the activation.
+        in_bias: whether the input map has a bias.
+        out_bias: whether the output map has a bias.
+        dropout: dropout rate of the hidden values, in training.
     """
 
     width: int
@@ -112,15 +112,15 @@ class Experts:
     The output of an expert is scaled by its probability, a softmax in fp32 over all experts.
 
     Attributes:
-        count: experts; each is as `feedforward` says.
-        top_k: experts that a token is sent to.
-        capacity: tokens of one sequence that an expert takes, the first ones; what is over is dropped, and only the
-            residual carries it. None: all.
-        num_shared: further experts that every token passes, their outputs added as they are.
-        is_normalised: the probabilities of the chosen experts are divided by their sum.
-        jitter: in training the router sees its input times a uniform draw from [1 - jitter, 1 + jitter].
-        balance_weight: of the loss that asks for an even load (Fedus 2021, eq. 4), in objectives.
-        z_weight: of the loss that asks for small router logits (Zoph 2022, arXiv 2202.08906, eq. 5).
+        count: number of experts; each is a feed-forward layer as `feedforward` describes.
+        top_k: number of experts that each token is sent to.
+        capacity: tokens of one sequence that an expert takes at most, earlier ones first. Further tokens are dropped:
+            only the residual carries them. None for no limit.
+        num_shared: further experts that every token passes; their outputs are added unscaled.
+        is_normalised: whether the probabilities of the chosen experts are divided by their sum.
+        jitter: in training the input of the router is multiplied by a uniform draw from [1 - jitter, 1 + jitter].
+        balance_weight: weight of the loss that asks for an even load (Fedus 2021, eq. 4).
+        z_weight: weight of the loss that asks for small router logits (Zoph 2022, arXiv 2202.08906, eq. 5).
     """
 
     count: int
@@ -146,15 +146,15 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """How a branch joins the trunk.
+    """How a branch is added to the residual stream.
 
     Attributes:
-        placement: the norm stands before the branch (pre-norm) or after the sum (post-norm); parallel: attention and
-            feed-forward both read one norm before them, and are added together (Wang 2021).
-        dropout: of the branch, in training.
-        drop_path: share of sequences whose branch is left out, in training (Huang 2016); it is that of the last
-            layer and grows evenly from 0 at the first.
-        layer_scale: initial value of a learned factor for each feature of a branch (Touvron 2021); None: no factor.
+        placement: the norm comes before the branch (pre-norm) or after the sum (post-norm). In parallel, attention and
+            feed-forward read the output of one norm, and both are added at once (Wang 2021).
+        dropout: dropout rate of the branch, in training.
+        drop_path: share of sequences whose branch is left out, in training (Huang 2016). This is the share in the last
+            layer; it grows linearly from 0 in the first.
+        layer_scale: initial value of a learned factor for each feature of a branch (Touvron 2021); None for no factor.
         scale: fixed factor of a branch.
     """
 
@@ -175,17 +175,17 @@ class Residual:
 class LayerRule:
     """Other parts for some layers: `start`, `start + step`, ... below `stop`.
 
-    Layers count from 0, those of the encoder first, then those of the decoder. A later rule goes over an earlier one.
+    Layers count from 0, those of the encoder first, then those of the decoder. Where rules overlap, the last one holds.
 
     Attributes:
         start: first layer.
-        stop: layer that it ends before; None for the end.
-        step: layers from one to the next.
-        attention: in place of the model's.
-        attention_norm: in place of the norm before attention.
-        feedforward: in place of the model's, such as one of another width; experts of these layers are as it says.
-        experts: in place of the model's.
-        position: in place of the model's; of a kind that acts in each layer.
+        stop: the layer behind the last one; None for the end.
+        step: distance from one layer to the next.
+        attention: replaces the attention of the model.
+        attention_norm: replaces the norm before attention.
+        feedforward: replaces the feed-forward layer of the model, and describes the experts of these layers.
+        experts: replaces the experts of the model.
+        position: replaces the position of the model; it must be of a kind that acts in each layer.
     """
 
     start: int = 0

@@ -1,4 +1,4 @@
-"""Norms over the width of a row."""
+"""Configs of norms over the width of a row."""
 
 from abc import ABC
 from dataclasses import dataclass
@@ -26,4 +26,4 @@ class RMSNorm(Norm):
 
 @dataclass(frozen=True, kw_only=True)
 class NoNorm(Norm):
-    """Rows pass as they are."""
+    """No norm: rows are not changed."""

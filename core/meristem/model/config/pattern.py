@@ -1,4 +1,4 @@
-"""Patterns: which keys a query may see, within its own sequence; `model/patterns.py` has the masks.
+"""Configs of attention patterns: which keys a query may see in its own sequence. `model/patterns.py` has the masks.
 
 `&` and `|` combine them: `Causal() & Window(left=127)` is a causal window, `Causal() | InPrefix()` a prefix LM.
 """
@@ -27,7 +27,7 @@ class Full(Pattern):
 
 @dataclass(frozen=True, kw_only=True)
 class Causal(Pattern):
-    """Keys up to the query's own place; with fewer queries than keys, queries are the last ones."""
+    """Keys up to the place of the query. Where there are fewer queries than keys, queries are the last places."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class Window(Pattern):
     """Keys near the query.
 
     Attributes:
-        left: keys before the query, in tokens.
-        right: keys behind it.
+        left: number of keys seen before the query.
+        right: number of keys seen behind the query.
     """
 
     left: int
@@ -51,9 +51,9 @@ class Dilated(Pattern):
     """Every `step`-th key near the query (Beltagy 2020, arXiv 2004.05150, section 3.1).
 
     Attributes:
-        left: keys seen before the query: at distances `step`, `2 * step` ... `left * step`.
-        right: keys seen behind it.
-        step: tokens between two of them.
+        left: number of keys seen before the query: at distances `step`, `2 * step` ... `left * step`.
+        right: number of keys seen behind the query.
+        step: distance in tokens from one key to the next.
     """
 
     left: int
@@ -67,7 +67,7 @@ class Dilated(Pattern):
 
 @dataclass(frozen=True, kw_only=True)
 class InPrefix(Pattern):
-    """Keys of the sequence's prefix, whose length its `Tokens` say (`prefix_length`)."""
+    """Keys of the prefix of the sequence, whose length is `Tokens.prefix_length`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class GlobalTokens(Pattern):
     """The first tokens see every key and are seen by every query (Beltagy 2020, section 3.1).
 
     Attributes:
-        count: of tokens, special ones included.
+        count: number of tokens, special ones included.
     """
 
     count: int
@@ -89,11 +89,11 @@ class BlockSparse(Pattern):
     """Blocks of queries see blocks of keys: near ones, global ones, random ones (Zaheer 2020, arXiv 2007.14062).
 
     Attributes:
-        block: tokens of a block.
-        num_near: blocks seen on each side of the query's own.
-        num_global: first blocks, which see all and are seen by all.
-        num_random: blocks drawn for each block of queries.
-        seed: of the draw, which depends on it and the length of the sequence alone.
+        block: number of tokens in a block.
+        num_near: number of blocks seen on each side of the block of the query.
+        num_global: number of first blocks that see all and are seen by all.
+        num_random: number of blocks drawn for each block of queries.
+        seed: seed of the draw, which depends on nothing else but the length of the sequence.
     """
 
     block: int
@@ -110,7 +110,7 @@ class BlockSparse(Pattern):
 
 @dataclass(frozen=True, kw_only=True)
 class Both(Pattern):
-    """Keys that every part sees."""
+    """Keys that every one of some patterns sees."""
 
     parts: tuple[Pattern, ...]
 
@@ -121,7 +121,7 @@ class Both(Pattern):
 
 @dataclass(frozen=True, kw_only=True)
 class Either(Pattern):
-    """Keys that any part sees."""
+    """Keys that at least one of some patterns sees."""
 
     parts: tuple[Pattern, ...]
 
@@ -131,7 +131,7 @@ class Either(Pattern):
 
 
 def sees_the_future(pattern: Pattern) -> bool:
-    """Whether some query may see a key behind itself that is not of its prefix."""
+    """Whether some query may see a later key that is not in the prefix."""
     match pattern:
         case Causal() | InPrefix():
             return False

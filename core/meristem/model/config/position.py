@@ -1,4 +1,4 @@
-"""Positions: how the trunk knows where a row stands.
+"""Configs of positions: how the trunk knows the place of a row.
 
 Some are added to the embedding (`AddedPosition`), the others act between a query and a key, in each layer.
 """
@@ -15,12 +15,12 @@ Rounding = Literal["fp32", "fp16", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling(ABC):
-    """How rotary frequencies are changed to reach further than the model was first trained to."""
+    """How rotary frequencies are changed for sequences longer than the model was first trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoScaling(Scaling):
-    """Frequencies as they are."""
+    """Frequencies are not changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,10 @@ class BandScaling(Scaling):
     """Long waves are stretched by `factor`, short ones stay, those between are blended (Dubey 2024, arXiv 2407.21783).
 
     Attributes:
-        factor: that long waves are stretched by.
+        factor: factor by which long waves are stretched.
         low: waves longer than `original_tokens / low` are long.
         high: waves shorter than `original_tokens / high` are short.
-        original_tokens: the length the model was first trained to.
+        original_tokens: sequence length that the model was first trained on.
     """
 
     factor: float
@@ -57,7 +57,7 @@ class BandScaling(Scaling):
 
 @dataclass(frozen=True, kw_only=True)
 class Position(ABC):
-    """How the trunk knows where a row stands."""
+    """How the trunk knows the place of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +65,13 @@ class Rotary(Position):
     """Rotary positions (Su 2021, arXiv 2104.09864): pairs of features of queries and keys are rotated.
 
     Attributes:
-        base: of the geometric series of wavelengths.
-        width: features of a head that are rotated, the first ones; None for all.
-        is_interleaved: a pair is two neighbours; otherwise a feature of the first half and one of the second.
-        num_axes: position axes; each has an equal share of the pairs, one axis after the other.
-        scaling: of the frequencies.
-        rounding: precision that the frequencies were rounded to when the model was trained; angles are fp32
-            in any case. Checkpoints kept in half precision carry rounded frequencies, and were trained to them.
+        base: base of the geometric series of wavelengths.
+        width: number of features of a head that are rotated, from the first one on; None for all.
+        is_interleaved: whether a pair is two neighbours, rather than a feature of the first half and one of the second.
+        num_axes: number of position axes; each has an equal share of the pairs, one axis after the other.
+        scaling: how the frequencies are scaled.
+        rounding: precision that the frequencies were rounded to when the model was trained. Checkpoints kept in half
+            precision carry rounded frequencies, and were trained with them. Angles are always computed in fp32.
     """
 
     base: float = 10000.0
@@ -94,9 +94,9 @@ class Learned(Position):
     """A learned table of positions, added to the embedding; rows that have no place (-1) get nothing.
 
     Attributes:
-        max_positions: rows of the table.
+        max_positions: number of rows in the table.
         offset: row of the first place; some models leave the first rows unused.
-        grid: places along each position axis, numbered row after row; empty for a sequence.
+        grid: number of places along each position axis, in row-major order; empty for a sequence.
     """
 
     max_positions: int = 1024
@@ -118,7 +118,7 @@ class Sinusoidal(Position):
     """Sines and cosines of the place, added to the embedding (Vaswani 2017, arXiv 1706.03762, section 3.5).
 
     Attributes:
-        base: of the geometric series of wavelengths.
+        base: base of the geometric series of wavelengths.
     """
 
     base: float = 10000.0
@@ -136,8 +136,8 @@ class SinCos2D(Position):
     last exponent is below 1 by a step (He 2022, arXiv 2111.06377), or it is 1 (Beyer 2022, arXiv 2205.01580).
 
     Attributes:
-        base: of the geometric series of wavelengths.
-        reaches_base: the last exponent is 1.
+        base: base of the geometric series of wavelengths.
+        reaches_base: whether the last exponent is 1.
     """
 
     base: float = 10000.0
@@ -163,9 +163,9 @@ class BucketBias(Position):
     One table for all layers of a stack. Near distances have a bucket each, far ones share them by logarithm.
 
     Attributes:
-        num_buckets: rows of the table.
-        max_distance: distances from here on share the last bucket, in tokens.
-        is_two_sided: keys behind the query have buckets of their own: half of all.
+        num_buckets: number of rows in the table.
+        max_distance: distance in tokens from which on all keys share the last bucket.
+        is_two_sided: whether keys behind the query have buckets of their own, half of all.
     """
 
     num_buckets: int = 32
@@ -188,7 +188,7 @@ class BucketBias(Position):
 
 @dataclass(frozen=True, kw_only=True)
 class NoPosition(Position):
-    """Rows are a set."""
+    """No positions: the rows are a set."""
 
 
 AddedPosition = Learned | Sinusoidal | SinCos2D

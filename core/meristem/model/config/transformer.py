@@ -16,17 +16,17 @@ class Embedding:
     """How rows become vectors: a table for symbols, a linear map for patches.
 
     Attributes:
-        vocab_size: rows of the table (symbols and special rows, such as a class token or registers).
-        patch_features: features of a patch (P); 0 for a model without patches.
-        feature_bias: bias of the map of patches.
-        token_types: rows of a second table, for the kind of each token (first or second sentence); 0 for none.
-        scale: of the vectors of symbols, before positions are added.
-        is_normed: a norm follows the positions.
-        mask_id: the symbol whose rows are zeroed and accounted for when `mask_dropout_frac` is set.
+        vocab_size: number of rows in the table (symbols and special rows, such as a class token or registers).
+        patch_features: number of features of a patch (P); 0 for a model without patches.
+        feature_bias: whether the map of patches has a bias.
+        token_types: rows of a second table, for the kind of each token (first or second sentence); 0 for no such table.
+        scale: factor of the vectors of symbols, before positions are added.
+        is_normed: whether a norm follows the positions.
+        mask_id: the symbol whose rows are zeroed when `mask_dropout_frac` is set.
         mask_dropout_frac: share of tokens masked in pre-training (rate times share of mask symbols). When
             set, each sequence is scaled by `(1 - mask_dropout_frac) / (1 - its own share of masks)`, also at
             inference ("token dropout").
-        dropout: of the result, in training.
+        dropout: dropout rate of the result, in training.
     """
 
     vocab_size: int
@@ -62,7 +62,7 @@ class Init:
 
     Attributes:
         std: standard deviation of linear maps and tables (truncated at two deviations).
-        is_depth_scaled: output maps of the branches are divided by sqrt(2 L).
+        is_depth_scaled: whether the output maps of the branches are divided by sqrt(2 L).
     """
 
     std: float = 0.02
@@ -74,10 +74,10 @@ class LayerParts:
     """The parts of one layer, all rules applied.
 
     Attributes:
-        width: of the trunk (D).
-        head_width: of one head (E).
+        width: width of the trunk (D).
+        head_width: width of one head (E).
         drop_path: share of sequences whose branches are left out, in training.
-        has_source: a decoder layer, which attends to a source after itself.
+        has_source: whether this is a layer of a decoder that also attends to a source.
     """
 
     width: int
@@ -98,18 +98,18 @@ class TransformerConfig:
     """One transformer, wholly described.
 
     Attributes:
-        width: of the trunk (D).
-        num_layers: blocks of the stack; of an encoder-decoder: those of the encoder.
+        width: width of the trunk (D).
+        num_layers: number of blocks; in an encoder-decoder, of the encoder.
         embedding: how rows become vectors.
-        attention: of every block.
-        feedforward: of every block.
-        num_decoder_layers: blocks of a decoder that attends to the first stack; 0 for a model of one stack.
-        experts: several feed-forward layers in the place of each; None for one.
-        position: how the trunk knows where a row stands.
+        attention: attention of every block.
+        feedforward: feed-forward layer of every block.
+        num_decoder_layers: number of blocks of a decoder that attends to the first stack; 0 for a model of one stack.
+        experts: replaces each feed-forward layer by a mixture of experts; None for none.
+        position: how the trunk knows the place of a row.
         norm: the norm used throughout.
-        residual: how branches join the trunk.
+        residual: how branches are added to the residual stream.
         layers: other parts for some layers.
-        final_norm: a norm after the last block of a stack; post-norm stacks usually have none.
+        final_norm: whether a norm follows the last block of a stack; post-norm stacks usually have none.
         head: predicts symbols; None for a trunk alone.
         pool: the model's own pooling; None where it has none.
         init: initial weights.
@@ -194,22 +194,22 @@ class TransformerConfig:
 
     @property
     def total_layers(self) -> int:
-        """Blocks of both stacks."""
+        """Number of blocks in both stacks."""
         return self.num_layers + self.num_decoder_layers
 
     @property
     def head_width(self) -> int:
-        """E, resolved, of the layers that no rule changes."""
+        """Width of one head (E) in layers that no rule changes."""
         return self.attention.width_of_heads(self.width)
 
     @property
     def num_kv_heads(self) -> int:
-        """K, resolved, of the layers that no rule changes."""
+        """Number of key and value heads (K) in layers that no rule changes."""
         return self.attention.kv_heads
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of the longest sequence that positions allow; None for no limit."""
+        """Number of tokens in the longest sequence that positions allow; None for no limit."""
         if isinstance(self.position, Learned) and not self.position.grid:
             return self.position.max_positions - self.position.offset
         return None

@@ -31,12 +31,12 @@ of logits that begin at a multiple of 16 bytes."""
 
 
 class CrossEntropy(NamedTuple):
-    """What was asked of each row, and how well it was said.
+    """The loss of each row.
 
     Attributes:
         total: sum of the losses (nats), with gradient.
-        nats: of each row, without smoothing and without gradient.
-        is_hit: the target is the likeliest class.
+        nats: loss of each row, without smoothing and without gradient.
+        is_hit: whether the target is the likeliest class of the row.
     """
 
     total: Float[Tensor, ""]
@@ -51,10 +51,10 @@ def linear_cross_entropy(
     targets: Int[Tensor, "M"],
     label_smoothing: float = 0.0,
 ) -> CrossEntropy:
-    """Of `rows` mapped onto classes; logits are fp32 whatever the product is taken in.
+    """Cross-entropy of a linear map of `rows` onto classes; logits are fp32 whatever precision the product has.
 
     Args:
-        targets: classes, all known.
+        targets: class of each row.
         label_smoothing: share of each target's probability that is spread evenly over all classes.
     """
     return CrossEntropy(*_LinearCrossEntropy.apply(rows, weight, bias, targets, label_smoothing))

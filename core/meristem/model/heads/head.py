@@ -31,18 +31,18 @@ class HeadSpec(ABC):
         """The head with initial weights.
 
         Args:
-            config: of the model that it is a part of.
+            config: config of the model that the head is a part of.
 
         Raises:
-            ConfigError: such a model cannot have this head.
+            ConfigError: a model of this config cannot have the head.
         """
 
     def by_sequence(self, outputs: Any, layout: Layout) -> Sequence[Tensor]:
-        """What the head says of each sequence of a pack, in its order: here, the rows of it.
+        """The outputs of each sequence of a pack, in its order; by default, those of its rows.
 
         Args:
-            outputs: of the head, for all rows of the pack.
-            layout: of the rows.
+            outputs: outputs of the head for all rows of the pack.
+            layout: where the sequences lie.
         """
         rows: Tensor = outputs
         return rows[: layout.num_tokens].split(list(layout.lengths))
@@ -52,7 +52,7 @@ class Head(nn.Module):
     """Predicts something from the hidden rows of a pack. `Model.forward` alone calls it.
 
     Attributes:
-        needs_attentions: it reads the attention maps of all layers.
+        needs_attentions: whether the head reads the attention maps of all layers.
         shared: modules of the model that this head uses and does not own.
     """
 
@@ -64,7 +64,7 @@ class Head(nn.Module):
 
     @property
     def num_first(self) -> int | None:
-        """First rows of each sequence that are all it reads of the trunk's last; None where it may read any."""
+        """Number of first rows of each sequence that the head reads; None where it may read any row."""
         return None
 
     def tie(self, embedding: EmbeddingLayer, pool: PoolLayer | None) -> None:
@@ -75,13 +75,13 @@ class Head(nn.Module):
         too, and with the right modules.
 
         Args:
-            embedding: of the model.
-            pool: the model's own; None where it has none.
+            embedding: embedding of the model.
+            pool: pool of the model; None where it has none.
         """
 
     @abstractmethod
     def forward(self, hidden: Hidden, batch: PackedBatch, request: HeadRequest) -> Any:
-        """Outputs of the head; the loss where the request has targets and the head can give it.
+        """Outputs of the head; the loss instead, where the request has targets and the head supports that.
 
         Args:
             hidden: rows of the pack, or of its first rows where `num_first` says that they suffice.

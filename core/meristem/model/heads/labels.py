@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from meristem.errors import ConfigError
 from meristem.model.config import Mean, Pool, Prefix, TransformerConfig
 from meristem.model.embed import EmbeddingLayer
+from meristem.model.exact import with_spare_rows
 from meristem.model.heads.head import Head, HeadSpec
 from meristem.model.init import init_weights
 from meristem.model.outputs import HeadRequest
@@ -18,27 +19,22 @@ from meristem.model.pool import PoolLayer, build_pool
 from meristem.shapes import Float, Tensor
 from meristem.types import Hidden, Layout, PackedBatch
 
-ROWS_MULTIPLE = 16
-"""Rows are filled up to a multiple of this where outputs must round alike. On a CPU a map onto one output (a value)
-rounds the last few rows otherwise when their number is no multiple of 4, so a prediction would depend on how many are
-made at once."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Readout(HeadSpec):
     """One prediction from the trunk: a class or a value, for each record or for each token.
 
     Attributes:
-        name: of the label it predicts.
-        level: one prediction a record or one a token.
-        task: classes, or values.
+        name: name of the label.
+        level: whether there is one prediction for each record or for each token.
+        task: whether classes or values are predicted.
         classes: names of the classes in the order of the logits; empty for values.
-        mean: of the training values, by output; predictions are `output * std + mean`.
-        std: of the training values, by output.
-        pool: how a record's rows become one vector; None for the model's own pool; unused at token level.
-        is_standardised: the head sees each feature less its running mean, over its running deviation.
+        mean: mean of the training values for each output; predictions are `output * std + mean`.
+        std: standard deviation of the training values for each output.
+        pool: how the rows of a record become one vector; None for the model's own pool. Unused at token level.
+        is_standardised: whether each feature is standardised by its running mean and deviation before the head.
         hidden_width: width of the hidden layer of the head; 0 for a linear head.
-        dropout: before the last map, in training.
+        dropout: dropout rate before the last map, in training.
     """
 
     kind: ClassVar[str] = "labels"
@@ -62,7 +58,7 @@ class Readout(HeadSpec):
 
     @property
     def num_outputs(self) -> int:
-        """Columns of the head's outputs."""
+        """Number of outputs for each prediction."""
         return len(self.classes) if self.task == "classification" else len(self.mean)
 
     def build(self, config: TransformerConfig) -> "LabelHead":
@@ -74,17 +70,17 @@ class Readout(HeadSpec):
 
 
 def readouts_of(heads: Mapping[str, HeadSpec]) -> tuple[Readout, ...]:
-    """The labels among heads."""
+    """The specs of label heads among those of all heads."""
     return tuple(spec for spec in heads.values() if isinstance(spec, Readout))
 
 
 class LabelHead(Head):
-    """Predicts what a `Readout` says, from one vector a record or from each row.
+    """Predicts the label that a `Readout` describes, from one vector for each record or from each row.
 
-    Its outputs are logits or scaled values: `[S, C]` of records, `[T, C]` of tokens.
+    Outputs are logits or standardised values: `[S, C]` for records, `[T, C]` for tokens.
 
     Attributes:
-        pool: how rows become vectors; None at token level, and where the model's own pool does it.
+        pool: pool of this head; None at token level, and where the model's own pool is used.
     """
 
     def __init__(self, config: TransformerConfig, readout: Readout):
@@ -131,7 +127,7 @@ class LabelHead(Head):
         num_rows = len(rows)
         rows = rows.to(next((one.dtype for one in self.parameters()), rows.dtype))
         if request.rounds_alike:
-            rows = F.pad(rows, (0, 0, 0, -num_rows % ROWS_MULTIPLE))
+            rows = with_spare_rows(rows)
         if self.standardise is not None:
             rows = self.standardise(rows)
         if self.hidden is not None:
@@ -172,10 +168,10 @@ class Standardise(nn.Module):
 
     @torch.no_grad()
     def take_in(self, gather: Callable[[Tensor], list[Tensor]]) -> None:
-        """Move the running figures by the packs seen since the last call.
+        """Update the running figures with the packs seen since the last call.
 
         Args:
-            gather: gives the tensor of every process, by rank.
+            gather: returns the tensors of all processes, by rank.
         """
         seen, self._seen = self._seen, []
         for part in (part for rows in seen for part in gather(rows) if len(part) > 1):

@@ -38,10 +38,10 @@ class SymbolLoss(NamedTuple):
 
     Attributes:
         total: sum of the losses (nats), with gradient.
-        nats: of each row, without smoothing and without gradient.
-        is_hit: the target is the likeliest symbol.
-        rows: rows of the pack, as they were asked for.
-        targets: their symbols.
+        nats: loss of each row, without smoothing and without gradient.
+        is_hit: whether the target is the likeliest symbol of the row.
+        rows: indices of the rows in the pack, as in the request.
+        targets: target symbol of each row.
     """
 
     total: Float[Tensor, ""]
@@ -57,7 +57,7 @@ class SymbolLoss(NamedTuple):
 
     @property
     def figures(self) -> Float[Tensor, "M 2"]:
-        """What metrics read of each row: 1 for a hit, and the loss (nats) without smoothing."""
+        """What metrics read of each row: 1 for a hit or 0, and the loss (nats) without smoothing."""
         return torch.stack([self.is_hit.float(), self.nats], dim=1)
 
 
@@ -99,8 +99,9 @@ class SymbolHead(Head):
         return weight
 
     def features(self, hidden: Hidden, request: HeadRequest) -> Float[Tensor, "M D"]:
-        """What is mapped onto the vocabulary, of the rows asked for alone: with a large vocabulary the map costs as
-        much as several blocks.
+        """The input of the map onto the vocabulary, for the requested rows alone.
+
+        With a large vocabulary the map costs as much as several blocks.
         """
         rows = hidden.final if request.rows is None else hidden.final.index_select(0, request.rows)
         rows = rows.to(self.weight.dtype)  # of a trunk in another precision
@@ -109,6 +110,6 @@ class SymbolHead(Head):
         return rows if self.config.scale == 1.0 else rows * self.config.scale
 
     def init_own_weights(self, _: object) -> None:
-        """Start without a preference for any symbol."""
+        """Set the bias of each symbol to zero."""
         if self.bias is not None:
             nn.init.zeros_(self.bias)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from meristem.model.config import Causal, Full, Pattern
+from meristem.model.kernels.packed import Scoring
 from meristem.model.patterns import Sequence, is_relative, may_see
 from meristem.model.position import ScoreBias
 from meristem.shapes import Bool, Float, Tensor
@@ -38,11 +39,11 @@ SPANS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class TileGroup:
-    """Tiles of queries that see as many tiles of keys.
+    """Tiles of queries that each see the same number of tiles of keys.
 
     Attributes:
-        queries: `[g]` tiles of queries.
-        keys: `[g, c]` tiles of keys that each may see.
+        queries: `[g]` indices of the tiles of queries.
+        keys: `[g, c]` indices of the tiles of keys that each may see.
     """
 
     queries: np.ndarray
@@ -54,8 +55,8 @@ class TilePlan:
     """Which tiles of one sequence see each other.
 
     Attributes:
-        tile: places of a tile.
-        groups: every tile of queries is in one of them.
+        tile: number of places in a tile.
+        groups: every tile of queries is in one of these.
     """
 
     tile: int
@@ -64,7 +65,7 @@ class TilePlan:
 
 @lru_cache(maxsize=64)
 def plan_tiles(pattern: Pattern, q_length: int, kv_length: int, prefix_length: int, has_bias: bool) -> TilePlan | None:
-    """How to run the pattern on tiles; None where a dense mask, or none at all, does as well."""
+    """Plan how to run the pattern on tiles; None where a dense mask, or no mask, is as fast."""
     needs_mask = has_bias or not (isinstance(pattern, Full) or (isinstance(pattern, Causal) and q_length == kv_length))
     if not needs_mask:
         return None
@@ -109,10 +110,7 @@ def attend_tiles(
     v_RKE: Float[Tensor, "r K E"],
     lengths: tuple[int, int, int],
     plan: TilePlan,
-    pattern: Pattern,
-    bias: ScoreBias | None,
-    scale: float | None,
-    dropout: float,
+    scoring: Scoring,
 ) -> Float[Tensor, "R H E"]:
     """Attention within each of some sequences of equal lengths that lie end to end.
 
@@ -127,9 +125,9 @@ def attend_tiles(
         for group in plan.groups
         for queries, keys in _cut(group, max(1, ROWS_AT_ONCE // (group.keys.shape[1] * plan.tile * count)))
     )
-    sequence = Sequence.of(pattern, kv_length, prefix_length, device)
+    sequence, bias = Sequence.of(scoring.pattern, kv_length, prefix_length, device), scoring.bias
     by_distance = None if bias is None else scores_by_distance(bias, kv_length, device).to(q_RHE.dtype)
-    work = _Work(pattern, sequence, count, scale, dropout, chunks)
+    work = _Work(scoring, sequence, count, chunks)
     o_RHE: Tensor = _Tiled.apply(q_RHE, k_RKE, v_RKE, by_distance, work)
     return o_RHE
 
@@ -184,11 +182,9 @@ def _cut(group: TileGroup, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]
 class _Work:
     """What is computed, chunk by chunk, beside the tensors it is computed of."""
 
-    pattern: Pattern
+    scoring: Scoring
     sequence: Sequence
     count: int
-    scale: float | None
-    dropout: float
     chunks: tuple[_Chunk, ...]
 
     def attend(
@@ -201,8 +197,8 @@ class _Work:
             k_BKnE,
             v_BKnE,
             attn_mask=self._mask(chunk, by_distance, q.device),
-            dropout_p=self.dropout,
-            scale=self.scale,
+            dropout_p=self.scoring.dropout,
+            scale=self.scoring.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
         o_rHE = o_BHmE.transpose(1, 2).flatten(0, 1)
@@ -212,10 +208,10 @@ class _Work:
         self, chunk: _Chunk, by_distance: Float[Tensor, "H d"] | None, device: torch.device
     ) -> Bool[Tensor, "B h m n"] | Float[Tensor, "B h m n"]:
         """What the tiles of a chunk see, and what is added to their scores: one mask for all where they are alike."""
-        is_shared = chunk.is_alike and is_relative(self.pattern)
+        is_shared = chunk.is_alike and is_relative(self.scoring.pattern)
         some = slice(0, 1) if is_shared else slice(None)
         i, j, is_inside = (_on(x[some], device) for x in (chunk.i[:, :, None], chunk.j[:, None], chunk.is_inside))
-        seen = may_see(self.pattern, (i, i), (j, j), self.sequence) & is_inside[:, None]
+        seen = may_see(self.scoring.pattern, (i, i), (j, j), self.sequence) & is_inside[:, None]
         mask = seen.expand(-1, i.shape[1], -1)[:, None]
         if by_distance is not None:
             distance = (j - i + by_distance.shape[1] // 2).flatten()
@@ -238,7 +234,7 @@ class _Tiled(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, by_distance)
         kind = q.device.type
         ctx.work, ctx.autocast = work, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        ctx.random = _random_state(q.device) if work.dropout else None
+        ctx.random = _random_state(q.device) if work.scoring.dropout else None
         o: Tensor | None = None
         for chunk in work.chunks:
             q_rows, kv_rows = _on(chunk.q_rows, q.device), _on(chunk.kv_rows, q.device)

@@ -1,6 +1,6 @@
-"""FlexAttention: patterns and score biases on CUDA that the variable-length kernel does not know.
+"""FlexAttention on CUDA, for patterns and score biases that the variable-length kernel does not support.
 
-Its module is imported where it is used: that takes a third of a second, and a CPU never needs it.
+Torch's module is imported where it is used: the import takes a third of a second, and a CPU never needs it.
 """
 
 from collections.abc import Callable
@@ -11,49 +11,40 @@ import numpy as np
 import torch
 
 from meristem.model.config import BlockSparse, Pattern
+from meristem.model.kernels.packed import Packed, Scoring
+from meristem.model.kernels.tiles import scores_by_distance
 from meristem.model.patterns import Sequence, may_see, parts_of, random_blocks
 from meristem.model.position import ScoreBias
-from meristem.model.tiles import scores_by_distance
 from meristem.shapes import Float, Int, Tensor
 from meristem.types import Layout
 
 MIN_HEAD_WIDTH = 16
-"""Heads that the compiled kernel takes are no narrower."""
+"""Narrowest heads that the compiled kernel supports."""
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def flex_fits(q_THE: Float[Tensor, "T H E"], dropout: float) -> bool:
-    """Whether this kernel computes it: on CUDA, without dropout."""
+    """Whether FlexAttention can compute this: on CUDA, without dropout."""
     return q_THE.is_cuda and dropout == 0.0 and q_THE.shape[2] >= MIN_HEAD_WIDTH
 
 
-def attend_flex(
-    q_THE: Float[Tensor, "T H E"],
-    k_UKE: Float[Tensor, "U K E"],
-    v_UKE: Float[Tensor, "U K E"],
-    q_layout: Layout,
-    kv_layout: Layout,
-    pattern: Pattern,
-    bias: ScoreBias | None,
-    scale: float | None,
-) -> Float[Tensor, "T H E"]:
+def attend_flex(packed: Packed, scoring: Scoring) -> Float[Tensor, "T H E"]:
     """The pack as one long sequence whose mask keeps its sequences apart."""
+    layouts = packed.q_layout, packed.kv_layout
     o_1HTE = _compiled_attention()(
-        q_THE.transpose(0, 1)[None],
-        k_UKE.transpose(0, 1)[None],
-        v_UKE.transpose(0, 1)[None],
-        score_mod=None if bias is None else score_function(bias, q_layout, kv_layout),
-        block_mask=_block_mask(pattern, q_layout, kv_layout),
-        scale=scale,
-        enable_gqa=q_THE.shape[1] != k_UKE.shape[1],
+        *(rows.transpose(0, 1)[None] for rows in (packed.q_THE, packed.k_UKE, packed.v_UKE)),
+        score_mod=None if scoring.bias is None else score_function(scoring.bias, *layouts),
+        block_mask=_block_mask(scoring.pattern, *layouts),
+        scale=scoring.scale,
+        enable_gqa=packed.q_THE.shape[1] != packed.k_UKE.shape[1],
     )
     return o_1HTE[0].transpose(0, 1)
 
 
 def mask_function(pattern: Pattern, q_layout: Layout, kv_layout: Layout) -> MaskFunction:
-    """The pattern as FlexAttention asks for it: whether row `q` of a pack sees row `kv` of another."""
+    """The pattern as the `mask_mod` of FlexAttention: whether row `q` of the queries sees row `kv` of the keys."""
     q_segments, kv_segments = q_layout.segment_of_row, kv_layout.segment_of_row
     q_places, kv_places = _places(q_layout, kv_layout)
     prefixes = torch.tensor(kv_layout.segment_prefixes).to(q_layout.device)
@@ -73,7 +64,7 @@ def mask_function(pattern: Pattern, q_layout: Layout, kv_layout: Layout) -> Mask
 
 
 def score_function(bias: ScoreBias, q_layout: Layout, kv_layout: Layout) -> ScoreFunction:
-    """The bias as FlexAttention asks for it, looked up by distance."""
+    """The bias as the `score_mod` of FlexAttention, looked up by distance."""
     q_places, kv_places = _places(q_layout, kv_layout)
     length = max(q_layout.max_length, kv_layout.max_length)
     by_distance = scores_by_distance(bias, length, q_layout.device)

@@ -1,4 +1,4 @@
-"""Attention of new tokens to keys and values that are kept in slots: decoding, and prefill in pieces."""
+"""Attention of new tokens to keys and values in the slots of a cache: decoding, and prefill in pieces."""
 
 from functools import lru_cache
 
@@ -6,49 +6,26 @@ import torch
 from torch.nn import functional as F
 
 from meristem.model.config import Pattern
+from meristem.model.kernels.packed import Scoring, Slotted
+from meristem.model.kernels.tiles import attend_tiles, plan_tiles
+from meristem.model.kernels.varlen import VARLEN_ARGUMENTS, attend_slots_varlen, varlen_fits
 from meristem.model.patterns import Sequence, left_reach, may_see, visible
-from meristem.model.position import ScoreBias
-from meristem.model.tiles import attend_tiles, plan_tiles
-from meristem.model.varlen import VARLEN_ARGUMENTS, attend_slots_varlen, varlen_fits
 from meristem.shapes import Bool, Float, Tensor
-from meristem.types import Layout
 
 
-def attend_cached(
-    q_THE: Float[Tensor, "T H E"],
-    k_RUKE: Float[Tensor, "R U K E"],
-    v_RUKE: Float[Tensor, "R U K E"],
-    q_layout: Layout,
-    kv_lengths: list[int] | tuple[int, ...],
-    pattern: Pattern,
-    bias: ScoreBias | None = None,
-    scale: float | None = None,
-    slots: list[int] | None = None,
-) -> Float[Tensor, "T H E"]:
-    """Scaled dot-product attention to slots of keys; spare rows get zeros.
-
-    Args:
-        q_THE: new tokens of each sequence, one or many; they are its last places, and their keys are in the slot.
-        k_RUKE: slots, of each sequence one, of which the first `kv_lengths[s]` places are filled.
-        pattern: which keys a query may see within its sequence.
-        bias: what is added to the scores.
-        scale: of the scores; 1 / sqrt(E) when None.
-        slots: which slot is whose; None for one after the other, as a GPU needs them.
-    """
-    lengths = tuple(kv_lengths)
-    assert len(lengths) == q_layout.num_sequences, "each sequence of queries has a slot"
-    order = list(range(len(lengths)))
+def attend_cached(slotted: Slotted, scoring: Scoring) -> Float[Tensor, "T H E"]:
+    """Scaled dot-product attention to slots of keys, without dropout; spare rows get zeros."""
+    q_THE, q_layout, pattern = slotted.q_THE, slotted.q_layout, scoring.pattern
     if q_THE.is_cuda:
-        assert slots is None or slots == order, "on a GPU slots lie in the order of the sequences"
-        if bias is None and varlen_fits(q_THE, pattern) and "seqused_k" in VARLEN_ARGUMENTS:
-            return attend_slots_varlen(q_THE, k_RUKE, v_RUKE, q_layout, lengths, pattern, scale)
-        return _attend_padded(q_THE, k_RUKE, v_RUKE, q_layout, lengths, pattern, bias, scale)
+        is_varlen = scoring.bias is None and varlen_fits(q_THE, pattern) and "seqused_k" in VARLEN_ARGUMENTS
+        return attend_slots_varlen(slotted, scoring) if is_varlen else _attend_padded(slotted, scoring)
     # views of all slots at once: a step of one token costs little more than its calls
     queries = q_THE[: q_layout.num_tokens].transpose(0, 1).split(q_layout.lengths, dim=1)
-    keys, values = k_RUKE.transpose(1, 2).split(1), v_RUKE.transpose(1, 2).split(1)
+    keys, values = (x_RUKE.transpose(1, 2).split(1) for x_RUKE in (slotted.k_RUKE, slotted.v_RUKE))
+    rows = zip(queries, slotted.slots, slotted.kv_lengths, q_layout.segment_prefixes)
     outputs = [
-        _attend_slot(q_HmE, keys[slot], values[slot], length, prefix_length, pattern, bias, scale)
-        for q_HmE, slot, length, prefix_length in zip(queries, slots or order, lengths, q_layout.segment_prefixes)
+        _attend_slot(q_HmE, keys[slot], values[slot], length, prefix_length, scoring)
+        for q_HmE, slot, length, prefix_length in rows
     ]
     return torch.cat([*outputs, q_THE.new_zeros(q_layout.num_spare, *q_THE.shape[1:])])
 
@@ -59,18 +36,16 @@ def _attend_slot(
     v_1KUE: Float[Tensor, "1 K U E"],
     kv_length: int,
     prefix_length: int,
-    pattern: Pattern,
-    bias: ScoreBias | None,
-    scale: float | None,
+    scoring: Scoring,
 ) -> Float[Tensor, "m H E"]:
-    """One sequence in a call of its own, on views of its slot: so its bits do not depend on the others."""
-    m, n = q_HmE.shape[1], kv_length
+    """One sequence in a call of its own, on views of its slot."""
+    m, n, pattern, bias = q_HmE.shape[1], kv_length, scoring.pattern, scoring.bias
     if not m:
         return q_HmE.transpose(0, 1)
     plan = plan_tiles(pattern, m, n, prefix_length, bias is not None)
     if plan is not None:
         k_nKE, v_nKE = (x[0, :, :n].transpose(0, 1) for x in (k_1KUE, v_1KUE))
-        return attend_tiles(q_HmE.transpose(0, 1), k_nKE, v_nKE, (m, n, prefix_length), plan, pattern, bias, scale, 0.0)
+        return attend_tiles(q_HmE.transpose(0, 1), k_nKE, v_nKE, (m, n, prefix_length), plan, scoring)
     first, mask = (_seen_by_one if m == 1 else _seen)(pattern, m, n, prefix_length)
     if bias is not None:
         scores_Hmn = bias.over(m, n)[:, :, first:].to(q_HmE.dtype)
@@ -80,7 +55,7 @@ def _attend_slot(
         k_1KUE.narrow(2, first, n - first),
         v_1KUE.narrow(2, first, n - first),
         attn_mask=mask,
-        scale=scale,
+        scale=scoring.scale,
         enable_gqa=q_HmE.shape[0] != k_1KUE.shape[1],
     )
     return o_1HmE[0].transpose(0, 1)
@@ -99,36 +74,28 @@ _seen_by_one = lru_cache(maxsize=512)(_seen)
 """Of a step of one token; every layer asks again."""
 
 
-def _attend_padded(
-    q_THE: Float[Tensor, "T H E"],
-    k_SUKE: Float[Tensor, "S U K E"],
-    v_SUKE: Float[Tensor, "S U K E"],
-    q_layout: Layout,
-    kv_lengths: tuple[int, ...],
-    pattern: Pattern,
-    bias: ScoreBias | None,
-    scale: float | None,
-) -> Float[Tensor, "T H E"]:
+def _attend_padded(slotted: Slotted, scoring: Scoring) -> Float[Tensor, "T H E"]:
     """All sequences in one masked call, queries padded at their front: where a call costs more than padding."""
-    m, n, device = max(q_layout.lengths), max(kv_lengths), q_THE.device
+    q_THE, q_layout, pattern, bias = slotted.q_THE, slotted.q_layout, scoring.pattern, scoring.bias
+    m, n, device = max(q_layout.lengths), max(slotted.kv_lengths), q_THE.device
     rows = [slot * m + m - length + row for slot, length in enumerate(q_layout.lengths) for row in range(length)]
     rows_T = torch.tensor(rows).to(device, non_blocking=True)
     q_SmHE = q_THE.new_zeros(q_layout.num_sequences * m, *q_THE.shape[1:])
     q_SmHE = q_SmHE.index_copy(0, rows_T, q_THE[: q_layout.num_tokens]).unflatten(0, (-1, m))
     j = torch.arange(n, device=device)[None, :]
     masks = []
-    for kv_length, prefix_length in zip(kv_lengths, q_layout.segment_prefixes):
+    for kv_length, prefix_length in zip(slotted.kv_lengths, q_layout.segment_prefixes):
         i = torch.arange(kv_length - m, kv_length, device=device)[:, None]
         around = Sequence.of(pattern, kv_length, prefix_length, device)
         seen = (may_see(pattern, (i, i), (j, j), around) & (j < kv_length)).expand(m, n)[None]
         masks.append(seen if bias is None else bias.at(i, j).to(q_THE.dtype).masked_fill(~seen, -torch.inf))
     o_SHmE = F.scaled_dot_product_attention(
         q_SmHE.transpose(1, 2),
-        k_SUKE[:, :n].transpose(1, 2),
-        v_SUKE[:, :n].transpose(1, 2),
+        slotted.k_RUKE[:, :n].transpose(1, 2),
+        slotted.v_RUKE[:, :n].transpose(1, 2),
         attn_mask=torch.stack(masks),
-        scale=scale,
-        enable_gqa=q_THE.shape[1] != k_SUKE.shape[2],
+        scale=scoring.scale,
+        enable_gqa=q_THE.shape[1] != slotted.k_RUKE.shape[2],
     )
     o_THE = o_SHmE.transpose(1, 2).flatten(0, 1).index_select(0, rows_T)
     return F.pad(o_THE, (0, 0, 0, 0, 0, q_layout.num_spare))
