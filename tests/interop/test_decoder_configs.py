@@ -45,10 +45,10 @@ FAMILIES: dict[str, tuple[Reader, Writer, dict[str, Any]]] = {
     "GPTBigCodeConfig": (gpt2.read_bigcode, gpt2.write_bigcode, GPT2_SHAPE),
     "GPTJConfig": (gptj.read_config, gptj.write_config, {**GPT2_SHAPE, "rotary_dim": 4}),
     "CodeGenConfig": (gptj.read_codegen_config, gptj.write_codegen_config, {**GPT2_SHAPE, "rotary_dim": 4}),
-    "LlamaConfig": (llama.LLAMA_KIND.read_config, llama.LLAMA_KIND.write_config, LLAMA_SHAPE),
-    "Qwen2Config": (llama.QWEN2_KIND.read_config, llama.QWEN2_KIND.write_config, LLAMA_SHAPE),
-    "Qwen3Config": (llama.QWEN3_KIND.read_config, llama.QWEN3_KIND.write_config, {**LLAMA_SHAPE, "head_dim": 10}),
-    "Starcoder2Config": (llama.STARCODER2_KIND.read_config, llama.STARCODER2_KIND.write_config, LLAMA_SHAPE),
+    "LlamaConfig": (llama.LLAMA.read_config, llama.LLAMA.write_config, LLAMA_SHAPE),
+    "Qwen2Config": (llama.QWEN2.read_config, llama.QWEN2.write_config, LLAMA_SHAPE),
+    "Qwen3Config": (llama.QWEN3.read_config, llama.QWEN3.write_config, {**LLAMA_SHAPE, "head_dim": 10}),
+    "Starcoder2Config": (llama.STARCODER2.read_config, llama.STARCODER2.write_config, LLAMA_SHAPE),
 }
 
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
@@ -216,7 +216,7 @@ def test_what_is_written_says_the_same_to_the_reference(name: str, changes: dict
 )
 def test_both_spellings_of_rotary_positions_are_read(scaling: dict[str, Any], expected: object) -> None:
     config = {"model_type": "llama", **LLAMA_SHAPE, "rope_theta": 300, **scaling}
-    position = llama.LLAMA_KIND.read_config(config, {}).position
+    position = llama.LLAMA.read_config(config, {}).position
     assert isinstance(position, Rotary)
     assert position.scaling == expected
     # the inner setting goes over the outer one
@@ -286,7 +286,7 @@ def test_names_of_settings_may_be_the_common_ones(tmp_path: Path) -> None:
 def test_layers_with_a_window_become_rules(tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
     config = made("Qwen3Config", tmp_path, layer_types=kinds, use_sliding_window=True, sliding_window=6)
-    architecture = llama.QWEN3_KIND.read_config(config, {})
+    architecture = llama.QWEN3.read_config(config, {})
     # the reference counts the token itself
     window = Causal() & Window(left=5)
     assert [architecture.layer(i).attention.pattern for i in range(4)] == [Causal(), window, window, Causal()]

@@ -23,9 +23,10 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import read_model
 from meristem.interop.families.switch import SWITCH, SWITCH_DEFAULTS, SWITCH_ENCODER, read_config, write_config
-from meristem.interop.families.t5 import T5
+from meristem.interop.families.t5 import FIELDS, T5
 from meristem.interop.family import Family
 from meristem.interop.runners import PAIRS, SEQUENCES, Runner
+from meristem.interop.settings import Settings
 from meristem.model.experts import ExpertsLayer
 from meristem.model.model import Model
 from meristem.types import Hidden, Layout, Routing, Tokens
@@ -312,7 +313,7 @@ def test_a_mutant_is_caught(
 
 def test_a_config_that_leaves_settings_out_means_what_it_means_to_the_reference() -> None:
     theirs = SwitchTransformersConfig()
-    for name, value in SWITCH_DEFAULTS.items():
+    for name, value in Settings("a Switch", {}, FIELDS, SWITCH_DEFAULTS).items():
         assert value == getattr(theirs, name), name
     least = {"vocab_size": 53, "d_model": 30, "d_ff": 23, "num_layers": 6, "num_heads": 3}
     assert read_config(least, {}) == read_config(SwitchTransformersConfig(**least).to_dict(), {})
@@ -323,9 +324,13 @@ def test_a_config_written_and_read_is_the_same(shape: str) -> None:
     kind, _, values = SHAPES[shape]
     config = {**SwitchTransformersConfig(**values).to_dict(), "architectures": [kind.__name__]}
     architecture = read_config(config, {})
-    assert read_config(write_config(architecture, PlainIds(values["vocab_size"])), {}) == architecture
+    num_stacks = 2 if architecture.num_decoder_layers else 1
+    written = write_config(architecture, PlainIds(values["vocab_size"]), num_stacks)
+    assert read_config(written, {}) == architecture
     # T5 has no experts
-    assert T5.read_config(write_config(architecture, PlainIds(values["vocab_size"])), {}) != architecture
+    assert T5.read_config(written, {}) != architecture
+    with pytest.raises(ConfigError, match=f"a model must have {3 - num_stacks} stacks"):
+        write_config(architecture, PlainIds(values["vocab_size"]), 3 - num_stacks)
 
 
 def test_layers_with_experts_are_those_of_the_reference(rng: np.random.Generator) -> None:

@@ -13,7 +13,6 @@ from meristem.interop.table import (
     HEADS,
     STACKED,
     TRANSPOSED,
-    Constant,
     Ignored,
     KeyTable,
     Lacking,
@@ -67,7 +66,6 @@ TABLE = KeyTable(
         Lacking("norm.bias"),
     ),
     ignored=(Ignored("junk", "junk is left out"),),
-    constants=(Constant("mask", lambda tensor: not tensor.any(), "be zero"),),
 )
 WANTED = {
     "a.weight": torch.Size([2, 3]),
@@ -89,7 +87,7 @@ def weights(folder: Path, **changes: torch.Tensor | None) -> Weights:
 
 
 def test_a_table_reads_and_writes_every_tensor(tmp_path: Path) -> None:
-    found, notes = TABLE.read(weights(tmp_path, junk=torch.ones(1), mask=torch.zeros(2)), WANTED, CONFIG)
+    found, notes = TABLE.read(weights(tmp_path, junk=torch.ones(1)), WANTED, CONFIG)
     assert {name: tensor.shape for name, tensor in found.items()} == WANTED
     assert notes == ["junk is left out"]
     assert found["a.bias"].dtype == torch.float32
@@ -114,7 +112,6 @@ def test_a_table_reads_and_writes_every_tensor(tmp_path: Path) -> None:
             r"shape: .*\[4, 2\] \+ .*\[4, 3\] for \[3, 4, 2\]$",
         ),
         ({"old.a.weight": torch.ones(3, 2)}, r"of another shape: old\.a\.weight \[3, 2\] for \[2, 3\]$"),
-        ({"mask": torch.ones(2)}, r"mask must be zero; it does not$"),
     ],
 )
 def test_what_is_wrong_is_named(changes: dict[str, torch.Tensor | None], message: str, tmp_path: Path) -> None:

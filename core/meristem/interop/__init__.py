@@ -45,8 +45,7 @@ A family can lie in any installed package, and no file of Meristem changes for i
    read), so it must not look at values; `write(tensor, config)` gives one tensor a foreign name, or None for a name
    that another row writes (a class token with its position folded in reads `pos_embed` and leaves its writing to the
    row of positions). A parameter without module has its full name on both sides
-   (`trunk.blocks.{}.attention_scale` and `blocks.{}.ls1.gamma`). `Tied`, `Ignored` and `Constant` say what needs no
-   row.
+   (`trunk.blocks.{}.attention_scale` and `blocks.{}.ls1.gamma`). `Tied` and `Ignored` say what needs no row.
 3. A `Family` value, by `sequence_family` where it is like most in `transformers`: `read_heads`
    (`heads_by_prefix(tokens="lm_head.")`, or `symbols_by_class("GPT2LMHeadModel")` where a tied head has no tensor),
    `read_readouts` / `write_readouts` for label heads (rows `heads.<label>.out`), `spellings` for other names of the

@@ -1,7 +1,8 @@
-"""A foreign directory to a model, and back."""
+"""Read a model directory of another library (import), and write one (export)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ from meristem.shapes import Tensor
 
 @dataclass(frozen=True)
 class Imported:
-    """What a foreign directory holds.
+    """A model and its tokenizer, read from a directory of another library.
 
     Attributes:
-        family: that it is of.
-        tokenizer: with the directory's own ids.
-        model: in evaluation mode, on the CPU, in fp32.
-        notes: what the user should know, such as tensors left out.
+        family: the family of models that the directory belongs to.
+        tokenizer: the tokenizer; its ids are those of the directory.
+        model: the model, in evaluation mode, on the CPU, in fp32.
+        notes: messages for the user, such as tensors that were left out.
     """
 
     family: Family
@@ -40,15 +41,15 @@ class Imported:
 
     @property
     def architecture(self) -> TransformerConfig:
-        """Of trunk and symbol head."""
+        """Architecture of the trunk and the symbol head."""
         return self.model.config
 
 
 def read_directory(folder: Path, family: Family | None = None) -> Imported:
-    """Read a foreign directory, strictly.
+    """Read model and tokenizer from a directory of another library; every tensor must have its place.
 
     Args:
-        family: that it is of; found from its config by default.
+        family: family of the model; found from its config by default.
 
     Raises:
         CheckpointError: no installed family recognises it, a file is missing or damaged, or tensors are missing,
@@ -63,7 +64,7 @@ def read_directory(folder: Path, family: Family | None = None) -> Imported:
 
 
 def read_model(folder: Path, family: Family | None = None) -> tuple[Model, list[str]]:
-    """The model of a foreign directory without its tokenizer, in evaluation mode, and notes for the user.
+    """Read the model alone, in evaluation mode, from a directory of another library; also returns notes for the user.
 
     Raises:
         CheckpointError: as `read_directory`.
@@ -105,12 +106,12 @@ def write_directory(
     library: str = "hf",
     family: Family | None = None,
 ) -> list[str]:
-    """Write a model as a directory of another library: all of it or nothing.
+    """Write a model as a directory of another library. A failed export leaves no directory behind.
 
     Args:
         folder: must be new or empty.
         library: name of the library that is to read it, in the group `meristem.libraries`.
-        family: to write it as; by default the most general one of the library that can say the architecture.
+        family: family to write it as; by default the most general one of the library that can say the architecture.
 
     Returns:
         Notes for the user: what the other library has no place for.
@@ -134,7 +135,7 @@ def write_directory(
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
-    """`config.json` of a directory.
+    """Read `config.json` of a model directory.
 
     Raises:
         CheckpointError: it is missing or no JSON object.
@@ -144,19 +145,14 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", CheckpointError)
 
 
-class _blamed:
-    """Says which file was wrong, where a reader of it found something."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ConfigError, TypeError, KeyError)):
-            reason = f"must have {error}" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(f"{self.file}: {reason}") from error
+@contextmanager
+def _blamed(file: Path) -> Iterator[None]:
+    """Names the file in an error that a reader of it raises."""
+    try:
+        yield
+    except (ConfigError, TypeError, KeyError) as error:
+        reason = f"must have {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{file}: {reason}") from error
 
 
 def _spelled(family: Family, stored: Weights) -> Weights:

@@ -1,4 +1,4 @@
-"""What a family of foreign models is, and how the family of a foreign config is found.
+"""Families of models of other libraries, and how the family of a config is found.
 
 A family is a value, made of functions and a key table, that an installed package lists as an entry point of the group
 `meristem.families`. At import the family is asked for by a foreign config; at export families are asked in turn whether
@@ -34,12 +34,12 @@ HeadReader = Callable[[ForeignConfig, Collection[str]], tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family of foreign models that can be imported and exported.
+    """A family of models of another library that can be imported and exported.
 
     Attributes:
-        name: as reports call it.
+        name: name in messages and reports.
         domain: name of the domain that reads the inputs of its models.
-        recognises: whether a foreign config is of this family (`of_type`).
+        recognises: tells whether a foreign config is of this family (`of_type`).
         variant_of: a more general family. Where both recognise a config, this one is taken; where both can say a model
             that is exported, the general one is. Families that are not variants of each other must not recognise the
             same config.
@@ -48,22 +48,22 @@ class Family:
             changes numbers and that no part of ours can say.
         write_config: the foreign config, of ours and the tokenizer; what it cannot say is found by reading it
             back, so it need not check.
-        table: every tensor; or a function of our config, the foreign one and the names of the tensors that are there
-            (none at export), where the names of the table depend on them.
+        table: key table of all tensors; or, where its names depend on them, a function of our config, the foreign one
+            and the names of the tensors that are there (none at export).
         read_heads: names of heads that are no label's, of the foreign config and the names of its tensors: `tokens` for
             that of symbols, or the name under which a head is registered, which has no settings.
         read_tokenizer: the tokenizer of a foreign directory, and notes for the user; of subwords by default.
         write_tokenizer: texts of the foreign tokenizer's files by file name.
-        read_readouts: labels that a foreign model predicts, of the same.
+        read_readouts: labels that a foreign model predicts, of the foreign config and the names of its tensors.
         write_readouts: settings of the foreign config about the labels that come along; the others stay behind.
-        spellings: other spellings of foreign names, a regular expression and what to write in its place, in order.
-        prefix: of the trunk's foreign tensors, which a trunk saved alone leaves out.
-        derived: foreign tensors that we compute and do not keep.
+        spellings: regular expressions for other spellings of foreign names, and their replacements, applied in order.
+        prefix: prefix of the names of the trunk's foreign tensors, which a trunk saved alone leaves out.
+        derived: computes foreign tensors that our models do not hold, such as buffers.
         name_class: name of the foreign class, of the names of the heads and labels that are written; goes into
             the foreign config as `architectures`.
         implied_heads: heads that the other library makes anew where a model with symbols lacks them.
-        runner: runs its models beside the reference; None where no library that can be installed has it.
-        library: that reads what is written.
+        runner: runs its models beside the reference implementation; None where no installable library has one.
+        library: the library that reads an exported directory.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Family:
 
     @property
     def general(self) -> tuple["Family", ...]:
-        """The families that this one is a variant of, the nearest first."""
+        """Families that this one is a variant of, the nearest first."""
         return () if self.variant_of is None else (self.variant_of, *self.variant_of.general)
 
     def variant(self, **changes: Any) -> "Family":
@@ -96,7 +96,7 @@ class Family:
         return replace(self, variant_of=self, **changes)
 
     def table_of(self, config: TransformerConfig, foreign: ForeignConfig, names: Collection[str] = ()) -> KeyTable:
-        """The key table of models of our config.
+        """The key table for models of an architecture.
 
         Args:
             foreign: config that it was read from, or that is written.
@@ -105,50 +105,42 @@ class Family:
         return self.table if isinstance(self.table, KeyTable) else self.table(config, foreign, names)
 
     def spell(self, name: str) -> str:
-        """A foreign name as the rows of the table have it."""
+        """The spelling of a foreign name that the key table uses."""
         for pattern, plain in self.spellings:
             name = re.sub(pattern, plain, name)
         return name
 
 
 def of_type(*model_types: str) -> Callable[[ForeignConfig], bool]:
-    """Recognises configs by `model_type`."""
+    """A test of whether a config has one of these values of `model_type`."""
     return lambda config: config.get("model_type") in model_types
 
 
 def heads_by_prefix(**prefixes: str) -> HeadReader:
-    """A head is there where a tensor has its prefix."""
-
-    def read(config: ForeignConfig, names: Collection[str]) -> tuple[str, ...]:
-        return tuple(head for head, prefix in prefixes.items() if any(name.startswith(prefix) for name in names))
-
-    return read
+    """A `read_heads` that finds a head where some tensor has its prefix."""
+    return lambda config, names: tuple(
+        head for head, prefix in prefixes.items() if any(name.startswith(prefix) for name in names)
+    )
 
 
 def symbols_by_class(*classes: str) -> HeadReader:
-    """The symbol head is there where the config names one of these classes: a tied head has no tensor of its own."""
+    """A `read_heads` that finds the symbol head where the config names one of these classes.
 
-    def read(config: ForeignConfig, names: Collection[str]) -> tuple[str, ...]:
-        named = config.get("architectures") or ()
-        return (SYMBOLS,) if any(name in classes for name in named) else ()
-
-    return read
+    For heads that are tied to the embedding and have no tensor of their own.
+    """
+    return lambda config, names: (SYMBOLS,) if set(classes) & set(config.get("architectures") or ()) else ()
 
 
 def symbols_but_for(trunk: str) -> HeadReader:
-    """The symbol head is there unless the config names the class of a trunk alone.
+    """A `read_heads` that finds the symbol head unless the config names the class of a trunk alone.
 
     For decoders: most heads are tied and have no tensor, and files of long ago name no class.
     """
-
-    def read(config: ForeignConfig, names: Collection[str]) -> tuple[str, ...]:
-        return () if trunk in (config.get("architectures") or ()) else (SYMBOLS,)
-
-    return read
+    return lambda config, names: () if trunk in (config.get("architectures") or ()) else (SYMBOLS,)
 
 
 def classes_by_head(with_symbols: str, without: str) -> Callable[[Collection[str]], str]:
-    """One class for models with a symbol head, one for trunks alone."""
+    """A `name_class` with one class for models with a symbol head and one for trunks alone."""
     return lambda heads: with_symbols if SYMBOLS in heads else without
 
 
@@ -165,12 +157,12 @@ def sequence_family(
     read_heads: HeadReader | None = None,
     variant_of: Family | None = None,
 ) -> Family:
-    """A family of encoders or decoders of `transformers`; arguments that are not named here are fields of it.
+    """Make a family of encoders or decoders of `transformers`; arguments not listed here are fields of `Family`.
 
     Args:
-        model_type: by which its configs are recognised.
-        stem: of the names of its classes: `<stem>Model` is a trunk alone.
-        suffix: of the class with a symbol head, `<stem><suffix>`.
+        model_type: value of `model_type` in its configs.
+        stem: beginning of the names of its classes: `<stem>Model` is a trunk alone.
+        suffix: end of the name of the class with a symbol head, `<stem><suffix>`.
         read_heads: by default a model has a symbol head unless its config names the class of a trunk alone.
     """
     return Family(
@@ -189,12 +181,12 @@ def sequence_family(
 
 
 def installed_families() -> list[Family]:
-    """Families of all installed packages, general ones before their variants."""
+    """All installed families, general ones before their variants."""
     return sorted(find_all("meristem.families").values(), key=lambda family: len(family.general))
 
 
 def find_family(where: object, config: ForeignConfig) -> Family:
-    """The family of a foreign config.
+    """Find the family that a foreign config belongs to.
 
     Raises:
         CheckpointError: no installed family recognises it, or several do that are not variants of each other.

@@ -1,4 +1,4 @@
-"""Libraries of foreign models: what a directory is for, and models that a library builds by name.
+"""Other libraries whose model directories are read and written, some of which build models by name.
 
 A package lists a `Library` as an entry point of the group `meristem.libraries`. Its name there is what
 `meristem export --to NAME` says, and `meristem import NAME:MODEL` where the library builds models by name.
@@ -18,10 +18,10 @@ GROUP = "meristem.libraries"
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """How a library builds a model by name.
+    """Options for a model that a library builds by name.
 
     Attributes:
-        random_weights: weights are drawn; otherwise they must be on this machine already.
+        random_weights: draw the weights at random; otherwise they must be on this machine already.
         seed: random seed of the draw.
     """
 
@@ -34,7 +34,7 @@ class Library:
     """A library whose model directories can be read and written.
 
     Attributes:
-        name: as messages call it.
+        name: name in messages.
         line_that_loads: a line of Python that loads a directory, of the directory and its `config.json`.
         fetch: writes the model of a name as a directory of the library into a new folder, and returns what the user
             must know, such as where the weights come from. It never downloads. None for a library without names.
@@ -59,10 +59,10 @@ def is_named(source: str) -> bool:
 
 
 def fetch_model(source: str, folder: Path, options: FetchOptions) -> list[str]:
-    """Have a library build the model of `LIBRARY:MODEL` and write it as its own directory.
+    """Build the model that `LIBRARY:MODEL` names and write it as a directory of that library.
 
     Args:
-        folder: to write; must not exist.
+        folder: folder to write; must not exist.
 
     Returns:
         Notes for the user: where the weights come from.

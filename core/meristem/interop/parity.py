@@ -1,4 +1,4 @@
-"""The same input through both libraries, and how far the results lie apart."""
+"""Run our model and its reference implementation on the same input and measure how far the results differ."""
 
 from typing import Any
 

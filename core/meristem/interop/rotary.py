@@ -1,4 +1,4 @@
-"""Rotary positions of foreign configs, in the words of `transformers` 5 and in those of before."""
+"""Rotary positions in configs of `transformers`, with the settings of version 5 and of earlier ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +29,9 @@ SCALINGS: Mapping[str, tuple[type[Scaling], Mapping[str, str]]] = {
 
 
 def read_rotary(found: Settings) -> Rotary:
-    """Rotary positions, in halves, of `rope_parameters` (since 5) or `rope_theta` and `rope_scaling` (before).
+    """Read rotary positions from `rope_parameters` (since 5) or from `rope_theta` and `rope_scaling` (before).
+
+    Feature i is paired with feature i + E/2.
 
     Raises:
         ConfigError: a kind of scaling that no part of ours can say, or a setting that it lacks or does not know.
@@ -61,7 +63,7 @@ def read_rotary(found: Settings) -> Rotary:
 
 
 def write_rotary(position: Position) -> dict[str, Any]:
-    """The settings that say it, both new and old, as far as they can."""
+    """Settings for rotary positions, both new and old; none for other positions."""
     if not isinstance(position, Rotary):
         return {}
     scaling, length = position.scaling, MAX_POSITIONS

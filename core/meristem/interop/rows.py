@@ -1,4 +1,4 @@
-"""Rows of key tables for the parts that nearly every model has: blocks, and the symbol head."""
+"""Rows of key tables for parts that nearly every model has: blocks and the symbol head."""
 
 from meristem.interop.table import HEADS, Rename, Row, joined
 
@@ -20,7 +20,7 @@ PARTS = {
 
 
 def block_rows(layer: str, own: str = BLOCK, **modules: str | tuple[str, ...]) -> tuple[Row, ...]:
-    """Rows of a block: `block_rows("h.{}", attention_norm="ln_1", up="mlp.fc")`.
+    """Rows for the parts of a block: `block_rows("h.{}", attention_norm="ln_1", up="mlp.fc")`.
 
     Args:
         layer: foreign name of a layer, `{}` for its number.
@@ -40,14 +40,14 @@ def block_rows(layer: str, own: str = BLOCK, **modules: str | tuple[str, ...]) -
 
 
 def head_rows(**modules: str) -> tuple[Row, ...]:
-    """Rows of the symbol head: `head_rows(dense="lm_head.dense", out="lm_head.decoder", bias="lm_head.bias")`."""
+    """Rows for the symbol head: `head_rows(dense="lm_head.dense", out="lm_head.decoder", bias="lm_head.bias")`."""
     return tuple(Rename(f"heads.tokens.{part}", module) for part, module in modules.items())
 
 
 def lm_head_rows(bias: str) -> tuple[Row, ...]:
-    """Rows of a symbol head with the names of RoBERTa's.
+    """Rows for a symbol head whose modules are named as those of RoBERTa.
 
     Args:
-        bias: name of the bias of the symbols.
+        bias: name of the tensor that holds one bias for each symbol.
     """
     return head_rows(dense="lm_head.dense", norm="lm_head.layer_norm", out="lm_head.decoder", bias=bias)

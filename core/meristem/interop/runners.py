@@ -1,4 +1,4 @@
-"""How the same random input goes through a model of ours and through the library that it came from.
+"""Run a model of ours and its reference implementation on the same random input.
 
 A family names its runner; a runner is a value of four functions, so that a comparison asks for no name of a family.
 Results are tensors by name, one for each sequence: `layer 0` (the embedding), `layer 1` ..., `logits` of symbols,
@@ -23,7 +23,7 @@ from meristem.framing import frame_of
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.outputs import Wanted
 from meristem.shapes import Tensor
-from meristem.types import Hidden, Layout, Tokens
+from meristem.types import Hidden, Tokens
 
 Results = Mapping[str, list[Tensor]]
 
@@ -38,13 +38,13 @@ MASKED_FRAC = 0.2
 
 @dataclass(frozen=True)
 class Runner:
-    """How a family's models are run beside those of the library they came from.
+    """Functions that run the models of a family and those of the reference library on the same inputs.
 
     Attributes:
-        library: package that holds the reference.
-        load: the reference of a directory, in evaluation mode and fp32, with explicit attention weights.
-        draw: random inputs; what the reference takes in another form is kept in `Tokens.labels`.
-        theirs: results of the reference, of the same inputs.
+        library: name of the package that holds the reference implementation.
+        load: loads a directory with it, in evaluation mode and fp32, with explicit attention weights.
+        draw: draws random inputs; what the reference takes in another form is kept in `Tokens.labels`.
+        theirs: runs the reference on these inputs.
     """
 
     library: str
@@ -54,12 +54,12 @@ class Runner:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the reference can be asked."""
+        """Whether the package of the reference is installed."""
         return importlib.util.find_spec(self.library) is not None
 
 
 def run_ours(model: Model, tokenizer: Tokenizer, sequences: Sequence[Tokens]) -> Results:
-    """Our results, in the order given; of pairs in the order of the targets."""
+    """Run our model. Results are in the order of the sequences; those of pairs in the order of the targets."""
     num_records = sum(not tokens.is_source for tokens in sequences)
     records = [*range(num_records)] * (len(sequences) // num_records)
     stripped = [replace(tokens, labels={}) for tokens in sequences]
@@ -90,22 +90,21 @@ def run_ours(model: Model, tokenizer: Tokenizer, sequences: Sequence[Tokens]) ->
 
 
 def _layers(hidden: Hidden, order: Sequence[int], side: str) -> dict[str, list[Tensor]]:
-    return {f"{side}layer {k}": _split(rows, hidden.layout, order) for k, rows in hidden.layers.items()}
-
-
-def _split(rows: Tensor, layout: Layout, order: Sequence[int]) -> list[Tensor]:
-    parts = rows[: layout.num_tokens].split(list(layout.lengths))
-    return [parts[place] for place in order]
+    found = {}
+    for k, rows in hidden.layers.items():
+        parts = rows[: hidden.layout.num_tokens].split(list(hidden.layout.lengths))
+        found[f"{side}layer {k}"] = [parts[place] for place in order]
+    return found
 
 
 # --- inputs ------------------------------------------------------------------------------------------------------
 
 
 def random_tokens(tokenizer: Tokenizer, length: int, rng: np.random.Generator, num_types: int = 0) -> Tokens:
-    """A random payload between its special symbols, a share of it masked where there is a mask.
+    """Draw a random payload between special symbols; a share of it is masked if the tokenizer has a mask.
 
     Args:
-        num_types: of tokens; a sequence begins with those of type 0 and goes on with 1.
+        num_types: number of token types; a sequence begins with those of type 0 and goes on with 1.
     """
     framed = tokenizer.encode("")
     before, behind = tokenizer.num_special
@@ -120,13 +119,13 @@ def random_tokens(tokenizer: Tokenizer, length: int, rng: np.random.Generator, n
 
 
 def draw_sequences(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Tokens]:
-    """Ragged sequences; none longer than positions allow."""
+    """Draw sequences of different lengths; none is longer than the model's positions allow."""
     limit = (model.config.max_length or max(LENGTHS) + 8) - sum(tokenizer.num_special)
     return [random_tokens(tokenizer, min(n, limit), rng, model.config.embedding.token_types) for n in LENGTHS]
 
 
 def draw_pairs(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Tokens]:
-    """Sources, then as many targets: each begins with symbol 0, as decoders of this kind do."""
+    """Draw sources, then as many targets. Each target begins with symbol 0, as T5's decoder expects."""
     sources = [replace(tokens, is_source=True) for tokens in draw_sequences(model, tokenizer, rng)]
     targets = []
     for length in TARGET_LENGTHS:
@@ -139,7 +138,7 @@ def draw_pairs(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> 
 
 
 def load_transformers(folder: Path) -> Any:
-    """The directory as `transformers` loads it."""
+    """Load a directory with `transformers`."""
     transformers = importlib.import_module("transformers")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = (config.get("architectures") or ["AutoModelForMaskedLM"])[0]
@@ -151,7 +150,7 @@ def load_transformers(folder: Path) -> Any:
 
 
 def padded(sequences: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids `[S, n]`, and the mask of what is no padding."""
+    """Pad sequences: ids `[S, n]`, and a mask that is 1 where there is no padding."""
     lengths = [len(tokens) for tokens in sequences]
     ids = torch.full((len(sequences), max(lengths)), pad)
     for row, tokens in zip(ids, sequences):
@@ -160,7 +159,7 @@ def padded(sequences: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[Tokens]], Results]:
-    """Runs a model of `transformers` on padded sequences with an attention mask.
+    """A function that runs a model of `transformers` on padded sequences, or on padded pairs of source and target.
 
     Args:
         outputs: attributes of its output by our names of results, beside `logits`, or several of which the first that
@@ -168,8 +167,13 @@ def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[T
     """
 
     def theirs(reference: Any, sequences: Sequence[Tokens]) -> Results:
-        ids, mask = padded(sequences, getattr(reference.config, "pad_token_id", None) or 0)
+        sources = [tokens for tokens in sequences if tokens.is_source]
+        targets = [tokens for tokens in sequences if not tokens.is_source]
+        pad = getattr(reference.config, "pad_token_id", None) or 0
+        ids, mask = padded(sources or targets, pad)
         more = {}
+        if sources:
+            more["decoder_input_ids"], more["decoder_attention_mask"] = padded(targets, pad)
         if any(tokens.token_types is not None for tokens in sequences):
             types = torch.zeros_like(ids)
             for row, tokens in zip(types, sequences):
@@ -177,30 +181,10 @@ def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[T
                 row[: len(tokens)] = torch.from_numpy(tokens.token_types)
             more["token_type_ids"] = types
         out = reference(input_ids=ids, attention_mask=mask, output_hidden_states=True, **more)
-        found = {f"layer {k}": _unpad(layer, sequences) for k, layer in enumerate(out.hidden_states)}
-        return found | _outputs(out, {"logits": "logits", **outputs}, sequences)
-
-    return theirs
-
-
-def run_pairs(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[Tokens]], Results]:
-    """Runs an encoder-decoder of `transformers` on padded sources and targets; `outputs` as above."""
-
-    def theirs(reference: Any, sequences: Sequence[Tokens]) -> Results:
-        sources = [tokens for tokens in sequences if tokens.is_source]
-        targets = [tokens for tokens in sequences if not tokens.is_source]
-        pad = reference.config.pad_token_id or 0
-        ids, mask = padded(sources, pad)
-        target_ids, target_mask = padded(targets, pad)
-        out = reference(
-            input_ids=ids,
-            attention_mask=mask,
-            decoder_input_ids=target_ids,
-            decoder_attention_mask=target_mask,
-            output_hidden_states=True,
-        )
-        found = {f"source layer {k}": _unpad(x, sources) for k, x in enumerate(out.encoder_hidden_states)}
-        found.update({f"layer {k}": _unpad(x, targets) for k, x in enumerate(out.decoder_hidden_states)})
+        layers = out.decoder_hidden_states if sources else out.hidden_states
+        found = {f"layer {k}": _unpad(layer, targets) for k, layer in enumerate(layers)}
+        if sources:
+            found |= {f"source layer {k}": _unpad(x, sources) for k, x in enumerate(out.encoder_hidden_states)}
         return found | _outputs(out, {"logits": "logits", **outputs}, targets)
 
     return theirs
@@ -239,5 +223,5 @@ def _quiet(transformers: Any) -> Iterator[None]:
 SEQUENCES = Runner("transformers", load_transformers, draw_sequences, run_sequences())
 """Encoders and decoders."""
 
-PAIRS = Runner("transformers", load_transformers, draw_pairs, run_pairs())
+PAIRS = Runner("transformers", load_transformers, draw_pairs, run_sequences())
 """Encoder-decoders."""

@@ -1,11 +1,9 @@
-"""Models of sentencepiece (`spiece.model`), read without its library: those of T5 and of what follows it.
+"""Read sentencepiece models (`spiece.model`, of T5 and later models) without the sentencepiece library.
 
 The file is a message of protobuf, of whose numbered fields a handful matter here: they are read without its schema.
 """
 
-import base64
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from meristem.errors import CheckpointError
 
 UNIGRAM = 1
 CONTROL, USER_DEFINED = 3, 4
-SPACE = "\u2581"
 
 FIRST_PIECES = ("<pad>", "</s>", "<unk>")
 """How the vocabularies begin that put `</s>` alone behind a text."""
@@ -22,7 +19,7 @@ FIRST_PIECES = ("<pad>", "</s>", "<unk>")
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a model of sentencepiece holds.
+    """The parts of a sentencepiece model that a tokenizer needs.
 
     Attributes:
         pieces: text, score (log-probability) and type of each piece, in the order of ids.
@@ -43,7 +40,7 @@ class Pieces:
 
 
 def read_pieces(file: Path) -> Pieces:
-    """Read a model of sentencepiece.
+    """Read a sentencepiece model file.
 
     Raises:
         CheckpointError: the file is damaged, or another one.
@@ -68,40 +65,6 @@ def read_pieces(file: Path) -> Pieces:
         return Pieces(tuple(pieces), trainer.get(3, UNIGRAM), trainer.get(40, 0), bytes(normalizer.get(2, b"")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, DecodeError) as error:
         raise CheckpointError(f"{file} must be a model of sentencepiece: {error}") from error
-
-
-def unigrams(read: Pieces, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`tokenizer.json` of closed unigrams (T5, Raffel et al. 2020): sentinels behind the pieces, the last one first.
-
-    Args:
-        read: the pieces.
-        settings: `tokenizer_config.json`; `extra_ids` is the number of sentinels.
-    """
-    sentinels = [f"<extra_id_{i}>" for i in reversed(range(settings.get("extra_ids", 100)))]
-    vocab = [[piece, score] for piece, score, _ in read.pieces] + [[symbol, 0.0] for symbol in sentinels]
-    own = {i: kind == CONTROL for i, (_, _, kind) in enumerate(read.pieces) if kind in (CONTROL, USER_DEFINED)}
-    found = {**own, **dict.fromkeys(range(len(read.pieces), len(vocab)), True)}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    spaces = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
-    end = "</s>"
-    framed = [[{"Sequence": {"id": text, "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}] for text in "AB"]
-    charsmap = base64.b64encode(read.charsmap).decode("ascii")
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": vocab[i][0], **flags, "special": found[i]} for i in sorted(found)],
-        "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap} if read.charsmap else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, spaces]},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": framed[0],
-            "pair": framed[0] + framed[1],
-            "special_tokens": {end: {"id": end, "ids": [FIRST_PIECES.index(end)], "tokens": [end]}},
-        },
-        "decoder": spaces,
-        "model": {"type": "Unigram", "unk_id": read.unk_id, "vocab": vocab, "byte_fallback": False},
-    }
 
 
 def _fields(message: bytes) -> list[tuple[int, Any]]:

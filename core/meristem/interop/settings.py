@@ -4,7 +4,7 @@ A `Field` is one rule for both directions, as a row of a key table is for tensor
 the two functions of a family; a setting that changes numbers and that no part of ours can say is refused.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ class Field:
     names: Mapping[str, Any] | None = None
 
     def write(self, architecture: TransformerConfig) -> Any:
-        """The value of the setting that says the same as our architecture."""
+        """The value of the setting for an architecture."""
         value: Any = architecture
         for name in (self.own if isinstance(self.own, str) else self.own[0]).split("."):
             value = getattr(value, name, None)
@@ -89,6 +89,7 @@ SHAPE = (
 
 INIT_STD = Field("initializer_range", "init.std", 0.02)
 IS_TIED = Field("tie_word_embeddings", "head.is_tied", True, absent=True)
+COMMON = (*SHAPE, INIT_STD, IS_TIED)
 BIASES = (
     Field("attention_bias", ("attention.qkv_bias", "attention.out_bias"), False),
     Field("mlp_bias", ("feedforward.in_bias", "feedforward.out_bias"), False),
@@ -96,16 +97,16 @@ BIASES = (
 
 
 def activation(foreign: str, default: Any = REQUIRED, own: str = "feedforward.activation", absent: Any = None) -> Field:
-    """The setting that names an activation."""
+    """A field for a setting that names an activation."""
     return Field(foreign, own, default, absent, ACTIVATIONS)
 
 
-class Settings(Mapping[str, Any]):
-    """A foreign config with the defaults of its kind, and messages that name the kind.
+class Settings(dict[str, Any]):
+    """A foreign config with defaults; error messages name the kind of config, also for a setting that is missing.
 
     Args:
-        kind: as messages call it.
-        config: as it was found.
+        kind: name of the kind of config in messages, with its article (`a BERT`).
+        config: the config as it was found.
         fields: settings that are fields of ours.
         defaults: what a setting means that is not there; goes before the default of a field.
         aliases: other names of settings, which count where the setting itself is not there.
@@ -121,51 +122,31 @@ class Settings(Mapping[str, Any]):
     ):
         own = {field.foreign: field.default for field in fields if field.default is not REQUIRED}
         renamed = {name: config[alias] for alias, name in (aliases or {}).items() if alias in config}
-        self._values = {**own, **(defaults or {}), **renamed, **config}
+        super().__init__({**own, **(defaults or {}), **renamed, **config})
         self._kind, self._fields = kind, fields
 
-    def __getitem__(self, name: str) -> Any:
-        """The setting.
-
-        Raises:
-            ConfigError: it is not there and has no default.
-        """
-        if name not in self._values:
-            raise ConfigError(f"{self._kind} config must have {name}")
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._values
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The setting, or `default` where it is not there and has none of its own."""
-        return self._values.get(name, default)
+    def __missing__(self, name: str) -> Any:
+        raise ConfigError(f"{self._kind} config must have {name}")
 
     def require(self, **plain: Any) -> None:
-        """Refuse settings that no part of ours can say.
+        """Refuse settings that our architecture cannot express.
 
         Args:
-            plain: the one value by name that is taken; a setting that is not there or null is taken too.
+            plain: the only accepted value, by name; a setting that is missing or null is accepted too.
 
         Raises:
             ConfigError: names the setting.
         """
         for name, value in plain.items():
-            got = self._values.get(name)
+            got = self.get(name)
             if got is not None and got != value:
                 raise ConfigError(f"{name} must be {value} in {self._kind} config; got {got!r}")
 
     def choice(self, name: str, names: Mapping[str, Any] = ACTIVATIONS) -> Any:
-        """Our value that the setting names; an activation by default.
+        """The value of ours that the setting names; an activation by default.
 
         Raises:
-            ConfigError: it names none of ours.
+            ConfigError: the name is unknown.
         """
         value = self[name]
         if not isinstance(value, str) or value not in names:
@@ -173,7 +154,7 @@ class Settings(Mapping[str, Any]):
         return names[value]
 
     def build(self, **parts: Any) -> TransformerConfig:
-        """Our architecture of these settings.
+        """Build the architecture that these settings describe.
 
         Args:
             parts: fields of `TransformerConfig` that are not those of a setting. A class of part, or a `partial` of
@@ -192,20 +173,15 @@ class Settings(Mapping[str, Any]):
 
 
 def write_fields(architecture: TransformerConfig, fields: Sequence[Field]) -> dict[str, Any]:
-    """The settings that are fields of ours."""
+    """The settings that express these fields of an architecture."""
     return {field.foreign: field.write(architecture) for field in fields}
 
 
-def foreign_activation(name: Activation) -> str:
-    """The foreign name of an activation of ours: the first of its spellings."""
-    return next(foreign for foreign, own in ACTIVATIONS.items() if own == name)
-
-
 def special_ids(tokenizer: object, *roles: str) -> dict[str, int | None]:
-    """Settings that name special symbols: ids, by `bos_token_id` and its like; null where there is none.
+    """Ids of special symbols by name of the setting (`bos_token_id`); None where the tokenizer has none.
 
     Args:
-        roles: of the symbols; `bos`, `eos` and `pad` by default.
+        roles: roles of the symbols; `bos`, `eos` and `pad` by default.
     """
     special: Mapping[str, str] = getattr(tokenizer, "special", {})
     vocab: tuple[str, ...] = getattr(tokenizer, "vocab", ())

@@ -1,4 +1,4 @@
-"""Key tables: which foreign tensor is which of ours, said once and used in both directions.
+"""Key tables: the names of our tensors and of those of another library, one table for reading and writing.
 
 A name in a table is a tensor's or a module's: `trunk.final_norm` stands for its weight and, where there is one,
 its bias. `{}` is the number of a layer, `{expert}` that of an expert.
@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -20,13 +19,13 @@ from meristem.shapes import Tensor
 
 @dataclass(frozen=True)
 class Transform:
-    """How foreign tensors become one of ours, and back.
+    """How tensors of another library are converted to one of ours, and back.
 
     Both must run on the meta device too, where shapes are checked before anything is read.
 
     Attributes:
-        read: our tensor, of the foreign ones in the order of the row.
-        write: the foreign tensors, of ours; None for one that another row writes.
+        read: makes our tensor of the foreign ones, given in the order of the row.
+        write: makes the foreign tensors of ours; None for one that another row writes.
     """
 
     read: Callable[[Sequence[Tensor], TransformerConfig], Tensor]
@@ -52,7 +51,7 @@ STACKED = Transform(lambda tensors, _: torch.stack(list(tensors)), lambda tensor
 
 
 def joined(count: int) -> Transform:
-    """Equal parts one after the other in one tensor of ours, such as keys and values, or gate and value."""
+    """Concatenates `count` equal parts into one tensor of ours, such as keys and values, or gate and value."""
     return Transform(lambda tensors, _: torch.cat(list(tensors)), lambda tensor, _: tensor.chunk(count))
 
 
@@ -61,9 +60,9 @@ class Row:
     """One line of a key table.
 
     Attributes:
-        own: name of ours.
-        foreign: names that the tensor is made of, in this order.
-        via: how it is made of them.
+        own: name of our tensor.
+        foreign: names of the foreign tensors that it is made of, in this order.
+        via: the conversion.
     """
 
     own: str
@@ -75,7 +74,7 @@ class Row:
         return re.compile(re.escape(self.own).replace(r"\{\}", r"(\d+)") + r"(\.weight|\.bias)?")
 
     def names(self, own: str, config: TransformerConfig) -> tuple[str, ...] | None:
-        """Foreign names of our tensor `own`; None where this row is not about it."""
+        """Names of the foreign tensors for our tensor `own`; None if this row is not about it."""
         match = self._pattern.fullmatch(own)
         if match is None:
             return None
@@ -89,17 +88,17 @@ class Row:
 
 
 def Rename(own: str, foreign: str) -> Row:
-    """The same tensor under another name."""
+    """A row for a tensor that only has another name."""
     return Row(own, (foreign,))
 
 
 def Transposed(own: str, foreign: str) -> Row:
-    """A matrix kept the other way round."""
+    """A row for a matrix that the other library keeps transposed, `[in, out]`."""
     return Row(own, (foreign,), TRANSPOSED)
 
 
 def Lacking(own: str) -> Row:
-    """A bias of ours that the other library does without: zero when read, and it must be zero to be written."""
+    """A row for a bias that the other library lacks: read as zero, and refused on writing unless it is zero."""
 
     def write(tensor: Tensor, _: TransformerConfig) -> Sequence[Tensor]:
         if tensor.any():
@@ -116,7 +115,7 @@ def _num_experts(config: TransformerConfig) -> int:
 
 @dataclass(frozen=True)
 class Tied:
-    """A foreign tensor that repeats another one; checked to be equal, and not kept."""
+    """A foreign tensor that repeats another one. It is checked to be equal and then dropped."""
 
     foreign: str
     same_as: str
@@ -124,7 +123,7 @@ class Tied:
 
 @dataclass(frozen=True)
 class Ignored:
-    """Foreign tensors that we need not keep.
+    """Foreign tensors that are dropped on reading.
 
     Attributes:
         pattern: a regular expression for the whole name.
@@ -136,43 +135,26 @@ class Ignored:
 
 
 @dataclass(frozen=True)
-class Constant:
-    """Foreign tensors that must hold what we take for granted; checked, and not kept.
-
-    Attributes:
-        pattern: a regular expression for the whole name.
-        holds: whether a tensor does.
-        rule: what must hold, as the message says it.
-    """
-
-    pattern: str
-    holds: Callable[[Tensor], Any]
-    rule: str
-
-
-@dataclass(frozen=True)
 class KeyTable:
-    """Every tensor of a family: nothing is left over on either side.
+    """Names and conversions of all tensors of a family; no tensor may be left over on either side.
 
     Attributes:
         rows: one for each tensor of ours.
         tied: foreign tensors that repeat others.
-        ignored: foreign tensors that we need not keep.
-        constants: foreign tensors that must hold what we take for granted.
+        ignored: foreign tensors that are dropped.
     """
 
     rows: tuple[Row, ...]
     tied: tuple[Tied, ...] = ()
     ignored: tuple[Ignored, ...] = ()
-    constants: tuple[Constant, ...] = ()
 
     def read(
         self, weights: Weights, wanted: Mapping[str, torch.Size], config: TransformerConfig
     ) -> tuple[dict[str, Tensor], list[str]]:
-        """Our tensors, of foreign ones: names and shapes are checked first, then each tensor is read once.
+        """Convert foreign tensors to ours. Names and shapes are checked first, then each tensor is read once.
 
         Args:
-            weights: under the names of the rows.
+            weights: foreign tensors under the names that the rows have.
             wanted: shapes of our tensors by name.
 
         Returns:
@@ -208,8 +190,6 @@ class KeyTable:
             extra = extra - found
             if found and ignored.note:
                 notes.append(ignored.note)
-        for constant in self.constants:
-            extra = {name for name in extra if not re.fullmatch(constant.pattern, name)}
         return extra, notes
 
     def _check_values(self, unread: set[str], weights: Weights) -> None:
@@ -219,19 +199,15 @@ class KeyTable:
                 raise CheckpointError(
                     f"{weights.file}: {tie.foreign} must equal {tie.same_as}, to which the config ties it; they differ"
                 )
-        for constant in self.constants:
-            for name in sorted(unread):
-                if re.fullmatch(constant.pattern, name) and not constant.holds(weights[name]):
-                    raise CheckpointError(f"{weights.file}: {name} must {constant.rule}; it does not")
 
     def without_heads(self, heads: Collection[str]) -> "KeyTable":
-        """The same table for models that leave out some heads: foreign tensors of these are ignored."""
+        """The same table for models without some heads, whose foreign tensors are ignored."""
         rows = [row for row in self.rows if any(row.own.startswith(f"heads.{head}.") for head in heads)]
         names = {re.escape(foreign) + r"(\.weight|\.bias)?" for row in rows for foreign in row.foreign}
         return replace(self, ignored=(*self.ignored, *map(Ignored, sorted(names))))
 
     def write(self, tensors: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
-        """Foreign tensors by name, of ours.
+        """Convert our tensors to foreign ones, by name.
 
         Raises:
             ConfigError: a tensor that the family has no place for.

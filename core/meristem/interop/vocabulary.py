@@ -1,4 +1,4 @@
-"""Tokenizers of foreign directories, in and out, so that ids agree.
+"""Read and write the tokenizer files of other libraries' model directories; ids stay the same.
 
 `tokenizer.json` is the tokenizer where there is one. Older directories hold vocabulary files, from which the same is
 built as their own library builds it (`vocabulary_files`). What the other files say is added as that library adds it.
@@ -32,7 +32,7 @@ Definition = dict[str, Any]
 
 
 def read_subwords(folder: Path, config: Mapping[str, Any]) -> tuple[SubwordTokenizer, list[str]]:
-    """The tokenizer of a foreign directory whose tokens are pieces of words.
+    """Read a subword tokenizer from a directory of another library.
 
     Args:
         folder: the directory.
@@ -66,7 +66,7 @@ def read_subwords(folder: Path, config: Mapping[str, Any]) -> tuple[SubwordToken
 
 
 def write_subwords(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files of a foreign tokenizer, by name.
+    """Texts of the files of a subword tokenizer, by file name.
 
     Raises:
         ConfigError: a tokenizer of another kind.
@@ -201,7 +201,7 @@ def _with_frame(tokenizer: SubwordTokenizer, definition: Definition, settings: M
 
 
 def symbol_of(folder: Path, value: Any) -> dict[str, Any]:
-    """A special symbol that a file of the directory gives by name or as an object, as the object (`content`).
+    """A special symbol as an object with `content`, whether a file gives it so or by name.
 
     Raises:
         CheckpointError: it is neither.

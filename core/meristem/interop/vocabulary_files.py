@@ -1,8 +1,9 @@
-"""`tokenizer.json` of a foreign directory, or what it would be where the directory holds vocabulary files alone.
+"""The definition of a subword tokenizer: `tokenizer.json`, or the same built from older vocabulary files.
 
 These are word pieces (`vocab.txt`), byte pairs (`vocab.json` and `merges.txt`) and models of sentencepiece.
 """
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from meristem.errors import CheckpointError
 from meristem.files import read_json
-from meristem.interop.sentencepiece_file import read_pieces, unigrams
+from meristem.interop.sentencepiece_file import CONTROL, FIRST_PIECES, USER_DEFINED, Pieces, read_pieces
 
 DEFINITION, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 WORDS, PAIRS, MERGES = "vocab.txt", "vocab.json", "merges.txt"
@@ -45,7 +46,7 @@ USUAL_ROLES: dict[str, Mapping[str, str]] = {
 
 
 def read_definition(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, dict[str, Any], list[str]]:
-    """The file that makes the tokenizer, what `tokenizer.json` holds or would hold, and notes for the user.
+    """Read or build the definition of a tokenizer; returns the file it comes from, the definition and notes.
 
     Args:
         folder: the directory.
@@ -86,7 +87,7 @@ def read_definition(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, di
 
 
 def usual_roles(settings: Mapping[str, Any], vocab: Mapping[str, int], has_roles: bool) -> Mapping[str, str]:
-    """Special symbols by role, of the class that the settings name, or of one that such a vocabulary is usually of.
+    """Usual special symbols by role, for the class that the settings name or that the vocabulary suggests.
 
     Args:
         settings: `tokenizer_config.json`.
@@ -108,7 +109,7 @@ def usual_roles(settings: Mapping[str, Any], vocab: Mapping[str, int], has_roles
 
 
 def word_pieces(file: Path, vocab: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Words cut into pieces, the longest first (BERT, Devlin et al. 2019)."""
+    """Definition of a WordPiece tokenizer, which takes the longest piece first (BERT, Devlin et al. 2019)."""
     roles = {role: _name(settings, role, symbol) for role, symbol in WORD_PIECE_ROLES.items()}
     missing = [symbol for role, symbol in roles.items() if role in ("unk", "cls", "sep") and symbol not in vocab]
     if missing:
@@ -136,7 +137,7 @@ def word_pieces(file: Path, vocab: Mapping[str, int], settings: Mapping[str, Any
 
 
 def byte_pairs(vocab: Mapping[str, int], merges: list[tuple[str, ...]], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Bytes merged pair by pair (GPT-2, Radford et al. 2019); nothing around a text."""
+    """Definition of a byte-level BPE tokenizer without symbols around a text (GPT-2, Radford et al. 2019)."""
     return {
         **_blank(),
         "pre_tokenizer": {
@@ -161,8 +162,33 @@ def byte_pairs(vocab: Mapping[str, int], merges: list[tuple[str, ...]], settings
     }
 
 
+def unigrams(read: Pieces, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Definition of a unigram tokenizer (T5, Raffel et al. 2020): sentinels after the pieces, the last one first.
+
+    Args:
+        read: pieces of a model of sentencepiece.
+        settings: `tokenizer_config.json`; `extra_ids` is the number of sentinels.
+    """
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(settings.get("extra_ids", 100)))]
+    vocab = [[piece, score] for piece, score, _ in read.pieces] + [[symbol, 0.0] for symbol in sentinels]
+    special = {i: kind == CONTROL for i, (_, _, kind) in enumerate(read.pieces) if kind in (CONTROL, USER_DEFINED)}
+    special |= dict.fromkeys(range(len(read.pieces), len(vocab)), True)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spaces = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    charsmap = base64.b64encode(read.charsmap).decode("ascii")
+    return {
+        **_blank(),
+        "added_tokens": [{"id": i, "content": vocab[i][0], **flags, "special": special[i]} for i in sorted(special)],
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap} if read.charsmap else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, spaces]},
+        "post_processor": frame(None, "</s>", {"</s>": FIRST_PIECES.index("</s>")}),
+        "decoder": spaces,
+        "model": {"type": "Unigram", "unk_id": read.unk_id, "vocab": vocab, "byte_fallback": False},
+    }
+
+
 def frame(before: str | None, behind: str | None, ids: Mapping[str, int], is_paired: bool = False) -> dict[str, Any]:
-    """The part of a definition that puts symbols around a text.
+    """The post-processor that puts special symbols around a text.
 
     Args:
         before: symbol before a text; None for none.
@@ -188,7 +214,7 @@ def frame(before: str | None, behind: str | None, ids: Mapping[str, int], is_pai
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file.
+    """Read a JSON object; an empty one if there is no such file.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -197,7 +223,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Lines of a vocabulary; spaces and whatever else ends a line elsewhere belong to symbols.
+    """Read the lines of a vocabulary. Only a newline ends a line; other white space belongs to symbols.
 
     Raises:
         CheckpointError: the file is missing or damaged.

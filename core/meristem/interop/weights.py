@@ -1,4 +1,4 @@
-"""Tensors of a directory, in safetensors or in `.bin`, whole or in shards; nothing in them is run.
+"""Read the tensors of a directory: safetensors or `.bin`, whole or in shards. No code in a file is run.
 
 Names and shapes are known at once, a tensor is read when it is asked for and held by nobody here: what fills a
 model with them needs the memory of one model and not of two.
@@ -39,11 +39,11 @@ DTYPES = {
 
 
 class Part(ABC):
-    """One file of tensors.
+    """A file of tensors.
 
     Attributes:
-        file: that it is.
-        shapes: of its tensors by name.
+        file: path of the file.
+        shapes: shapes of its tensors by name.
     """
 
     file: Path
@@ -51,14 +51,14 @@ class Part(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """A tensor, in memory of its own."""
+        """Read a tensor into memory of its own."""
 
     def close(self) -> None:
-        """Give back what is held between two reads."""
+        """Free what is held open between two reads."""
 
 
 class SafePart(Part):
-    """A safetensors file. Read by offsets: a mapped file would count as memory for as long as it is open."""
+    """A safetensors file, read by offsets, because a mapped file counts as memory while it is open."""
 
     def __init__(self, file: Path):
         try:
@@ -85,7 +85,7 @@ class SafePart(Part):
 
 
 class BinPart(Part):
-    """A file that `torch.save` wrote; opened for as long as tensors are read from it, and mapped where it can be."""
+    """A file that `torch.save` wrote; held open while tensors are read from it, and mapped where possible."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -100,11 +100,8 @@ class BinPart(Part):
         self._tensors = None
 
     def _open(self) -> dict[str, Tensor]:
-        if self._tensors is None:
-            self._tensors = self._load()
-        return self._tensors
-
-    def _load(self) -> dict[str, Tensor]:
+        if self._tensors is not None:
+            return self._tensors
         try:
             # files from before torch 1.6 are no archives, and cannot be mapped
             is_archive = zipfile.is_zipfile(self.file)
@@ -116,16 +113,17 @@ class BinPart(Part):
             ) from error
         if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
             raise CheckpointError(f"{self.file} must map names to tensors; got {type(tensors).__name__}")
+        self._tensors = tensors
         return tensors
 
 
 @dataclass(frozen=True)
 class Weights(Mapping[str, Tensor]):
-    """Tensors by name; each is read from its file when it is asked for, floats in fp32.
+    """Tensors by name. Each is read from its file on access; floats become fp32.
 
     Attributes:
-        file: that lists them, for messages.
-        places: the part and the name there, by name.
+        file: the file that lists them, for messages.
+        places: file and name within it, by name.
     """
 
     file: Path
@@ -146,7 +144,7 @@ class Weights(Mapping[str, Tensor]):
         return len(self.places)
 
     def shape(self, name: str) -> torch.Size:
-        """Of a tensor, which is not read."""
+        """Shape of a tensor, without reading it."""
         part, stored = self.places[name]
         return part.shapes[stored]
 
@@ -170,7 +168,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 def open_weights(folder: Path) -> Weights:
-    """All tensors of a directory.
+    """Open all tensors of a directory.
 
     Raises:
         CheckpointError: no file of weights, or one that is damaged, or a shard that is missing.
@@ -188,20 +186,17 @@ def open_weights(folder: Path) -> Weights:
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """Read all tensors of a safetensors file.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} must be a safetensors file: {error}") from error
+    part = SafePart(file)
+    return {name: part.read(name) for name in part.shapes}
 
 
 def refuse_tensors(where: Path, missing: Sequence[str], extra: Sequence[str], shapes: Sequence[str]) -> None:
-    """Refuse tensors that are not exactly those of the architecture; nothing happens where none is wrong.
+    """Raise an error unless the three lists of wrong tensors are empty.
 
     Raises:
         CheckpointError: names what is missing, extra and of another shape.

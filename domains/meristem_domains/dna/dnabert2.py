@@ -9,15 +9,7 @@ from functools import partial
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.interop.families.bert import (
-    BERT,
-    DECODER,
-    EMBEDDING,
-    FIELDS,
-    prediction_rows,
-    read_post_norm,
-    trunk_rows,
-)
+from meristem.interop.families import bert
 from meristem.interop.family import ForeignConfig, classes_by_head
 from meristem.interop.rows import block_rows
 from meristem.interop.settings import Settings, special_ids, write_fields
@@ -36,12 +28,12 @@ LAYER = "bert.encoder.layer.{}"
 
 TABLE = KeyTable(
     rows=(
-        *trunk_rows("bert.", positions=False),
+        *bert.trunk_rows("bert.", positions=False),
         *block_rows(f"{LAYER}.attention", attention_norm="output.LayerNorm", qkv="self.Wqkv", out="output.dense"),
         *block_rows(f"{LAYER}.mlp", feedforward_norm="layernorm", up="gated_layers", down="wo"),
-        *prediction_rows(bias=f"{DECODER}.bias"),
+        *bert.prediction_rows(bias=f"{bert.DECODER}.bias"),
     ),
-    tied=(Tied(f"{DECODER}.weight", EMBEDDING), Tied("cls.predictions.bias", f"{DECODER}.bias")),
+    tied=(Tied(f"{bert.DECODER}.weight", bert.EMBEDDING), Tied("cls.predictions.bias", f"{bert.DECODER}.bias")),
     ignored=(
         Ignored(r"bert\.embeddings\.(position_ids|token_type_ids)"),
         # slopes times distances, computed anew
@@ -51,16 +43,16 @@ TABLE = KeyTable(
 
 
 def recognises(config: ForeignConfig) -> bool:
-    """Whether a config is one of MosaicBERT's, which call themselves BERT."""
+    """Whether a config is that of a MosaicBERT; its `model_type` is that of BERT."""
     code = config.get("auto_map") or {}
     named = any("bert_layers." in str(name) for name in code.values())
     return config.get("model_type") == "bert" and ("alibi_starting_size" in config or named)
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of the config of a MosaicBERT."""
-    found = Settings("a DNABERT-2", config, FIELDS)
-    return read_post_norm(
+    """Convert the config of a MosaicBERT to a `TransformerConfig`."""
+    found = Settings("a DNABERT-2", config, bert.FIELDS)
+    return bert.read_post_norm(
         found,
         has_pool="bert.pooler.dense.weight" in tensors,
         position=LinearBias(),
@@ -71,17 +63,17 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The config of a MosaicBERT, as far as one can say it."""
+    """Convert a `TransformerConfig` to the config of a MosaicBERT."""
     return {
         "model_type": "bert",
-        **write_fields(architecture, FIELDS),
+        **write_fields(architecture, bert.FIELDS),
         "alibi_starting_size": 512,
         "auto_map": CODE,
         **special_ids(tokenizer),
     }
 
 
-DNABERT2 = BERT.variant(
+DNABERT2 = bert.BERT.variant(
     name="DNABERT-2",
     domain="dna",
     read_readouts=lambda config, names: (),

@@ -1,4 +1,4 @@
-"""DNA to words of k bases that do not overlap, and back.
+"""Tokenize DNA as k-mers: words of k bases that do not overlap.
 
 As the Nucleotide Transformer cuts (Dalla-Torre 2024, doi 10.1038/s41592-024-02523-z): a sequence is split at every N,
 each piece is cut into words from left to right, and what is left of a piece becomes single bases. Unlike there, lower
@@ -33,7 +33,7 @@ MAX_K = 12
 
 @dataclass(frozen=True)
 class KmerTokenizer(Tokenizer):
-    """One token for k bases, one for each base left over, one for each N.
+    """Tokenizer with one token for k bases, one for each base left over, and one for each N.
 
     Attributes:
         vocab: symbols in the order of their ids: all words of k bases, A, T, C, G and N, and special symbols. k is the

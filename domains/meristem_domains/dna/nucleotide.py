@@ -27,7 +27,7 @@ CODE = {
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a v2's."""
+    """Convert the config of a v2 to a `TransformerConfig`."""
     bias = bool(config["add_bias_fnn"])
     plain = {name: value for name, value in config.items() if name not in ("add_bias_fnn", "hidden_act")}
     architecture = esm.read_config(plain, tensors)
@@ -38,14 +38,14 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The config of a v2, as far as one can say it."""
+    """Convert a `TransformerConfig` to the config of a v2."""
     config = esm.write_config(architecture, tokenizer)
     del config["model_type"], config["hidden_act"]
     return {**config, "add_bias_fnn": architecture.feedforward.in_bias, "auto_map": CODE}
 
 
 def derived(architecture: TransformerConfig) -> dict[str, Tensor]:
-    """The buffers of rotary frequencies, which this code keeps for each layer."""
+    """Buffers of rotary frequencies, which the published code keeps for each layer."""
     found = esm.derived(architecture).values()
     return {
         f"{esm.LAYER.format(layer)}.attention.self.{esm.FREQUENCIES}": frequencies.clone()

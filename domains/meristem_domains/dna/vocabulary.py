@@ -1,4 +1,4 @@
-"""Vocabularies of words of k bases in foreign directories, in and out, so that ids agree."""
+"""Read and write k-mer vocabularies of other libraries' model directories; ids stay the same."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from meristem_domains.dna.kmers import KmerTokenizer
 
 
 def read_kmers(folder: Path, config: Mapping[str, Any]) -> tuple[KmerTokenizer, list[str]]:
-    """The tokenizer of a foreign directory whose tokens are words of k bases, of its `vocab.txt`.
+    """Read a k-mer tokenizer from `vocab.txt` of a directory of another library.
 
     Args:
         folder: the directory.
@@ -44,7 +44,7 @@ def read_kmers(folder: Path, config: Mapping[str, Any]) -> tuple[KmerTokenizer, 
 
 
 def write_kmers(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files of a foreign tokenizer, by name.
+    """Texts of the files of a k-mer tokenizer, by file name.
 
     Raises:
         ConfigError: a tokenizer of another kind, or one that puts around a sequence what the files cannot say.

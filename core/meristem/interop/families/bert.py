@@ -22,7 +22,7 @@ from meristem.interop.family import (
 )
 from meristem.interop.rows import block_rows, head_rows, lm_head_rows
 from meristem.interop.runners import SEQUENCES, run_sequences
-from meristem.interop.settings import INIT_STD, IS_TIED, SHAPE, Field, Settings, activation, special_ids, write_fields
+from meristem.interop.settings import COMMON, Field, Settings, activation, special_ids, write_fields
 from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied
 from meristem.model.config import Embedding, Learned, Prefix, Residual, TokenHead, TransformerConfig
 from meristem.model.heads import Readout
@@ -33,15 +33,13 @@ NEXT_SENTENCE = Readout(name="next_sentence", classes=("next", "random"), pool=N
 """Whether the second sentence follows the first, in the order of the reference's logits."""
 
 FIELDS = (
-    *SHAPE,
+    *COMMON,
     activation("hidden_act", "gelu"),
     Field("hidden_dropout_prob", ("residual.dropout", "embedding.dropout"), 0.1),
     Field("attention_probs_dropout_prob", "attention.dropout", 0.1),
     Field("max_position_embeddings", "position.max_positions", 512, absent=512),
     Field("type_vocab_size", "embedding.token_types", 2),
-    INIT_STD,
     Field("layer_norm_eps", "norm.eps", 1e-12),
-    IS_TIED,
 )
 
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
@@ -49,10 +47,10 @@ ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
 
 
 def trunk_rows(prefix: str, positions: bool = True) -> tuple[Row, ...]:
-    """Rows that BERT and its kin have in common, but those of blocks.
+    """Rows for embedding and pooler, which BERT and its relatives share.
 
     Args:
-        prefix: of the trunk.
+        prefix: prefix of the foreign names of the trunk.
         positions: whether there is a table of positions.
     """
     table = (Rename("trunk.embedding.position.table", f"{prefix}embeddings.position_embeddings"),)
@@ -80,7 +78,7 @@ def _rows(prefix: str) -> tuple[Row, ...]:
 
 
 def prediction_rows(bias: str) -> tuple[Row, ...]:
-    """Rows of BERT's symbol head.
+    """Rows for BERT's symbol head.
 
     Args:
         bias: name of the tensor that is kept; another one repeats it.
@@ -117,7 +115,7 @@ ROBERTA_TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `BertConfig`."""
+    """Convert a `BertConfig` to a `TransformerConfig`."""
     found = Settings("a BERT", config, FIELDS)
     # the head has the activation of the trunk
     head = partial(TokenHead, activation=found.choice("hidden_act"))
@@ -125,7 +123,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def read_roberta_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `RobertaConfig`."""
+    """Convert a `RobertaConfig` to a `TransformerConfig`."""
     found = Settings("a RoBERTa", config, FIELDS, {"pad_token_id": 1})
     if not isinstance(found["pad_token_id"], int):
         raise ConfigError(f"pad_token_id must be set in a RoBERTa config; got {found['pad_token_id']!r}")
@@ -139,7 +137,7 @@ def _read(found: Settings, prefix: str, tensors: Mapping[str, Tensor], **parts: 
 
 
 def read_post_norm(found: Settings, has_pool: bool, **parts: Any) -> TransformerConfig:
-    """A post-norm encoder with the settings of BERT; `parts` as `Settings.build` has them."""
+    """Build a post-norm encoder from the settings of BERT; `parts` as in `Settings.build`."""
     return found.build(
         embedding=partial(Embedding, is_normed=True),
         residual=partial(Residual, placement="after"),
@@ -150,12 +148,12 @@ def read_post_norm(found: Settings, has_pool: bool, **parts: Any) -> Transformer
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `BertConfig` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `BertConfig`."""
     return {"model_type": "bert", **write_fields(architecture, FIELDS), **special_ids(tokenizer)}
 
 
 def write_roberta_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `RobertaConfig` of our architecture, as far as one can say it: padding stands before the first position."""
+    """Convert a `TransformerConfig` to a `RobertaConfig`. Padding stands before the first position."""
     position = architecture.position
     pad = position.offset - 1 if isinstance(position, Learned) else 1
     ids = special_ids(tokenizer)
@@ -165,7 +163,7 @@ def write_roberta_config(architecture: TransformerConfig, tokenizer: Tokenizer) 
 
 
 def read_readouts(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
-    """The label of BERT's second task, where its head is there."""
+    """The next-sentence label, if the checkpoint has its head."""
     return (NEXT_SENTENCE,) if "cls.seq_relationship.weight" in names else ()
 
 

@@ -76,7 +76,7 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of an `EsmConfig`.
+    """Convert a `EsmConfig` to a `TransformerConfig`.
 
     Raises:
         ConfigError: a setting that no part of ours can say.
@@ -117,7 +117,7 @@ def _with_rounding(architecture: TransformerConfig, tensors: Mapping[str, Tensor
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `EsmConfig` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `EsmConfig`."""
     position, mask_id = architecture.position, architecture.embedding.mask_id
     return {
         "model_type": "esm",
@@ -142,26 +142,17 @@ def derived(architecture: TransformerConfig) -> dict[str, Tensor]:
     return {f"esm.{FREQUENCIES}": rotary_frequencies(architecture.position, architecture.head_width)}
 
 
-def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """One token a residue, with the ids of the directory's vocabulary.
-
-    Raises:
-        CheckpointError: a vocabulary that is damaged, or whose ids are not those of the config.
-    """
-    return read_residues(folder, config, SYMBOLS, len(SYMBOLS), "ESM")
-
-
 def read_residues(
     folder: Path, config: ForeignConfig, published: Sequence[str], num_rows: int, kind: str
 ) -> tuple[Tokenizer, list[str]]:
-    """One token a residue, with the ids of the directory's vocabulary.
+    """Read a tokenizer with one token for each residue; ids are those of the directory's vocabulary.
 
     Letters and `*` without a symbol are read as X, and counted; the reference merges a run of them into one token.
 
     Args:
-        published: the vocabulary of a directory that holds none.
-        num_rows: of the embedding of published models: such a directory must have as many.
-        kind: of models that have it, for notes.
+        published: vocabulary to use for a directory that holds none.
+        num_rows: rows of the embedding of published models; a directory without a vocabulary must have as many.
+        kind: name of the published models in notes.
 
     Raises:
         CheckpointError: a vocabulary that is damaged, or whose ids are not those of the config.
@@ -218,7 +209,7 @@ def _read_special(folder: Path) -> dict[str, str]:
 
 
 def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files of an `EsmTokenizer`.
+    """Texts of the files of an `EsmTokenizer`, by file name.
 
     Raises:
         ConfigError: a tokenizer of another kind, or one that lacks a special symbol.
@@ -231,7 +222,7 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def ids_of_special(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """Settings that name the ids of special symbols; null for one that the tokenizer lacks."""
+    """Ids of special symbols by name of the setting; None for a symbol that the tokenizer lacks."""
     symbols = {**SPECIAL, **getattr(tokenizer, "special", {})}
     vocab = tokenizer.vocab
     ids = {role: vocab.index(symbol) if symbol in vocab else None for role, symbol in symbols.items()}
@@ -260,7 +251,7 @@ ESM = replace(
     sequence_family(
         "ESM-1b and ESM-2", "protein", "esm", "Esm", TABLE, read_config, write_config, "esm.", "ForMaskedLM", HEADS
     ),
-    read_tokenizer=read_tokenizer,
+    read_tokenizer=partial(read_residues, published=SYMBOLS, num_rows=len(SYMBOLS), kind="ESM"),
     write_tokenizer=write_tokenizer,
     # transformers 5 writes the names of long ago, and the star of a pattern, when it saves; it reads both
     spellings=TENSORFLOW_SPELLINGS,

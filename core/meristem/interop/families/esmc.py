@@ -8,7 +8,6 @@ queries and keys have no bias, the others have one: ours has one after the last 
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from meristem.data.tokenizer import AlphabetTokenizer, Tokenizer
@@ -57,7 +56,7 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of an `EsmcConfig`."""
+    """Convert a `EsmcConfig` to a `TransformerConfig`."""
     plain = {**config, "attention_dropout": config.get("attention_dropout") or 0.0}
     found = Settings("an ESM-C", plain, FIELDS, {"max_position_embeddings": 2048})
     width, heads, num_layers = found["hidden_size"], found["num_attention_heads"], found["num_hidden_layers"]
@@ -73,7 +72,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `EsmcConfig` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `EsmcConfig`."""
     return {
         "model_type": "esmc",
         **write_fields(architecture, FIELDS),
@@ -82,17 +81,8 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
     }
 
 
-def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """One token a residue, with the ids of the directory's vocabulary or those of all published models.
-
-    Raises:
-        CheckpointError: a vocabulary that is damaged, or whose ids are not those of the config.
-    """
-    return read_residues(folder, config, SYMBOLS, NUM_ROWS, "ESM-C")
-
-
 def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files of an `EsmcTokenizer`, whose vocabulary is always the same.
+    """Texts of the files of an `EsmcTokenizer`, by file name; its vocabulary is always the same.
 
     Raises:
         ConfigError: another vocabulary.
@@ -110,6 +100,6 @@ ESMC = replace(
     sequence_family(
         "ESM-C", "protein", "esmc", "Esmc", TABLE, read_config, write_config, "esmc.", "ForMaskedLM", HEADS
     ),
-    read_tokenizer=read_tokenizer,
+    read_tokenizer=partial(read_residues, published=SYMBOLS, num_rows=NUM_ROWS, kind="ESM-C"),
     write_tokenizer=write_tokenizer,
 )

@@ -91,12 +91,9 @@ DEFAULTS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `GPT2Config`.
+    """Convert a `GPT2Config` to a `TransformerConfig`.
 
     `reorder_and_upcast_attn` says how scores are computed in half precision, and not what they are.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
     """
     found = Settings("a GPT-2", config, FIELDS, DEFAULTS, ALIASES)
     architecture = _read(found)
@@ -113,7 +110,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def read_bigcode(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `GPTBigCodeConfig`."""
+    """Convert a `GPTBigCodeConfig` to a `TransformerConfig`."""
     defaults = {**DEFAULTS, "activation_function": "gelu_pytorch_tanh", "multi_query": True}
     found = Settings("a GPTBigCode", config, FIELDS, defaults, ALIASES)
     found.require(scale_attn_by_inverse_layer_idx=False)
@@ -133,7 +130,7 @@ def _read(found: Settings, num_kv_heads: int | None = None) -> TransformerConfig
 
 
 def read_gpt(found: Settings, attention: partial[Attention], **parts: Any) -> TransformerConfig:
-    """A causal stack whose config has the names of GPT-2; `parts` as `Settings.build` has them."""
+    """Build a causal stack from settings with the names of GPT-2; `parts` as in `Settings.build`."""
     width = found.get("n_inner")
     return found.build(
         attention=partial(attention, pattern=Causal()),
@@ -143,7 +140,7 @@ def read_gpt(found: Settings, attention: partial[Attention], **parts: Any) -> Tr
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `GPT2Config` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `GPT2Config`."""
     last = architecture.layer(architecture.num_layers - 1).attention
     is_by_layer = last.scale != architecture.attention.scale
     return {
@@ -155,7 +152,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 
 
 def write_bigcode(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `GPTBigCodeConfig` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `GPTBigCodeConfig`."""
     is_multi_query = architecture.num_kv_heads == 1 and architecture.attention.num_heads > 1
     return {"model_type": "gpt_bigcode", **_write(architecture, tokenizer), "multi_query": is_multi_query}
 
@@ -171,7 +168,7 @@ def _write(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, A
 
 
 def write_gpt(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Settings with the names of GPT-2 that say a causal stack, but its positions and scores."""
+    """Settings of a causal stack with the names of GPT-2, without those of positions and attention scores."""
     return {
         **write_fields(architecture, FIELDS),
         "n_inner": architecture.feedforward.width,

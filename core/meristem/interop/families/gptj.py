@@ -62,12 +62,12 @@ DEFAULTS = {
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `GPTJConfig`."""
+    """Convert a `GPTJConfig` to a `TransformerConfig`."""
     return _read(Settings("a GPT-J", config, FIELDS, DEFAULTS, ALIASES))
 
 
 def read_codegen_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `CodeGenConfig`."""
+    """Convert a `CodeGenConfig` to a `TransformerConfig`."""
     found = Settings("a CodeGen", config, FIELDS, DEFAULTS, ALIASES)
     if found["n_head"] % SHARES:
         raise ConfigError(f"n_head must be a multiple of {SHARES} in a CodeGen config; got {found['n_head']}")
@@ -91,12 +91,12 @@ def _read(found: Settings) -> TransformerConfig:
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `GPTJConfig` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `GPTJConfig`."""
     return {"model_type": "gptj", **_write(architecture, tokenizer)}
 
 
 def write_codegen_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `CodeGenConfig` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `CodeGenConfig`."""
     return {"model_type": "codegen", **_write(architecture, tokenizer), "n_ctx": MAX_POSITIONS}
 
 

@@ -16,17 +16,7 @@ from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
 from meristem.interop.rows import block_rows, head_rows
-from meristem.interop.settings import (
-    BIASES,
-    INIT_STD,
-    IS_TIED,
-    SHAPE,
-    Field,
-    Settings,
-    activation,
-    special_ids,
-    write_fields,
-)
+from meristem.interop.settings import BIASES, COMMON, Field, Settings, activation, special_ids, write_fields
 from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied
 from meristem.model.config import (
     Attention,
@@ -45,12 +35,10 @@ from meristem.model.config.layer import QueryKeyNorm
 from meristem.shapes import Tensor
 
 FIELDS = (
-    *SHAPE,
+    *COMMON,
     Field("num_key_value_heads", "attention.num_kv_heads", None),
     activation("hidden_act", "silu"),
     Field("attention_dropout", "attention.dropout", 0.0),
-    INIT_STD,
-    IS_TIED,
 )
 DEFAULTS = {"head_dim": None, "tie_word_embeddings": False}
 
@@ -58,7 +46,7 @@ LAYER = "model.layers.{}"
 
 
 def decoder_rows(model: str) -> tuple[Row, ...]:
-    """Rows of embedding, attention and norms of blocks.
+    """Rows for the embedding, and for attention and norms of blocks.
 
     Args:
         model: foreign name of the trunk.
@@ -78,16 +66,16 @@ def decoder_rows(model: str) -> tuple[Row, ...]:
 
 
 def gated_rows(layer: str) -> tuple[Row, ...]:
-    """Rows of a feed-forward layer with a gate."""
+    """Rows for a gated feed-forward layer."""
     return block_rows(layer, up=("mlp.gate_proj", "mlp.up_proj"), down="mlp.down_proj")
 
 
-COMMON = (*decoder_rows("model"), Rename("trunk.final_norm", "model.norm"), *head_rows(out="lm_head"))
+ROWS = (*decoder_rows("model"), Rename("trunk.final_norm", "model.norm"), *head_rows(out="lm_head"))
 TIED = (Tied("lm_head.weight", "model.embed_tokens.weight"),)
 # computed from the config, by the reference too
 BUFFERS = (Ignored(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),)
-GATED_TABLE = KeyTable((*COMMON, *gated_rows(LAYER)), TIED, BUFFERS)
-PLAIN_TABLE = KeyTable((*COMMON, *block_rows(LAYER, up="mlp.c_fc", down="mlp.c_proj")), TIED, BUFFERS)
+GATED_TABLE = KeyTable((*ROWS, *gated_rows(LAYER)), TIED, BUFFERS)
+PLAIN_TABLE = KeyTable((*ROWS, *block_rows(LAYER, up="mlp.c_fc", down="mlp.c_proj")), TIED, BUFFERS)
 
 WINDOWED = "sliding_attention"
 UNBOUNDED = "full_attention"
@@ -96,7 +84,7 @@ UNBOUNDED = "full_attention"
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What sets one of these families apart.
+    """What distinguishes one of these families from the others.
 
     Attributes:
         model_type: `model_type` in its config.
@@ -123,7 +111,7 @@ class Kind:
     must_divide: bool = False
 
     def family(self, name: str, domain: str, stem: str) -> Family:
-        """The family of this kind.
+        """Make the family of this kind.
 
         Args:
             name: as reports call it.
@@ -136,7 +124,7 @@ class Kind:
         )
 
     def read_config(self, config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-        """Our architecture of a foreign config."""
+        """Convert a foreign config to a `TransformerConfig`."""
         fields, defaults = (*FIELDS, *self.fields), {**DEFAULTS, **self.defaults}
         found = Settings(f"a {self.model_type}", config, fields, defaults)
         width, heads, head_width = found["hidden_size"], found["num_attention_heads"], found["head_dim"]
@@ -189,7 +177,7 @@ class Kind:
         return [window if kind == WINDOWED else None for kind in kinds]
 
     def write_config(self, architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """The foreign config of our architecture, as far as one can say it."""
+        """Convert a `TransformerConfig` to a foreign config."""
         return {
             "model_type": self.model_type,
             **write_fields(architecture, (*FIELDS, *self.fields)),
@@ -214,57 +202,6 @@ class Kind:
         return settings
 
 
-RMS_EPS = Field("rms_norm_eps", "norm.eps", 1e-6)
-
-LLAMA_KIND = Kind(model_type="llama", fields=(RMS_EPS, *BIASES), must_divide=True)
-
-QWEN_DEFAULTS = {
-    "num_key_value_heads": 32,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-    "layer_types": None,
-}
-
-QWEN2_KIND = Kind(
-    model_type="qwen2",
-    fields=(RMS_EPS,),
-    defaults=QWEN_DEFAULTS,
-    qkv_bias=True,
-    has_window=True,
-    has_layer_types=True,
-)
-
-QWEN3_KIND = Kind(
-    model_type="qwen3",
-    fields=(RMS_EPS, BIASES[0]),
-    defaults={**QWEN_DEFAULTS, "head_dim": 128},
-    qk_norm="head",
-    has_window=True,
-    has_layer_types=True,
-)
-
-STARCODER2_KIND = Kind(
-    model_type="starcoder2",
-    fields=(
-        Field("norm_epsilon", "norm.eps", 1e-5),
-        Field("use_bias", (*BIASES[0].own, *BIASES[1].own), True),
-        Field("residual_dropout", "residual.dropout", 0.0),
-        Field("embedding_dropout", "embedding.dropout", 0.0),
-    ),
-    defaults={
-        "num_key_value_heads": 2,
-        "hidden_act": "gelu_pytorch_tanh",
-        "initializer_range": 0.018042,
-        "sliding_window": None,
-        "tie_word_embeddings": True,
-    },
-    norm=LayerNorm,
-    is_gated=False,
-    has_window=True,
-)
-
-
 def _pattern(window: int | None) -> Pattern:
     """Of a causal layer that sees `window` tokens, itself included."""
     return Causal() if window is None else Causal() & Window(left=window - 1)
@@ -286,7 +223,52 @@ def _runs(windows: list[int | None]) -> list[tuple[int, int, int | None]]:
     return found
 
 
-LLAMA = LLAMA_KIND.family("Llama", "text", "Llama")
-QWEN2 = QWEN2_KIND.family("Qwen2", "text", "Qwen2")
-QWEN3 = QWEN3_KIND.family("Qwen3", "text", "Qwen3")
-STARCODER2 = STARCODER2_KIND.family("StarCoder2", "code", "Starcoder2")
+RMS_EPS = Field("rms_norm_eps", "norm.eps", 1e-6)
+
+LLAMA = Kind(model_type="llama", fields=(RMS_EPS, *BIASES), must_divide=True).family("Llama", "text", "Llama")
+
+QWEN_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+
+QWEN2 = Kind(
+    model_type="qwen2",
+    fields=(RMS_EPS,),
+    defaults=QWEN_DEFAULTS,
+    qkv_bias=True,
+    has_window=True,
+    has_layer_types=True,
+).family("Qwen2", "text", "Qwen2")
+
+QWEN3 = Kind(
+    model_type="qwen3",
+    fields=(RMS_EPS, BIASES[0]),
+    defaults={**QWEN_DEFAULTS, "head_dim": 128},
+    qk_norm="head",
+    has_window=True,
+    has_layer_types=True,
+).family("Qwen3", "text", "Qwen3")
+
+STARCODER2 = Kind(
+    model_type="starcoder2",
+    fields=(
+        Field("norm_epsilon", "norm.eps", 1e-5),
+        Field("use_bias", (*BIASES[0].own, *BIASES[1].own), True),
+        Field("residual_dropout", "residual.dropout", 0.0),
+        Field("embedding_dropout", "embedding.dropout", 0.0),
+    ),
+    defaults={
+        "num_key_value_heads": 2,
+        "hidden_act": "gelu_pytorch_tanh",
+        "initializer_range": 0.018042,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+    },
+    norm=LayerNorm,
+    is_gated=False,
+    has_window=True,
+).family("StarCoder2", "code", "Starcoder2")

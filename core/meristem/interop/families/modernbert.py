@@ -15,17 +15,7 @@ from meristem.errors import ConfigError
 from meristem.interop.family import ForeignConfig, heads_by_prefix, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
 from meristem.interop.rows import block_rows, head_rows
-from meristem.interop.settings import (
-    BIASES,
-    INIT_STD,
-    IS_TIED,
-    SHAPE,
-    Field,
-    Settings,
-    activation,
-    special_ids,
-    write_fields,
-)
+from meristem.interop.settings import BIASES, COMMON, Field, Settings, activation, special_ids, write_fields
 from meristem.interop.table import KeyTable, Rename, Tied
 from meristem.model.config import (
     Attention,
@@ -44,9 +34,8 @@ from meristem.model.config import (
 from meristem.shapes import Tensor
 
 FIELDS = (
-    *SHAPE,
+    *COMMON,
     activation("hidden_activation", "gelu"),
-    INIT_STD,
     Field("norm_eps", "norm.eps", 1e-5),
     Field("norm_bias", "norm.bias", False),
     *BIASES,
@@ -56,7 +45,6 @@ FIELDS = (
     Field("decoder_bias", "head.bias", True, absent=True),
     Field("classifier_bias", "head.dense_bias", False, absent=False),
     activation("classifier_activation", "gelu", "head.activation", absent="gelu"),
-    IS_TIED,
 )
 DEFAULTS = {
     "max_position_embeddings": 8192,
@@ -85,7 +73,7 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `ModernBertConfig`."""
+    """Convert a `ModernBertConfig` to a `TransformerConfig`."""
     found = Settings("a ModernBERT", config, FIELDS, DEFAULTS)
     reach = found["local_attention"] // 2
     window, local_position = Window(left=reach, right=reach), _position(found, WINDOWED, "local")
@@ -132,7 +120,7 @@ def _rules(layers: list[int], num_layers: int, attention: Attention, position: P
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `ModernBertConfig` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `ModernBertConfig`."""
     parts = [architecture.layer(layer) for layer in range(architecture.num_layers)]
     reach = next((p.attention.pattern.left for p in parts if isinstance(p.attention.pattern, Window)), 64)
     positions: dict[str, Position] = {

@@ -6,26 +6,14 @@ sequence for an expert; a token that finds no room goes on by the residual alone
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError, ConfigError
-from meristem.interop.families.t5 import (
-    ALIASES,
-    COPIES,
-    DEFAULTS,
-    FIELDS,
-    T5,
-    T5_ENCODER,
-    build_table,
-    is_encoder,
-    read_head,
-    read_stacks,
-    with_stacks,
-    write_stacks,
-)
+from meristem.interop.families import t5
 from meristem.interop.family import ForeignConfig, classes_by_head, symbols_by_class
 from meristem.interop.runners import SEQUENCES
 from meristem.interop.settings import Settings
@@ -34,7 +22,7 @@ from meristem.model.config import Experts, LayerRule, TransformerConfig
 from meristem.shapes import Tensor
 
 SWITCH_DEFAULTS = {
-    **DEFAULTS,
+    **t5.DEFAULTS,
     "num_decoder_layers": 12,
     "dense_act_fn": "relu",
     "num_experts": 8,
@@ -48,17 +36,14 @@ SWITCH_DEFAULTS = {
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `SwitchTransformersConfig`.
+    """Convert a `SwitchTransformersConfig` to a `TransformerConfig`.
 
     `router_ignore_padding_tokens` changes nothing in the reference, and a pack has no padding.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
     """
-    found = Settings("a Switch", config, FIELDS, SWITCH_DEFAULTS, ALIASES)
+    found = Settings("a Switch", config, t5.FIELDS, SWITCH_DEFAULTS, t5.ALIASES)
     found.require(router_bias=False, router_dtype="float32", is_gated_act=False)
-    head = read_head(found, tensors, is_scaled=bool(found["tie_word_embeddings"]), is_always_tied=False)
-    architecture = read_stacks(found, is_gated=False, head=head)
+    head = t5.read_head(found, tensors, is_scaled=bool(found["tie_word_embeddings"]), is_always_tied=False)
+    architecture = t5.read_stacks(found, is_gated=False, head=head)
     experts = Experts(
         count=found["num_experts"],
         capacity=found["expert_capacity"],
@@ -72,7 +57,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
         stacks.append(("decoder", architecture.num_layers, architecture.num_decoder_layers))
     for side, first, depth in stacks:
         step = _sparse_step(found, side, depth)
-        places = [layer for layer in range(depth) if step > 0 and (step == 1 or layer % step == 1)]
+        places = _places(step, depth)
         if places:
             start, stop = first + places[0], first + places[-1] + 1
             rules.append(LayerRule(start=start, stop=stop, step=step if len(places) > 1 else 1, experts=experts))
@@ -91,8 +76,8 @@ def _sparse_step(found: Settings, side: str, depth: int) -> int:
     return int(step)
 
 
-def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `SwitchTransformersConfig` of our architecture, as far as one can say it.
+def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, num_stacks: int = 2) -> dict[str, Any]:
+    """Convert a `TransformerConfig` to a `SwitchTransformersConfig`.
 
     Raises:
         ConfigError: no layer with experts, or some where the reference cannot have them.
@@ -111,7 +96,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
         values[f"{side}_sparse_step"] = _step_of(places, depth)
     return {
         "model_type": "switch_transformers",
-        **write_stacks(architecture, tokenizer),
+        **t5.write_stacks(architecture, tokenizer, num_stacks),
         **values,
         "num_experts": experts.count,
         "expert_capacity": experts.capacity,
@@ -123,10 +108,15 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
     }
 
 
+def _places(step: int, depth: int) -> list[int]:
+    """Layers with experts of one stack."""
+    return [layer for layer in range(depth) if step > 0 and (step == 1 or layer % step == 1)]
+
+
 def _step_of(places: list[int], depth: int) -> int:
     """Layers from one with experts to the next."""
     for step in (0, *range(1, depth + 1)):
-        if places == [layer for layer in range(depth) if step > 0 and (step == 1 or layer % step == 1)]:
+        if places == _places(step, depth):
             return step
     raise ConfigError(f"layers with experts must be all, or the second and every n-th after it; got {places}")
 
@@ -143,19 +133,19 @@ REPEATED = Transform(_read_repeated, lambda tensor, _: [tensor, tensor.clone(), 
 
 
 def table(architecture: TransformerConfig, *_: object) -> KeyTable:
-    """Every tensor of a Switch; the reference shares the embedding only where the head is tied to it too."""
+    """Key table of a Switch transformer. The reference shares the embedding only where the head is tied to it too."""
     symbols = Rename("trunk.embedding.symbols", "shared")
     if architecture.head is not None and not architecture.head.is_tied:
-        symbols = Row("trunk.embedding.symbols", ("shared", *COPIES[:2]), REPEATED)
-    return build_table(architecture, "mlp", symbols)
+        symbols = Row("trunk.embedding.symbols", ("shared", *t5.COPIES[:2]), REPEATED)
+    return t5.build_table(architecture, "mlp", symbols)
 
 
 SWITCH = replace(
-    T5,
+    t5.T5,
     name="Switch",
-    recognises=lambda config: config.get("model_type") == "switch_transformers" and not is_encoder(config),
+    recognises=lambda config: config.get("model_type") == "switch_transformers" and not t5.is_encoder(config),
     read_config=read_config,
-    write_config=with_stacks(write_config, 2),
+    write_config=write_config,
     table=table,
     read_heads=symbols_by_class("SwitchTransformersForConditionalGeneration"),
     name_class=classes_by_head("SwitchTransformersForConditionalGeneration", "SwitchTransformersModel"),
@@ -164,9 +154,9 @@ SWITCH = replace(
 SWITCH_ENCODER = replace(
     SWITCH,
     name="the encoder of Switch",
-    recognises=lambda config: config.get("model_type") == "switch_transformers" and is_encoder(config),
-    write_config=with_stacks(write_config, 1),
-    read_heads=T5_ENCODER.read_heads,
+    recognises=lambda config: config.get("model_type") == "switch_transformers" and t5.is_encoder(config),
+    write_config=partial(write_config, num_stacks=1),
+    read_heads=t5.T5_ENCODER.read_heads,
     name_class=lambda heads: "SwitchTransformersEncoderModel",
     runner=SEQUENCES,
 )

@@ -5,7 +5,7 @@ share an embedding, scores that are not scaled, and a bias by bucket of distance
 ways in the encoder. v1.1 has gated feed-forward layers, and a head of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig, classes_by_head, symbols_by_class
 from meristem.interop.rows import block_rows
 from meristem.interop.runners import PAIRS, SEQUENCES
-from meristem.interop.settings import Field, Settings, activation, foreign_activation, write_fields
+from meristem.interop.settings import Field, Settings, activation, write_fields
 from meristem.interop.table import STACKED, Ignored, KeyTable, Rename, Row, Tied, joined
 from meristem.interop.vocabulary import read_subwords, write_subwords
 from meristem.model.config import (
@@ -32,8 +32,6 @@ from meristem.model.config import (
     TransformerConfig,
 )
 from meristem.shapes import Tensor
-
-Writer = Callable[[TransformerConfig, Tokenizer], dict[str, Any]]
 
 ALIASES = {
     "hidden_size": "d_model",
@@ -62,13 +60,10 @@ DEFAULTS = {"num_decoder_layers": None, "is_encoder_decoder": True, "tie_word_em
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `T5Config`.
+    """Convert a `T5Config` to a `TransformerConfig`.
 
     The reference ties the head whatever `tie_word_embeddings` says, unless the file holds another tensor for it;
     the setting says whether rows are scaled before the head, where `scale_decoder_outputs` does not.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
     """
     found = Settings("a T5", config, FIELDS, {**DEFAULTS, "feed_forward_proj": "relu"}, ALIASES)
     kind = str(found["feed_forward_proj"])
@@ -84,10 +79,10 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def read_stacks(found: Settings, is_gated: bool, head: TokenHead | None) -> TransformerConfig:
-    """What all families of this kind have in common."""
+    """Build one or two stacks from settings with the names of T5."""
     found.require(is_decoder=False)
     num_layers, num_decoder_layers = found["num_layers"], 0
-    if not is_encoder_alone(found):
+    if not is_encoder(found):
         num_decoder_layers = num_layers if found["num_decoder_layers"] is None else found["num_decoder_layers"]
     architecture = found.build(
         position=BucketBias,
@@ -107,22 +102,22 @@ def read_stacks(found: Settings, is_gated: bool, head: TokenHead | None) -> Tran
     return replace(architecture, num_decoder_layers=num_decoder_layers, layers=(looks_back,))
 
 
-def is_encoder_alone(found: Settings) -> bool:
-    """Whether there is no decoder: `T5EncoderModel`, whose config may go on speaking of one."""
-    classes = found.get("architectures") or ()
-    return not found["is_encoder_decoder"] or any(name.endswith("EncoderModel") for name in classes)
+def is_encoder(config: ForeignConfig) -> bool:
+    """Whether the model has no decoder, as `T5EncoderModel`; its config may still have settings of one."""
+    classes = config.get("architectures") or ()
+    return not config.get("is_encoder_decoder", True) or any(name.endswith("EncoderModel") for name in classes)
 
 
 def read_head(
     found: Settings, tensors: Mapping[str, Tensor], is_scaled: bool, is_always_tied: bool
 ) -> TokenHead | None:
-    """The symbol head: a map alone.
+    """Read the symbol head, which is a linear map alone; None without a decoder.
 
     Args:
         is_scaled: rows are scaled by `1 / sqrt(D)` before it.
         is_always_tied: it is tied wherever the tensors do not say otherwise; else where the config says so too.
     """
-    if is_encoder_alone(found):
+    if is_encoder(found):
         return None
     is_tied = bool(found["tie_word_embeddings"])
     if tensors and (is_tied or is_always_tied):
@@ -132,21 +127,24 @@ def read_head(
     return TokenHead(activation=None, is_tied=is_tied, bias=False, scale=scale)
 
 
-def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `T5Config` of our architecture, as far as one can say it."""
+def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, num_stacks: int = 2) -> dict[str, Any]:
+    """Convert a `TransformerConfig` to a `T5Config`."""
     feedforward, head = architecture.feedforward, architecture.head
-    name = foreign_activation(feedforward.activation)
+    values = write_stacks(architecture, tokenizer, num_stacks)
+    name = values["dense_act_fn"]
     return {
         "model_type": "t5",
-        **write_stacks(architecture, tokenizer),
+        **values,
         "feed_forward_proj": f"gated-{name}" if feedforward.is_gated else name,
         "is_gated_act": feedforward.is_gated,
         "scale_decoder_outputs": head is None or head.scale != 1.0,
     }
 
 
-def write_stacks(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The settings that all families of this kind have in common."""
+def write_stacks(architecture: TransformerConfig, tokenizer: Tokenizer, num_stacks: int) -> dict[str, Any]:
+    """Settings of one or two stacks with the names of T5; a model with another number has another foreign class."""
+    if (found := 2 if architecture.num_decoder_layers else 1) != num_stacks:
+        raise ConfigError(f"a model must have {num_stacks} stacks; got num_decoder_layers={found - 1}")
     head = architecture.head
     if not isinstance(architecture.position, BucketBias):
         raise ConfigError(f"positions must be a BucketBias; got {type(architecture.position).__name__}")
@@ -163,7 +161,7 @@ def write_stacks(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 
 
 def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer of a directory, and a note where its decoder does not start from padding, as ours does."""
+    """Read the tokenizer, with a note if the decoder starts from another symbol than padding, which ours uses."""
     tokenizer, notes = read_subwords(folder, config)
     start, pad = config.get("decoder_start_token_id"), tokenizer.pad_id
     if start is not None and start != pad:
@@ -172,12 +170,12 @@ def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list
 
 
 def table(architecture: TransformerConfig, *_: object) -> KeyTable:
-    """Every tensor of a T5."""
+    """Key table of a T5."""
     return build_table(architecture, "DenseReluDense", Rename("trunk.embedding.symbols", "shared"))
 
 
 def build_table(architecture: TransformerConfig, feedforward: str, symbols: Row) -> KeyTable:
-    """Every tensor of one stack or two.
+    """Key table of one stack or two.
 
     Args:
         feedforward: name of the module of a feed-forward layer.
@@ -223,29 +221,12 @@ def _rows_of_stack(architecture: TransformerConfig, own: str, foreign: str, feed
     return rows
 
 
-def is_encoder(config: ForeignConfig) -> bool:
-    """As `is_encoder_alone`, of a config as it was found."""
-    return is_encoder_alone(Settings("a T5", config, defaults=DEFAULTS))
-
-
-def with_stacks(write: Writer, count: int) -> Writer:
-    """Refuses models of another number of stacks, which are of another class there."""
-
-    def checked(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        stacks = 2 if architecture.num_decoder_layers else 1
-        if stacks != count:
-            raise ConfigError(f"a model must have {count} stacks; got num_decoder_layers={stacks - 1}")
-        return write(architecture, tokenizer)
-
-    return checked
-
-
 T5 = Family(
     name="T5",
     domain="text",
     recognises=lambda config: config.get("model_type") == "t5" and not is_encoder(config),
     read_config=read_config,
-    write_config=with_stacks(write_config, 2),
+    write_config=write_config,
     read_tokenizer=read_tokenizer,
     write_tokenizer=write_subwords,
     table=table,
@@ -258,7 +239,7 @@ T5_ENCODER = replace(
     T5,
     name="the encoder of T5",
     recognises=lambda config: config.get("model_type") == "t5" and is_encoder(config),
-    write_config=with_stacks(write_config, 1),
+    write_config=partial(write_config, num_stacks=1),
     read_heads=lambda config, names: (),
     name_class=lambda heads: "T5EncoderModel",
     runner=SEQUENCES,

@@ -16,36 +16,25 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.family import ForeignConfig, of_type
 from meristem.interop.rows import block_rows
-from meristem.interop.settings import Field, Settings, foreign_activation
+from meristem.interop.settings import Field, Settings, activation
 from meristem.interop.table import KeyTable
 from meristem.model.config import FeedForward, Prefix, TransformerConfig
 from meristem.model.heads import Readout
 from meristem.shapes import Tensor
+from meristem_domains.vision.families import vit
 from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
-from meristem_domains.vision.families.vit import (
-    ATTENTION_SPELLINGS,
-    DEFAULTS,
-    FIELDS,
-    LEFT_OUT,
-    VIT,
-    pair,
-    patches_of,
-    read_patches,
-    read_trunk,
-    trunk_rows,
-    write_trunk,
-)
 
 DINO_FIELDS = (
-    *FIELDS,
+    *vit.FIELDS,
     Field("hidden_dropout_prob", "embedding.dropout", 0.0),
     Field("layer_norm_eps", "norm.eps", 1e-6),
     Field("layerscale_value", "residual.layer_scale", 1.0),
     Field("drop_path_rate", "residual.drop_path", 0.0),
 )
+HIDDEN_ACT = activation("hidden_act", "gelu")
 DINO_DEFAULTS = {
-    **DEFAULTS,
-    "hidden_act": "gelu",
+    "hidden_act": HIDDEN_ACT.default,
+    **vit.DEFAULTS,
     "mlp_ratio": 4,
     "patch_size": 14,
     "use_swiglu_ffn": False,
@@ -56,14 +45,14 @@ REGISTER_DEFAULTS = {**DINO_DEFAULTS, "patch_size": 16, "num_register_tokens": 4
 CLASS_MEAN = Prefix(has_mean=True)
 """What a classifier reads."""
 
-SPELLINGS = (*ATTENTION_SPELLINGS, (r"\.mlp\.down_proj\.", ".mlp.weights_out."))
+SPELLINGS = (*vit.ATTENTION_SPELLINGS, (r"\.mlp\.down_proj\.", ".mlp.weights_out."))
 """Names that tensors have in memory since transformers 5; on disk they keep the others."""
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `Dinov2Config` or a `Dinov2WithRegistersConfig`."""
+    """Convert a `Dinov2Config` or a `Dinov2WithRegistersConfig` to a `TransformerConfig`."""
     found = _settings(config)
-    height, width = pair(found["image_size"])
+    height, width = vit.pair(found["image_size"])
     if height != width:
         # the reference stretches positions for every picture that is no square, and takes their grid for one
         raise ConfigError(f"image_size must be a square in a DINOv2 config; got {height} x {width}")
@@ -74,7 +63,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
         is_gated=gated,
     )
     num_symbols = 1 + found["num_register_tokens"] + bool(found.get("use_mask_token", True))
-    return read_trunk(found, num_symbols, feedforward=feedforward, pool=Prefix())
+    return vit.read_trunk(found, num_symbols, feedforward=feedforward, pool=Prefix())
 
 
 def _settings(config: ForeignConfig) -> Settings:
@@ -89,7 +78,7 @@ def _width(width: int, ratio: float, is_gated: bool) -> int:
 
 
 def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
-    """The tensors of a `Dinov2Model`, under the names that it has on disk; gated layers of either layout."""
+    """Key table of a `Dinov2Model` under the names that it has on disk; gated layers of either layout."""
     prefix = f"{foreign['model_type']}."
     layer = prefix + "encoder.layer.{}"
     up: str | tuple[str, ...] = "mlp.fc1"
@@ -107,18 +96,19 @@ def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collec
     has_tensor = has_mask or (not names and found["num_register_tokens"] > 0)
     mask = f"{prefix}embeddings.mask_token" if has_tensor else None
     return KeyTable(
-        (*trunk_rows(architecture, found, prefix, found["num_register_tokens"], mask, 2), *rows), ignored=LEFT_OUT
+        (*vit.trunk_rows(architecture, found, prefix, found["num_register_tokens"], mask, 2), *rows),
+        ignored=vit.LEFT_OUT,
     )
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `Dinov2Config` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `Dinov2Config`."""
     return {"model_type": "dinov2", **_write(architecture, tokenizer)}
 
 
 def write_register_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `Dinov2WithRegistersConfig` of our architecture, as far as one can say it."""
-    num_registers = len(patches_of(tokenizer).prefix) - 1
+    """Convert a `TransformerConfig` to a `Dinov2WithRegistersConfig`."""
+    num_registers = len(vit.patches_of(tokenizer).prefix) - 1
     return {
         "model_type": "dinov2_with_registers",
         **_write(architecture, tokenizer),
@@ -135,25 +125,25 @@ def _write(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, A
     if architecture.residual.layer_scale is None:
         raise ConfigError("a DINOv2 has residual.layer_scale; got none")
     return {
-        **write_trunk(architecture, tokenizer, DINO_FIELDS),
+        **vit.write_trunk(architecture, tokenizer, DINO_FIELDS),
         "mlp_ratio": fits[0],
         "use_swiglu_ffn": feedforward.is_gated,
-        "hidden_act": "gelu" if feedforward.is_gated else foreign_activation(feedforward.activation),
+        "hidden_act": "gelu" if feedforward.is_gated else HIDDEN_ACT.write(architecture),
     }
 
 
 def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """Patches behind a class token and registers."""
-    return read_patches(folder, _settings(config), bool(config.get("use_mask_token", True)))
+    """Read the tokenizer: patches after a class token and registers."""
+    return vit.read_patches(folder, _settings(config), bool(config.get("use_mask_token", True)))
 
 
 def read_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
-    """The classifier on the class token and the mean of the patches, where there is one."""
+    """Read the label of the classifier on the class token and the mean of the patches, if there is one."""
     return (label_of(classes_of(config), CLASS_MEAN),) if "classifier.weight" in names else ()
 
 
 DINO = replace(
-    VIT,
+    vit.VIT,
     name="DINOv2",
     recognises=of_type("dinov2"),
     read_config=read_config,

@@ -1,4 +1,4 @@
-"""The classifier of a model of images, as a label."""
+"""The label that the classifier of an image model predicts."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ LABEL = "label"
 
 
 def label_of(classes: Sequence[str], pool: Pool | None = None) -> Readout:
-    """The label of a classifier; with one output it is a value.
+    """Make the label of a classifier; a single output is a regression.
 
     Args:
-        pool: what the classifier reads; None for the model's own.
+        pool: pooling that the classifier reads; None for the model's own.
     """
     if len(classes) == 1:
         return Readout(name=LABEL, task="regression", pool=pool)
@@ -46,7 +46,7 @@ def write_classes(readouts: Sequence[Readout], pools: Collection[Pool | None]) -
 
 
 def require_plain(readout: Readout, pools: Collection[Pool | None]) -> None:
-    """Refuse a label that is no linear map of what the other library's classifier reads.
+    """Refuse a label that the other library's classifier cannot predict: a linear map of what it reads.
 
     Raises:
         ConfigError: names what differs.

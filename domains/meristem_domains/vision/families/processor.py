@@ -1,4 +1,4 @@
-"""How `transformers` brings a picture to a model: `preprocessor_config.json`, in and out.
+"""Read and write `preprocessor_config.json`, the image preprocessing of `transformers`.
 
 One step differs: where an odd number of pixels stands out, `transformers` cuts off the smaller half above and on the
 left, and our tokenizer, as torchvision and timm, rounds the half to even. Such a picture is cut one pixel beside.
@@ -27,10 +27,10 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 def read_processor(
     folder: Path, image_px: tuple[int, int], patch_px: int, num_channels: int, prefix: Sequence[str], mask: str
 ) -> tuple[PatchTokenizer, list[str]]:
-    """The tokenizer of a directory, and notes for the user.
+    """Read the preprocessing of a directory as a tokenizer of patches; also returns notes for the user.
 
     Args:
-        image_px: that the model's positions are for.
+        image_px: height and width of the images that the model's positions are for.
 
     Raises:
         CheckpointError: a file that is damaged.
@@ -52,6 +52,9 @@ def read_processor(
         )
         height, width = (round(side * own / other) for side, own, other in zip(resized or cut, image_px, cut))
         resized = height, width
+    filters = {number: name for name, number in RESAMPLE.items()}
+    if (number := values.get("resample", 2)) not in filters:
+        raise ConfigError(f"{FILE}: resample must be one of {sorted(filters)}; got {number!r}")
     tokenizer = PatchTokenizer(
         image_px=image_px,
         patch_px=patch_px,
@@ -60,7 +63,7 @@ def read_processor(
         std=tuple(std) if is_standard else (1.0,) * num_channels,
         resize_px=resized,
         crop=crop,
-        interpolation=_read_filter(values.get("resample", 2)),
+        interpolation=filters[number],
         prefix=tuple(prefix),
         mask=mask,
     )
@@ -118,10 +121,3 @@ def _size(size: Any, default: tuple[int, int]) -> tuple[int, int]:
     if size is None:
         return default
     return (size["height"], size["width"]) if isinstance(size, Mapping) else (size, size)
-
-
-def _read_filter(number: int) -> str:
-    for name, value in RESAMPLE.items():
-        if value == number:
-            return name
-    raise ConfigError(f"{FILE}: resample must be one of {sorted(RESAMPLE.values())}; got {number!r}")

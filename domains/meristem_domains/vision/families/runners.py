@@ -1,4 +1,4 @@
-"""How a random picture goes through a model of ours and through `transformers` or timm."""
+"""Run an image model of ours and its reference in `transformers` or timm on the same random images."""
 
 import importlib
 import logging
@@ -22,7 +22,7 @@ NUM_IMAGES = 3
 
 
 def draw_images(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Tokens]:
-    """Random pixels of the model's size, cut into patches; the image is `[C, H, W]`, made standard."""
+    """Draw random images of the model's size, cut into patches. The label `image` is the normalised `[C, H, W]`."""
     assert isinstance(tokenizer, PatchTokenizer)
     # the other library gets its picture behind its own resizing, so ours must not resize either
     plain = replace(tokenizer, resize_px=None, crop_frac=1.0, crop="squash")
@@ -36,7 +36,7 @@ def draw_images(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) ->
 
 
 def run_transformers(reference: Any, sequences: Sequence[Tokens]) -> Results:
-    """Runs a model of `transformers`; its last hidden state is taken after the final norm, as ours is."""
+    """Run a model of `transformers`. Its last hidden state is taken after the final norm, as ours is."""
     out = reference(pixel_values=_pixels(sequences), output_hidden_states=True)
     trunk = reference.base_model
     states = [*out.hidden_states[:-1], trunk.layernorm(out.hidden_states[-1])]
@@ -50,7 +50,7 @@ def run_transformers(reference: Any, sequences: Sequence[Tokens]) -> Results:
 
 
 def load_timm(folder: Path) -> Any:
-    """The directory as timm loads it."""
+    """Load a directory with timm."""
     timm = importlib.import_module("timm")
     level = logging.getLogger("timm").level
     logging.getLogger("timm").setLevel(logging.ERROR)
@@ -61,7 +61,7 @@ def load_timm(folder: Path) -> Any:
 
 
 def run_timm(reference: Any, sequences: Sequence[Tokens]) -> Results:
-    """Runs a vision transformer of timm, block by block."""
+    """Run a vision transformer of timm and keep the output of each block."""
     kept: list[Tensor] = []
     hooks = [reference.norm_pre.register_forward_hook(lambda *call: kept.append(call[2]))]
     hooks += [block.register_forward_hook(lambda *call: kept.append(call[2])) for block in reference.blocks]

@@ -59,7 +59,7 @@ FIELDS = (
 
 
 def facts_of(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Settings:
-    """Everything about a model, as arguments of timm: what shapes of tensors say goes before what the config says.
+    """Describe a model by arguments of timm. Shapes of tensors take precedence over the config.
 
     Beside arguments of timm there are `hidden` (width of feed-forward layers), `num_positions` (rows of the table of
     positions; 0 for none), `num_prefix` (special tokens before the patches), `is_gated`, `is_distilled`,
@@ -134,7 +134,7 @@ def _of_arguments(found: Settings, named: Named) -> dict[str, Any]:
 
 
 def arguments_of(config: ForeignConfig) -> Mapping[str, Any]:
-    """Arguments in which a model differs from what its name stands for.
+    """Arguments in which a model differs from the architecture that its name stands for.
 
     Raises:
         ConfigError: an argument that no part of ours can say.
@@ -164,7 +164,7 @@ def named_of(config: ForeignConfig) -> Named:
 
 
 def has_mask(config: ForeignConfig, facts: Settings) -> bool:
-    """Whether there is a symbol that hides patches; the setting is ours. A table of symbols has one row at least."""
+    """Whether there is a mask symbol. The setting is ours; without special tokens there must be one symbol."""
     return bool(config.get("has_mask", facts["num_prefix"] == 0))
 
 
@@ -174,5 +174,5 @@ def image_px_of(config: ForeignConfig) -> tuple[int, int]:
 
 
 def preprocessing_of(config: ForeignConfig) -> Mapping[str, Any]:
-    """How pictures are brought to the model."""
+    """Settings of image preprocessing."""
     return config.get("pretrained_cfg") or {}

@@ -68,7 +68,7 @@ CLASS, DISTILLATION, MASK = "<class>", "<distillation>", "<mask>"
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a model of timm.
+    """Convert the config of a model of timm to a `TransformerConfig`.
 
     Raises:
         ConfigError: an architecture or an argument that no part of ours can say.
@@ -135,7 +135,7 @@ def _read_pool(config: ForeignConfig, facts: Settings) -> Pool | None:
 
 
 def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
-    """The tensors of a vision transformer of timm."""
+    """Key table of a vision transformer of timm."""
     facts = facts_of(foreign, names if isinstance(names, Mapping) else {})
     tokens = {"cls_token": 1} if facts["class_token"] else {}
     if facts["is_distilled"]:
@@ -180,7 +180,7 @@ AVERAGED = Transform(
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The config of a directory of timm, every argument said, as far as it can say ours."""
+    """Convert a `TransformerConfig` to the config of a directory of timm that states every argument."""
     patches, pool = patches_of(tokenizer), architecture.pool
     is_distilled = isinstance(pool, Prefix) and pool.count == 2
     feedforward = architecture.feedforward
@@ -255,7 +255,7 @@ def _crop_pct(patches: PatchTokenizer) -> float:
 
 
 def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """Patches behind the special tokens, with timm's own steps of preparation."""
+    """Read the tokenizer: patches after the special tokens, prepared as timm prepares images."""
     facts, found = facts_of(config, open_weights(folder)), preprocessing_of(config)
     tokenizer = PatchTokenizer(
         image_px=image_px_of(config),
@@ -277,7 +277,7 @@ def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list
 
 
 def read_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
-    """The classifier, where there is one."""
+    """Read the label of the classifier, if there is one."""
     if "head.weight" not in names:
         return ()
     count = config.get("num_classes") or preprocessing_of(config).get("num_classes")

@@ -50,7 +50,7 @@ LEFT_OUT = (
 
 
 def read_vit_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Our architecture of a `ViTConfig`."""
+    """Convert a `ViTConfig` to a `TransformerConfig`."""
     found = _settings(config)
     has_pooler = "vit.pooler.dense.weight" in tensors and "classifier.weight" not in tensors
     if has_pooler:
@@ -69,7 +69,7 @@ def _has_mask(config: ForeignConfig) -> bool:
 
 
 def read_trunk(found: Settings, num_symbols: int, **parts: Any) -> TransformerConfig:
-    """Our architecture; `parts`, as `Settings.build` has them, are what each of these families says in its own way."""
+    """Build an image encoder; `parts`, as in `Settings.build`, are those that the families read differently."""
     (height, width), side = pair(found["image_size"]), side_of(found)
     grid = (height // side, width // side)
     return found.build(
@@ -81,7 +81,7 @@ def read_trunk(found: Settings, num_symbols: int, **parts: Any) -> TransformerCo
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width, of both or of the one number that both are."""
+    """Height and width, given as two numbers or as one for both."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
@@ -97,7 +97,7 @@ def side_of(found: Mapping[str, Any]) -> int:
 
 
 def vit_table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
-    """The tensors of a `ViTModel`, under the names that it has on disk."""
+    """Key table of a `ViTModel` under the names that it has on disk."""
     layer = "vit.encoder.layer.{}"
     rows = (
         *block_rows(layer, attention_norm="layernorm_before", feedforward_norm="layernorm_after"),
@@ -112,7 +112,7 @@ def vit_table(architecture: TransformerConfig, foreign: ForeignConfig, names: Co
 def trunk_rows(
     architecture: TransformerConfig, found: Settings, prefix: str, num_registers: int, mask: str | None, mask_axes: int
 ) -> tuple[Row, ...]:
-    """Rows of tensors that are called the same in all of them."""
+    """Rows for tensors that have the same names in all these families."""
     layer, embeddings = prefix + "encoder.layer.{}.attention", f"{prefix}embeddings"
     tokens = {f"{embeddings}.cls_token": 1}
     if num_registers:
@@ -153,7 +153,7 @@ VIT_SPELLINGS = (
 
 
 def write_vit_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `ViTConfig` of our architecture, as far as one can say it."""
+    """Convert a `TransformerConfig` to a `ViTConfig`."""
     return {
         "model_type": "vit",
         **write_trunk(architecture, tokenizer, VIT_FIELDS),
@@ -164,7 +164,7 @@ def write_vit_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> d
 
 
 def write_trunk(architecture: TransformerConfig, tokenizer: Tokenizer, fields: Sequence[Field]) -> dict[str, Any]:
-    """Settings that are called the same in all of them."""
+    """Settings that have the same names in all these families."""
     patches = patches_of(tokenizer)
     return {
         **write_fields(architecture, fields),
@@ -190,12 +190,12 @@ def patches_of(tokenizer: Tokenizer) -> PatchTokenizer:
 
 
 def read_vit_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """Patches behind a class token."""
+    """Read the tokenizer: patches after a class token."""
     return read_patches(folder, _settings(config), _has_mask(config))
 
 
 def read_patches(folder: Path, found: Settings, has_mask: bool) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer of a directory, and notes for the user."""
+    """Read a tokenizer of patches from a directory; also returns notes for the user."""
     registers = [f"<register_{index}>" for index in range(1, found.get("num_register_tokens", 0) + 1)]
     return read_processor(
         folder,
@@ -208,12 +208,12 @@ def read_patches(folder: Path, found: Settings, has_mask: bool) -> tuple[Tokeniz
 
 
 def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
-    """The file of an image processor."""
+    """Text of the file of an image processor, by file name."""
     return {"preprocessor_config.json": write_processor(patches_of(tokenizer))}
 
 
 def read_vit_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
-    """The classifier on the class token, where there is one."""
+    """Read the label of the classifier on the class token, if there is one."""
     return (label_of(classes_of(config)),) if "classifier.weight" in names else ()
 
 
