@@ -1,7 +1,6 @@
 """Texts from files of prompts: the same as one prompt at a time, whatever happens on the way."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kills import finish, kill_at_random_moments
 from small_models import random_protein, redraw, tiny_config
 
 from meristem.cli.main import main
@@ -138,26 +136,4 @@ def test_a_stopped_run_makes_only_what_is_left(
         run_job(Generate(DRAWN), model, [source], tmp_path / "out.jsonl")
     run_job(Generate(DRAWN), model, [source], tmp_path / "out.jsonl")
     assert len(calls) == 3 + 2, "four chunks, two of them finished"
-    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
-DRIVER = """
-import sys
-from meristem.inference import chunks, run
-chunks.CHUNK_RECORDS = run.CHUNK_RECORDS = 16
-from meristem.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments_leave_the_texts_of_an_unbroken_run(
-    model: Path, tmp_path: Path, rng: np.random.Generator
-) -> None:
-    source = write_prompts(tmp_path / "in.txt", [random_protein(rng, 1, 20) for _ in range(1600)])
-    command = [sys.executable, "-c", DRIVER, "generate", str(model), "--prompts", source, "--max-new-tokens", "15"]
-    finish([*command, "--output", str(tmp_path / "whole.jsonl")])
-    command += ["--output", str(tmp_path / "out.jsonl")]
-    kill_at_random_moments(command, tmp_path / "out.jsonl.parts", 5, 0.2, rng)
-    finish(command)
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

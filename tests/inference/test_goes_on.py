@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from kills import finish, kill_at_random_moments, parts_in
 from small_models import records_with_repeats, snapshot, write_fasta
 
 from meristem.errors import ConfigError, DataError
@@ -61,38 +60,6 @@ def test_a_run_goes_on_where_it_was_stopped_and_computes_only_what_is_left(
     calls = 3
     embed_files(model, [source], tmp_path / "out", options)
     assert calls == 3, "a complete run computes nothing again"
-
-
-DRIVER = """
-import sys
-from meristem.inference import chunks, engine, run
-chunks.CHUNK_RECORDS = run.CHUNK_RECORDS = 16
-slow = engine.Embedder.embed
-import time
-
-
-def embed(self, *args):
-    time.sleep(.02)
-    return slow(self, *args)
-engine.Embedder.embed = embed
-from meristem.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-def test_five_kills_at_random_moments_leave_the_rows_of_an_unbroken_run(
-    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
-) -> None:
-    model = make_model_directory()
-    source = str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng, 1200)))
-    embed_files(model, [source], tmp_path / "whole")
-    command = [sys.executable, "-c", DRIVER, "embed", str(model), source, "--output", str(tmp_path / "out")]
-    kill_at_random_moments(command, tmp_path / "out", 5, 0.3, rng)
-    assert 0 < parts_in(tmp_path / "out") < 75, "the input must be long enough for five kills"
-    finish(command)
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
-    assert not list(tmp_path.glob("out/*.tmp"))
 
 
 def test_another_runs_output_is_refused_and_not_touched(

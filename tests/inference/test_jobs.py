@@ -1,9 +1,5 @@
 """Every job goes on where it was killed, and owns its output."""
 
-import multiprocessing
-import os
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +17,6 @@ from meristem.inference.predictor import Predictor
 
 MakeModel = Callable[..., Path]
 
-JOBS: dict[str, tuple[Callable[..., Any], Any, str]] = {
-    "embed": (embed_files, EmbedOptions(), "vectors"),
-    "embed a token": (embed_files, EmbedOptions(pool="none"), "vectors"),
-    "predict": (predict_files, PredictOptions(), "labels.csv"),
-    "predict a token": (predict_files, PredictOptions(is_per_token=True), "labels.parquet"),
-}
-
 
 def random_records(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
     return [(f"p{i}", random_protein(rng)) for i in range(count)]
@@ -36,38 +25,6 @@ def random_records(rng: np.random.Generator, count: int) -> list[tuple[str, str]
 def content(output: Path) -> Any:
     """What a finished output holds, without what depends on the clock."""
     return snapshot(output) if output.is_dir() else output.read_bytes()
-
-
-def run_in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Start in a process that can be killed and has imported everything."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
-    process.start()
-    return process
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", JOBS)
-def test_twenty_kills_at_random_moments_leave_the_output_of_an_unbroken_run(
-    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator, name: str
-) -> None:
-    work, options, output = JOBS[name]
-    model = make_model_directory(readouts=READOUTS)
-    source = str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng, 900)))
-    began = time.monotonic()
-    work(model, [source], tmp_path / "whole" / output, options)
-    seconds = time.monotonic() - began
-    kills = 0
-    for _ in range(20):
-        process = run_in_fork(work, model, [source], tmp_path / "broken" / output, options)
-        time.sleep(float(rng.uniform(0, seconds / 3)))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        kills += process.exitcode == -signal.SIGKILL
-    assert kills > 5, "the work must be long enough to be killed"
-    work(model, [source], tmp_path / "broken" / output, options)
-    assert content(tmp_path / "broken" / output) == content(tmp_path / "whole" / output)
-    left = sorted(item.name for item in (tmp_path / "broken").iterdir())
-    assert left == sorted(item.name for item in (tmp_path / "whole").iterdir())
 
 
 def test_predicting_goes_on_behind_finished_parts(

@@ -1,6 +1,5 @@
 """Scoring in the loop that every job shares: it goes on where it was stopped, and equal records are scored once."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
-from kills import finish, kill_at_random_moments
 from small_models import random_protein, records_with_repeats, write_fasta
 
 from meristem.errors import ConfigError
@@ -125,33 +123,3 @@ def test_another_runs_output_is_refused(
     assert output.read_bytes() == before
     with pytest.raises(ConfigError, match="--scorer must be one of likelihood"):
         score_files(model, [source], output, ScoreOptions(scorer="no"))
-
-
-NUM_KILLS = 20
-
-DRIVER = """
-import sys, time
-from meristem.inference import chunks, run, score
-chunks.CHUNK_RECORDS = run.CHUNK_RECORDS = 16
-real = score.RunningScore.rows
-def slow(self, *args):
-    time.sleep(.02)
-    return real(self, *args)
-score.RunningScore.rows = slow
-from meristem.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments_leave_the_file_of_an_unbroken_run(
-    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
-) -> None:
-    source = str(write_fasta(tmp_path / "in.fa", [(f"p{row}", random_protein(rng, 3, 20)) for row in range(3200)]))
-    model, out = make_model_directory(), tmp_path / "out.csv"
-    score_files(model, [source], tmp_path / "whole.csv")
-    command = [sys.executable, "-c", DRIVER, "score", str(model), source, "--output", str(out)]
-    kill_at_random_moments(command, tmp_path / "out.csv.parts", NUM_KILLS, 0.2, rng)
-    finish(command)
-    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
-    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.csv", "out.csv.manifest.json"]

@@ -17,7 +17,7 @@ from meristem.data.stretches import is_sliced, slices_of
 from meristem.data.tokenizer import column_bytes
 from meristem.domain import Domain
 from meristem.errors import DataError
-from meristem.inference.encoding import Encoded, Reading, encode_tables, sides_of
+from meristem.inference.encoding import Reading, encode_tables, sides_of
 from meristem.types import TokenColumn
 
 CHUNK_RECORDS = 1024
@@ -114,15 +114,19 @@ class ChunkReader:
             DataError: an input or a record that cannot be used, or no record at all.
         """
         tables = encode_tables(self._cut(), self._reading, self._is_skipping, self._num_workers)
-        for index, (table, encoded) in enumerate(tables):
+        for index, (table, (column, refused)) in enumerate(tables):
             self._digest.add(table)
             digest = self._digest.value()
-            table, column = self._kept(table, encoded)
+            replaced = [side.replaced for side in sides_of(column)]
+            table = self._without(table, refused)
+            if unfit := self._unfit(column):
+                table = self._without(table, unfit)
+                column = column.take(np.setdiff1d(np.arange(len(column)), list(unfit)))
             self.num_records += table.num_rows
             for side in sides_of(column):
                 self.num_symbols += int(side.payload_lengths.sum())
-            for side in sides_of(encoded.column):
-                self.replaced.update(side.replaced)
+            for counts in replaced:
+                self.replaced.update(counts)
             yield Chunk(index, table["id"], column, table[self._columns[-1]], table["file"], table["line"], digest)
         if not self.num_records:
             refused = f": all {self.num_refused} were refused, {self.refused[0]}" if self.num_refused else ""
@@ -169,26 +173,20 @@ class ChunkReader:
                 columns["file"] = columns["file"].cast(pa.string())  # dictionaries of two files do not go together
                 yield pa.RecordBatch.from_pydict(columns)
 
-    def _kept(self, table: pa.RecordBatch, encoded: Encoded) -> tuple[pa.RecordBatch, TokenColumn]:
-        """The records of a table that can be read and are fit for the job; others are refused."""
-        for row, reason in encoded.refused:
-            self._leave_out(table, row, reason)
-        table = table.filter(pa.array(encoded.is_kept)) if encoded.refused else table
-        column, unfit = encoded.column, self._unfit(encoded.column)
-        if not unfit:
-            return table, column
-        is_kept = np.ones(len(column), bool)
-        is_kept[list(unfit)] = False
-        for row, reason in unfit.items():
-            self._leave_out(table, row, reason)
-        return table.filter(pa.array(is_kept)), column.take(np.flatnonzero(is_kept))
+    def _without(self, table: pa.RecordBatch, refused: Mapping[int, str]) -> pa.RecordBatch:
+        """A table without the rows that are refused, for the reasons given.
 
-    def _leave_out(self, table: pa.RecordBatch, row: int, reason: str) -> None:
-        file, line, id = (table[name][row].as_py() for name in ("file", "line", "id"))
-        refusal = Refusal(file, line, id, reason)
-        if not self._is_skipping:
-            raise DataError(f"{refusal.where}: record {id!r}: {reason}")
-        self._refuse(refusal)
+        Raises:
+            DataError: there are some, and none is to be skipped.
+        """
+        for row, reason in refused.items():
+            file, line, id = (table[name][row].as_py() for name in ("file", "line", "id"))
+            refusal = Refusal(file, line, id, reason)
+            if not self._is_skipping:
+                raise DataError(f"{refusal.where}: record {id!r}: {reason}")
+            self._refuse(refusal)
+        kept = np.setdiff1d(np.arange(len(table)), list(refused))
+        return table.take(pa.array(kept)) if refused else table
 
     def _refuse(self, refusal: Refusal) -> None:
         self.num_refused += 1

@@ -64,8 +64,3 @@ class Seen:
                 self._places.popitem(last=False)
         is_new = (parts == part) & (rows == np.arange(len(column)))
         return Sources(parts, rows, np.flatnonzero(is_new))
-
-
-def take(column: TokenColumn, rows: np.ndarray) -> TokenColumn:
-    """Those rows of a column."""
-    return column if len(rows) == len(column) else column.take(rows)

@@ -23,6 +23,11 @@ SIDES = ("source", "target")
 """Inputs of an encoder-decoder that was not trained on records of two inputs."""
 
 
+Encoded = tuple[TokenColumn, dict[int, str]]
+"""What is read of the records of a table that can be read, and the rows of the others with the reason of each. Where
+none is to be skipped: an empty column, and the first such row."""
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
     """What a model reads of a record; a plain value, which travels to other processes.
@@ -120,35 +125,17 @@ def sides_of(column: TokenColumn) -> tuple[TokenColumn, ...]:
     return (column, *(side for other in others for side in sides_of(other)))
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """What is read of a table of records.
-
-    Attributes:
-        column: of the records that can be read.
-        is_kept: `[N]` which these are.
-        refused: row and reason of the others; where none is to be skipped, of the first, and then `column` is empty.
-    """
-
-    column: TokenColumn
-    is_kept: np.ndarray
-    refused: tuple[tuple[int, str], ...] = ()
-
-
 def encode(reading: Reading, table: pa.RecordBatch, is_skipping: bool) -> Encoded:
     """What is read of the records of a table, without those that cannot be read."""
-    is_kept = np.ones(len(table), bool)
-    refused: list[tuple[int, str]] = []
+    refused: dict[int, str] = {}
     while True:
+        left = np.setdiff1d(np.arange(len(table)), list(refused))
         try:
-            kept = table if not refused else table.filter(pa.array(is_kept))
-            return Encoded(reading.column(kept), is_kept, tuple(refused))
+            return reading.column(table.take(pa.array(left)) if refused else table), refused
         except RefusedSymbol as error:
-            row = int(np.flatnonzero(is_kept)[error.row])
-            refused.append((row, str(error)))
-            is_kept[row] = False
+            refused[int(left[error.row])] = str(error)
             if not is_skipping:
-                return Encoded(column_of([]), is_kept, tuple(refused))
+                return column_of([]), refused
 
 
 def encode_tables(

@@ -6,7 +6,7 @@ vector does not depend on what it is packed with (`model/exact.py`).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -34,8 +34,6 @@ POOLS = (*PLAIN_POOLS, "own", "none")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 ROWS_ALONE = Wanted(is_source_only=True)
-
-Item = TypeVar("Item")
 
 Advance = Callable[[int, int], None]
 """Told of records and payload tokens as they are done."""
@@ -248,7 +246,9 @@ class Embedder:
         ends = np.cumsum(counts)
         values = np.empty((int(ends[-1]) if len(ends) else 0, self.width), np.float32)
         wanted = Wanted(is_pooled=self._is_own, num_first=self._num_first, is_source_only=True)
-        for rows, made in _one_late((rows, self._vectors(rows)) for rows in self.trunk.run(column, wanted)):
+        running = ((rows, self._vectors(rows)) for rows in self.trunk.run(column, wanted))
+        # each when the next one is there: a GPU works on that while this one is fetched
+        for (rows, made), _ in pairwise(chain(running, [None])):
             host = made.float().cpu().numpy()
             if self.is_pooled:
                 values[list(rows.records)] = host
@@ -274,14 +274,3 @@ class Embedder:
             bad = np.flatnonzero(~np.isfinite(values).all(1))
             if len(bad):
                 raise NotFinite(int(np.searchsorted(ends, bad[0], side="right")))
-
-
-def _one_late(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each when the next one is there: a GPU works on that while this one is fetched."""
-    before = next(items, None)
-    if before is None:
-        return
-    for item in items:
-        yield before
-        before = item
-    yield before

@@ -163,8 +163,9 @@ def _write_npz(path: Path, target: Path, num_records: int, num_vectors: int) -> 
         id_length = max(id_length, *map(len, ids)) if ids else id_length
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with _entry(archive, "ids", (num_records,), f"<U{id_length}") as stream:
-            for piece in _iter_id_blocks(path):
-                stream.write(np.array(piece, f"<U{id_length}").tobytes())
+            for part in parts_of(path):
+                ids = pq.read_table(part, columns=["id"])["id"].to_pylist()
+                stream.write(np.array(ids, f"<U{id_length}").tobytes())
         with _entry(archive, "embeddings", (num_vectors, width), "<f4") as stream:
             for part in parts_of(path):
                 stream.write(np.ascontiguousarray(part_vectors(part)).data)
@@ -178,11 +179,6 @@ def _write_npz(path: Path, target: Path, num_records: int, num_vectors: int) -> 
                 at = int(ends[-1]) if len(ends) else at
         with _entry(archive, "is_pooled", (), "|b1") as stream:
             stream.write(np.array(is_pooled).tobytes())
-
-
-def _iter_id_blocks(path: Path) -> Iterator[list[str]]:
-    for part in parts_of(path):
-        yield pq.read_table(part, columns=["id"])["id"].to_pylist()
 
 
 def _entry(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: str) -> IO[bytes]:

@@ -78,7 +78,7 @@ class OutputDirectory:
         """
         if not (self.path / MANIFEST).exists():
             return
-        had = self.read_manifest().get("run", {})
+        had = read_manifest(self.path).get("run", {})
         for key, value in identity.items():
             if had.get(key) != value:
                 said = DIFFERENCES.get(key, f"--{key.replace('_', '-')} {{}}, and this is {{}}")
@@ -141,10 +141,6 @@ class OutputDirectory:
             return dict(json.loads(metadata[METADATA_KEY]))
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             raise DataError(f"{self.part(index)}: no part of a run ({error}); remove the directory") from error
-
-    def read_manifest(self) -> dict[str, Any]:
-        """The manifest as plain values."""
-        return read_manifest(self.path)
 
     def write_manifest(self, values: Mapping[str, Any]) -> None:
         """Replace the manifest at once."""

@@ -21,7 +21,7 @@ from meristem.domain import domain_of_model
 from meristem.errors import ConfigError, DataError
 from meristem.files import read_json, write_json
 from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS, Chunk, ChunkReader
-from meristem.inference.dedupe import Seen, Sources, take
+from meristem.inference.dedupe import Seen, Sources
 from meristem.inference.engine import NotFinite
 from meristem.inference.job import Job, JobOptions
 from meristem.inference.output import OutputDirectory, PartWriter, run_id
@@ -54,16 +54,8 @@ class Report(Protocol):
         """Done now."""
 
 
-class Silent:
-    """A `Report` that tells nobody."""
-
-    def chose(self, device: str, precision: str, tokens_per_batch: int) -> None: ...
-
-    def found(self, records: int | None, tokens: int | None) -> None: ...
-
-    def skipped(self, records: int, tokens: int) -> None: ...
-
-    def advance(self, records: int, tokens: int) -> None: ...
+class Silent(Report):
+    """Tells nobody."""
 
 
 def run_job(
@@ -226,9 +218,10 @@ class _Run:
                         self._check_part(chunk, run)
                         self.report.skipped(len(chunk), self._work_of(chunk.column))
                         continue
-                    column = take(chunk.column, sources.new_rows)
+                    is_new = len(sources.new_rows) == len(chunk)
+                    column = chunk.column if is_new else chunk.column.take(sources.new_rows)
                     size = self._work_of(column)
-                    future = workers.submit(column, self.report.advance, size) if len(column) else _nothing()
+                    future = workers.submit(column, self.report.advance, size) if len(column) else None
                     if again := len(chunk) - len(column):
                         self.report.advance(again, self._work_of(chunk.column) - size)
                     behind.put(_Piece(chunk, sources, future))
@@ -286,7 +279,7 @@ class _Run:
 
     def _write(self, writer: PartWriter, piece: "_Piece", spent: float) -> None:
         try:
-            rows = piece.rows.result()
+            rows = pa.table({}) if piece.rows is None else piece.rows.result()
         except NotFinite as error:
             name = piece.chunk.name(int(piece.sources.new_rows[error.row]))
             raise DataError(f"{name}: {self.running.fault}") from error
@@ -329,17 +322,10 @@ class _Run:
         }
 
 
-def _nothing() -> "Future[pa.Table]":
-    """The rows of no records."""
-    future: Future[pa.Table] = Future()
-    future.set_result(pa.table({}))
-    return future
-
-
 @dataclass(frozen=True)
 class _Piece:
-    """A chunk whose rows are being computed."""
+    """A chunk whose rows are being computed; none where all its records came before."""
 
     chunk: Chunk
     sources: Sources
-    rows: "Future[pa.Table]"
+    rows: "Future[pa.Table] | None"

@@ -20,11 +20,6 @@ from meristem.model_directory import load_any
 from meristem.types import TokenColumn
 
 
-def count_devices(device: str) -> int:
-    """Processes that may run side by side."""
-    return torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
-
-
 class Workers:
     """One process a device, each with the whole model; chunks come back as they were handed in.
 
@@ -33,9 +28,10 @@ class Workers:
     """
 
     def __init__(self, model: Path, job: Job, engine: Engine, options: JobOptions):
-        there, count = count_devices(engine.device), options.devices
+        is_cuda, count = engine.device == "cuda", options.devices
+        there = torch.cuda.device_count() if is_cuda else os.cpu_count() or 1
         if count > there:
-            what = "GPUs" if engine.device == "cuda" else "CPU cores"
+            what = "GPUs" if is_cuda else "CPU cores"
             raise ConfigError(f"--devices must be at most the {what} there are, {there}; got {count}")
         context = multiprocessing.get_context("spawn")
         ranks = context.Queue()

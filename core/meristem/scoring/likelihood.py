@@ -247,66 +247,53 @@ def token_log_likelihoods(running: RunningModel, scored: ScoredRows) -> list[np.
 
     On a CPU in fp32 the values are the same, bit for bit, whatever the token budget and the other records.
     """
-    passes = _Passes.of(scored)
-    scores = np.empty(int(scored.num_scored.sum()))
-    lengths = scored.lengths[passes.records]
+    counts = scored.num_scored
+    ends = np.cumsum(counts)
+    # runs of single sequences: the record that each runs, the row of the column that is hidden in it, and which of all
+    # scores, those of all records end to end, it gives
+    if scored.mask_id is None:  # a record of which nothing is scored is not run
+        records = np.flatnonzero(counts)
+        hidden, firsts, stops = np.full(len(records), -1), (ends - counts)[records], ends[records]
+    else:
+        hidden = np.flatnonzero(scored.targets != IGNORE)
+        records = np.repeat(np.arange(len(counts)), counts)
+        firsts, stops = np.arange(len(hidden)), np.arange(len(hidden)) + 1
+    scores = np.empty(int(counts.sum()))
+    lengths = scored.lengths[records]
 
     def run(numbers: np.ndarray) -> None:
-        sequences = [side for number in numbers for side in passes.sides(scored, number)]
+        sequences = [side for number in numbers for side in _sides(scored, records[number], hidden[number])]
         batch = pack(sequences, np.repeat(numbers, len(sequences) // len(numbers)).tolist())
         targets = batch.targets[SYMBOLS]
         rows = torch.nonzero(targets != IGNORE).squeeze(1)
         done = np.array(batch.records)
-        places = _ranges(passes.first_scores[done], passes.first_scores[done] + passes.num_scored[done])
+        places = _ranges(firsts[done], stops[done])
         scores[places] = running.symbol_log_probabilities(batch, rows, targets[rows]).numpy()
         running.advance(int(lengths[numbers].sum()))
 
     for _ in running.budget.run(lengths, run):
         pass
-    return np.split(scores, np.cumsum(scored.num_scored)[:-1])
+    return np.split(scores, ends[:-1])
 
 
-@dataclass(frozen=True, eq=False)
-class _Passes:
-    """The runs of single sequences that scoring takes.
+def _sides(scored: ScoredRows, record: int, hidden: int) -> Iterator[Tokens]:
+    """What one run reads: the source where there is one, and the sequence with its targets.
 
-    Attributes:
-        records: `[R]` record that each runs.
-        hidden: `[R]` row of the column that is masked in it; -1 for none.
-        first_scores, num_scored: `[R]` which of all scores, those of all records end to end, it gives.
+    Args:
+        hidden: row of the column that is masked; -1 for none.
     """
-
-    records: np.ndarray
-    hidden: np.ndarray
-    first_scores: np.ndarray
-    num_scored: np.ndarray
-
-    @classmethod
-    def of(cls, scored: ScoredRows) -> "_Passes":
-        counts = scored.num_scored
-        if scored.mask_id is None:  # a record of which nothing is scored is not run
-            records = np.flatnonzero(counts)
-            ends = np.cumsum(counts)[records]
-            return cls(records, np.full(len(records), -1), ends - counts[records], counts[records])
-        hidden = np.flatnonzero(scored.targets != IGNORE)
-        records = np.repeat(np.arange(len(counts)), counts)
-        return cls(records, hidden, np.arange(len(hidden)), np.ones(len(hidden), np.int64))
-
-    def sides(self, scored: ScoredRows, number: int) -> Iterator[Tokens]:
-        """What one run reads: the source where there is one, and the sequence with its targets."""
-        record, hidden = self.records[number], self.hidden[number]
-        source = scored.column.source
-        if source is not None:
-            yield _tokens(_sequence(source.ids, source, record), is_source=True)
-        ids = _sequence(scored.column.ids, scored.column, record)
-        targets = _sequence(scored.targets, scored.column, record)
-        if hidden >= 0:
-            place = hidden - scored.column.offsets[record]
-            wanted = targets[place]
-            targets = np.full_like(targets, IGNORE)
-            ids[place], targets[place] = scored.mask_id, wanted
-        prefix_length = 0 if scored.prefix_lengths is None else int(scored.prefix_lengths[record])
-        yield _tokens(ids, targets={SYMBOLS: targets}, prefix_length=prefix_length)
+    source = scored.column.source
+    if source is not None:
+        yield _tokens(_sequence(source.ids, source, record), is_source=True)
+    ids = _sequence(scored.column.ids, scored.column, record)
+    targets = _sequence(scored.targets, scored.column, record)
+    if hidden >= 0:
+        place = hidden - scored.column.offsets[record]
+        wanted = targets[place]
+        targets = np.full_like(targets, IGNORE)
+        ids[place], targets[place] = scored.mask_id, wanted
+    prefix_length = 0 if scored.prefix_lengths is None else int(scored.prefix_lengths[record])
+    yield _tokens(ids, targets={SYMBOLS: targets}, prefix_length=prefix_length)
 
 
 def _sequence(values: np.ndarray, column: TokenColumn, record: int) -> np.ndarray:
