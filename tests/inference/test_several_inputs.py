@@ -237,5 +237,11 @@ def test_one_input_is_read_as_before() -> None:
     with pytest.raises(RefusedSymbol, match="input 'target': '1' is not in the alphabet") as refused:
         Reading.of_sides(pair).column(table)
     assert refused.value.row == 1
+    given = Reading.of_sides(pair).values([{"target": "MKT", "source": "GG"}, {"source": "A", "target": "C"}])
+    assert (given.lengths.tolist(), given.source.lengths.tolist()) == ([5, 3], [4, 3])
+    for wrong in ("MKT", {"source": "MK"}, {"source": "MK", "target": "MK", "other": ""}):
+        with pytest.raises(RefusedSymbol, match="must be a mapping of source and target to payloads; got") as refused:
+            Reading.of_sides(pair).values([{"source": "MK", "target": "MK"}, wrong])
+        assert refused.value.row == 1
     with pytest.raises(ConfigError, match="no installed package offers the objective 'lab:Own'"):
         Reading.of(replace(pair, joined_by="lab:Own"))
