@@ -5,8 +5,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+_API = ("Embeddings", "LoadedModel", "embed", "export", "generate", "import_model", "load", "predict", "probe")
+
 _HOME = {
-    **dict.fromkeys(("Embeddings", "LoadedModel", "embed", "generate", "load", "read_embeddings"), "meristem.api"),
+    **dict.fromkeys((*_API, "read_embeddings", "score"), "meristem.api"),
     **dict.fromkeys(("DataSpec", "ModelSpec", "RunSpec", "TrainerSpec"), "meristem.train.spec"),
     **dict.fromkeys(("fit", "test", "validate"), "meristem.train.run"),
 }

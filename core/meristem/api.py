@@ -1,193 +1,28 @@
-"""What `import meristem` offers: load a model and use it, embed files, read vectors back."""
+"""What `import meristem` offers beside training: each verb of the command line as a function, and loaded models."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 from meristem.data.records import ReadOptions
-from meristem.data.tokenizer import RefusedSymbol
-from meristem.errors import ConfigError, DataError
-from meristem.generation.text import Generator, check_options
-from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS
-from meristem.inference.embed import EmbedOptions, default_pool, embed_files
-from meristem.inference.engine import PRECISIONS, Embedder, NotFinite, TrunkRunner, best_device, best_precision
+from meristem.domain import load_domain
+from meristem.errors import CheckpointError, ConfigError
+from meristem.inference.embed import EmbedOptions, embed_files
+from meristem.inference.engine import best_device
 from meristem.inference.formats import Embeddings, read_embeddings
-from meristem.inference.predictor import Prediction, Predictor
-from meristem.inference.run import Report
-from meristem.model.model import Model
-from meristem.model_directory import ModelCard, load_any
-from meristem.types import TokenColumn
+from meristem.inference.job import JobOptions
+from meristem.inference.predict import PredictOptions, predict_files
+from meristem.inference.score import Score, ScoreOptions, score_files
+from meristem.interop.library import FetchOptions, fetch_model, is_named
+from meristem.loaded import LoadedModel, load, scorer_options
+from meristem.model_directory import find_model, is_own, save_model, with_tokenizer_options
+from meristem.model_directory import import_model as read_foreign
 
-FILES_AHEAD = 256
-"""Payloads other than texts that are held in memory at once."""
+Options = TypeVar("Options", bound=JobOptions)
 
-__all__ = ["Embeddings", "LoadedModel", "embed", "generate", "load", "read_embeddings"]
-
-
-class LoadedModel:
-    """A model that is ready for sequences; `meristem.load` makes it.
-
-    Attributes:
-        card: architecture, tokenizer, labels.
-        model: the torch module.
-    """
-
-    def __init__(self, card: ModelCard, model: Model, device: str):
-        self.card, self.model, self.device = card, model, device
-
-    def embed(
-        self,
-        sequences: Iterable[Any],
-        pool: str | None = None,
-        layer: int = -1,
-        tokens_per_batch: int | None = None,
-        precision: str = "auto",
-    ) -> "np.ndarray | list[np.ndarray]":
-        """Vectors of sequences, in their order.
-
-        Args:
-            sequences: payloads, as the tokenizer of the model's domain takes them from a program
-                (`Tokenizer.encode_values`): texts, or paths, encoded files and arrays.
-            pool: mean, cls, max, own (the model's); `none` for one vector a token; None for own, else mean.
-            layer: 0 is the embedding, -1 the last.
-
-        Returns:
-            `[N, D]` float32; with `pool="none"` a list of `[n, D]`.
-
-        Raises:
-            ConfigError: a pooling or layer that the model does not have.
-            DataError: a sequence that is empty or has a symbol the model does not know.
-
-        Example:
-            >>> meristem.load("runs/sample").embed(["MKTAYIAKQR", "GSHMLEDP"]).shape
-        """
-        pool = default_pool(self.card) if pool is None else pool
-        embedder = Embedder(self._trunk(layer, tokens_per_batch, precision), pool)
-        pieces: list[np.ndarray] = []
-        for first, column in self._columns(sequences):
-            with _naming(first):
-                values = embedder.embed(column)
-            pieces += np.split(values, np.cumsum(embedder.num_vectors(column))[:-1]) if pool == "none" else [values]
-        if pool == "none":
-            return pieces
-        return np.concatenate(pieces) if pieces else np.zeros((0, embedder.width), np.float32)
-
-    def predict(
-        self, sequences: Iterable[Any], tokens_per_batch: int | None = None, precision: str = "auto"
-    ) -> dict[str, Prediction]:
-        """What the model's labels are for sequences (as those of `embed`), by the label's name.
-
-        Raises:
-            ConfigError: the model predicts no label.
-            DataError: a sequence that is empty or has a symbol the model does not know.
-
-        Example:
-            >>> meristem.load("runs/localization").predict(["MKTAYIAKQR"])["location"].classes
-        """
-        predictor = Predictor(self._trunk(-1, tokens_per_batch, precision))
-        pieces: dict[str, list[Prediction]] = {readout.name: [] for readout in predictor.readouts}
-        for first, column in self._columns(sequences):
-            with _naming(first):
-                for name, piece in predictor.predict(column).items():
-                    pieces[name].append(piece)
-        return {
-            name: Prediction(
-                parts[0].readout,
-                np.concatenate([part.values for part in parts]),
-                np.concatenate([part.lengths for part in parts]),
-            )
-            for name, parts in pieces.items()
-            if parts
-        }
-
-    def generate(self, prompts: Iterable[str], **options: Any) -> "list[str] | list[list[str]]":
-        """Texts that go on from prompts, in their order, without the prompts.
-
-        Args:
-            options: fields of `meristem.generation.options.GenerateOptions`: max_new_tokens, temperature, top_k,
-                top_p, num_beams, num_samples, stop, seed ...
-
-        Returns:
-            A text for each prompt; with `num_samples` above 1 a list of them.
-
-        Raises:
-            ConfigError: options that cannot work, or a model that cannot generate.
-            DataError: a prompt that is too long or that the tokenizer refuses.
-
-        Example:
-            >>> meristem.load("runs/decoder").generate(["MKT"], max_new_tokens=20, temperature=0)
-        """
-        if isinstance(prompts, str):
-            raise ConfigError("prompts must be a list of strings; got one string: put it in a list")
-        chosen = check_options(**options)
-        generator = Generator(self.model.to(self.device).eval(), self.card.tokenizer)
-        made = [[sample.text for sample in samples] for samples in generator.generate(prompts, chosen)]
-        return made if chosen.num_samples > 1 else [texts[0] for texts in made]
-
-    def _trunk(self, layer: int, tokens_per_batch: int | None, precision: str) -> TrunkRunner:
-        precision = best_precision(precision, self.device)
-        if precision not in PRECISIONS:
-            raise ConfigError(f"precision must be one of auto, {', '.join(PRECISIONS)}; got {precision!r}")
-        return TrunkRunner(self.model, layer, tokens_per_batch, PRECISIONS[precision], self.device)
-
-    def _columns(self, sequences: Iterable[Any]) -> Iterator[tuple[int, TokenColumn]]:
-        one = {str: "one string", bytes: "one payload", Path: "one path"}
-        for kind, name in one.items():
-            if isinstance(sequences, kind):
-                raise ConfigError(f"sequences must be a list; got {name}: put it in a list")
-        held: list[Any] = []
-        first = size = 0
-        for sequence in sequences:
-            if isinstance(sequence, str | bytes) and not sequence:
-                raise DataError(f"sequence {first + len(held)}: empty")
-            held.append(sequence)
-            size += len(sequence) if isinstance(sequence, str) else CHUNK_SYMBOLS // FILES_AHEAD
-            if len(held) == CHUNK_RECORDS or size >= CHUNK_SYMBOLS:
-                yield first, self._encode(first, held)
-                first, held, size = first + len(held), [], 0
-        if held:
-            yield first, self._encode(first, held)
-
-    def _encode(self, first: int, sequences: Sequence[Any]) -> TokenColumn:
-        try:
-            return self.card.tokenizer.encode_values(sequences)
-        except RefusedSymbol as error:
-            raise DataError(f"sequence {first + error.row}: {error}") from error
-
-
-class _naming:
-    """Counts the sequence that an error speaks of from the first of all."""
-
-    def __init__(self, first: int):
-        self._first = first
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, NotFinite):
-            raise DataError(f"sequence {self._first + error.row}: the result is not finite") from error
-
-
-def load(path: Path | str, device: str | None = None, tokenizer: Mapping[str, Any] | None = None) -> LoadedModel:
-    """Read a run directory, a model directory or one of another library.
-
-    Args:
-        device: cpu or cuda; None for a GPU where there is one.
-        tokenizer: options of the domain's tokenizer, where they are to differ from those that the model was trained
-            with. If they change the grid of positions, the model's table of positions is resampled.
-
-    Raises:
-        CheckpointError: no model, or not exactly what its config says.
-        ConfigError: tokenizer options that the model cannot be used with.
-
-    Example:
-        >>> model = meristem.load("runs/sample")
-        >>> model = meristem.load("runs/sample", tokenizer={"nonstandard": "x"})
-    """
-    return LoadedModel(*load_any(path, tokenizer), device or best_device())
+__all__ = ["Embeddings", "LoadedModel", "load", "read_embeddings"]
 
 
 def generate(model: Path | str, prompts: Iterable[str], **options: Any) -> "list[str] | list[list[str]]":
@@ -202,26 +37,18 @@ def generate(model: Path | str, prompts: Iterable[str], **options: Any) -> "list
     return load(model).generate(prompts, **options)
 
 
-def embed(
-    model: Path | str,
-    inputs: "str | Path | Sequence[str | Path]",
-    output: Path | str,
-    *,
-    on_error: str = "refuse",
-    column: "str | Mapping[str, str]" = "",
-    id_column: str = "",
-    report: Report | None = None,
-    **options: Any,
-) -> dict[str, Any]:
+Files = str | Path | Sequence[str | Path]
+
+
+def embed(model: Path | str, inputs: Files, output: Path | str, **options: Any) -> dict[str, Any]:
     """Embed files into a directory, as `meristem embed` does, and return its manifest.
 
     Args:
         inputs: one file or several; `-` is standard input.
         output: a directory; a run that was stopped there goes on.
-        on_error: refuse, or skip records that cannot be used.
-        column: column of a table that holds the payloads, or a mapping of inputs to columns.
-        id_column: column of a table that holds the ids.
-        options: fields of `meristem.inference.embed.EmbedOptions`: pool, layer, format, precision ...
+        options: `on_error` (refuse, or skip records that cannot be used), `column` and `id_column` (of tables),
+            `report` (receives the progress), and fields of `meristem.inference.embed.EmbedOptions`: pool, layer,
+            format, precision ...
 
     Raises:
         UserError: as the command would.
@@ -229,16 +56,160 @@ def embed(
     Example:
         >>> meristem.embed("runs/sample", "records.csv", "vectors", pool="mean")["records"]
     """
-    if on_error not in ("refuse", "skip"):
+    report = options.pop("report", None)
+    return embed_files(model, _files(inputs), output, _job_options(EmbedOptions, options), report)
+
+
+def predict(model: Path | str, inputs: Files, output: Path | str, **options: Any) -> dict[str, Any]:
+    """Label the records of files, as `meristem predict` does, and return the manifest of the table.
+
+    Args:
+        output: a .csv, .tsv or .parquet file.
+        options: as of `embed`, with fields of `meristem.inference.predict.PredictOptions`: labels, is_per_token ...
+
+    Raises:
+        UserError: as the command would.
+
+    Example:
+        >>> meristem.predict("runs/localization", "records.csv", "labels.csv")["records"]
+    """
+    report = options.pop("report", None)
+    return predict_files(model, _files(inputs), output, _job_options(PredictOptions, options), report)
+
+
+def score(
+    model: Path | str, inputs: Files, output: Path | str, scorer: str = "likelihood", **options: Any
+) -> dict[str, Any]:
+    """Score the records of files, as `meristem score` does, and return the manifest.
+
+    Args:
+        output: a .csv, .tsv or .parquet file; an .npz where the scorer gives arrays.
+        scorer: `likelihood`, or one of a domain.
+        options: as of `embed`, with `scorer_options` (a mapping) and `plots` (a folder).
+
+    Raises:
+        UserError: as the command would.
+
+    Example:
+        >>> meristem.score("runs/sample", "records.csv", "scores.csv", scorer_options={"one_pass": True})["summary"]
+    """
+    report, given = options.pop("report", None), options.pop("scorer_options", {})
+    found = Score(scorer, domain=options.get("domain", "")).find()
+    chosen = _job_options(ScoreOptions, {**options, "scorer": scorer, "scorer_options": scorer_options(found, given)})
+    return score_files(model, _files(inputs), output, chosen, report)
+
+
+def probe(
+    model: Path | str, inputs: Files, output: Path | str, label: str, tests: Files = (), **options: Any
+) -> dict[str, Any]:
+    """Measure what the vectors of a model tell about a label, as `meristem probe` does.
+
+    Args:
+        output: folder of `metrics.json`, `predictions.csv` and a figure.
+        label: column of the label: classes or numbers.
+        tests: files of test records; then all of `inputs` is for training.
+        options: fields of `meristem.probing.options.ProbeOptions`: method, task, k, split ...; others as of `embed`.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        UserError: as the command would.
+
+    Example:
+        >>> meristem.probe("runs/sample", "records.csv", "probe", label="kind", method="knn")["knn"]["accuracy"]
+    """
+    from meristem.probing.options import ProbeOptions
+    from meristem.probing.run import probe_files
+
+    own = {one.name for one in fields(ProbeOptions)}
+    rest = {name: value for name, value in options.items() if name not in own}
+    chosen = {name: value for name, value in options.items() if name in own}
+    how = ProbeOptions(label=label, embed=_job_options(EmbedOptions, rest), **chosen)
+    return probe_files(model, _files(inputs), output, how, _files(tests))
+
+
+def export(model: Path | str, out: Path | str, to: str = "hf") -> list[str]:
+    """Write a model as a directory that another library loads; as `load(model).export(out, to)`.
+
+    Example:
+        >>> meristem.export("runs/sample", "exported")
+    """
+    return load(model).export(out, to)
+
+
+def import_model(
+    source: Path | str,
+    out: Path | str,
+    *,
+    domain: str = "",
+    random_weights: bool = False,
+    seed: int | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
+    inspect: Callable[[LoadedModel, Path, list[str]], None] | None = None,
+) -> LoadedModel:
+    """Turn a model of another library into a model directory.
+
+    Args:
+        source: a directory of another library, or `LIBRARY:MODEL`.
+        out: must be new or empty.
+        domain: that reads its inputs; the family's own where empty.
+        random_weights: with LIBRARY:MODEL: draw the weights; otherwise they must be on this machine.
+        seed: random seed of these weights; 0 where none is given.
+        tokenizer: options of the domain's tokenizer that are to differ from the model's.
+        inspect: is given the model as it was read, the directory of the other library that it was read from, which may
+            be gone afterwards, and notes for the user.
+
+    Raises:
+        CheckpointError: a place that is taken, or a source of no supported family.
+        ConfigError: options that do not go together.
+
+    Example:
+        >>> meristem.import_model("path/to/esm2_t6_8M_UR50D", "esm2_8m")
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} must be new or an empty folder; it holds something else")
+    if domain:
+        load_domain(domain)  # a domain that is not there is said before anything is read
+    if seed is not None and not random_weights:
+        raise ConfigError("--seed needs --random-weights: nothing else is drawn")
+    with TemporaryDirectory() as temporary:
+        notes: list[str] = []
+        if is_named(str(source)):
+            folder = Path(temporary) / str(source).partition(":")[2].replace("/", "_")
+            notes = fetch_model(str(source), folder, FetchOptions(random_weights, seed or 0))
+        elif random_weights:
+            raise ConfigError(f"--random-weights needs LIBRARY:MODEL as SOURCE; got {source}")
+        else:
+            folder = find_model(source)
+        if is_own(folder):
+            raise CheckpointError(f"{source} is a model directory already; SOURCE must be a foreign one")
+        card, model, imported = read_foreign(folder, domain)
+        if notes:
+            card = replace(card, facts={**card.facts, "weights": "; ".join(notes)})
+        if inspect is not None:  # at the size that the source is for
+            inspect(LoadedModel(card, model, "cpu"), folder, [*notes, *imported.notes])
+        card, model = with_tokenizer_options(card, model, tokenizer or {})
+        save_model(out, card, model)
+    return LoadedModel(card, model, best_device())
+
+
+def _files(inputs: Files) -> list[str]:
+    return [str(file) for file in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+
+
+def _job_options(kind: type[Options], options: Mapping[str, Any]) -> Options:
+    """Options of a job as a program gives them.
+
+    Raises:
+        ConfigError: one that the job does not take.
+    """
+    given = dict(options)
+    on_error, column, ids = (given.pop(name, "") for name in ("on_error", "column", "id_column"))
+    if on_error not in ("", "refuse", "skip"):
         raise ConfigError(f"on_error must be refuse or skip; got {on_error!r}")
-    files = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     try:
-        chosen = EmbedOptions(
-            is_skipping=on_error == "skip",
-            column=column,
-            read=ReadOptions(id_column=id_column),
-            **options,
-        )
+        return kind(is_skipping=on_error == "skip", column=column, read=ReadOptions(id_column=ids), **given)
     except TypeError as error:
-        raise ConfigError(f"embed: {error}") from error
-    return embed_files(model, [str(file) for file in files], output, chosen, report)
+        raise ConfigError(f"{kind.__name__}: {error}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from meristem.data.tokenizer import RefusedSymbol
@@ -244,8 +245,9 @@ def test_what_a_program_hands_over_is_read_as_its_file_is(rng: np.random.Generat
     image = Image.fromarray(pixels)
     path = tmp_path / "a.png"
     path.write_bytes(saved(image, "PNG"))
-    column = tokenizer.encode_values([path, str(path), path.read_bytes(), image, pixels, pixels / 255])
-    for row in range(6):
+    tensor = torch.tensor(pixels).permute(2, 0, 1)
+    column = tokenizer.encode_values([path, str(path), path.read_bytes(), image, pixels, pixels / 255, tensor])
+    for row in range(7):
         got = tokenizer.tokens_at(column, row).features
         np.testing.assert_allclose(got, tokenizer.encode(pixels).features, atol=1e-6)  # two roundings of fp32
     for wrong, said in (
@@ -255,7 +257,7 @@ def test_what_a_program_hands_over_is_read_as_its_file_is(rng: np.random.Generat
         (pixels * 1.0, "floats between 0 and 1; got float64 from"),
         (np.full((16, 16, 3), np.nan), "floats between 0 and 1"),
         (pixels[..., 0], r"\[height, width, 3\]; got \[16, 16\]"),
-        (7, "a path, encoded bytes, an image of Pillow or an array .*; got int"),
+        (7, "a path, encoded bytes, an image of Pillow, an array .* or a tensor .*; got int"),
     ):
         with pytest.raises(RefusedSymbol, match=said) as caught:
             tokenizer.encode_values([path, wrong])

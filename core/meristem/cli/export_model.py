@@ -23,16 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, write, compare."""
+    from meristem.api import load
     from meristem.cli.parity_report import print_parity
-    from meristem.interop.directory import read_config_file, write_directory
-    from meristem.model_directory import load_any
+    from meristem.interop.directory import read_config_file
 
-    out = Path(args.out)
-    card, model = load_any(args.model)
-    for note in write_directory(out, card.architecture, card.tokenizer, model, args.to):
+    out, loaded = Path(args.out), load(args.model)
+    for note in loaded.export(out, args.to):
         print(f"note: {note}")
     if not args.skip_parity:
-        print_parity(model, card.tokenizer, out)
+        print_parity(loaded.model, loaded.card.tokenizer, out)
     print(f"wrote {out}; next, in Python:")
     print(f"  {find('meristem.libraries', args.to).line_that_loads(out, read_config_file(out))}")
     return 0

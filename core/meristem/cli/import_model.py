@@ -1,7 +1,6 @@
 """`meristem import SOURCE OUT`: a foreign checkpoint becomes a model directory, with a parity report."""
 
 import argparse
-from dataclasses import replace
 from shlex import quote
 from typing import TYPE_CHECKING
 
@@ -9,6 +8,8 @@ from meristem.registry import installed
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from meristem.api import LoadedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,64 +31,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch where the source is a name, read, write, compare."""
-    from pathlib import Path
-    from tempfile import TemporaryDirectory
-
-    from meristem.errors import CheckpointError, ConfigError
-    from meristem.interop.library import FetchOptions, fetch_model, is_named
-    from meristem.model_directory import find_model
-
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} must be new or an empty folder; it holds something else")
-    if args.seed is not None and not args.random_weights:
-        raise ConfigError("--seed needs --random-weights: nothing else is drawn")
-    if is_named(args.source):
-        with TemporaryDirectory() as temporary:
-            folder = Path(temporary) / args.source.partition(":")[2].replace("/", "_")
-            notes = fetch_model(args.source, folder, FetchOptions(args.random_weights, args.seed or 0))
-            return _import(args, folder, out, notes)
-    if args.random_weights:
-        raise ConfigError(f"--random-weights needs LIBRARY:MODEL as SOURCE; got {args.source}")
-    return _import(args, find_model(args.source), out, [])
-
-
-def _import(args: argparse.Namespace, source: "Path", out: "Path", notes: list[str]) -> int:
-    """Read a foreign directory, write ours, compare the two.
-
-    Args:
-        notes: what the user must know of how the directory came to be.
-    """
+    """Fetch where the source is a name, read, compare, write."""
+    from meristem.api import import_model
     from meristem.cli.parity_report import print_parity
-    from meristem.domain import load_domain
-    from meristem.errors import CheckpointError
-    from meristem.model_directory import import_model, is_own, save_model, with_tokenizer_options
 
-    if args.domain:
-        load_domain(args.domain)  # a domain that is not there is said before anything is read
-    if is_own(source):
-        raise CheckpointError(f"{source} is a model directory already; SOURCE must be a foreign one")
-    card, model, imported = import_model(source, args.domain)
-    if notes:
-        card = replace(card, facts={**card.facts, "weights": "; ".join(notes)})
-    own = card, model
-    card, model = with_tokenizer_options(card, model, args.tokenizer)
-    save_model(out, card, model)
+    def show(read: "LoadedModel", source: "Path", notes: list[str]) -> None:
+        config = read.card.architecture
+        count = sum(parameter.numel() for parameter in read.model.parameters())
+        print(read.card.facts["imported_from"])
+        print(f"{count:,} parameters, {config.num_layers} layers of width {config.width}")
+        print(f"heads: {', '.join(read.card.heads) or 'none: a trunk alone'}")
+        for note in notes:
+            print(f"note: {note}")
+        if not args.skip_parity:
+            print_parity(read.model, read.card.tokenizer, source)
 
-    config = card.architecture
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{imported.family.name}: {num_parameters:,} parameters, {config.num_layers} layers of width {config.width}")
-    print(f"heads: {', '.join(card.heads) or 'none: a trunk alone'}")
-    for note in (*notes, *imported.notes):
-        print(f"note: {note}")
-    if not args.skip_parity:
-        print_parity(own[1], own[0].tokenizer, source)  # at the size that the source is for
-    print(f"wrote {out}; next:")
-    print(f"  meristem inspect {quote(str(out))}")
-    if args.domain or card.domain in installed("meristem.domains"):
-        print(f"  meristem embed {quote(str(out))} INPUT --output vectors")
+    made = import_model(
+        args.source,
+        args.out,
+        domain=args.domain,
+        random_weights=args.random_weights,
+        seed=args.seed,
+        tokenizer=args.tokenizer,
+        inspect=show,
+    )
+    print(f"wrote {args.out}; next:")
+    print(f"  meristem inspect {quote(args.out)}")
+    if args.domain or made.card.domain in installed("meristem.domains"):
+        print(f"  meristem embed {quote(args.out)} INPUT --output vectors")
     else:
         known = ", ".join(installed("meristem.domains"))
-        print(f"inputs are read by the domain {card.domain}, which is not installed; --domain names another: {known}")
+        print(
+            f"inputs are read by the domain {made.card.domain}, which is not installed; --domain names another: {known}"
+        )
     return 0

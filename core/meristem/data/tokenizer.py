@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from meristem.data.given import RefusedSymbol, texts_of
 from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.framing import frame_of
 from meristem.types import TokenColumn, Tokens
@@ -71,8 +72,8 @@ class Tokenizer(ABC):
         return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans, is_special=is_special)
 
     def encode_values(self, values: Sequence[Any]) -> TokenColumn:
-        """Encode payloads that a program hands over, as `encode_column`."""
-        return self.encode_column(pa.array(values, pa.large_string()))
+        """Encode payloads that a program hands over: texts, or objects that are (`__bytes__`) or hold one (`seq`)."""
+        return self.encode_column(pa.array(texts_of(values), pa.large_binary()))
 
     def lengths(self, payloads: pa.Array) -> np.ndarray:
         """`[N]` tokens of each payload, special ones included.
@@ -222,21 +223,6 @@ def frozen_symbols(tokenizer: Any) -> dict[str, int]:
     if len(index) != len(tokenizer.vocab):
         raise ConfigError("vocab must hold each symbol once")
     return index
-
-
-class RefusedSymbol(DataError):
-    """A symbol that the tokenizer does not take.
-
-    Attributes:
-        row: row of the column it stands in (0 for a single payload).
-        offset: byte of the payload.
-        symbol: what was found.
-        reason: why it is refused.
-    """
-
-    def __init__(self, row: int, offset: int, symbol: str, reason: str):
-        super().__init__(f"{reason} at position {offset + 1}")
-        self.row, self.offset, self.symbol, self.reason = row, offset, symbol, reason
 
 
 @dataclass(frozen=True)

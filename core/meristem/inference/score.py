@@ -138,17 +138,25 @@ class RunningScore(Running):
         self.facts = {"summary": self.scorer.describe(self.model, self._options)}
         self.fault = "its score is not finite; the model is damaged"
 
-    def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
-        advance = advance or (lambda records, tokens: None)
+    def results(self, column: TokenColumn, advance: Advance) -> Iterator[Any]:
+        """What the scorer gives for each sequence, in order.
+
+        Raises:
+            NotFinite: names the first sequence whose score is not finite.
+        """
         model = replace(self.model, advance=lambda tokens: advance(0, tokens))
         of_views = [self.scorer.score(model, view, self._options) for view in views_of(column)]
-        found = []
         for row, results in enumerate(zip(*of_views, strict=True)):
             result = _mean_of(results)
             if not _is_finite(result):
                 raise NotFinite(row)
-            found.append(result if self.scorer.schema is not None else self._array(result, column, row))
+            yield result
             advance(1, 0)
+
+    def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
+        results = enumerate(self.results(column, advance or (lambda records, tokens: None)))
+        is_table = self.scorer.schema is not None
+        found = [result if is_table else self._array(result, column, row) for row, result in results]
         schema = ARRAYS if self.scorer.schema is None else self.scorer.schema(self.model, self._options)
         return pa.Table.from_pylist(found, schema)
 

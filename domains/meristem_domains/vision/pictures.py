@@ -84,7 +84,13 @@ def payload_of(value: Any, row: int) -> Any:
             raise RefusedImage(row, f"{value}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if isinstance(value, bytes | np.ndarray | StandardImage) or hasattr(value, "getbands"):
         return value
-    kinds = "a path, encoded bytes, an image of Pillow or an array [height, width, channels]"
+    if hasattr(value, "detach"):
+        array = value.detach().cpu().numpy()
+        return array.transpose(1, 2, 0) if array.ndim == 3 else array
+    kinds = (
+        "a path, encoded bytes, an image of Pillow, an array [height, width, channels] or a tensor of torch "
+        "[channels, height, width]"
+    )
     raise RefusedImage(row, f"an image must be {kinds}; got {type(value).__name__}")
 
 

@@ -1,0 +1,336 @@
+"""A model that is ready for sequences in memory."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from meristem.data.tokenizer import RefusedSymbol
+from meristem.domain import GROUP
+from meristem.errors import ConfigError, DataError
+from meristem.generation.text import Generator, check_options
+from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS
+from meristem.inference.embed import default_pool
+from meristem.inference.encoding import Reading
+from meristem.inference.engine import PRECISIONS, Embedder, NotFinite, best_device, best_precision
+from meristem.inference.job import Engine, too_long
+from meristem.inference.predictor import Prediction, Predictor
+from meristem.inference.score import Score
+from meristem.interop.directory import write_directory
+from meristem.model.model import SYMBOLS, Model
+from meristem.model.transformer import EncoderDecoder
+from meristem.model_directory import ModelCard, load_any
+from meristem.registry import installed
+from meristem.scoring.running import RunningModel
+from meristem.scoring.scorer import Scorer
+from meristem.types import TokenColumn
+
+FILES_AHEAD = 256
+"""Payloads other than texts that are held in memory at once."""
+
+
+class LoadedModel:
+    """A model that is ready for sequences; `meristem.load` makes it.
+
+    Sequences are given as a list, another iterable, or a mapping of ids to sequences, of what the tokenizer of the
+    model's domain takes from a program (`Tokenizer.encode_values`): texts and objects of other libraries that hold one,
+    or paths, encoded files, arrays and tensors. Where the model reads several inputs of a record, each is a mapping of
+    their names to such values. Results are in their order.
+
+    Attributes:
+        card: architecture, tokenizer, labels.
+        model: the torch module.
+        device: where it runs.
+    """
+
+    def __init__(self, card: ModelCard, model: Model, device: str):
+        self.card, self.model, self.device = card, model, device
+
+    def __repr__(self) -> str:
+        config, trunk = self.card.architecture, type(self.model.trunk).__name__
+        labels = [f"{one.name} ({', '.join(one.classes) or one.task})" for one in self.card.readouts]
+        parts = [
+            f"{trunk} of {config.total_layers} layers, width {config.width}, {config.attention.num_heads} heads",
+            f"{sum(p.numel() for p in self.model.parameters()):,} parameters",
+            f"domain {self.card.domain or 'none'}",
+            f"labels {', '.join(labels) or 'none'}",
+        ]
+        return f"LoadedModel({'; '.join(parts)}; on {self.device})"
+
+    def embed(
+        self,
+        sequences: Iterable[Any],
+        pool: str | None = None,
+        layer: int | Sequence[int] = -1,
+        tokens_per_batch: int | None = None,
+        precision: str = "auto",
+    ) -> Any:
+        """Vectors of sequences.
+
+        Args:
+            pool: mean, cls, max, own (the model's); `none` for one vector a token; None for own, else mean.
+            layer: 0 is the embedding, -1 the last; several for the vectors of each.
+
+        Returns:
+            `[N, D]` float32; with `pool="none"` a list of `[n, D]`; with several layers a list of these, one a layer.
+
+        Raises:
+            ConfigError: a pooling or layer that the model does not have.
+            DataError: a sequence that is empty or has a symbol the model does not know.
+
+        Example:
+            >>> model = meristem.load("runs/sample")
+            >>> model.embed(["MKTAYIAKQR", "GSHMLEDP"]).shape
+            >>> first, last = model.embed({"P1": "MKTAYIAKQR"}, layer=[0, -1])
+        """
+        pool = default_pool(self.card) if pool is None else pool
+        layers = [layer] if isinstance(layer, int) else list(layer)
+        embedders = [Embedder(self._engine(tokens_per_batch, precision).trunk(self.model, one), pool) for one in layers]
+        pieces: list[list[np.ndarray]] = [[] for _ in layers]
+        for first, column in self._columns(sequences):
+            for embedder, found in zip(embedders, pieces):
+                with _naming(first):
+                    values = embedder.embed(column)
+                cuts = np.cumsum(embedder.num_vectors(column))[:-1]
+                found += np.split(values, cuts) if pool == "none" else [values]
+        made = (
+            pieces
+            if pool == "none"
+            else [
+                np.concatenate(found) if found else np.zeros((0, embedder.width), np.float32)
+                for embedder, found in zip(embedders, pieces)
+            ]
+        )
+        return made[0] if isinstance(layer, int) else made
+
+    def predict(
+        self, sequences: Iterable[Any], tokens_per_batch: int | None = None, precision: str = "auto"
+    ) -> dict[str, Prediction]:
+        """What the model's labels are for sequences, by the label's name.
+
+        Raises:
+            ConfigError: the model predicts no label.
+            DataError: as `embed`.
+
+        Example:
+            >>> meristem.load("runs/localization").predict(["MKTAYIAKQR"])["location"].classes
+        """
+        predictor = Predictor(self._engine(tokens_per_batch, precision).trunk(self.model))
+        pieces: dict[str, list[Prediction]] = {readout.name: [] for readout in predictor.readouts}
+        for first, column in self._columns(sequences):
+            with _naming(first):
+                for name, piece in predictor.predict(column).items():
+                    pieces[name].append(piece)
+        return {
+            name: Prediction(
+                parts[0].readout,
+                np.concatenate([part.values for part in parts]),
+                np.concatenate([part.lengths for part in parts]),
+            )
+            for name, parts in pieces.items()
+            if parts
+        }
+
+    def score(
+        self,
+        sequences: Iterable[Any],
+        scorer: str = "likelihood",
+        tokens_per_batch: int | None = None,
+        precision: str = "auto",
+        **options: Any,
+    ) -> list[Any]:
+        """What a scorer says of each sequence: a mapping of columns to values, or an array.
+
+        Args:
+            scorer: `likelihood`, or one of the model's domain.
+            options: of the scorer, by name.
+
+        Raises:
+            ConfigError: a scorer or an option that is not there, or a model that cannot be scored so.
+            DataError: as `embed`, or a sequence longer than the model's positions allow.
+
+        Example:
+            >>> meristem.load("runs/sample").score(["MKTAYIAKQR"])[0]["log_likelihood"]
+        """
+        domain = self.card.domain if self.card.domain in installed(GROUP) else ""
+        chosen = scorer_options(Score(scorer, domain=domain).find(), options)
+        job = Score(scorer, chosen, domain)
+        running = job.start(self.card, self.model, self._engine(tokens_per_batch, precision))
+        found: list[Any] = []
+        for first, column in self._columns(sequences, running.unfit, running.reading):
+            with _naming(first):
+                found += running.results(column, lambda records, tokens: None)
+        return found
+
+    def logits(
+        self, sequences: Iterable[Any], tokens_per_batch: int | None = None, precision: str = "auto"
+    ) -> list[np.ndarray]:
+        """Logits of every symbol (`card.tokenizer.vocab`) at each token of each sequence.
+
+        Of a bidirectional model they speak of the token itself, which it sees; of a decoder, of the next one.
+
+        Returns:
+            A list of `[n, V]` float32, without the special tokens.
+
+        Raises:
+            ConfigError: the model predicts no symbols, or is an encoder-decoder.
+            DataError: as `score`.
+
+        Example:
+            >>> meristem.load("runs/sample").logits(["MKTAYIAKQR"])[0].shape
+        """
+        self.model.head(SYMBOLS)
+        if isinstance(self.model.trunk, EncoderDecoder):
+            raise ConfigError("logits are those of a model of one stack; score an encoder-decoder, or generate with it")
+        trunk = self._engine(tokens_per_batch, precision).trunk(self.model)
+        running = RunningModel(trunk.runnable, self.card.tokenizer, trunk.budget)
+        found: list[np.ndarray] = []
+        for _, column in self._columns(sequences, lambda one: too_long(one, self.model.config.max_length)):
+            found += running.logits(column)
+        return found
+
+    def export(self, out: Path | str, to: str = "hf") -> list[str]:
+        """Write the model as a directory that another library loads.
+
+        Args:
+            out: must be new or empty.
+            to: the library: `hf`, or another that is installed (entry points `meristem.libraries`).
+
+        Returns:
+            Notes: what the other library has no place for.
+
+        Raises:
+            ConfigError: no such library, or none of its families can say the architecture.
+            CheckpointError: the place is taken.
+
+        Example:
+            >>> meristem.load("runs/sample").export("exported")
+        """
+        return write_directory(Path(out), self.card.architecture, self.card.tokenizer, self.model, to)
+
+    def generate(self, prompts: Iterable[str], **options: Any) -> "list[str] | list[list[str]]":
+        """Texts that go on from prompts, in their order, without the prompts.
+
+        Args:
+            options: fields of `meristem.generation.options.GenerateOptions`: max_new_tokens, temperature, top_k,
+                top_p, num_beams, num_samples, stop, seed ...
+
+        Returns:
+            A text for each prompt; with `num_samples` above 1 a list of them.
+
+        Raises:
+            ConfigError: options that cannot work, or a model that cannot generate.
+            DataError: a prompt that is too long or that the tokenizer refuses.
+
+        Example:
+            >>> meristem.load("runs/decoder").generate(["MKT"], max_new_tokens=20, temperature=0)
+        """
+        if isinstance(prompts, str):
+            raise ConfigError("prompts must be a list of strings; got one string: put it in a list")
+        chosen = check_options(**options)
+        generator = Generator(self.model.to(self.device).eval(), self.card.tokenizer)
+        made = [[sample.text for sample in samples] for samples in generator.generate(prompts, chosen)]
+        return made if chosen.num_samples > 1 else [texts[0] for texts in made]
+
+    def _engine(self, tokens_per_batch: int | None, precision: str) -> Engine:
+        chosen = best_precision(precision, self.device)
+        if chosen not in PRECISIONS:
+            raise ConfigError(f"precision must be one of auto, {', '.join(PRECISIONS)}; got {precision!r}")
+        return Engine(chosen, self.device, tokens_per_batch)
+
+    def _columns(
+        self,
+        sequences: Iterable[Any],
+        unfit: Callable[[TokenColumn], Mapping[int, str]] = lambda column: {},
+        reading: Reading | None = None,
+    ) -> Iterator[tuple[int, TokenColumn]]:
+        """Columns of the sequences, with the number of the first of each.
+
+        Args:
+            unfit: rows of a column that cannot be worked on, and why.
+            reading: what is read of each; None for what vectors and predictions are made of.
+        """
+        reading = reading or Reading.of(self.card)
+        is_one = isinstance(sequences, str) or hasattr(sequences, "__bytes__") or hasattr(sequences, "seq")
+        if is_one or not isinstance(sequences, Iterable):
+            got = "a single one: put it in a list" if is_one else type(sequences).__name__
+            raise ConfigError(f"sequences must be a list, or a mapping of ids to sequences; got {got}")
+        held: list[Any] = []
+        first = size = 0
+        for sequence in sequences.values() if isinstance(sequences, Mapping) else sequences:
+            held.append(sequence)
+            size += len(sequence) if isinstance(sequence, str) else CHUNK_SYMBOLS // FILES_AHEAD
+            if len(held) == CHUNK_RECORDS or size >= CHUNK_SYMBOLS:
+                yield first, self._encode(first, held, unfit, reading)
+                first, held, size = first + len(held), [], 0
+        if held:
+            yield first, self._encode(first, held, unfit, reading)
+
+    def _encode(
+        self,
+        first: int,
+        sequences: Sequence[Any],
+        unfit: Callable[[TokenColumn], Mapping[int, str]],
+        reading: Reading,
+    ) -> TokenColumn:
+        try:
+            column = reading.values(sequences)
+        except RefusedSymbol as error:
+            raise DataError(f"sequence {first + error.row}: {error}") from error
+        for row, reason in unfit(column).items():
+            raise DataError(f"sequence {first + row}: {reason}")
+        return column
+
+
+class _naming:
+    """Counts the sequence that an error speaks of from the first of all."""
+
+    def __init__(self, first: int):
+        self._first = first
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, NotFinite):
+            raise DataError(f"sequence {self._first + error.row}: the result is not finite") from error
+
+
+def load(path: Path | str, device: str | None = None, tokenizer: Mapping[str, Any] | None = None) -> LoadedModel:
+    """Read a run directory, a model directory or one of another library.
+
+    Args:
+        device: `cpu`, `cuda` or one of several GPUs (`cuda:1`); None for a GPU where there is one.
+        tokenizer: options of the domain's tokenizer, where they are to differ from those that the model was trained
+            with. If they change the grid of positions, the model's table of positions is resampled.
+
+    Raises:
+        CheckpointError: no model, or not exactly what its config says.
+        ConfigError: tokenizer options that the model cannot be used with, or a device that is not there.
+
+    Example:
+        >>> model = meristem.load("runs/sample")
+        >>> model = meristem.load("runs/sample", tokenizer={"nonstandard": "x"})
+    """
+    device = best_device() if device is None else device
+    there = ["cpu", *(["cuda", *(f"cuda:{i}" for i in range(num))] if (num := torch.cuda.device_count()) else [])]
+    if device not in there:
+        raise ConfigError(f"device must be one of {', '.join(there)} on this machine; got {device!r}")
+    card, model = load_any(path, tokenizer)
+    return LoadedModel(card, model, device)
+
+
+def scorer_options(scorer: Scorer, given: Mapping[str, Any]) -> Any:
+    """The options of a scorer, as a program gives them by name.
+
+    Raises:
+        ConfigError: one that the scorer does not take.
+    """
+    known = [one.name for one in fields(scorer.options)]
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"options of the scorer are {', '.join(known) or 'none'}; got {name!r}")
+    return scorer.options(**given)
