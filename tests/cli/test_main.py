@@ -1,6 +1,7 @@
 """The frame of the command line: exit codes, one line an error, and a start without heavy imports."""
 
 import errno
+import importlib
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from meristem.cli import main as cli
 from meristem.cli.configs import find_config, shipped_configs
+from meristem.cli.run_config import read_arguments
 from meristem.errors import ConfigError, DataError
 from meristem.progress import Progress
 
@@ -76,7 +78,29 @@ def test_pytest_plugin_imports_nothing_heavy():
     assert python("import meristem.testing; " + HEAVY_LOADED).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", [name for name, verb in cli.VERBS.items() if type(verb) is not cli.ConfiguredVerb])
+CONFIGURED = ("fit", "validate", "test")
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_help_of_a_verb_with_a_config_is_its_own(name: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(cli.VERBS[name].module).run_argv(["--help"], cli.VERBS[name].parser(name))
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith(f"usage: meristem {name} --config CONFIG [--KEY.SUB VALUE ...] {cli.VERBS[name].help}.")
+    assert text.endswith(f"example: {cli.VERBS[name].example}")
+    assert "--trainer.max_steps MAX_STEPS" in text
+
+
+@pytest.mark.parametrize(
+    "asked", [["=MaskedTokens"], ["", "MaskedTokens"], ["", "meristem.objectives.masked.MaskedTokens"]]
+)
+def test_help_of_an_objective_shows_its_arguments(asked: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        read_arguments([f"--model.objective.help{asked[0]}", *asked[1:]])
+    assert "--model.objective.mask_frac" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in cli.VERBS if name not in CONFIGURED])
 def test_help_of_every_verb_imports_nothing_heavy_and_shows_its_example(name: str):
     call = "import sys\nfrom meristem.cli.main import main\ncode = main(sys.argv[1:])\n"
     done = python(call + HEAVY_LOADED + "; sys.exit(code)", name, "--help")

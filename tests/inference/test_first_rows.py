@@ -75,7 +75,7 @@ def test_blocks_behind_the_layer_are_not_run_and_its_vectors_are_the_same(layer,
             if wanted.hidden is not None:
                 return model(batch, wanted)
             hidden = Model.__call__(whole.runnable, batch, Wanted(layers=(wanted_layer,))).hidden
-            return model(batch, wanted.behind(Hidden(hidden.layers[wanted_layer], hidden.layout)))
+            return model(batch, wanted.but(hidden=Hidden(hidden.layers[wanted_layer], hidden.layout)))
 
         runner.runnable = kept
         np.testing.assert_array_equal(got, Embedder(runner, pool).embed(column))

@@ -128,14 +128,15 @@ def check_sharded(count: int) -> dict[str, bool]:
     """A model under FSDP2, each block for itself: 33 symbols, 5 classes and 7 values do not come out even."""
     import copy
     import warnings
+    from dataclasses import replace
 
     import numpy as np
     import torch
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from meristem.data.pack import pack
-    from meristem.model.config import Attention, Embedding, FeedForward, TokenHead, TransformerConfig
+    from meristem.model.config import Attention, Embedding, Experts, FeedForward, TokenHead, TransformerConfig
     from meristem.model.heads import Readout, Symbols
     from meristem.model.model import SYMBOLS, Model
     from meristem.model.outputs import Wanted
@@ -158,12 +159,17 @@ def check_sharded(count: int) -> dict[str, bool]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of views, which nobody changes here
         outputs = model(batch, wanted).heads
+        half = Model(replace(config, experts=Experts(count=3))).eval()
+        for part in (*half.trunk.blocks, half):
+            fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        left = half(batch, Wanted(attentions=(1,))).hidden
     state, wanted_state = full_state(model), whole.state_dict()
     return {
         "holds a share": own_numbers < 0.6 * sum(one.numel() for one in whole.parameters()),
         "same outputs": all(torch.equal(outputs[name], one) for name, one in whole(batch, wanted).heads.items()),
         "same state": list(state) == list(wanted_state)
         and all(torch.equal(one, wanted_state[name]) for name, one in state.items()),
+        "what layers leave": list(left.routing) == [0, 1] and [len(maps) for maps in left.attentions.values()] == [3],
         "plain tensors": all(type(one) is torch.Tensor and one.is_cpu for one in state.values()),
     }
 

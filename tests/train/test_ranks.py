@@ -211,7 +211,7 @@ def test_a_model_that_is_sharded_runs_and_gives_its_whole_state(of_two: list[Res
     for one in of_two:
         facts = one["check"]["sharded"]
         assert facts == dict.fromkeys(facts, True)
-        assert len(facts) == 4
+        assert len(facts) == 5
 
 
 @pytest.mark.slow

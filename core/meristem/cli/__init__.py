@@ -1,7 +1,7 @@
 """The command line: one thin file a verb, and the only place with YAML and arguments.
 
 `main.py` holds the table `VERBS`, so `meristem --help` imports no verb; a verb's module is imported when it
-is called. There are three kinds:
+is called. There are two kinds:
 
 * `Verb`: the module has
 
@@ -9,16 +9,12 @@ is called. There are three kinds:
       def run(args: argparse.Namespace) -> int
 
   `parser` already has the verb's name, its help line and its example; `run` returns the exit code (0).
-* `ConfiguredVerb` (`fit`, `validate`, `test`): the arguments are a config's own, so the module has
-
-      def run_argv(argv: list[str], verb: str) -> int
-
-  with `argv` what stands behind the verb; `--help` in it is the module's own to answer.
-* `OpenVerb` (`score`): which arguments there are depends on those given, so the module has
+* `OpenVerb`: the arguments are the keys of a config (`fit`, `validate`, `test`), or depend on those given (`score`), so
+  the module has
 
       def run_argv(argv: list[str], parser: argparse.ArgumentParser) -> int
 
-  which adds the arguments to the parser and parses them.
+  with `argv` what stands behind the verb. `parser` has no arguments yet; the module answers `--help`.
 
 What a verb may rely on, and must do:
 

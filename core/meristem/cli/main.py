@@ -77,16 +77,8 @@ class Verb:
 
 
 @dataclass(frozen=True)
-class ConfiguredVerb(Verb):
-    """A verb whose arguments are a config's keys: its module parses them."""
-
-    def call(self, name: str, argv: list[str]) -> int:
-        return int(importlib.import_module(self.module).run_argv(argv, name))
-
-
-@dataclass(frozen=True)
 class OpenVerb(Verb):
-    """A verb whose arguments depend on those given: its module adds them to a parser and parses them."""
+    """A verb whose arguments are the keys of a config, or depend on those given: its module parses them."""
 
     def call(self, name: str, argv: list[str]) -> int:
         return int(importlib.import_module(self.module).run_argv(argv, self.parser(name)))
@@ -96,17 +88,17 @@ SAMPLE = next((name for name in shipped_configs() if name.endswith("/sample")), 
 """A config that trains on the sample of its domain."""
 
 VERBS: dict[str, Verb] = {
-    "fit": ConfiguredVerb(
+    "fit": OpenVerb(
         "meristem.cli.fit",
         "train a model from a config, or go on where the run stopped",
         f"meristem fit --config {SAMPLE} --trainer.max_steps 200",
     ),
-    "validate": ConfiguredVerb(
+    "validate": OpenVerb(
         "meristem.cli.fit",
         "measure a trained model on the validation part of its data",
         "meristem validate --config runs/sample/config.yaml",
     ),
-    "test": ConfiguredVerb(
+    "test": OpenVerb(
         "meristem.cli.fit",
         "measure a trained model on the test part of its data",
         "meristem test --config runs/tuned/config.yaml",

@@ -34,12 +34,15 @@ def parse(argv: list[str]) -> RunSpec | None:
         return spec_of(read)
 
 
-def read_arguments(argv: list[str]) -> ReadConfig | None:
-    """The values of config files with those of `--key.sub VALUE` over them; None as in `parse`."""
-    asked_help = [word for word in argv if word in ("-h", "--help") or word.startswith(f"--{OBJECTIVE}.help")]
-    if asked_help:
+def read_arguments(argv: list[str], verb: argparse.ArgumentParser | None = None) -> ReadConfig | None:
+    """The values of config files with those of `--key.sub VALUE` over them; None as in `parse`.
+
+    Args:
+        verb: has the name, the line and the example that help shows.
+    """
+    if asked_help := _asked_help(argv):
         find_all(GROUP)  # help lists the classes that are imported
-        run_parser().parse_args(asked_help)
+        run_parser(verb).parse_args(asked_help)
     words = [word for word in argv if word != "--print_config"]
     names, overrides = _sorted(words)
     paths = [find_config(name) for name in names]
@@ -56,6 +59,18 @@ def read_arguments(argv: list[str]) -> ReadConfig | None:
     return None
 
 
+def _asked_help(argv: list[str]) -> list[str]:
+    """The arguments that ask for help: of all keys, or of those of an objective, by name or import path."""
+    for word, following in zip(argv, [*argv[1:], ""]):
+        if word in ("-h", "--help"):
+            return [word]
+        key, _, name = word.partition("=")
+        if key == f"--{OBJECTIVE}.help":
+            name = name or following.partition("--")[0]
+            return [f"{key}={_path_of(name)}" if name else key]
+    return []
+
+
 def spec_of(read: ReadConfig) -> RunSpec:
     """The run that a config says.
 
@@ -69,9 +84,16 @@ def spec_of(read: ReadConfig) -> RunSpec:
         raise ConfigError(explain(str(error), read)) from error
 
 
-def run_parser() -> ArgumentParser:
-    """Reads a `RunSpec`, and shows its keys with `--help`."""
-    parser = ArgumentParser(prog="meristem fit", description="Train a model from a config.", exit_on_error=False)
+CONFIG_HELP = """--config is a file, or a config that ships with Meristem. It may be repeated: each config goes over
+those before it, and single keys, such as --trainer.max_steps 50, go over all of them."""
+
+
+def run_parser(verb: argparse.ArgumentParser | None = None) -> ArgumentParser:
+    """Reads a `RunSpec`, and shows its keys with `--help`, under the name of a verb."""
+    parser = ArgumentParser(prog=verb.prog if verb else None, exit_on_error=False)
+    if verb:
+        parser.usage = f"{verb.prog} --config CONFIG [--KEY.SUB VALUE ...]"
+        parser.description, parser.epilog = f"{verb.description}. {CONFIG_HELP}", verb.epilog
     parser.add_class_arguments(RunSpec)
     return parser
 

@@ -1,7 +1,7 @@
 """Self-attention and cross-attention: projections, positions, a kernel, the output projection."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ class Placed:
 class KeptRows:
     """The rows of a stack's output that the caller will use. The last block computes only these.
 
-    Not frozen, and neither is `Context`: of a frozen value torch 2.11 looks at every field when it compiles, the
-    lengths of sequences too, and compiles anew for each pack.
+    Not frozen: when torch 2.11 compiles, it looks at every field of a frozen value, lengths of sequences included, and
+    compiles anew for each pack.
 
     Attributes:
         rows: `[M]` their places in the pack, in order.
@@ -56,26 +56,35 @@ def first_rows(layout: Layout, count: int) -> KeptRows:
     return KeptRows(torch.from_numpy(rows).to(layout.device, non_blocking=True), chosen.to(layout.device))
 
 
-@dataclass(eq=False)
 class Context:
     """What the layers of a stack share within one batch, and where they leave what was asked for.
 
-    Attributes:
+    A plain class: FSDP2 copies dataclass arguments and casts what they hold, so it would round the tables of positions
+    and lose what layers leave here.
+
+    Args:
         layout: where the sequences of the batch lie.
         placed: the positions of the stack.
         source: hidden rows that a decoder attends to.
         cache: keys and values of the tokens before these.
-        maps: attention weights `[H, n, n]` of each sequence, by layer. A layer that has a list here adds its weights to
-            it, and runs on the slow reference kernel.
+        attentions: layers whose attention weights to keep; these run on the slow reference kernel.
+
+    Attributes:
+        maps: attention weights `[H, n, n]` of each sequence, by layer, of the layers in `attentions`.
         routing: decisions of the routers, by layer.
     """
 
-    layout: Layout
-    placed: tuple[Placed, ...]
-    source: Hidden | None = None
-    cache: Cache | None = None
-    maps: dict[int, list[Tensor]] = field(default_factory=dict)
-    routing: dict[int, Routing] = field(default_factory=dict)
+    def __init__(
+        self,
+        layout: Layout,
+        placed: tuple[Placed, ...],
+        source: Hidden | None = None,
+        cache: Cache | None = None,
+        attentions: Iterable[int] = (),
+    ):
+        self.layout, self.placed, self.source, self.cache = layout, placed, source, cache
+        self.maps: dict[int, list[Tensor]] = {layer: [] for layer in attentions}
+        self.routing: dict[int, Routing] = {}
 
 
 class AttentionLayer(nn.Module):

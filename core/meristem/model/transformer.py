@@ -74,7 +74,7 @@ class Stack(nn.Module):
             tuple(_place(position, batch) for position in self.positions),
             source,
             cache,
-            {self.first + block: [] for block in attentions},
+            [self.first + block for block in attentions],
         )
         if cache is not None:
             cache.begin(layout)

@@ -5,8 +5,18 @@ one base; every other part is one dataclass. All are frozen and keyword-only, an
 """
 
 from meristem.model.config.heads import AttentionPool, Max, Mean, Pool, Prefix, TokenHead
-from meristem.model.config.layer import Activation, Attention, Experts, FeedForward, LayerRule, Residual
-from meristem.model.config.norm import LayerNorm, NoNorm, Norm, RMSNorm
+from meristem.model.config.layer import (
+    Activation,
+    Attention,
+    Experts,
+    FeedForward,
+    LayerNorm,
+    LayerRule,
+    NoNorm,
+    Norm,
+    Residual,
+    RMSNorm,
+)
 from meristem.model.config.pattern import (
     BlockSparse,
     Both,

@@ -1,17 +1,42 @@
-"""Configs of the parts of a block: attention, feed-forward, experts, and the residual branches."""
+"""Configs of the parts of a block: norms, attention, feed-forward, experts, and the residual branches."""
 
+from abc import ABC
 from dataclasses import dataclass, field
 from typing import Literal
 
 from meristem.errors import ConfigError
 from meristem.model.config.checks import require, require_frac, require_one_of
-from meristem.model.config.norm import Norm
 from meristem.model.config.pattern import Full, Pattern
 from meristem.model.config.position import Position
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 QueryKeyNorm = Literal["head", "full"]
 Placement = Literal["before", "after", "parallel"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(ABC):
+    """How the rows of the trunk are normalised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNorm(Norm):
+    """Layer normalisation (Ba 2016)."""
+
+    eps: float = 1e-5
+    bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSNorm(Norm):
+    """Root-mean-square normalisation (Zhang 2019)."""
+
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoNorm(Norm):
+    """No norm: rows are not changed."""
 
 
 @dataclass(frozen=True, kw_only=True)

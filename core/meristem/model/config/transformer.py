@@ -6,8 +6,7 @@ from typing import Any
 from meristem.errors import ConfigError
 from meristem.model.config.checks import require, require_frac
 from meristem.model.config.heads import AttentionPool, Pool, TokenHead
-from meristem.model.config.layer import Attention, Experts, FeedForward, LayerRule, Residual
-from meristem.model.config.norm import LayerNorm, Norm
+from meristem.model.config.layer import Attention, Experts, FeedForward, LayerNorm, LayerRule, Norm, Residual
 from meristem.model.config.position import AddedPosition, Learned, Position, Rotary, SinCos2D
 
 
@@ -170,26 +169,20 @@ class TransformerConfig:
 
     def layer(self, index: int) -> LayerParts:
         """The parts of one layer, counted from 0 through both stacks."""
-        chosen: dict[str, Any] = {}
+        names = ("attention", "feedforward", "experts", "position", "norm", "residual")
+        parts: dict[str, Any] = {name: getattr(self, name) for name in names} | {"attention_norm": self.norm}
         for rule in self.layers:
             stop = self.total_layers if rule.stop is None else rule.stop
             if index in range(rule.start, stop, rule.step):
-                chosen |= rule.parts
-        attention = chosen.get("attention", self.attention)
+                parts |= rule.parts
         is_decoder = index >= self.num_layers
         place, depth = (index - self.num_layers, self.num_decoder_layers) if is_decoder else (index, self.num_layers)
         return LayerParts(
             width=self.width,
-            head_width=attention.width_of_heads(self.width),
-            attention=attention,
-            attention_norm=chosen.get("attention_norm", self.norm),
-            feedforward=chosen.get("feedforward", self.feedforward),
-            experts=chosen.get("experts", self.experts),
-            position=chosen.get("position", self.position),
-            norm=self.norm,
-            residual=self.residual,
+            head_width=parts["attention"].width_of_heads(self.width),
             drop_path=self.residual.drop_path * place / max(depth - 1, 1),
             has_source=is_decoder,
+            **parts,
         )
 
     @property
