@@ -23,7 +23,7 @@ from meristem.framing import frame_of
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.outputs import Wanted
 from meristem.shapes import Tensor
-from meristem.types import Hidden, Tokens
+from meristem.types import SOURCE, Hidden, Tokens
 
 Results = Mapping[str, list[Tensor]]
 
@@ -60,7 +60,7 @@ class Runner:
 
 def run_ours(model: Model, tokenizer: Tokenizer, sequences: Sequence[Tokens]) -> Results:
     """Run our model. Results are in the order of the sequences; those of pairs in the order of the targets."""
-    num_records = sum(not tokens.is_source for tokens in sequences)
+    num_records = sum(tokens.side != SOURCE for tokens in sequences)
     records = [*range(num_records)] * (len(sequences) // num_records)
     stripped = [replace(tokens, labels={}) for tokens in sequences]
     batch = pack(stripped, records)
@@ -126,7 +126,7 @@ def draw_sequences(model: Model, tokenizer: Tokenizer, rng: np.random.Generator)
 
 def draw_pairs(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Tokens]:
     """Draw sources, then as many targets. Each target begins with symbol 0, as T5's decoder expects."""
-    sources = [replace(tokens, is_source=True) for tokens in draw_sequences(model, tokenizer, rng)]
+    sources = [replace(tokens, side=SOURCE) for tokens in draw_sequences(model, tokenizer, rng)]
     targets = []
     for length in TARGET_LENGTHS:
         ids = np.concatenate([[0], rng.choice(tokenizer.random_ids, length)]).astype(np.int64)
@@ -167,8 +167,8 @@ def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[T
     """
 
     def theirs(reference: Any, sequences: Sequence[Tokens]) -> Results:
-        sources = [tokens for tokens in sequences if tokens.is_source]
-        targets = [tokens for tokens in sequences if not tokens.is_source]
+        sources = [tokens for tokens in sequences if tokens.side == SOURCE]
+        targets = [tokens for tokens in sequences if tokens.side != SOURCE]
         pad = getattr(reference.config, "pad_token_id", None) or 0
         ids, mask = padded(sources or targets, pad)
         more = {}

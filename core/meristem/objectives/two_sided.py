@@ -10,7 +10,7 @@ from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig, sees_the_future
 from meristem.model.model import SYMBOLS
 from meristem.objectives.symbols import SymbolObjective
-from meristem.types import Record, Tokens
+from meristem.types import SOURCE, Record, Tokens
 
 
 class TwoSided(SymbolObjective):
@@ -64,7 +64,7 @@ class TwoSided(SymbolObjective):
         target = np.array(target, np.int64)
         read = np.append([self._start_id], target[:-1])
         return (
-            _sequence([tokens.ids[:before], closing], source, is_source=True),
+            _sequence([tokens.ids[:before], closing], source, side=SOURCE),
             _sequence([read[:1], read[:0]], read[1:], targets={SYMBOLS: target}),
         )
 

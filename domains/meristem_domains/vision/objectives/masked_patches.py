@@ -19,7 +19,7 @@ from meristem.model.transformer import Stack
 from meristem.objectives.objective import Objective
 from meristem.objectives.symbols import require_fractions
 from meristem.shapes import Bool, Float, Tensor
-from meristem.types import IGNORE, LossOut, PackedBatch, Record, Term, Tokens
+from meristem.types import IGNORE, SOURCE, LossOut, PackedBatch, Record, Term, Tokens
 from meristem_domains.vision.picture_grid import picture_grid
 
 PIXELS = "pixels"
@@ -114,7 +114,7 @@ class MaskedPatches(Objective):
             positions=tokens.positions[~is_hidden],
             ids=tokens.ids[~is_hidden],
             features=tokens.features[~is_hidden],
-            is_source=True,
+            side=SOURCE,
             is_special=None if tokens.is_special is None else tokens.is_special[~is_hidden],
         )
         asked = np.where(is_hidden, SCORED, IGNORE)
