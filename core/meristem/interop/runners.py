@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from meristem.data.pack import pack
 from meristem.data.tokenizer import Tokenizer
@@ -151,11 +152,8 @@ def load_transformers(folder: Path) -> Any:
 
 def padded(sequences: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor]:
     """Pad sequences: ids `[S, n]`, and a mask that is 1 where there is no padding."""
-    lengths = [len(tokens) for tokens in sequences]
-    ids = torch.full((len(sequences), max(lengths)), pad)
-    for row, tokens in zip(ids, sequences):
-        row[: len(tokens)] = torch.from_numpy(tokens.ids)
-    return ids, (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    ids = pad_sequence([torch.from_numpy(tokens.ids) for tokens in sequences], batch_first=True, padding_value=pad)
+    return ids, pad_sequence([torch.ones(len(tokens), dtype=torch.long) for tokens in sequences], batch_first=True)
 
 
 def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[Tokens]], Results]:
@@ -174,12 +172,9 @@ def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[T
         more = {}
         if sources:
             more["decoder_input_ids"], more["decoder_attention_mask"] = padded(targets, pad)
-        if any(tokens.token_types is not None for tokens in sequences):
-            types = torch.zeros_like(ids)
-            for row, tokens in zip(types, sequences):
-                assert tokens.token_types is not None
-                row[: len(tokens)] = torch.from_numpy(tokens.token_types)
-            more["token_type_ids"] = types
+        types = [torch.from_numpy(tokens.token_types) for tokens in sequences if tokens.token_types is not None]
+        if types:
+            more["token_type_ids"] = pad_sequence(types, batch_first=True)
         out = reference(input_ids=ids, attention_mask=mask, output_hidden_states=True, **more)
         layers = out.decoder_hidden_states if sources else out.hidden_states
         found = {f"layer {k}": _unpad(layer, targets) for k, layer in enumerate(layers)}
@@ -200,10 +195,9 @@ def _outputs(
     found = {}
     for ours, named in names.items():
         values = [getattr(out, name, None) for name in ([named] if isinstance(named, str) else named)]
-        for value in values:
-            if value is not None:
-                found[ours] = list(value) if value.ndim == 2 else _unpad(value, sequences)
-                break
+        value = next((value for value in values if value is not None), None)
+        if value is not None:
+            found[ours] = list(value) if value.ndim == 2 else _unpad(value, sequences)
     return found
 
 
