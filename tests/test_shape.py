@@ -28,7 +28,7 @@ from meristem.model.config import Attention, Embedding, FeedForward, Full, Learn
 from meristem.model.kernels import Packed, Scoring, attend, attend_reference
 from meristem.model.model import Model
 from meristem.objectives.supervised import Supervised, Target
-from meristem.types import TokenColumn, Tokens
+from meristem.types import SOURCE, TokenColumn, Tokens
 
 # --- a domain of images in fifty lines -------------------------------------------------------------------------
 
@@ -205,11 +205,11 @@ def test_a_source_and_a_target_side_attend_across_as_padded_torch_does(rng: np.r
     """Source and target side of an encoder-decoder, packed each for itself, sequence for sequence."""
     sides = [(5, 9), (4, 2), (1, 30), (1, 7), (3, 9)]  # targets, sources
 
-    def tokens(length: int, is_source: bool) -> Tokens:
+    def tokens(length: int, side: str) -> Tokens:
         ids = rng.integers(0, 50, length)
-        return Tokens(positions=np.arange(length)[:, None], ids=ids, is_source=is_source)
+        return Tokens(positions=np.arange(length)[:, None], ids=ids, side=side)
 
-    sequences = [tokens(length, is_source) for pair in sides for length, is_source in zip(pair, (False, True))]
+    sequences = [tokens(length, side) for pair in sides for length, side in zip(pair, ("", SOURCE))]
     batch = pack(sequences, [record for record in range(len(sides)) for _ in range(2)])
     assert batch.source is not None
     assert batch.records == batch.source.records

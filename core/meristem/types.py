@@ -7,7 +7,7 @@ along `T`, and a `Layout` says where each begins.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -53,8 +53,11 @@ class Slice:
 Payload = str | bytes | Slice
 """What a tokenizer reads: a text, or the bytes of a file; or a part of a file that is to be fetched first."""
 
-INPUT = "input"
-"""Name of the input of records that have one."""
+Labels = Mapping[str, str | Sequence[str | None]]
+"""What is to be predicted, by name: a word, or a list of words, one a token."""
+
+INPUT, SOURCE = "input", "source"
+"""Name of the input of records that have one, and of the side of a pack that an encoder reads for a decoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +67,19 @@ class Record:
     Attributes:
         id: the name the file gives it; need not be unique.
         inputs: payloads by name: most domains have one, `INPUT`; a pair of sentences has two.
-        labels: what is to be predicted, by name: a word, or a list of words, one a token. A missing label is absent.
+        labels: a missing one is absent.
         source: where it came from, `file:line`, for error messages.
         group: what must stay in one part of a split, such as a patient; empty for none.
     """
 
     id: str
     inputs: Mapping[str, Payload]
-    labels: Mapping[str, str | Sequence[str | None]] = field(default_factory=dict)
+    labels: Labels = field(default_factory=dict)
     source: str = ""
     group: str = ""
 
     @classmethod
-    def of(
-        cls,
-        id: str,
-        payload: Payload,
-        labels: Mapping[str, str | Sequence[str | None]] | None = None,
-        source: str = "",
-        group: str = "",
-    ) -> "Record":
+    def of(cls, id: str, payload: Payload, labels: Labels | None = None, source: str = "", group: str = "") -> "Record":
         """A record of one input."""
         return cls(id, {INPUT: payload}, labels or {}, source, group)
 
@@ -112,7 +108,7 @@ class Tokens:
         labels: what is to be predicted for the whole record, by name: a scalar or an array.
         token_types: `[n]` kind of each token (0 for the first sentence, 1 for the second); None: all 0.
         prefix_length: first tokens that every token may see, under a pattern that has a prefix.
-        is_source: the sequence is read by an encoder and attended to by a decoder.
+        side: name of the side of a pack that the sequence belongs to, such as `SOURCE`; empty for the main one.
         is_special: `[n]` whether a row stands for no part of the payload, such as a class token or a separator. Means
             and maxima leave these rows out. None: no row does.
     """
@@ -125,7 +121,7 @@ class Tokens:
     labels: Mapping[str, np.ndarray] = field(default_factory=dict)
     token_types: np.ndarray | None = None
     prefix_length: int = 0
-    is_source: bool = False
+    side: str = ""
     is_special: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -301,7 +297,8 @@ class PackedBatch:
         records: index of the record that each sequence came from.
         step_counts: scored targets by name in the whole optimiser step, over all its packs and ranks.
             A loss is a sum divided by these, so that packing and accumulation do not weigh it.
-        source: the packed source side of an encoder-decoder, sequence for sequence.
+        sides: other sequences of the same records by the name of their side, packed, sequence for sequence. A decoder
+            attends to what an encoder reads of the side `SOURCE`.
         is_repeat: another process evaluates this pack. This one runs it, so all run equally many, and counts nothing.
     """
 
@@ -314,32 +311,35 @@ class PackedBatch:
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     records: tuple[int, ...] = ()
     step_counts: Mapping[str, float] = field(default_factory=dict)
-    source: "PackedBatch | None" = None
+    sides: Mapping[str, "PackedBatch"] = field(default_factory=dict)
     is_repeat: bool = False
+
+    @property
+    def source(self) -> "PackedBatch | None":
+        """The side that an encoder reads for a decoder."""
+        return self.sides.get(SOURCE)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedBatch":
         """Move every tensor; Lightning's transfer hook calls this."""
         device = torch.device(device)
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        source = None if self.source is None else self.source.to(device, non_blocking)
-        return replace(moved, layout=self.layout.to(device), source=source)
+        options = {"non_blocking": non_blocking}
+        return self._map(lambda one: one.to(device, **({} if isinstance(one, Layout) else options)))
 
     def pin_memory(self) -> "PackedBatch":
         """Pin every tensor, so that transfers overlap with work."""
-        pinned = self._map(Tensor.pin_memory)
-        return replace(pinned, source=None if self.source is None else self.source.pin_memory())
+        return self._map(lambda one: one if isinstance(one, Layout) else one.pin_memory())
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
-        """With every tensor of this side changed."""
-        return replace(
-            self,
-            positions=change(self.positions),
-            ids=change(self.ids),
-            features=None if self.features is None else change(self.features),
-            token_types=None if self.token_types is None else change(self.token_types),
-            targets={name: change(value) for name, value in self.targets.items()},
-            labels={name: change(value) for name, value in self.labels.items()},
-        )
+    def _map(self, change: Callable[[Any], Any]) -> "PackedBatch":
+        """With every tensor and layout changed, those of the other sides too."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: changed(one) for name, one in value.items()}
+            if isinstance(value, PackedBatch):
+                return value._map(change)
+            return change(value) if isinstance(value, Tensor | Layout) else value
+
+        return replace(self, **{one.name: changed(getattr(self, one.name)) for one in fields(self)})
 
 
 @dataclass(frozen=True)

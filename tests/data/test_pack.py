@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from meristem.data.pack import pack, pack_column
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.framing import frame_of, payload_parts
-from meristem.types import IGNORE, MIN_ROWS, PackedBatch, TokenColumn, Tokens
+from meristem.types import IGNORE, MIN_ROWS, SOURCE, PackedBatch, TokenColumn, Tokens
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -102,18 +102,26 @@ def test_the_frame_of_a_column_is_what_stands_around_each_payload(payloads, befo
     assert taken.payload_lengths.tolist() == payloads[::-1]
 
 
-def test_source_side_stays_aligned_with_the_main_side(rng):
-    lengths = rng.integers(1, 20, (9, 2))
+def test_sides_have_names_and_stay_aligned_with_the_main_side(rng):
+    lengths = rng.integers(1, 20, (9, 3))
     flat, records = [], []
-    for i, (n, m) in enumerate(lengths):
-        flat += [sequence(n, i), sequence(m, 100 + i, is_source=True)]
-        records += [i, i]
-    batch = pack(flat, records)
-    assert batch.source is not None
-    assert batch.source.records == batch.records
-    for i, record in enumerate(batch.records):
-        assert batch.ids[rows_of(batch, i)].tolist() == flat[2 * record].ids.tolist()
-        assert batch.source.ids[rows_of(batch.source, i)].tolist() == flat[2 * record + 1].ids.tolist()
+    for i, (n, m, k) in enumerate(lengths):
+        flat += [sequence(k, 200 + i, side="rejected"), sequence(n, i), sequence(m, 100 + i, side=SOURCE)]
+        records += [i] * 3
+    batch = pack(flat, records).to("cpu")
+    assert set(batch.sides) == {SOURCE, "rejected"}
+    assert batch.source is batch.sides[SOURCE]
+    for place, side in ((0, batch.sides["rejected"]), (1, batch), (2, batch.sides[SOURCE])):
+        assert side.records == batch.records
+        for i, record in enumerate(side.records):
+            assert side.ids[rows_of(side, i)].tolist() == flat[3 * record + place].ids.tolist()
+    assert list(batch.layout.lengths) == sorted(batch.layout.lengths)
+    assert pack(flat[1:2], [0]).source is None
+    for wrong in ([0, 0, 1], [0, 1, 0]):
+        with pytest.raises(AssertionError, match="is another record's"):
+            pack(flat[:3], wrong)
+    with pytest.raises(AssertionError, match="1 sequences of the side 'rejected' for 2 others"):
+        pack([flat[0], flat[1], flat[4]], [0, 0, 1])
 
 
 def test_labels_are_stacked_in_pack_order_and_missing_ones_marked():

@@ -26,7 +26,7 @@ from meristem.model.config import (
     Window,
 )
 from meristem.model.model import Model
-from meristem.types import Tokens
+from meristem.types import SOURCE, Tokens
 from model_runs import outputs_of, specs
 
 VOCAB = 37
@@ -94,15 +94,15 @@ def random_prompts(rng: np.random.Generator, count: int, low: int = 1, high: int
     return [rng.integers(2, VOCAB, int(rng.integers(low, high))) for _ in range(count)]
 
 
-def tokens(ids: np.ndarray, is_source: bool = False) -> Tokens:
-    return Tokens(positions=np.arange(len(ids))[:, None], ids=np.asarray(ids, np.int64), is_source=is_source)
+def tokens(ids: np.ndarray, side: str = "") -> Tokens:
+    return Tokens(positions=np.arange(len(ids))[:, None], ids=np.asarray(ids, np.int64), side=side)
 
 
 @torch.inference_mode()
 def slow_logits(model: Model, prompt: np.ndarray, made: list[int], start_id: int = 0) -> torch.Tensor:
     """Logits of what comes next, of the whole sequence computed at once."""
     if model.config.num_decoder_layers:
-        sequences = [tokens(prompt, is_source=True), tokens(np.array([start_id, *made]))]
+        sequences = [tokens(prompt, side=SOURCE), tokens(np.array([start_id, *made]))]
         batch = pack(sequences, [0, 0])
     else:
         whole = tokens(np.concatenate([prompt, np.array(made, np.int64)]))

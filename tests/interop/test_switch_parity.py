@@ -29,7 +29,7 @@ from meristem.interop.runners import PAIRS, SEQUENCES, Runner
 from meristem.interop.settings import Settings
 from meristem.model.experts import ExpertsLayer
 from meristem.model.model import Model
-from meristem.types import Hidden, Layout, Routing, Tokens
+from meristem.types import SOURCE, Hidden, Layout, Routing, Tokens
 from parity_checks import Case
 from references import PlainIds, redraw, save
 
@@ -91,7 +91,7 @@ def layers_of(hidden: Hidden) -> Mapping[int, Routing]:
 
 
 def routings(model: Model, sequences: list[Tokens]) -> Mapping[int, Routing]:
-    num_records = sum(not tokens.is_source for tokens in sequences)
+    num_records = sum(tokens.side != SOURCE for tokens in sequences)
     with torch.inference_mode():
         batch = pack(sequences, [*range(num_records)] * (len(sequences) // num_records))
         return layers_of(model.trunk(batch))

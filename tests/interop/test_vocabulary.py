@@ -111,8 +111,10 @@ def test_vocabulary_files_make_the_tokenizer_of_transformers(
     model_type = CLASSES[kind][0]
     config = {"model_type": model_type, "vocab_size": 512}
     stated = {} if settings is None else {"tokenizer_config.json": settings}
-    folder = write(tmp_path, {**vocabulary_files(kind), **stated, "config.json": config})
-    check(folder, random_texts(rng))
+    folder = write(tmp_path / "in", {**vocabulary_files(kind), **stated, "config.json": config})
+    texts = random_texts(rng)
+    tokenizer = check(folder, texts)
+    check(write(tmp_path / "out", {**write_subwords(tokenizer), "config.json": config}), texts, tokenizer)
 
 
 def made_by_class(name: str) -> Any:

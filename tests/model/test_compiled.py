@@ -16,7 +16,7 @@ from meristem.model.attention import first_rows
 from meristem.model.compiled import compile_blocks
 from meristem.model.config import Attention, Embedding, Experts, FeedForward, Residual, Rotary, TransformerConfig
 from meristem.model.transformer import build_trunk
-from meristem.types import PackedBatch, Tokens
+from meristem.types import SOURCE, PackedBatch, Tokens
 
 
 def built(**changes: object) -> nn.Module:
@@ -99,7 +99,7 @@ def test_a_step_of_compiled_blocks_is_that_of_others(changes: dict[str, object],
     counts = []
     for count in (3, 4, 2, 9, 5):
         batch = random_pack(rng, rng.integers(2, 40, count).tolist())
-        batch = replace(batch, source=batch)
+        batch = replace(batch, sides={SOURCE: batch})
         for one in (trunk, twin):
             torch.manual_seed(count)
             one.train().zero_grad()

@@ -27,7 +27,7 @@ from meristem.model.config import (
 )
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.position import SinusoidalLayer
-from meristem.types import Hidden, PackedBatch, Tokens
+from meristem.types import SOURCE, Hidden, PackedBatch, Tokens
 from model_runs import outputs_of, specs
 
 # of the reference's path for inference, which an odd number of heads cannot take
@@ -222,10 +222,10 @@ def refuse_distance(distances: Distances) -> None:
 def pack_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> PackedBatch:
     """Sources and targets of the pairs as one pack."""
 
-    def tokens(ids: np.ndarray, is_source: bool) -> Tokens:
-        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, is_source=is_source)
+    def tokens(ids: np.ndarray, side: str) -> Tokens:
+        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, side=side)
 
-    sequences = [tokens(ids, is_source) for pair in pairs for ids, is_source in zip(pair, (True, False), strict=True)]
+    sequences = [tokens(ids, side) for pair in pairs for ids, side in zip(pair, (SOURCE, ""), strict=True)]
     return pack(sequences, [i for i in range(len(pairs)) for _ in range(2)])
 
 

@@ -29,7 +29,7 @@ from meristem.model.heads import Readout
 from meristem.model.model import Model
 from meristem.model.outputs import Wanted
 from meristem.model.transformer import Decoder, Encoder, EncoderDecoder, build_trunk
-from meristem.types import Layout, PackedBatch, Tokens
+from meristem.types import SOURCE, Layout, PackedBatch, Tokens
 from model_runs import specs
 
 
@@ -58,7 +58,7 @@ Pairs = list[tuple[np.ndarray, np.ndarray]]
 def pack_pairs(pairs: Pairs) -> PackedBatch:
     sequences: list[Tokens] = []
     for source, target in pairs:
-        sequences += [replace(tokens(source), is_source=True), tokens(target)]
+        sequences += [replace(tokens(source), side=SOURCE), tokens(target)]
     return pack(sequences, [i for i in range(len(pairs)) for _ in range(2)])
 
 

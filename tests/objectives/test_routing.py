@@ -32,7 +32,7 @@ from meristem.objectives.routing import (
     routing_figures,
     routing_terms,
 )
-from meristem.types import Hidden, Layout, PackedBatch, Routing, Tokens
+from meristem.types import SOURCE, Hidden, Layout, PackedBatch, Routing, Tokens
 from model_runs import specs
 
 EXACT = {"rtol": 1e-5, "atol": 1e-6}  # fp32 sums over up to a few hundred rows
@@ -233,15 +233,15 @@ def test_metrics_equal_their_formulas_over_several_packs(rng: np.random.Generato
     )
 
 
-def random_tokens(rng: np.random.Generator, length: int, is_source: bool = False) -> Tokens:
-    return Tokens(np.arange(length)[:, None], rng.integers(0, 9, length), is_source=is_source)
+def random_tokens(rng: np.random.Generator, length: int, side: str = "") -> Tokens:
+    return Tokens(np.arange(length)[:, None], rng.integers(0, 9, length), side=side)
 
 
 def batch_of(rng: np.random.Generator, has_source: bool) -> PackedBatch:
     sequences = [random_tokens(rng, int(n)) for n in rng.integers(1, 12, 3)]
     records = [0, 1, 2]
     if has_source:
-        sequences += [random_tokens(rng, int(n), is_source=True) for n in rng.integers(1, 12, 3)]
+        sequences += [random_tokens(rng, int(n), side=SOURCE) for n in rng.integers(1, 12, 3)]
         records *= 2
     return pack(sequences, records)
 

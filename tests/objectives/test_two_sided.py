@@ -33,10 +33,8 @@ from meristem.data.parts import RunData
 from meristem.errors import ConfigError
 from meristem.model.config import Learned
 from meristem.model.model import SYMBOLS
-from meristem.objectives.denoising import Denoising
-from meristem.objectives.sequence_to_sequence import SequenceToSequence
-from meristem.objectives.spans import SpanCorruption
-from meristem.types import IGNORE, INPUT, Record
+from meristem.objectives.two_sided import Denoising, SequenceToSequence, SpanCorruption
+from meristem.types import IGNORE, INPUT, SOURCE, Record
 from model_runs import outputs_of
 
 
@@ -59,8 +57,8 @@ def test_the_decoder_reads_one_row_behind_what_it_writes(make, tokenizer, rng):
     sides = prepared(objective, records, tokenizer)
     assert len(sides) == 2 * len(records)
     for source, target in zip(sides[::2], sides[1::2]):
-        assert source.is_source
-        assert not target.is_source
+        assert source.side == SOURCE
+        assert target.side != SOURCE
         assert not source.targets
         wanted = target.targets[SYMBOLS]
         assert (wanted != IGNORE).all()

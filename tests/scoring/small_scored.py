@@ -29,7 +29,7 @@ from meristem.model.config import (
     Window,
 )
 from meristem.model.model import Model
-from meristem.types import Layout, PackedBatch, TokenColumn
+from meristem.types import SOURCE, Layout, PackedBatch, TokenColumn
 from model_runs import outputs_of, specs
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
@@ -164,7 +164,7 @@ def by_brute_force(
         elif kind == "encoder-decoder":
             assert source is not None
             read = [start_id, *ids[before:place]]
-            batch = replace(alone(read), source=alone(source))
+            batch = replace(alone(read), sides={SOURCE: alone(source)})
             found.append(log_probability(model, batch, len(read) - 1, ids[place]))
         elif place:  # the first token of all has nothing before it
             prefix_length = before + prefix_tokens if kind == "prefix" else 0

@@ -26,7 +26,7 @@ from meristem.model.config import (
     TransformerConfig,
 )
 from meristem.model.model import Model
-from meristem.types import IGNORE, PackedBatch, Record
+from meristem.types import IGNORE, SOURCE, PackedBatch, Record
 from meristem_domains.vision.objectives.masked_patches import DECODER, PIXELS, MaskedPatches
 from meristem_domains.vision.patches import PatchTokenizer
 from meristem_domains.vision.picture_grid import GAP_PX, picture_grid
@@ -197,7 +197,7 @@ def test_the_number_of_hidden_patches_is_exact_and_planned_for(rate: float, rng)
         wanted = min(max(round(rate * num_patches), 1), num_patches - 1)
         is_hidden = main.targets[PIXELS] != IGNORE
         assert is_hidden.sum() == wanted
-        assert source.is_source
+        assert source.side == SOURCE
         assert len(source) == 1 + num_patches - wanted
         assert (source.features == tokens.features[~is_hidden]).all()
         assert (source.positions == tokens.positions[~is_hidden]).all()

@@ -18,27 +18,28 @@ def pack(sequences: Sequence[Tokens], records: Sequence[int], min_rows: int = MI
     a target or label that another one has gets it filled in as missing.
 
     Args:
-        sequences: at least one. Sources (`is_source`) become the batch's source side; there must be
-            none, or as many as others, and the i-th source belongs to the i-th other sequence.
+        sequences: at least one of the main side. Of each other side there are none, or as many: its i-th sequence
+            belongs to the i-th of the main side.
         records: index of the record that each sequence came from.
         min_rows: rows that each side holds at least.
     """
     assert len(sequences) == len(records)
-    main = [i for i, tokens in enumerate(sequences) if not tokens.is_source]
-    source = [i for i, tokens in enumerate(sequences) if tokens.is_source]
+    places: dict[str, list[int]] = {"": []}
+    for i, tokens in enumerate(sequences):
+        places.setdefault(tokens.side, []).append(i)
+    main = places.pop("")
     assert main, "a pack holds at least one sequence"
-    assert len(source) in (0, len(main)), f"{len(source)} source sequences for {len(main)} others"
-    assert all(records[s] == records[m] for s, m in zip(source, main)), "a source belongs to another record"
-    keys = [np.array([len(sequences[i]) for i in main])]
-    if source:  # equal lengths of the source side become neighbours as well, where they can
-        keys.insert(0, np.array([len(sequences[i]) for i in source]))
-    order = np.lexsort(keys)  # the last key leads; stable
-    sides = [_lay([sequences[side[i]] for i in order], min_rows) for side in (source, main) if side]
-    return PackedBatch(
-        **sides[-1],
-        records=tuple(int(records[main[i]]) for i in order),
-        source=PackedBatch(**sides[0], records=tuple(int(records[source[i]]) for i in order)) if source else None,
-    )
+    for name, side in places.items():
+        assert len(side) == len(main), f"{len(side)} sequences of the side {name!r} for {len(main)} others"
+        assert all(records[s] == records[m] for s, m in zip(side, main)), f"a sequence of {name!r} is another record's"
+    # equal lengths of the other sides become neighbours as well, where they can
+    order = np.lexsort([[len(sequences[i]) for i in side] for side in (*places.values(), main)])  # the last key leads
+
+    def packed(side: list[int], sides: Mapping[str, PackedBatch]) -> PackedBatch:
+        fields = _lay([sequences[side[i]] for i in order], min_rows)
+        return PackedBatch(**fields, records=tuple(int(records[side[i]]) for i in order), sides=sides)
+
+    return packed(main, {name: packed(side, {}) for name, side in places.items()})
 
 
 def pack_column(

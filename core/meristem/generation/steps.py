@@ -14,7 +14,7 @@ from meristem.model.outputs import HeadRequest, Wanted
 from meristem.model.patterns import has_prefix
 from meristem.model.transformer import Decoder, EncoderDecoder
 from meristem.shapes import Float, Tensor
-from meristem.types import Layout, PackedBatch
+from meristem.types import SOURCE, Layout, PackedBatch
 
 
 def check_generates(model: Model) -> None:
@@ -58,7 +58,7 @@ class Steps:
         if isinstance(model.trunk, EncoderDecoder):
             if start_id is None:
                 raise ConfigError("an encoder-decoder needs a first token of its output: a start or a padding symbol")
-            batch = replace(self._batch([np.array([start_id])] * len(prompts)), source=self._batch(prompts))
+            batch = replace(self._batch([np.array([start_id])] * len(prompts)), sides={SOURCE: self._batch(prompts)})
         else:
             patterns = (model.config.layer(layer).attention.pattern for layer in range(model.config.num_layers))
             if any(map(has_prefix, patterns)):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from meristem.data.pack import pack
 from meristem.data.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ from meristem.framing import frame_of
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.outputs import Wanted
 from meristem.shapes import Tensor
-from meristem.types import Hidden, Tokens
+from meristem.types import SOURCE, Hidden, Tokens
 
 Results = Mapping[str, list[Tensor]]
 
@@ -60,7 +61,7 @@ class Runner:
 
 def run_ours(model: Model, tokenizer: Tokenizer, sequences: Sequence[Tokens]) -> Results:
     """Run our model. Results are in the order of the sequences; those of pairs in the order of the targets."""
-    num_records = sum(not tokens.is_source for tokens in sequences)
+    num_records = sum(tokens.side != SOURCE for tokens in sequences)
     records = [*range(num_records)] * (len(sequences) // num_records)
     stripped = [replace(tokens, labels={}) for tokens in sequences]
     batch = pack(stripped, records)
@@ -126,7 +127,7 @@ def draw_sequences(model: Model, tokenizer: Tokenizer, rng: np.random.Generator)
 
 def draw_pairs(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Tokens]:
     """Draw sources, then as many targets. Each target begins with symbol 0, as T5's decoder expects."""
-    sources = [replace(tokens, is_source=True) for tokens in draw_sequences(model, tokenizer, rng)]
+    sources = [replace(tokens, side=SOURCE) for tokens in draw_sequences(model, tokenizer, rng)]
     targets = []
     for length in TARGET_LENGTHS:
         ids = np.concatenate([[0], rng.choice(tokenizer.random_ids, length)]).astype(np.int64)
@@ -151,11 +152,8 @@ def load_transformers(folder: Path) -> Any:
 
 def padded(sequences: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor]:
     """Pad sequences: ids `[S, n]`, and a mask that is 1 where there is no padding."""
-    lengths = [len(tokens) for tokens in sequences]
-    ids = torch.full((len(sequences), max(lengths)), pad)
-    for row, tokens in zip(ids, sequences):
-        row[: len(tokens)] = torch.from_numpy(tokens.ids)
-    return ids, (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    ids = pad_sequence([torch.from_numpy(tokens.ids) for tokens in sequences], batch_first=True, padding_value=pad)
+    return ids, pad_sequence([torch.ones(len(tokens), dtype=torch.long) for tokens in sequences], batch_first=True)
 
 
 def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[Tokens]], Results]:
@@ -167,19 +165,16 @@ def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[T
     """
 
     def theirs(reference: Any, sequences: Sequence[Tokens]) -> Results:
-        sources = [tokens for tokens in sequences if tokens.is_source]
-        targets = [tokens for tokens in sequences if not tokens.is_source]
+        sources = [tokens for tokens in sequences if tokens.side == SOURCE]
+        targets = [tokens for tokens in sequences if tokens.side != SOURCE]
         pad = getattr(reference.config, "pad_token_id", None) or 0
         ids, mask = padded(sources or targets, pad)
         more = {}
         if sources:
             more["decoder_input_ids"], more["decoder_attention_mask"] = padded(targets, pad)
-        if any(tokens.token_types is not None for tokens in sequences):
-            types = torch.zeros_like(ids)
-            for row, tokens in zip(types, sequences):
-                assert tokens.token_types is not None
-                row[: len(tokens)] = torch.from_numpy(tokens.token_types)
-            more["token_type_ids"] = types
+        types = [torch.from_numpy(tokens.token_types) for tokens in sequences if tokens.token_types is not None]
+        if types:
+            more["token_type_ids"] = pad_sequence(types, batch_first=True)
         out = reference(input_ids=ids, attention_mask=mask, output_hidden_states=True, **more)
         layers = out.decoder_hidden_states if sources else out.hidden_states
         found = {f"layer {k}": _unpad(layer, targets) for k, layer in enumerate(layers)}
@@ -200,10 +195,9 @@ def _outputs(
     found = {}
     for ours, named in names.items():
         values = [getattr(out, name, None) for name in ([named] if isinstance(named, str) else named)]
-        for value in values:
-            if value is not None:
-                found[ours] = list(value) if value.ndim == 2 else _unpad(value, sequences)
-                break
+        value = next((value for value in values if value is not None), None)
+        if value is not None:
+            found[ours] = list(value) if value.ndim == 2 else _unpad(value, sequences)
     return found
 
 

@@ -5,7 +5,7 @@ These are word pieces (`vocab.txt`), byte pairs (`vocab.json` and `merges.txt`) 
 
 import base64
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,9 @@ def read_definition(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, di
     if (folder / WORDS).is_file():
         _require_builder(folder / WORDS, name, WORD_PIECE_CLASSES)
         notes = [] if "do_lower_case" in settings else ["capitals are read as small letters: no setting says otherwise"]
-        return folder / WORDS, word_pieces(folder / WORDS, _numbered(folder / WORDS), settings), notes
+        # the last of equal symbols counts
+        vocab = {symbol: i for i, symbol in enumerate(read_lines(folder / WORDS))}
+        return folder / WORDS, word_pieces(folder / WORDS, vocab, settings), notes
     if (folder / PAIRS).is_file() and (folder / MERGES).is_file():
         vocab = read_object(folder / PAIRS)
         merges = [line for line in read_lines(folder / MERGES) if line and not line.startswith("#version")]
@@ -75,7 +77,7 @@ def read_definition(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, di
             name = "RobertaTokenizer" if has_frame else "GPT2Tokenizer"
         _require_builder(folder / PAIRS, name, BYTE_PAIR_CLASSES)
         pairs = byte_pairs(vocab, [tuple(line.split(" ")) for line in merges], settings)
-        return folder / PAIRS, BYTE_PAIR_CLASSES[name](folder / PAIRS, pairs, settings), []
+        return folder / PAIRS, _framed(folder / PAIRS, pairs, settings) if name in FRAMED_CLASSES else pairs, []
     for file in (folder / one for one in PIECES):
         if file.is_file():
             pieces = read_pieces(file)
@@ -115,7 +117,6 @@ def word_pieces(file: Path, vocab: Mapping[str, int], settings: Mapping[str, Any
     if missing:
         raise CheckpointError(f"{file} must hold {missing[0]}; it does not")
     return {
-        **_blank(),
         "normalizer": {
             "type": "BertNormalizer",
             "clean_text": True,
@@ -138,27 +139,11 @@ def word_pieces(file: Path, vocab: Mapping[str, int], settings: Mapping[str, Any
 
 def byte_pairs(vocab: Mapping[str, int], merges: list[tuple[str, ...]], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Definition of a byte-level BPE tokenizer without symbols around a text (GPT-2, Radford et al. 2019)."""
+    trimmed = {"trim_offsets": True, "use_regex": True}
     return {
-        **_blank(),
-        "pre_tokenizer": {
-            "type": "ByteLevel",
-            "add_prefix_space": settings.get("add_prefix_space", False),
-            "trim_offsets": True,
-            "use_regex": True,
-        },
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": dict(vocab),
-            "merges": [list(pair) for pair in merges],
-        },
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": settings.get("add_prefix_space", False), **trimmed},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, **trimmed},
+        "model": {"type": "BPE", "vocab": dict(vocab), "merges": [list(pair) for pair in merges]},
     }
 
 
@@ -177,13 +162,12 @@ def unigrams(read: Pieces, settings: Mapping[str, Any]) -> dict[str, Any]:
     spaces = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
     charsmap = base64.b64encode(read.charsmap).decode("ascii")
     return {
-        **_blank(),
         "added_tokens": [{"id": i, "content": vocab[i][0], **flags, "special": special[i]} for i in sorted(special)],
         "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap} if read.charsmap else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, spaces]},
         "post_processor": frame(None, "</s>", {"</s>": FIRST_PIECES.index("</s>")}),
         "decoder": spaces,
-        "model": {"type": "Unigram", "unk_id": read.unk_id, "vocab": vocab, "byte_fallback": False},
+        "model": {"type": "Unigram", "unk_id": read.unk_id, "vocab": vocab},
     }
 
 
@@ -237,29 +221,9 @@ def read_lines(file: Path) -> list[str]:
         raise CheckpointError(f"{file} must be text in UTF-8: {error}") from error
 
 
-def _numbered(file: Path) -> dict[str, int]:
-    """Symbols by line, the last of equal ones."""
-    return {symbol: i for i, symbol in enumerate(read_lines(file))}
-
-
-def _blank() -> dict[str, Any]:
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "post_processor": None,
-    }
-
-
 def _name(settings: Mapping[str, Any], role: str, symbol: str) -> str:
     value = settings.get(f"{role}_token") or symbol
     return value if isinstance(value, str) else str(value.get("content"))
-
-
-def _as_it_is(file: Path, definition: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    return definition
 
 
 def _framed(file: Path, definition: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,13 +243,9 @@ WORD_PIECE_CLASSES = ("", "BertTokenizer")
 PIECE_CLASSES = ("", "T5Tokenizer", "MT5Tokenizer")
 """Foreign classes that a model of sentencepiece makes, where it is of closed unigrams."""
 
-BYTE_PAIR_CLASSES: dict[str, Callable[[Path, dict[str, Any], Mapping[str, Any]], dict[str, Any]]] = {
-    "GPT2Tokenizer": _as_it_is,
-    "CodeGenTokenizer": _as_it_is,
-    "RobertaTokenizer": _framed,
-    "LongformerTokenizer": _framed,
-}
-"""Foreign classes that `vocab.json` and `merges.txt` alone make, and what each puts around a text."""
+FRAMED_CLASSES = ("RobertaTokenizer", "LongformerTokenizer")
+BYTE_PAIR_CLASSES = ("GPT2Tokenizer", "CodeGenTokenizer", *FRAMED_CLASSES)
+"""Foreign classes that `vocab.json` and `merges.txt` alone make; the framed ones put symbols around a text."""
 
 
 def _require_builder(file: Path, name: str, known: Any) -> None:

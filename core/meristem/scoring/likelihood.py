@@ -29,7 +29,7 @@ from meristem.model.transformer import Decoder, EncoderDecoder
 from meristem.scoring.likelihood_options import LikelihoodOptions
 from meristem.scoring.running import RunningModel
 from meristem.scoring.scorer import Scorer
-from meristem.types import IGNORE, TokenColumn, Tokens
+from meristem.types import IGNORE, SOURCE, TokenColumn, Tokens
 
 TYPICAL_LENGTH = 256
 """Tokens of a record, about: each is run as often where every token is hidden in turn."""
@@ -284,7 +284,7 @@ def _sides(scored: ScoredRows, record: int, hidden: int) -> Iterator[Tokens]:
     """
     source = scored.column.source
     if source is not None:
-        yield _tokens(_sequence(source.ids, source, record), is_source=True)
+        yield _tokens(_sequence(source.ids, source, record), side=SOURCE)
     ids = _sequence(scored.column.ids, scored.column, record)
     targets = _sequence(scored.targets, scored.column, record)
     if hidden >= 0:

@@ -76,7 +76,7 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Convert a `EsmConfig` to a `TransformerConfig`.
+    """Convert an `EsmConfig` to a `TransformerConfig`.
 
     Raises:
         ConfigError: a setting that no part of ours can say.
@@ -117,7 +117,7 @@ def _with_rounding(architecture: TransformerConfig, tensors: Mapping[str, Tensor
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `EsmConfig`."""
+    """Convert a `TransformerConfig` to an `EsmConfig`."""
     position, mask_id = architecture.position, architecture.embedding.mask_id
     return {
         "model_type": "esm",

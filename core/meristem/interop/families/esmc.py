@@ -56,7 +56,7 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Convert a `EsmcConfig` to a `TransformerConfig`."""
+    """Convert an `EsmcConfig` to a `TransformerConfig`."""
     plain = {**config, "attention_dropout": config.get("attention_dropout") or 0.0}
     found = Settings("an ESM-C", plain, FIELDS, {"max_position_embeddings": 2048})
     width, heads, num_layers = found["hidden_size"], found["num_attention_heads"], found["num_hidden_layers"]
@@ -72,7 +72,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `EsmcConfig`."""
+    """Convert a `TransformerConfig` to an `EsmcConfig`."""
     return {
         "model_type": "esmc",
         **write_fields(architecture, FIELDS),

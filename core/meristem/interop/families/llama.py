@@ -8,7 +8,7 @@ which layers see a window, and in a norm of queries and keys.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
+from itertools import pairwise
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
@@ -147,10 +147,13 @@ class Kind:
             norm=self.norm,
             head=partial(TokenHead, activation=None, bias=False),
         )
+        starts = [layer for layer, window in enumerate(windows) if layer == 0 or window != windows[layer - 1]]
         rules = [
-            LayerRule(start=start, stop=stop, attention=replace(architecture.attention, pattern=_pattern(window)))
-            for start, stop, window in _runs(windows)
-            if window != common
+            LayerRule(
+                start=start, stop=stop, attention=replace(architecture.attention, pattern=_pattern(windows[start]))
+            )
+            for start, stop in pairwise([*starts, len(windows)])
+            if windows[start] != common
         ]
         return replace(architecture, layers=tuple(rules))
 
@@ -211,16 +214,6 @@ def _window_of(pattern: Pattern) -> int | None:
     """The inverse of `_pattern`; what it never gives is read as no window, and found by reading back."""
     reaches = [part.left for part in pattern.parts if isinstance(part, Window)] if isinstance(pattern, Both) else []
     return reaches[0] + 1 if reaches else None
-
-
-def _runs(windows: list[int | None]) -> list[tuple[int, int, int | None]]:
-    """Layers with the same window one after the other: the first, the one behind the last, and the window."""
-    found, start = [], 0
-    for window, run in groupby(windows):
-        stop = start + len(list(run))
-        found.append((start, stop, window))
-        start = stop
-    return found
 
 
 RMS_EPS = Field("rms_norm_eps", "norm.eps", 1e-6)

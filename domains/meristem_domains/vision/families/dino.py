@@ -9,6 +9,7 @@ Drop path is the same in all layers there; here, as in the paper, it grows from 
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,22 +102,8 @@ def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collec
     )
 
 
-def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `Dinov2Config`."""
-    return {"model_type": "dinov2", **_write(architecture, tokenizer)}
-
-
-def write_register_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `Dinov2WithRegistersConfig`."""
-    num_registers = len(vit.patches_of(tokenizer).prefix) - 1
-    return {
-        "model_type": "dinov2_with_registers",
-        **_write(architecture, tokenizer),
-        "num_register_tokens": num_registers,
-    }
-
-
-def _write(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, has_registers: bool = False) -> dict[str, Any]:
+    """Convert a `TransformerConfig` to a `Dinov2Config` or a `Dinov2WithRegistersConfig`."""
     feedforward = architecture.feedforward
     # a whole number: 64 times the width is more than anybody has
     fits = [r for r in range(1, 65) if _width(architecture.width, r, feedforward.is_gated) == feedforward.width]
@@ -124,7 +111,12 @@ def _write(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, A
         raise ConfigError(f"feedforward.width must be one that a whole mlp_ratio gives; got {feedforward.width}")
     if architecture.residual.layer_scale is None:
         raise ConfigError("a DINOv2 has residual.layer_scale; got none")
+    kind: dict[str, Any] = {"model_type": "dinov2"}
+    if has_registers:
+        num_registers = len(vit.patches_of(tokenizer).prefix) - 1
+        kind = {"model_type": "dinov2_with_registers", "num_register_tokens": num_registers}
     return {
+        **kind,
         **vit.write_trunk(architecture, tokenizer, DINO_FIELDS),
         "mlp_ratio": fits[0],
         "use_swiglu_ffn": feedforward.is_gated,
@@ -160,7 +152,7 @@ DINO = replace(
 DINO_REGISTERS = DINO.variant(
     name="DINOv2 with registers",
     recognises=of_type("dinov2_with_registers"),
-    write_config=write_register_config,
+    write_config=partial(write_config, has_registers=True),
     prefix="dinov2_with_registers.",
     name_class=lambda kept: (
         "Dinov2WithRegistersForImageClassification" if LABEL in kept else "Dinov2WithRegistersModel"
