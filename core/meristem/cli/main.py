@@ -103,6 +103,11 @@ VERBS: dict[str, Verb] = {
         "measure a trained model on the test part of its data",
         "meristem test --config runs/tuned/config.yaml",
     ),
+    "config": Verb(
+        "meristem.cli.config",
+        "list every key of a config with its type, its default and its meaning",
+        f"meristem config --print --config {SAMPLE}",
+    ),
     "embed": Verb(
         "meristem.cli.embed",
         "write one vector a record, or one a token, in input order",
