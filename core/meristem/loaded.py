@@ -14,6 +14,7 @@ from meristem.errors import ConfigError, DataError
 from meristem.generation.text import Generator, check_options
 from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS
 from meristem.inference.embed import default_pool
+from meristem.inference.encoding import Reading
 from meristem.inference.engine import PRECISIONS, Embedder, NotFinite, best_device, best_precision
 from meristem.inference.job import Engine, too_long
 from meristem.inference.predictor import Prediction, Predictor
@@ -36,7 +37,8 @@ class LoadedModel:
 
     Sequences are given as a list, another iterable, or a mapping of ids to sequences, of what the tokenizer of the
     model's domain takes from a program (`Tokenizer.encode_values`): texts and objects of other libraries that hold one,
-    or paths, encoded files, arrays and tensors. Results are in their order.
+    or paths, encoded files, arrays and tensors. Where the model reads several inputs of a record, each is a mapping of
+    their names to such values. Results are in their order.
 
     Attributes:
         card: architecture, tokenizer, labels.
@@ -158,7 +160,7 @@ class LoadedModel:
         job = Score(scorer, chosen, domain)
         running = job.start(self.card, self.model, self._engine(tokens_per_batch, precision))
         found: list[Any] = []
-        for first, column in self._columns(sequences, running.unfit):
+        for first, column in self._columns(sequences, running.unfit, running.reading):
             with _naming(first):
                 found += running.results(column, lambda records, tokens: None)
         return found
@@ -240,13 +242,18 @@ class LoadedModel:
         return Engine(chosen, self.device, tokens_per_batch)
 
     def _columns(
-        self, sequences: Iterable[Any], unfit: Callable[[TokenColumn], Mapping[int, str]] = lambda column: {}
+        self,
+        sequences: Iterable[Any],
+        unfit: Callable[[TokenColumn], Mapping[int, str]] = lambda column: {},
+        reading: Reading | None = None,
     ) -> Iterator[tuple[int, TokenColumn]]:
         """Columns of the sequences, with the number of the first of each.
 
         Args:
             unfit: rows of a column that cannot be worked on, and why.
+            reading: what is read of each; None for what vectors and predictions are made of.
         """
+        reading = reading or Reading.of(self.card)
         is_one = isinstance(sequences, str) or hasattr(sequences, "__bytes__") or hasattr(sequences, "seq")
         if is_one or not isinstance(sequences, Iterable):
             got = "a single one: put it in a list" if is_one else type(sequences).__name__
@@ -257,16 +264,20 @@ class LoadedModel:
             held.append(sequence)
             size += len(sequence) if isinstance(sequence, str) else CHUNK_SYMBOLS // FILES_AHEAD
             if len(held) == CHUNK_RECORDS or size >= CHUNK_SYMBOLS:
-                yield first, self._encode(first, held, unfit)
+                yield first, self._encode(first, held, unfit, reading)
                 first, held, size = first + len(held), [], 0
         if held:
-            yield first, self._encode(first, held, unfit)
+            yield first, self._encode(first, held, unfit, reading)
 
     def _encode(
-        self, first: int, sequences: Sequence[Any], unfit: Callable[[TokenColumn], Mapping[int, str]]
+        self,
+        first: int,
+        sequences: Sequence[Any],
+        unfit: Callable[[TokenColumn], Mapping[int, str]],
+        reading: Reading,
     ) -> TokenColumn:
         try:
-            column = self.card.tokenizer.encode_values(sequences)
+            column = reading.values(sequences)
         except RefusedSymbol as error:
             raise DataError(f"sequence {first + error.row}: {error}") from error
         for row, reason in unfit(column).items():

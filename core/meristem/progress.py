@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere; always on stderr."""
+"""Progress of long work: a bar on a terminal, elsewhere a line every ten seconds; on stderr."""
 
 import sys
 import time
@@ -9,27 +9,26 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts work that is done, and says how fast it goes and how long it will take.
+    """Counts the work that is done, and shows the rate and the time left.
 
     Args:
-        total: units in all; None where it is not known, then no time left is given.
-        unit: what is counted, in the plural (`records`, `tokens`).
-        title: what is being done, in front of the figures.
-        stream: where to; a terminal gets a bar, anything else a line every ten seconds.
-        done: units that an earlier run has done: they count, but not for the rate.
+        total: number of units of work; None where it is not known, and then no time left is shown.
+        unit: name of the units in the plural (`records`, `tokens`).
+        title: what is being done, shown before the figures.
+        stream: where to write; a terminal gets a bar, anything else a line every ten seconds.
 
     Attributes:
-        done: units that are done.
+        done: number of units that are done.
 
     Example:
         >>> with Progress(2, "records", title="embed") as progress:
         ...     progress.advance(2)
     """
 
-    def __init__(self, total: int | None, unit: str, title: str = "", stream: TextIO | None = None, done: int = 0):
+    def __init__(self, total: int | None, unit: str, title: str = "", stream: TextIO | None = None):
         self._total, self._unit, self._title = total, unit, title or unit
         self._stream = stream or sys.stderr
-        self.done, self._skipped, self._note = done, done, ""
+        self.done, self._skipped, self._note = 0, 0, ""
         self._bar: Any = None
         self._task: Any = None
         self._began = self._last_line = time.monotonic()
@@ -41,7 +40,7 @@ class Progress:
         return self
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Say that `count` more units are done.
+        """Count units that were done now.
 
         Args:
             note: another figure, shown beside the rate until the next one.
@@ -54,12 +53,12 @@ class Progress:
             self._print_line()
 
     def skip(self, count: int) -> None:
-        """Say that `count` units were done by an earlier run: they count, but not for the rate."""
+        """Count units that an earlier run has done; they do not enter the rate."""
         self._skipped += count
         self.advance(count)
 
     def say(self, line: str) -> None:
-        """Print a line that stays, above the bar where there is one."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.console.print(line, highlight=False)
         else:
@@ -94,25 +93,22 @@ class Progress:
             TimeRemainingColumn(),
             console=Console(file=self._stream),
         )
-        self._task = self._bar.add_task(self._title, total=self._total, completed=self.done, rate="")
+        self._task = self._bar.add_task(self._title, total=self._total, rate="")
         self._bar.start()
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         speed = self._speed()
-        line = f"{self._title}: {self.done:,}"
-        if self._total is not None:
-            line += f" of {self._total:,} {self._unit} ({self.done / max(self._total, 1):.0%})"
-        else:
-            line += f" {self._unit}"
-        line += f", {self._rates()}"
+        of = "" if self._total is None else f" of {self._total:,}"
+        share = "" if self._total is None else f" ({self.done / max(self._total, 1):.0%})"
+        line = f"{self._title}: {self.done:,}{of} {self._unit}{share}, {self._rates()}"
         if self._total is not None and speed > 0 and self.done < self._total:
             line += f", {duration((self._total - self.done) / speed)} left"
         print(line, file=self._stream, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """A time as people write it: `1:05` for 65 seconds, `2:00:00` for two hours."""
+    """A duration in words: `1:05` for 65 seconds, `2:00:00` for two hours."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -13,11 +13,12 @@ import pytest
 import torch
 from small_models import READOUTS, RESIDUES, random_protein, redraw, tiny_config, write_fasta
 
+import meristem
 from meristem.cli.main import main
 from meristem.data.pack import pack
 from meristem.data.tokenizer import RefusedSymbol
 from meristem.data.views import Views
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, DataError
 from meristem.inference import run
 from meristem.inference.dedupe import Seen
 from meristem.inference.embed import EmbedOptions, embed_files
@@ -118,6 +119,15 @@ def test_predict_of_a_pair_reads_both_of_its_inputs(
     assert (pa.csv.read_csv(turned)["next_sentence:next"].to_numpy() != got[:, 0]).any()
     assert main(["predict", str(next_sentence), source, "--output", str(tmp_path / "no.csv"), "--column", "a"]) == 2
     assert "column must say which input it is of, one of first, second" in capsys.readouterr().err
+
+
+def test_a_pair_is_a_mapping_in_python(next_sentence: Path, pairs: list[tuple[str, str]]) -> None:
+    model = meristem.load(next_sentence, device="cpu")
+    records = [{"second": second, "first": first} for first, second in pairs]
+    found = model.predict(records)["next_sentence"].values
+    np.testing.assert_allclose(found, one_by_one(next_sentence, pairs), rtol=1e-5)
+    with pytest.raises(DataError, match="sequence 1: must be a mapping of first and second to payloads; got str"):
+        model.embed([records[0], "MKT"])
 
 
 def test_processes_encode_pairs_as_one_does(tmp_path: Path, next_sentence: Path, pairs: list[tuple[str, str]]) -> None:
@@ -237,5 +247,11 @@ def test_one_input_is_read_as_before() -> None:
     with pytest.raises(RefusedSymbol, match="input 'target': '1' is not in the alphabet") as refused:
         Reading.of_sides(pair).column(table)
     assert refused.value.row == 1
+    given = Reading.of_sides(pair).values([{"target": "MKT", "source": "GG"}, {"source": "A", "target": "C"}])
+    assert (given.lengths.tolist(), given.source.lengths.tolist()) == ([5, 3], [4, 3])
+    for wrong in ("MKT", {"source": "MK"}, {"source": "MK", "target": "MK", "other": ""}):
+        with pytest.raises(RefusedSymbol, match="must be a mapping of source and target to payloads; got") as refused:
+            Reading.of_sides(pair).values([{"source": "MK", "target": "MK"}, wrong])
+        assert refused.value.row == 1
     with pytest.raises(ConfigError, match="no installed package offers the objective 'lab:Own'"):
         Reading.of(replace(pair, joined_by="lab:Own"))

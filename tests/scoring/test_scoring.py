@@ -14,6 +14,7 @@ import torch
 from small_scored import by_brute_force
 
 from meristem.cli.main import main
+from meristem.contract import BrokenContract, run_contract
 from meristem.data.pack import pack
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
@@ -34,7 +35,6 @@ from meristem.model.outputs import Wanted
 from meristem.model_directory import ModelCard, save_model
 from meristem.scoring.running import RunningModel
 from meristem.scoring.scorer import NoOptions
-from meristem.testing import BrokenContract, run_contract
 from meristem_domains.protein.alphabet import tokenizer as protein_tokenizer
 from meristem_domains.protein.contacts import contact_maps
 from model_runs import specs

@@ -8,6 +8,7 @@ import pyarrow.csv
 import pytest
 from small_scored import LETTERS, by_brute_force, redrawn, small_config
 
+import meristem
 from meristem.cli.main import main
 from meristem.model.config import Attention, Causal, Embedding, LayerRule, Learned
 from meristem.model.model import Model
@@ -52,6 +53,10 @@ def test_the_command_scores_targets_given_sources(
             )
             assert (length, scored) == (len(target), len(wanted))
             assert got == pytest.approx(sum(wanted), rel=1e-5)  # fp32
+    given = [{"source": source, "target": target} for source, target in pairs]
+    again = meristem.load(tmp_path / "model", device="cpu").score(given)
+    closed = pa.csv.read_csv(tmp_path / "False.csv")["log_likelihood"].to_pylist()
+    assert [row["log_likelihood"] for row in again] == closed, "from Python as well"
     (tmp_path / "one.fa").write_text(">a\nMKT\n")
     assert main(["score", str(tmp_path / "model"), str(tmp_path / "one.fa"), "--output", str(tmp_path / "o.csv")]) == 2
     assert main([*command[:3], "--column", "german", "--output", str(tmp_path / "o.csv")]) == 2

@@ -45,7 +45,7 @@ def _new(name: str) -> int:
 
 
 def _check(name: str) -> int:
-    from meristem.testing import run_contract
+    from meristem.contract import run_contract
 
     tick = "\u2713" if "utf" in (sys.stdout.encoding or "").lower() else "ok"
     for stage in run_contract(name):

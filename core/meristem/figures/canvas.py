@@ -1,4 +1,4 @@
-"""Empty figures, and how they are written."""
+"""New figures, and how they are written to files."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ DPI = 120
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, without a window system and without global state.
+    """An empty figure that needs neither a window system nor global state.
 
     Args:
         width: in inches.
@@ -30,20 +30,20 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure as a PNG, which replaces a file that is there as a whole."""
+    """Write a figure as a PNG, replacing any file at `path` in one step."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
 
 
 def encode_figure(figure: "Figure") -> bytes:
-    """A figure as the bytes of a PNG."""
+    """The content of a PNG file of a figure."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=DPI)
     return stream.getvalue()
 
 
 def save_array(colours: np.ndarray, path: Path) -> None:
-    """Write `[H, W, 3]` bytes of red, green and blue as a PNG, which replaces a file that is there as a whole."""
+    """Write `[H, W, 3]` uint8 of red, green and blue as a PNG, replacing any file at `path` in one step."""
     from matplotlib.image import imsave  # it takes a second, and most runs have nothing to show
 
     with replacing(path) as temporary:

@@ -8,21 +8,22 @@ import numpy as np
 from meristem.figures.canvas import new_figure, save_figure
 
 MAX_NUMBERED = 20
-"""Classes up to which each cell has its number."""
+"""Most classes for which each cell shows its count."""
 
 MAX_TICKS = 40
-"""Names on an axis at most; of more classes every n-th is named."""
+"""Most names on an axis; of more classes, every n-th is named."""
 
 MAX_LETTERS = 24
+"""Longer names of classes are shortened."""
 
 
 def draw_confusion(path: Path, confusions: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
-    """Draw confusion matrices side by side: rows are true classes, columns predicted ones, colour the share of a row.
+    """Draw confusion matrices side by side: true classes in rows, predicted ones in columns, coloured by row shares.
 
     Args:
-        path: a PNG; replaced as a whole.
+        path: the PNG file to write.
         confusions: `[C, C]` counts by title.
-        names: of the classes.
+        names: names of the classes.
     """
     from matplotlib.colors import PowerNorm
 
@@ -55,10 +56,10 @@ def draw_values(path: Path, true: np.ndarray, predicted: Mapping[str, np.ndarray
     """Draw predicted against true values, a panel for each method, with the line on which they are equal.
 
     Args:
-        path: a PNG; replaced as a whole.
-        true: `[N]`.
-        predicted: `[N]` by title.
-        name: of the label.
+        path: the PNG file to write.
+        true: `[N]` true values.
+        predicted: `[N]` predicted values by title.
+        name: name of the label.
     """
     figure = new_figure(4.6 * len(predicted), 4.4)
     panels = figure.subplots(1, len(predicted), squeeze=False)[0]

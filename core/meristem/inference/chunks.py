@@ -129,8 +129,8 @@ class ChunkReader:
                 self.replaced.update(counts)
             yield Chunk(index, table["id"], column, table[self._columns[-1]], table["file"], table["line"], digest)
         if not self.num_records:
-            refused = f": all {self.num_refused} were refused, {self.refused[0]}" if self.num_refused else ""
-            raise DataError(f"{', '.join(Source(name).name for name in self._inputs)}: no record to work on{refused}")
+            why = f": all {self.num_refused} were refused, {self.refused[0]}" if self.num_refused else ""
+            raise DataError(f"{', '.join(Source(name).name for name in self._inputs)}: no record to work on{why}")
 
     @property
     def digest(self) -> str:

@@ -2,10 +2,11 @@
 
 import multiprocessing
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,7 +90,26 @@ class Reading:
         ]
         return replace(of_views[0], views=tuple(of_views[1:]))
 
-    def _encoded(self, name: str, payloads: "pa.Array | list") -> TokenColumn:
+    def values(self, records: Sequence[Any]) -> TokenColumn:
+        """What is read of records that a program hands over.
+
+        Args:
+            records: payloads, as `Tokenizer.encode_values` takes them; of several inputs, a mapping of their names to
+                payloads for each record.
+
+        Raises:
+            RefusedSymbol: names the record that cannot be read.
+        """
+        names = tuple(self.tokenizers)
+        if len(names) == 1:
+            return self._joined({names[0]: self._encoded(names[0], records)})
+        for row, record in enumerate(records):
+            got = list(record) if isinstance(record, Mapping) else type(record).__name__
+            if not isinstance(record, Mapping) or set(record) != set(names):
+                raise _Refused(row, f"must be a mapping of {' and '.join(names)} to payloads; got {got}")
+        return self._joined({name: self._encoded(name, [record[name] for record in records]) for name in names})
+
+    def _encoded(self, name: str, payloads: "pa.Array | Sequence[Any]") -> TokenColumn:
         tokenizer = self.tokenizers[name]
         try:
             is_column = isinstance(payloads, pa.Array)

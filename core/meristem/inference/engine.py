@@ -248,7 +248,9 @@ class Embedder:
         wanted = Wanted(is_pooled=self._is_own, num_first=self._num_first, is_source_only=True)
         running = ((rows, self._vectors(rows)) for rows in self.trunk.run(column, wanted))
         # each when the next one is there: a GPU works on that while this one is fetched
-        for (rows, made), _ in pairwise(chain(running, [None])):
+        for ready, _ in pairwise(chain(running, [None])):
+            assert ready is not None
+            rows, made = ready
             host = made.float().cpu().numpy()
             if self.is_pooled:
                 values[list(rows.records)] = host

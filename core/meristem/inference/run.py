@@ -43,15 +43,19 @@ class Report(Protocol):
 
     def chose(self, device: str, precision: str, tokens_per_batch: int) -> None:
         """How it will be done."""
+        return
 
     def found(self, records: int | None, tokens: int | None) -> None:
         """What there is to do, special rows left out; None where it is not known."""
+        return
 
     def skipped(self, records: int, tokens: int) -> None:
         """Done by an earlier run."""
+        return
 
     def advance(self, records: int, tokens: int) -> None:
         """Done now."""
+        return
 
 
 class Silent(Report):

@@ -27,7 +27,8 @@ class TrainingProgress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self._step = trainer.global_step
         if Ranks.of(trainer).is_first:
-            self._shown = Progress(trainer.max_steps, "steps", title="fit", done=self._step).__enter__()
+            self._shown = Progress(trainer.max_steps, "steps", title="fit").__enter__()
+            self._shown.skip(self._step)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         last = self.recorder.last

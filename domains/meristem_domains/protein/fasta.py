@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from meristem.data.reading.open import BLOCK_BYTES, BOM, open_source, read_text_blocks
-from meristem.data.reading.reader import Reader
+from meristem.data.reading.reader import Reader, gather
 from meristem.data.reading.tables import keep_rows, read_table, table_format
 from meristem.data.records import INPUT_PREFIX, ReadOptions, Refusal, Source, batch_of
 from meristem.errors import DataError
-from meristem_domains.protein.flat_files import Row, flat_kind, read_flat
+from meristem_domains.protein.flat_files import flat_kind, read_flat
 
 PAYLOAD_COLUMNS = (
     "sequence", "seq", "protein_sequence", "protein", "aa_seq", "aa_sequence", "amino_acid_sequence", "primary",
@@ -87,8 +87,14 @@ def is_a3m(source: Source) -> bool:
 
 def _read_fasta(stream: io.BufferedReader, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
     """Read the records of a FASTA or A3M file in batches of about `options.batch_bytes`."""
-    held: list[pa.RecordBatch] = []
-    line, number, num_bytes = 1, 1, 0
+    column = INPUT_PREFIX + options.main
+    pieces = _pieces(stream, source, options)
+    for batches in gather(pieces, lambda batch: batch.column(column).nbytes, options.batch_bytes):
+        yield pa.concat_batches(batches)
+
+
+def _pieces(stream: io.BufferedReader, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+    line, number = 1, 1
     for text in _whole_records(stream, min(options.batch_bytes, BLOCK_BYTES)):
         while text and text[:1] != b">":
             # only before the first record: blank lines, and the comment that some A3M files begin with
@@ -97,13 +103,7 @@ def _read_fasta(stream: io.BufferedReader, source: Source, options: ReadOptions)
             batch, num_records = _parse(text, source, options, line, number)
             line, number = line + text.count(b"\n"), number + num_records
             if batch.num_rows:
-                held.append(batch)
-            num_bytes += batch.column(INPUT_PREFIX + options.main).nbytes
-        if held and num_bytes >= options.batch_bytes:
-            yield pa.concat_batches(held)
-            held, num_bytes = [], 0
-    if held:
-        yield pa.concat_batches(held)
+                yield batch
 
 
 def _parse(
@@ -166,22 +166,11 @@ def _cleaned(sequences: pa.Array) -> tuple[pa.Array, dict[int, str]]:
 
 def _read_flat(stream: io.BufferedReader, source: Source, options: ReadOptions, kind: str) -> Iterator[pa.RecordBatch]:
     """Read a file of one of `flat_files.KINDS` in batches of about `options.batch_bytes`."""
-    held: list[Row] = []
-    num_bytes = 0
-
-    def batch() -> Iterator[pa.RecordBatch]:
+    rows = read_flat(stream, kind, source, options)
+    for held in gather(rows, lambda row: len(row[1]), options.batch_bytes):
         ids, sequences, lines = zip(*held)
         payloads = {options.main: pa.array(sequences, pa.large_string())}
-        return _usable(batch_of(pa.array(ids), payloads, source.name, lines), source, options)
-
-    for row in read_flat(stream, kind, source, options):
-        held.append(row)
-        num_bytes += len(row[1])
-        if num_bytes >= options.batch_bytes:
-            yield from batch()
-            held, num_bytes = [], 0
-    if held:
-        yield from batch()
+        yield from _usable(batch_of(pa.array(ids), payloads, source.name, lines), source, options)
 
 
 def _usable(batch: pa.RecordBatch, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:

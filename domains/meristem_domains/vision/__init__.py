@@ -1,4 +1,4 @@
-"""Pictures: folders, tables and tar files in, patches as tokens, and the shapes of vision transformers."""
+"""The vision domain: readers of pictures, patches as tokens, and the architectures of vision transformers."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from meristem_domains.vision.attention import ATTENTION
 from meristem_domains.vision.presets import PRESETS
 from meristem_domains.vision.reading import PictureReader
 from meristem_domains.vision.tokenizer import tokenizer
-from meristem_domains.vision.views import picture_views
+from meristem_domains.vision.views import PictureViews
 
 
 def classify_digits() -> Objective:
-    """The objective of the sample."""
+    """The objective that a model of the sample is trained for."""
     from meristem.objectives.supervised import Supervised, Target  # imports torchmetrics, which takes seconds
 
     return Supervised([Target(name="label")])
@@ -26,7 +26,7 @@ domain = Domain(
     sample=Path(__file__).parent / "digits.parquet",
     sample_options={"tokenizer": {"image_px": 8, "patch_px": 2, "num_channels": 1}, "views": {"shift_frac": 0.1}},
     sample_objective=classify_digits,
-    views=picture_views,
+    views=PictureViews,
     scorers={"attention": ATTENTION},
 )
 

@@ -1,4 +1,4 @@
-"""Pictures in folders, and what their folders say of them."""
+"""Pictures in folders, whose names give class and part."""
 
 import os
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from meristem.errors import DataError
 from meristem_domains.vision.pictures import SUFFIXES
 
 LABEL = "label"
-"""The label that a folder gives."""
+"""Name of the label that a folder gives."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Found:
     """A picture of a source.
 
     Attributes:
-        id: its path within the source.
-        payload: its file, or why that cannot be read.
-        labels: by name, and the part where it is asked for.
-        others: payloads of the other inputs by name: files of pictures, or texts.
+        id: path within the source.
+        payload: content of the file, or the reason why it cannot be read.
+        labels: labels by name; also the part of the split, by the name of the split column.
+        others: payloads of the other inputs by name: contents of picture files, or texts.
     """
 
     id: str
@@ -32,47 +32,48 @@ class Found:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a folder holds.
+    """The pictures in a folder.
 
     Attributes:
-        paths: of pictures, with `/`, in order.
-        classes: folders that name a class.
-        empty: those of them without a picture, as paths.
-        has_parts: whether a folder of classes lies in one that names a part, such as train.
+        paths: paths of the pictures, with `/`, sorted.
+        classes: paths of the folders that name a class.
+        empty: paths of the class folders without a picture.
     """
 
     paths: tuple[str, ...]
     classes: tuple[str, ...]
     empty: tuple[str, ...]
-    has_parts: bool
-
-    def names_of(self, path: str) -> tuple[str | None, str | None]:
-        """Class and part of a picture; None where its folder names none."""
-        return class_and_part(path, self.has_parts)
 
 
 def class_and_part(path: str, has_parts: bool) -> tuple[str | None, str | None]:
-    """Class and part of a picture within its source; None where its folder names none."""
+    """Class and part of the picture at a path within its source; None where no folder names one.
+
+    Args:
+        has_parts: whether the top folder names a part, such as train, and the next one the class.
+    """
     *folders, _ = path.split("/")
     part = folders.pop(0) if has_parts and folders else None
     return (folders[0] if folders else None), part
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file is none of the user's: its name, or that of a folder above it, begins with a dot."""
+    """Whether the name of a file, or of a folder above it, begins with a dot, or is that of macOS archives."""
     return any(name.startswith(".") or name == "__MACOSX" for name in path.split("/"))
 
 
 def is_picture_name(path: str) -> bool:
-    """Whether the ending is a picture's."""
+    """Whether a file name has the ending of a picture."""
     return path.lower().endswith(SUFFIXES)
 
 
 def find_pictures(source: Source, has_parts: bool = False) -> Pictures:
-    """All pictures in a folder and the folders in it, known by their endings; hidden ones are left alone.
+    """All pictures in a folder and its subfolders, recognised by their endings, without hidden ones.
+
+    Args:
+        has_parts: as for `class_and_part`.
 
     Raises:
-        DataError: there is none, or a folder cannot be read.
+        DataError: there is no picture, or a folder cannot be read.
     """
     paths: list[str] = []
     classes: set[str] = set()
@@ -104,4 +105,4 @@ def find_pictures(source: Source, has_parts: bool = False) -> Pictures:
         raise DataError(f"{source.name}: no picture in the folder ({', '.join(SUFFIXES[:5])} ...){others}")
     paths.sort(key=lambda path: path.split("/"))
     filled = {"/".join(path.split("/")[:depth]) for path in paths}
-    return Pictures(tuple(paths), tuple(sorted(classes)), tuple(sorted(classes - filled)), has_parts)
+    return Pictures(tuple(paths), tuple(sorted(classes)), tuple(sorted(classes - filled)))

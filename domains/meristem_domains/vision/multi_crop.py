@@ -1,7 +1,6 @@
-"""Several crops of one picture: resized, mirrored, recoloured, blurred and solarised.
+"""Several random crops of one picture: resized, flipped, recoloured, blurred and solarised.
 
-Everything is drawn from one generator, so that a crop is a pure function of pixels and generator. Values are float32
-between 0 and 1 all the way.
+All random numbers come from one generator. Values are float32 between 0 and 1 throughout.
 """
 
 import math
@@ -9,20 +8,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meristem.errors import ConfigError
-from meristem_domains.vision.pictures import load_pillow
+from meristem.model.config.checks import require
+from meristem_domains.vision.pictures import as_floats, resize_channels
 
 NUM_GLOBAL = 2
-"""Large crops of a picture."""
+"""Number of large crops of a picture."""
 
 RATIOS = (3 / 4, 4 / 3)
-"""Width by height of a part of a picture, before it is resized to a square."""
+"""Least and largest ratio of width to height of the part of a picture that is resized to a square."""
 
 TRIES = 10
-"""Parts that are drawn before the middle is taken: a long picture may have room for none."""
+"""Number of random parts that are tried before the middle is taken. In a long picture, none may fit."""
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-"""Weights of red, green and blue in a grey value."""
+"""Weights of red, green and blue in a grey value (ITU-R BT.601)."""
 
 _TO_YIQ = np.array([LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]], np.float64)
 
@@ -31,24 +30,24 @@ _FROM_YIQ = np.linalg.inv(_TO_YIQ)
 
 @dataclass(frozen=True, kw_only=True)
 class MultiCrop:
-    """Two large crops and some small ones, changed as DINO changes them (Caron 2021, arXiv 2104.14294, section 3.1).
+    """Two large and some small crops with the augmentations of DINO (Caron 2021, arXiv 2104.14294, section 3.1).
 
-    Saturation and hue are changed in pictures of three channels alone.
+    Saturation and hue are changed only in pictures of three channels.
 
     Attributes:
         global_px: side of a large crop.
-        local_px: side of a small one; below `global_px`.
-        num_local: small crops.
-        global_scale: least and largest share of the picture's area in a large crop.
-        local_scale: the same of a small one.
-        flip_rate: share of the crops that are mirrored, left to right.
-        jitter_rate: share of the crops whose brightness, contrast, saturation and hue are changed.
-        jitter: how much each of these may change; the first three by a factor between 1 - x and 1 + x, the hue by x
-            of a turn either way. The hue is turned in the plane of YIQ, which keeps the brightness, and not in HSV.
-        grey_rate: share of the crops without colour.
-        blur_rates: share of the crops that are blurred: of the first large one, the second, and the small ones.
+        local_px: side of a small crop; below `global_px`.
+        num_local: number of small crops.
+        global_scale: least and largest share of the picture's area that a large crop shows.
+        local_scale: least and largest share that a small crop shows.
+        flip_rate: probability that a crop is flipped left to right.
+        jitter_rate: probability that brightness, contrast, saturation and hue of a crop are changed.
+        jitter: strength x of each of these changes: a factor between 1 - x and 1 + x, for the hue a rotation by up to
+            x of a full turn. The hue is rotated in YIQ, which keeps the brightness, and not in HSV.
+        grey_rate: probability that a crop is made grey.
+        blur_rates: probability that the first large crop, the second, or a small crop is blurred.
         blur_px: least and largest standard deviation of the blur.
-        solarise_rate: share of second large crops in which values from one half on are inverted.
+        solarise_rate: probability that values of one half or more are inverted in the second large crop.
     """
 
     global_px: int
@@ -69,22 +68,23 @@ class MultiCrop:
         for name, count in (("global_scale", 2), ("local_scale", 2), ("jitter", 4), ("blur_rates", 3), ("blur_px", 2)):
             value = tuple(getattr(self, name))
             object.__setattr__(self, name, value)
-            _require(len(value) == count, f"{name} must be {count} numbers", list(value))
+            require(len(value) == count, f"objective.crops.{name} must be {count} numbers", list(value))
         sides = [self.local_px, self.global_px]
-        _require(0 < sides[0] < sides[1], "local_px must be 1 or more and below global_px", sides)
-        _require(self.num_local >= 0, "num_local must be 0 or more", self.num_local)
+        require(0 < sides[0] < sides[1], "objective.crops.local_px must be 1 or more and below global_px", sides)
+        require(self.num_local >= 0, "objective.crops.num_local must be 0 or more", self.num_local)
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
-            _require(0 < low <= high <= 1, f"{name} must rise, from above 0 to 1 at most", [low, high])
+            require(0 < low <= high <= 1, f"objective.crops.{name} must rise, from above 0 to 1 at most", [low, high])
         rates = [self.flip_rate, self.jitter_rate, self.grey_rate, *self.blur_rates, self.solarise_rate]
-        _require(all(0 <= rate <= 1 for rate in rates), "every rate must be between 0 and 1", rates)
-        is_jitter = all(0 <= much <= 1 for much in self.jitter) and self.jitter[3] <= 0.5
-        _require(is_jitter, "jitter must lie between 0 and 1, of the hue between 0 and 0.5", list(self.jitter))
-        _require(0 < self.blur_px[0] <= self.blur_px[1], "blur_px must rise, from above 0", list(self.blur_px))
+        require(all(0 <= rate <= 1 for rate in rates), "objective.crops.every rate must be between 0 and 1", rates)
+        jitter, blur_px = list(self.jitter), list(self.blur_px)
+        is_right = all(0 <= much <= 1 for much in jitter) and jitter[3] <= 0.5
+        require(is_right, "objective.crops.jitter must lie between 0 and 1, of the hue between 0 and 0.5", jitter)
+        require(0 < blur_px[0] <= blur_px[1], "objective.crops.blur_px must rise, from above 0", blur_px)
 
     @property
     def num_views(self) -> int:
-        """Crops of a picture."""
+        """Number of crops of a picture."""
         return NUM_GLOBAL + self.num_local
 
     def draw(self, pixels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
@@ -92,7 +92,6 @@ class MultiCrop:
 
         Args:
             pixels: `[H, W, C]`, bytes or floats between 0 and 1.
-            rng: all that is drawn is drawn from it.
         """
         sides = [self.global_px] * NUM_GLOBAL + [self.local_px] * self.num_local
         return [self._view(pixels, view, side, rng) for view, side in enumerate(sides)]
@@ -113,7 +112,7 @@ class MultiCrop:
         return np.ascontiguousarray(values, np.float32)
 
     def _recolour(self, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Brightness, contrast, saturation and hue, in an order that is drawn."""
+        """Change brightness, contrast, saturation and hue, in random order."""
         factors = (1 + np.array(self.jitter[:3]) * rng.uniform(-1, 1, 3)).astype(np.float32)
         turn = self.jitter[3] * rng.uniform(-1, 1)
         is_coloured = values.shape[2] == 3
@@ -132,15 +131,10 @@ class MultiCrop:
         return values
 
 
-def _require(is_right: bool, rule: str, got: object) -> None:
-    if not is_right:
-        raise ConfigError(f"objective.crops.{rule}; got {got}")
-
-
 def random_part(pixels: np.ndarray, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """A part of a picture whose share of the area lies within `scale` (Szegedy 2015, arXiv 1409.4842, section 6).
+    """A random part whose share of the area lies within `scale` (Szegedy 2015, arXiv 1409.4842, section 6).
 
-    Where none fits in some tries, the largest square of the middle.
+    Where no part fits within `TRIES`, it is the largest square of the middle.
     """
     height, width = pixels.shape[:2]
     for _ in range(TRIES):
@@ -157,25 +151,22 @@ def random_part(pixels: np.ndarray, scale: tuple[float, float], rng: np.random.G
 
 def resize(pixels: np.ndarray, side: int) -> np.ndarray:
     """`[side, side, C]` float32 between 0 and 1, bicubic."""
-    pillow = load_pillow()
-    values = pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels.astype(np.float32)
+    values = as_floats(pixels)
     if values.shape[:2] != (side, side):
-        channels = [pillow.fromarray(np.ascontiguousarray(values[..., i])) for i in range(values.shape[2])]
-        resized = [np.asarray(one.resize((side, side), pillow.Resampling.BICUBIC)) for one in channels]
-        values = np.stack(resized, axis=-1)
+        values = resize_channels(values, (side, side), "bicubic")
     # bicubic curves reach beyond
     return values.clip(0, 1)
 
 
 def turn_hue(values: np.ndarray, turn: float) -> np.ndarray:
-    """Colours turned by a share of a full turn; grey stays, and so does the brightness."""
+    """Rotate the hue by a share of a full turn; grey and the brightness stay as they are."""
     cos, sin = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
     turned = _FROM_YIQ @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ _TO_YIQ
     return values @ turned.T.astype(np.float32)
 
 
 def blur(values: np.ndarray, sigma: float) -> np.ndarray:
-    """A Gaussian blur over rows and columns; what lies beyond an edge has no weight, and weights sum to 1."""
+    """A Gaussian blur over rows and columns. Beyond the edges there is nothing; the weights within sum to 1."""
     rows, columns = (_bells(extent, sigma) for extent in values.shape[:2])
     # one matrix over the rows of all columns, one over the columns of all rows
     return columns @ (rows @ values.reshape(len(rows), -1)).reshape(values.shape)

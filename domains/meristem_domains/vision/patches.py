@@ -1,8 +1,7 @@
-"""Images to patches and back.
+"""The tokenizer of images: resize, crop, standardise, and cut into patches; and back.
 
-An image is resized and cropped as the evaluation transforms of vision libraries do, or keeps its own size and shape,
-its values are made standard, and it is cut into squares: the rows of a trunk whose symbols are the class token and its
-like.
+Resizing and cropping follow the evaluation transforms of vision libraries. At native resolution an image keeps its size
+and shape. Each patch is a token with features; symbols are only the class token, registers and the mask.
 """
 
 import math
@@ -16,17 +15,19 @@ import pyarrow as pa
 
 from meristem.data.tokenizer import Tokenizer, column_bytes
 from meristem.errors import CheckpointError, ConfigError
+from meristem.model.config.checks import require
 from meristem.types import TokenColumn, Tokens
 from meristem_domains.vision.picture_sizes import CROPS, native_px, resized_px, resized_size
 from meristem_domains.vision.pictures import (
     RefusedImage,
     StandardImage,
-    load_pillow,
+    as_floats,
     of_row,
     payload_of,
     picture_px,
     pixels_of,
     read_pixels,
+    resize_channels,
 )
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -34,25 +35,25 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 @dataclass(frozen=True)
 class PatchTokenizer(Tokenizer):
-    """One row for each patch, behind the rows of special symbols.
+    """Special symbols, then one token for each patch of an image.
 
-    Features of a patch are ordered by (channel, row, column), as the weights of a convolution over patches are.
+    Features of a patch are ordered by (channel, row, column), like the weights of a convolution over patches.
 
     Attributes:
-        image_px: height and width that every image is brought to; None for native resolution: each keeps its size and
-            shape, but for what `max_patches` asks for and sides that are no multiple of a patch (`native_px`).
+        image_px: height and width of every image after resizing and cropping; None for native resolution, where
+            each image keeps its size and shape as far as `native_px` allows.
         patch_px: side of a patch; an image with a shorter side is refused.
-        num_channels: of the images; how encoded ones are brought to it is in `meristem_domains.vision.pictures`.
-        mean: of each channel, subtracted from values between 0 and 1.
-        std: of each channel, that the difference is divided by.
-        resize_px: height and width that an image is resized to before `image_px` is cut out of its centre, where no
-            share says it; None for what `crop_frac` gives.
-        crop: how an image of another shape meets what it is resized to, one of `CROPS`.
-        interpolation: one of `INTERPOLATIONS`, as Pillow does it.
-        prefix: special symbols put before the patches: class token, distillation token, registers.
+        num_channels: number of channels that images are converted to, as `meristem_domains.vision.pictures` explains.
+        mean: value of each channel that is subtracted from values between 0 and 1.
+        std: value of each channel that the difference is divided by.
+        resize_px: height and width that an image is resized to before `image_px` is cut out of its centre; None to
+            compute them from `crop_frac`.
+        crop: how an image of another shape is resized, one of `CROPS`.
+        interpolation: one of `INTERPOLATIONS`, as implemented by Pillow.
+        prefix: special symbols before the patches: class token, distillation token, registers.
         mask: the symbol that hides a patch; empty for none.
-        max_patches: of an image at native resolution; a larger one is shrunk.
-        crop_frac: share of the resized image that `image_px` is, at any size (timm's `crop_pct`).
+        max_patches: most patches of an image at native resolution; a larger image is shrunk.
+        crop_frac: ratio of `image_px` to the size of the resized image (timm's `crop_pct`).
     """
 
     kind: ClassVar[str] = "patches"
@@ -77,47 +78,32 @@ class PatchTokenizer(Tokenizer):
             object.__setattr__(self, name, None if value is None else tuple(value))
         for name in ("image_px", "resize_px"):
             size = getattr(self, name)
-            if size is not None and (len(size) != 2 or min(size) < 1):
-                raise ConfigError(f"{name} must be a height and a width of 1 or more; got {list(size)}")
-        if self.patch_px < 1 or any(side % self.patch_px for side in self.image_px or ()):
-            size = " x ".join(map(str, self.image_px or ()))
-            raise ConfigError(
-                f"patch_px must divide the height and the width of image_px; got {self.patch_px} for {size}"
-            )
-        if not 0 < self.crop_frac <= 1:
-            raise ConfigError(f"crop_frac must be above 0 and at most 1; got {self.crop_frac}")
-        if self.crop_frac < 1 and self.resize_px is not None:
-            raise ConfigError(
-                f"one of resize_px and crop_frac must be set; got {list(self.resize_px)} and {self.crop_frac}"
-            )
-        self._check_native()
-        if not len(self.mean) == len(self.std) == self.num_channels:
-            raise ConfigError(
-                f"mean and std must have one value for each of {self.num_channels} channels; "
-                f"got {len(self.mean)} and {len(self.std)}"
-            )
-        if min(self.std) <= 0:
-            raise ConfigError(f"std must be above 0; got {min(self.std)}")
-        for name, allowed in (("crop", CROPS), ("interpolation", INTERPOLATIONS)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if len(set(self.vocab)) != len(self.vocab):
-            raise ConfigError("prefix and mask must hold each symbol once")
-
-    def _check_native(self) -> None:
-        if (self.image_px is None) == (self.max_patches is None):
-            raise ConfigError(
-                f"one of image_px and max_patches must be set, the second for native resolution; "
-                f"got {self.image_px} and {self.max_patches}"
-            )
+            is_size = size is None or (len(size) == 2 and min(size) >= 1)
+            require(is_size, f"{name} must be a height and a width of 1 or more", size and list(size))
+        sides, crop_frac, num_channels = self.image_px or (), self.crop_frac, self.num_channels
+        is_whole = self.patch_px >= 1 and not any(side % self.patch_px for side in sides)
+        got = f"{self.patch_px} for {' x '.join(map(str, sides))}"
+        require(is_whole, "patch_px must divide the height and the width of image_px", got)
+        require(0 < crop_frac <= 1, "crop_frac must be above 0 and at most 1", crop_frac)
+        is_one = crop_frac == 1 or self.resize_px is None
+        got = f"{list(self.resize_px or ())} and {crop_frac}"
+        require(is_one, "one of resize_px and crop_frac must be set", got)
+        rule = "one of image_px and max_patches must be set, the second for native resolution"
+        is_one = (self.image_px is None) != (self.max_patches is None)
+        require(is_one, rule, f"{self.image_px} and {self.max_patches}")
         if self.max_patches is not None:
-            if self.max_patches < 1:
-                raise ConfigError(f"max_patches must be 1 or more; got {self.max_patches}")
-            if self.resize_px is not None or self.crop_frac < 1 or self.crop != "squash":
-                raise ConfigError(
-                    "images at native resolution are not cropped: resize_px must be None, crop_frac 1 and crop squash; "
-                    f"got {self.resize_px}, {self.crop_frac} and {self.crop!r}"
-                )
+            require(self.max_patches >= 1, "max_patches must be 1 or more", self.max_patches)
+            is_whole = self.resize_px is None and crop_frac == 1 and self.crop == "squash"
+            rule = "images at native resolution are not cropped: resize_px must be None, crop_frac 1 and crop squash"
+            require(is_whole, rule, f"{self.resize_px}, {crop_frac} and {self.crop!r}")
+        is_each = len(self.mean) == len(self.std) == num_channels
+        rule = f"mean and std must have one value for each of {num_channels} channels"
+        require(is_each, rule, f"{len(self.mean)} and {len(self.std)}")
+        require(min(self.std) > 0, "std must be above 0", min(self.std))
+        for name, allowed in (("crop", CROPS), ("interpolation", INTERPOLATIONS)):
+            value = getattr(self, name)
+            require(value in allowed, f"{name} must be one of {', '.join(allowed)}", repr(value))
+        require(len(set(self.vocab)) == len(self.vocab), "prefix and mask must hold each symbol once", self.vocab)
 
     @property
     def vocab(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -145,15 +131,15 @@ class PatchTokenizer(Tokenizer):
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Rows and columns of patches; empty where each image has its own."""
+        """Number of rows and columns of patches; empty at native resolution."""
         return tuple(side // self.patch_px for side in self.image_px or ())
 
     @property
     def fixed_px(self) -> tuple[int, int]:
-        """Height and width that every image is brought to.
+        """`image_px`, which must be set.
 
         Raises:
-            ConfigError: images keep their own.
+            ConfigError: images are read at native resolution.
         """
         if self.image_px is None:
             raise ConfigError("images must be of one size here; at native resolution each keeps its own (image_px)")
@@ -161,18 +147,18 @@ class PatchTokenizer(Tokenizer):
 
     @property
     def uncropped_px(self) -> tuple[int, int]:
-        """Height and width that every image is resized to before it is cut.
+        """Height and width that every image is resized to before it is cropped.
 
         Raises:
-            ConfigError: images keep their own.
+            ConfigError: images are read at native resolution.
         """
         return self.resize_px or resized_px(self.fixed_px, self.crop_frac)
 
     def of_size(self, image_px: tuple[int, int]) -> "PatchTokenizer":
-        """The same for images of another size; what is cropped stays the same share.
+        """The same tokenizer for another `image_px`, with the same share cropped.
 
         Raises:
-            ConfigError: images are of no one size, or a patch does not divide the new one.
+            ConfigError: images are read at native resolution, or `patch_px` does not divide the new size.
         """
         old = self.fixed_px
         resize_px = self.resize_px
@@ -181,7 +167,7 @@ class PatchTokenizer(Tokenizer):
         return replace(self, image_px=image_px, resize_px=resize_px)
 
     def adapted(self, build: Callable[..., Tokenizer], options: Mapping[str, Any]) -> Tokenizer:
-        """This tokenizer for the size and the crop of images that are asked for; all else must be as in the model."""
+        """This tokenizer with the size and crop that `options` ask for; other options must agree with the model."""
         if not isinstance(build(), PatchTokenizer):
             return super().adapted(build, options)
         wanted = build(**{"patch_px": self.patch_px, **options})
@@ -208,11 +194,10 @@ class PatchTokenizer(Tokenizer):
         """Encode one image.
 
         Args:
-            payload: an image in a file format, `[H, W, C]` values (bytes, or floats between 0 and 1), or an image that
-                has its size and standard values already.
+            payload: an encoded image, `[H, W, C]` values (uint8, or floats between 0 and 1), or a `StandardImage`.
 
         Raises:
-            DataError: no image, or one of another number of channels.
+            DataError: the payload is not an image, or has another number of channels.
         """
         return self.tokens_at(self._column([self._grid_of(self.pixels(payload))]), 0)
 
@@ -220,7 +205,7 @@ class PatchTokenizer(Tokenizer):
         return self._column([self._grid_of(self.pixels(one, row)) for row, one in enumerate(_encoded(payloads))])
 
     def encode_values(self, values: Sequence[Any]) -> TokenColumn:
-        """Encode images that a program hands over: paths, encoded bytes, images of Pillow, or arrays."""
+        """Encode images that a program passes: paths, encoded bytes, Pillow images, or arrays."""
         images = []
         for row, value in enumerate(values):
             try:
@@ -232,10 +217,10 @@ class PatchTokenizer(Tokenizer):
         return self._column(images)
 
     def lengths(self, payloads: pa.Array) -> np.ndarray:
-        """`[N]` tokens of each image, from its header alone.
+        """`[N]` number of tokens of each image, from its header only.
 
         Raises:
-            RefusedImage: no image, or one that cannot be cut into patches.
+            RefusedImage: a payload is not an image, or too small for a patch.
         """
         found = np.empty(len(payloads), np.int64)
         for row, encoded in enumerate(_encoded(payloads)):
@@ -263,7 +248,7 @@ class PatchTokenizer(Tokenizer):
         )
 
     def decode(self, tokens: Tokens) -> np.ndarray:
-        """The image as the trunk saw it: `[H, W, C]` float32 values between 0 and 1, after resizing and cropping."""
+        """The resized and cropped image: `[H, W, C]` float32 values between 0 and 1."""
         assert tokens.features is not None
         (rows, columns), side = (tokens.positions.max(axis=0) + 1).tolist(), self.patch_px
         patches = tokens.features[len(self.prefix) :].reshape(rows, columns, self.num_channels, side, side)
@@ -272,7 +257,7 @@ class PatchTokenizer(Tokenizer):
 
     def to_json(self) -> dict[str, Any]:
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        if self.crop_frac == 1:  # directories that say no share stay what they were
+        if self.crop_frac == 1:  # as in directories that were written before the option existed
             del values["crop_frac"]
         return values
 
@@ -284,7 +269,7 @@ class PatchTokenizer(Tokenizer):
             raise CheckpointError(f"tokenizer.json does not describe patches: {error}") from error
 
     def _column(self, images: list[np.ndarray]) -> TokenColumn:
-        """The column of images given as `[rows, columns, P]`."""
+        """Tokens of images that are given as `[rows, columns, P]`."""
         before = len(self.prefix)
         counts = np.array([before + image.shape[0] * image.shape[1] for image in images], np.int64)
         offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -298,7 +283,7 @@ class PatchTokenizer(Tokenizer):
         return TokenColumn(ids=ids, offsets=offsets, features=features, positions=positions, is_special=ids >= 0)
 
     def pixels(self, payload: Any, row: int = 0) -> Any:
-        """`[H, W, C]` bytes or float32 of a payload, decoded where it is a file; a `StandardImage` is left as it is."""
+        """`[H, W, C]` uint8 or float32 values of a payload, decoded where needed; a `StandardImage` stays as it is."""
         if isinstance(payload, StandardImage):
             return payload
         if isinstance(payload, np.ndarray):
@@ -337,25 +322,24 @@ class PatchTokenizer(Tokenizer):
             )
 
     def _grid_of_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        """Rows and columns of patches of an image of this size."""
+        """Number of rows and columns of patches of an image of this size."""
         if self.max_patches is None:
             return self.grid
         return tuple(side // self.patch_px for side in native_px(size, self.patch_px, self.max_patches))
 
     def standardised(self, pixels: np.ndarray) -> StandardImage:
-        """Bring an image to its size and its values to standard ones.
+        """Resize, crop and standardise an image.
 
         Args:
-            pixels: `[H, W, C]` bytes, or floats between 0 and 1.
+            pixels: `[H, W, C]` uint8, or floats between 0 and 1.
         """
         rows, columns = self._grid_of_size(pixels.shape)
         size = (rows * self.patch_px, columns * self.patch_px)
         pixels = self._cut(self._resized(pixels, size), size)
-        values = pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
-        return StandardImage((values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32))
+        return StandardImage((as_floats(pixels) - np.array(self.mean, np.float32)) / np.array(self.std, np.float32))
 
     def _grid_of(self, pixels: np.ndarray | StandardImage) -> np.ndarray:
-        """`[rows, columns, P]` standard values of an image."""
+        """`[rows, columns, P]` standardised values of an image."""
         values = (pixels if isinstance(pixels, StandardImage) else self.standardised(pixels)).values
         (rows, columns), side = (n // self.patch_px for n in values.shape[:2]), self.patch_px
         patches = values.reshape(rows, side, columns, side, self.num_channels).transpose(0, 2, 4, 1, 3)
@@ -366,16 +350,10 @@ class PatchTokenizer(Tokenizer):
         size = resized_size(pixels.shape[:2], before, self.crop)
         if size == pixels.shape[:2]:
             return pixels
-        pillow = load_pillow()
-        filter_ = pillow.Resampling[self.interpolation.upper()]
-        # Pillow resizes by (width, height)
-        if pixels.dtype == np.uint8 and self.num_channels == 3:
-            return np.asarray(pillow.fromarray(pixels).resize(size[::-1], filter_))
-        channels = [np.ascontiguousarray(pixels[..., channel]) for channel in range(self.num_channels)]
-        return np.stack([np.asarray(pillow.fromarray(one).resize(size[::-1], filter_)) for one in channels], axis=-1)
+        return resize_channels(pixels, size, self.interpolation)
 
     def _cut(self, pixels: np.ndarray, image_px: tuple[int, int]) -> np.ndarray:
-        """`image_px` of the centre; where the image is smaller, it is filled up."""
+        """The centre of an image, of size `image_px`; a smaller image is padded first."""
         lacking = [max(wanted - got, 0) for wanted, got in zip(image_px, pixels.shape)]
         if any(lacking):
             fill = [round(255 * mean) if self.crop == "border" else 0 for mean in self.mean]
@@ -391,6 +369,6 @@ class PatchTokenizer(Tokenizer):
 
 
 def _encoded(payloads: pa.Array) -> Iterator[bytes]:
-    """The files of a column of bytes."""
+    """The payloads of a column of bytes."""
     column_bytes(payloads)  # refuses what is no column of bytes
     return (payload.as_buffer().to_pybytes() for payload in payloads)

@@ -1,24 +1,23 @@
-"""Pictures side by side on one sheet."""
+"""Several pictures in one image, in rows and columns."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 LEAST_PX = 96
-"""Sides that small pictures are enlarged to, by whole factors."""
+"""Small pictures are enlarged by a whole factor, to at most this longer side."""
 
 GAP_PX = 4
+"""Width of the white gaps between pictures."""
 
 
 def picture_grid(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """`[H, W, 3]` bytes: rows of pictures, on white.
+    """`[H, W, 3]` uint8: rows of pictures on a white background.
 
     Args:
-        rows: pictures `[H, W, C]` with values between 0 and 1, of any sizes; what lies outside is cut off. One or two
-            channels are shown as grey, of more than three the first ones.
+        rows: pictures `[H, W, C]` of any sizes, with values that are clipped to 0..1. One or two channels are shown
+            in grey, of more than three the first three.
     """
-    assert rows
-    assert all(rows)
     cells = [[_shown(picture) for picture in row] for row in rows]
     heights = [max(cell.shape[0] for cell in row) for row in cells]
     num_columns = max(map(len, cells))
@@ -37,7 +36,7 @@ def picture_grid(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
 
 
 def _shown(picture: np.ndarray) -> np.ndarray:
-    """A picture in three colours of bytes, large enough to be seen."""
+    """A picture as uint8 in three channels, enlarged."""
     colours = picture[..., :3] if picture.shape[2] >= 3 else picture[..., :1].repeat(3, axis=2)
     values = np.rint(np.clip(colours, 0, 1) * 255).astype(np.uint8)
     factor = max(1, LEAST_PX // max(values.shape[:2]))

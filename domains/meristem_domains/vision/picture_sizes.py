@@ -1,14 +1,14 @@
-"""What an image is resized to before it is cut into patches."""
+"""The size of an image before it is cropped and cut into patches."""
 
 import math
 
 CROPS = ("center", "squash", "border")
-"""How an image meets `resize_px`: it covers it and what stands out is cut off; it is bent to it; it fits into it and
-the rest is filled with the mean."""
+"""How an image of another shape is resized to `resize_px`: it covers that size, and the rest is cut off; its shape is
+changed; or it fits into that size, and the rest is filled with the mean."""
 
 
 def resized_px(image_px: tuple[int, int], crop_frac: float) -> tuple[int, int]:
-    """What an image is resized to, so that `image_px` is `crop_frac` of it (timm's `crop_pct`)."""
+    """The size of which `image_px` is the fraction `crop_frac` (timm's `crop_pct`)."""
     return math.floor(image_px[0] / crop_frac), math.floor(image_px[1] / crop_frac)
 
 
@@ -17,8 +17,8 @@ def resized_size(size: tuple[int, ...], resize_px: tuple[int, int], crop: str) -
 
     Args:
         size: height and width.
-        resize_px: height and width that it is to meet.
-        crop: how, one of `CROPS`.
+        resize_px: target height and width.
+        crop: one of `CROPS`.
     """
     height, width = size[:2]
     if crop == "squash":
@@ -32,12 +32,12 @@ def resized_size(size: tuple[int, ...], resize_px: tuple[int, int], crop: str) -
 
 
 def native_px(size: tuple[int, ...], patch_px: int, max_patches: int) -> tuple[int, int]:
-    """Height and width that an image of `size` has at native resolution: multiples of a patch, rounded down.
+    """Height and width of an image at native resolution: its own, rounded down to multiples of a patch.
 
-    It is shrunk where it would have more than `max_patches`. Its shape is kept, but for the rounding.
+    An image of more than `max_patches` is shrunk. The shape is kept, except for the rounding.
 
     Args:
-        size: height and width, a patch or more each.
+        size: height and width, each at least `patch_px`.
     """
     height, width = size[:2]
     scale = min(1.0, math.sqrt(max_patches * patch_px**2 / (height * width)))

@@ -1,7 +1,7 @@
-"""Encoded pictures to pixels: what Pillow reads, upright, in as many channels as are asked for.
+"""Decoding of pictures to pixels by Pillow: upright, with the number of channels that is asked for.
 
-A file of several frames (GIF) or pages (TIFF) is its first one; where more than four channels are asked for, each page
-of a TIFF file is one of them. Colours under transparent pixels are as the file has them, when no alpha is asked for.
+Of a file with several frames (GIF) or pages (TIFF) the first is read. Where more than four channels are asked for, each
+page of a TIFF file is a channel. Without an alpha channel, transparent pixels have the colours that the file has.
 """
 
 import io
@@ -19,13 +19,13 @@ from meristem.errors import ConfigError, DataError, UserError
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
-"""Endings of names of pictures, lower case."""
+"""Endings of the file names of pictures, in lower case."""
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-"""What a picture of one page is decoded to, by channels."""
+"""Pillow's mode that a picture of one page is converted to, by number of channels."""
 
 DEEP_FORMATS = ("PNG", "PPM")
-"""Formats whose values Pillow may give in 32 bits and which have 16."""
+"""Formats of 16 bits whose values Pillow may give in 32 bits."""
 
 TURNS = {
     2: "FLIP_LEFT_RIGHT",
@@ -36,7 +36,7 @@ TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-"""What makes a picture upright, by its EXIF orientation."""
+"""Pillow's transpose that makes a picture upright, by its EXIF orientation."""
 
 ORIENTATION = 0x0112
 
@@ -44,22 +44,22 @@ _MAGICS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\x0
 
 
 class NoPicture(DataError):
-    """Bytes that are no picture that can be used."""
+    """Bytes that are not a picture, or a picture that cannot be used."""
 
 
 @dataclass(frozen=True, eq=False)
 class StandardImage:
-    """A payload that has the size and the values that the trunk sees: it is cut into patches, and nothing else.
+    """An image that is already resized and standardised. The tokenizer only cuts it into patches.
 
     Attributes:
-        values: `[H, W, C]` float32, mean subtracted and divided by the deviation.
+        values: `[H, W, C]` float32, with the mean subtracted and divided by the standard deviation.
     """
 
     values: np.ndarray
 
 
 class RefusedImage(RefusedSymbol):
-    """A payload that is no image, or none that the tokenizer takes."""
+    """A payload that is not an image, or not one that the tokenizer accepts."""
 
     def __init__(self, row: int, reason: str):
         Exception.__init__(self, reason)
@@ -68,7 +68,7 @@ class RefusedImage(RefusedSymbol):
 
 @contextmanager
 def of_row(row: int) -> Iterator[None]:
-    """Names the row of a column whose payload is no picture."""
+    """Add the row of the column to the error of a payload that is not a picture."""
     try:
         yield
     except NoPicture as error:
@@ -76,7 +76,7 @@ def of_row(row: int) -> Iterator[None]:
 
 
 def payload_of(value: Any, row: int) -> Any:
-    """A payload, an array or an image of Pillow, of what a program hands over."""
+    """The payload for an image that a program passes: the bytes of a path, or the value itself."""
     if isinstance(value, str | Path):
         try:
             return Path(value).read_bytes()
@@ -100,10 +100,10 @@ def looks_like_picture(head: bytes) -> bool:
 
 
 def read_pixels(payload: bytes, num_channels: int) -> np.ndarray:
-    """`[H, W, C]` values of a picture: bytes, or float32 between 0 and 1 where they have 16 bits.
+    """`[H, W, C]` values of a picture: uint8, or float32 between 0 and 1 where the file has 16 bits.
 
     Raises:
-        NoPicture: it cannot be decoded, or not to so many channels.
+        NoPicture: it cannot be decoded, or not to this number of channels.
         ConfigError: Pillow is not installed.
     """
     with _opened(payload) as image:
@@ -125,21 +125,39 @@ def read_pixels(payload: bytes, num_channels: int) -> np.ndarray:
 
 
 def pixels_of(image: Any, num_channels: int) -> np.ndarray:
-    """`[H, W, C]` values of an image of Pillow, as `read_pixels` gives them.
+    """`[H, W, C]` values of a Pillow image, as `read_pixels` gives them.
 
     Raises:
-        NoPicture: it cannot be brought to so many channels.
+        NoPicture: it cannot be converted to this number of channels.
     """
+    if num_channels not in MODES:
+        raise NoPicture(f"an image of {num_channels} channels must be an array or a TIFF file; got an image of Pillow")
     with _explained():
-        if num_channels not in MODES:
-            raise NoPicture(
-                f"an image of {num_channels} channels must be an array or a TIFF file; got an image of Pillow"
-            )
         return _pixels(image, num_channels)
 
 
+def as_floats(pixels: np.ndarray) -> np.ndarray:
+    """Values of an image as float32 between 0 and 1; floats stay as they are."""
+    return (
+        pixels.astype(np.float32) / np.float32(255)
+        if pixels.dtype == np.uint8
+        else pixels.astype(np.float32, copy=False)
+    )
+
+
+def resize_channels(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """Resize `[H, W, C]` values to a height and a width, each channel by itself, as Pillow does it."""
+    pillow = load_pillow()
+    filter_ = pillow.Resampling[interpolation.upper()]
+    # Pillow resizes by (width, height)
+    if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
+        return np.asarray(pillow.fromarray(pixels).resize(size[::-1], filter_))
+    channels = [pillow.fromarray(np.ascontiguousarray(pixels[..., channel])) for channel in range(pixels.shape[2])]
+    return np.stack([np.asarray(one.resize(size[::-1], filter_)) for one in channels], axis=-1)
+
+
 def check_picture(payload: bytes) -> None:
-    """Decode a picture as any model may ask for it, and forget it.
+    """Decode every page of a picture, to see that this works.
 
     Raises:
         NoPicture: it cannot be decoded.
@@ -153,10 +171,10 @@ def check_picture(payload: bytes) -> None:
 
 
 def picture_px(payload: bytes) -> tuple[int, int]:
-    """Height and width of a picture when it is upright, from its header alone.
+    """Height and width of the upright picture, from its header only.
 
     Raises:
-        NoPicture: the header is none of a picture.
+        NoPicture: the header is not that of a picture.
     """
     with _opened(payload) as image:
         width, height = image.size
@@ -215,7 +233,7 @@ def _orientation(image: Any) -> int:
 
 
 def _pixels(image: Any, num_channels: int) -> np.ndarray:
-    """The current page in `num_channels` of 1 to 4."""
+    """Values of the current page in 1 to 4 channels."""
     kind = image.format
     image.load()  # before the orientation is asked for: Pillow turns the pages of TIFF files while it loads them
     turn = TURNS.get(_orientation(image))

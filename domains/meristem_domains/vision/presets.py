@@ -1,8 +1,8 @@
-"""Shapes of vision transformers, by name.
+"""Architectures of vision transformers, by name.
 
-ViT: Dosovitskiy 2021 (arXiv 2010.11929), tiny and small as Touvron 2021 (arXiv 2012.12877); patches of 16 pixels of
-pictures of 224. The others are for pictures of few pixels, train on a CPU, and have the mean of the patches as their
-vector. With pictures of another size, a table of positions takes on their grid.
+ViT: Dosovitskiy 2021 (arXiv 2010.11929), tiny and small as in Touvron 2021 (arXiv 2012.12877), for pictures of 224
+pixels in patches of 16. The others are for small pictures, can be trained on a CPU, and use the mean of the patches as
+the vector of a picture. For pictures of another size, the table of positions is resized to their grid.
 """
 
 from meristem.model.config import (
@@ -30,7 +30,7 @@ def vit(
     """A ViT of any size: pre-norm, a class token, a learned table of positions, exact GELU, biases everywhere.
 
     Args:
-        pool: what becomes a picture's vector; None for the class token.
+        pool: how the vector of a picture is computed; None for the class token.
     """
     side = image_px // patch_px
     return TransformerConfig(

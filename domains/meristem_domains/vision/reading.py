@@ -1,7 +1,7 @@
 """Reading pictures: folders, tables of paths or bytes, tar files, and single files.
 
-A payload is the bytes of a picture's file; its pixels are decoded by the tokenizer. What a source is, is seen by its
-content. What is no picture that can be decoded is refused by the name of its file.
+A payload is the content of a picture's file; the tokenizer decodes it. The kind of a source is recognised by its
+content. A picture that cannot be decoded is refused by the name of its file.
 """
 
 import io
@@ -15,22 +15,22 @@ import pyarrow as pa
 
 from meristem.data.labels import text_column
 from meristem.data.reading.open import BLOCK_BYTES, open_source
-from meristem.data.reading.reader import Reader
+from meristem.data.reading.reader import Reader, gather
 from meristem.data.reading.tables import TableFormat, read_table, table_format
 from meristem.data.records import GROUP, INPUT_PREFIX, LABEL_PREFIX, SPLIT, ReadOptions, Refusal, Source, batch_of
 from meristem.errors import DataError
-from meristem_domains.vision.folders import LABEL, Found, find_pictures
+from meristem_domains.vision.folders import LABEL, Found, class_and_part, find_pictures
 from meristem_domains.vision.pictures import SUFFIXES, NoPicture, check_picture, looks_like_picture
 from meristem_domains.vision.shards import is_tar, read_members
 
 PAYLOAD_COLUMNS = (
     "image", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "img", "picture", "bytes",
 )  # fmt: skip
-"""Usual names of the column of a table that holds pictures or their paths, lower case."""
+"""Column names, in lower case, under which a table usually holds pictures or their paths."""
 
 
 class PictureReader(Reader):
-    """Reads folders, tables and tar files of pictures, and single ones."""
+    """Reads folders, tables and tar files of pictures, and single pictures."""
 
     def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
         return read(source, options)
@@ -42,14 +42,15 @@ class PictureReader(Reader):
 def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
     """Read the pictures of a source.
 
-    * A folder, with all that is in it, in the order of the paths, which are the ids. The label `label` is the name
-      of the folder of a picture within the source, and with a split column the folder above it names the part.
+    * A folder with its subfolders, in the order of the paths, which are the ids. The label `label` of a picture is
+      the name of its top folder within the source. With a split column, the top folder names the part, and the next
+      one the class.
     * A table: a column of paths, relative to the table, or of bytes (Parquet).
-    * A tar file, in its own order, with labels in members beside a picture, or as those of a folder.
+    * A tar file, in its own order. Labels are in members beside a picture, or in the folders as above.
     * A single picture.
 
     Raises:
-        DataError: a source that cannot be read or is none of these, or a refused record when there is no
+        DataError: the source cannot be read or is none of these, or a record is refused and there is no
             `options.on_error`.
     """
     if not source.is_stdin and os.path.isdir(source.path):
@@ -68,10 +69,10 @@ def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
 
 
 def files(source: Source, options: ReadOptions) -> list[Path]:
-    """The files that a source names beside itself: those in a folder, and those at the paths of a table.
+    """The other files that a source refers to: those in a folder, and those at the paths in a table.
 
     Raises:
-        DataError: a folder without a picture, or a source that cannot be read.
+        DataError: the folder holds no picture, or the source cannot be read.
     """
     if os.path.isdir(source.path):
         return [Path(source.path, path) for path in find_pictures(source).paths]
@@ -90,7 +91,7 @@ def files(source: Source, options: ReadOptions) -> list[Path]:
 
 
 def _inputs_of(options: ReadOptions) -> list[str]:
-    """Names of the inputs that are pictures."""
+    """Names of the inputs that this domain reads."""
     return [name for name in options.columns if name not in options.foreign]
 
 
@@ -108,7 +109,8 @@ def _read_folder(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatc
         raise DataError(
             f"{source.name}: no column {wrong[0]!r}: a folder has one label, {LABEL!r}, the names of the folders in it"
         )
-    pictures = find_pictures(source, has_parts=bool(options.split_column))
+    has_parts = bool(options.split_column)
+    pictures = find_pictures(source, has_parts)
     if options.label_columns:
         if not pictures.classes:
             raise DataError(
@@ -120,15 +122,14 @@ def _read_folder(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatc
 
     def contents() -> Iterator[Found]:
         for path in pictures.paths:
-            found = _load(Path(source.path, path))
-            label, part = pictures.names_of(path)
-            yield Found(path, found, {LABEL: label, options.split_column: part})
+            label, part = class_and_part(path, has_parts)
+            yield Found(path, _load(Path(source.path, path)), {LABEL: label, options.split_column: part})
 
     yield from _gather(source, options, contents())
 
 
 def _load(path: Path) -> bytes | str:
-    """A file, or why it cannot be read."""
+    """The content of a file, or the reason why it cannot be read."""
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:
@@ -148,25 +149,22 @@ def _fault(payload: bytes | str, is_checking: bool) -> str:
 
 
 def _gather(source: Source, options: ReadOptions, found: Iterable[Found], file: str = "") -> Iterator[pa.RecordBatch]:
-    """Pictures in record batches of about `options.batch_bytes`, without those that have to be refused."""
+    """Pictures in record batches of about `options.batch_bytes`, without those that are refused."""
     file = file or source.within
-    held: list[Found] = []
-    num_bytes = 0
-    for one in found:
-        pictures = [one.payload, *(other for name, other in one.others.items() if name not in options.foreign)]
-        fault = next(filter(None, (_fault(picture, options.is_checking) for picture in pictures)), "")
-        id = one.id.encode("utf-8", "backslashreplace").decode()
-        if id != one.id:
-            fault = "the name of the file is not UTF-8"
-        if fault:
-            options.refuse(Refusal(file, 0, id, fault))
-            continue
-        held.append(one)
-        num_bytes += sum(map(len, (one.payload, *one.others.values())))
-        if num_bytes >= options.batch_bytes:
-            yield _batch(held, file, options)
-            held, num_bytes = [], 0
-    if held:
+
+    def kept() -> Iterator[Found]:
+        for one in found:
+            id = one.id.encode("utf-8", "backslashreplace").decode()
+            pictures = [one.payload, *(other for name, other in one.others.items() if name not in options.foreign)]
+            fault = next(filter(None, (_fault(picture, options.is_checking) for picture in pictures)), "")
+            fault = "the name of the file is not UTF-8" if id != one.id else fault
+            if fault:
+                options.refuse(Refusal(file, 0, id, fault))
+            else:
+                yield one
+
+    size_of = lambda one: sum(map(len, (one.payload, *one.others.values())))  # noqa: E731
+    for held in gather(kept(), size_of, options.batch_bytes):
         yield _batch(held, file, options)
 
 
@@ -192,38 +190,29 @@ def _read_table(
     stream: io.BufferedReader, source: Source, options: ReadOptions, form: TableFormat
 ) -> Iterator[pa.RecordBatch]:
     root = Path() if source.is_stdin else Path(source.path).parent
-    for batch in read_table(stream, source, options, form, PAYLOAD_COLUMNS, holds_files=True):
-        columns = {name: batch.column(INPUT_PREFIX + name) for name in _inputs_of(options)}
-        held: dict[str, list[bytes]] = {name: [] for name in columns}
-        rows: list[int] = []
-        num_bytes = 0
+
+    def kept(batch: pa.RecordBatch) -> Iterator[tuple[int, list[bytes]]]:
+        columns = [batch.column(INPUT_PREFIX + name) for name in names]
         for row in range(batch.num_rows):
-            payloads: dict[str, bytes] = {}
-            for name, column in columns.items():
-                stored = column[row].as_py()
+            payloads = []
+            for stored in (column[row].as_py() for column in columns):
                 payload = stored if isinstance(stored, bytes) else _load(root / stored)
                 if fault := _fault(payload, options.is_checking):
                     line, id = (batch.column(name)[row].as_py() for name in ("line", "id"))
                     named = "" if isinstance(stored, bytes) else f"{stored}: "
                     options.refuse(Refusal(source.name, line, id, f"{named}{fault}"))
                     break
-                payloads[name] = payload  # type: ignore[assignment]
-            if len(payloads) < len(columns):
-                continue
-            rows.append(row)
-            for name, payload in payloads.items():
-                held[name].append(payload)
-                num_bytes += len(payload)
-            if num_bytes >= options.batch_bytes:
-                yield _with_payloads(batch, rows, held)
-                rows, held, num_bytes = [], {name: [] for name in columns}, 0
-        if rows:
-            yield _with_payloads(batch, rows, held)
+                payloads.append(payload)
+            else:
+                yield row, payloads  # type: ignore[misc]
 
-
-def _with_payloads(batch: pa.RecordBatch, rows: list[int], payloads: dict[str, list[bytes]]) -> pa.RecordBatch:
-    batch = batch.take(pa.array(rows))
-    for name, values in payloads.items():
-        field = pa.field(INPUT_PREFIX + name, pa.large_binary(), False)
-        batch = batch.set_column(batch.schema.get_field_index(field.name), field, pa.array(values, field.type))
-    return batch
+    names = _inputs_of(options)
+    for batch in read_table(stream, source, options, form, PAYLOAD_COLUMNS, holds_files=True):
+        for held in gather(kept(batch), lambda one: sum(map(len, one[1])), options.batch_bytes):
+            rows, payloads = zip(*held)
+            part = batch.take(pa.array(rows))
+            for name, values in zip(names, zip(*payloads)):
+                field = pa.field(INPUT_PREFIX + name, pa.large_binary(), False)
+                at = part.schema.get_field_index(field.name)
+                part = part.set_column(at, field, pa.array(values, field.type))
+            yield part

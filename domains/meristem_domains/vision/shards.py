@@ -1,8 +1,8 @@
-"""Pictures in tar files, with their labels in members beside them, as the WebDataset format has it.
+"""Pictures in tar files with their labels in members beside them, as in the WebDataset format.
 
-Members whose names are equal up to the first dot of the last part are one sample and stand side by side: `0001.jpg`,
-`0001.cls`, `0001.json`. A tar file of a folder of class folders is read as the folder is. Where records have several
-inputs, the column of each further one is the ending of its member: `txt` for `0001.txt`, `left` for `0001.left.jpg`.
+Members whose file names are equal up to the first dot are one sample, and follow each other: `0001.jpg`, `0001.cls`,
+`0001.json`. A tar file of class folders is read like the folders. Where records have several inputs, the column of each
+further one is the ending of its member: `txt` for `0001.txt`, `left` for `0001.left.jpg`.
 """
 
 import json
@@ -16,10 +16,10 @@ from meristem.errors import DataError
 from meristem_domains.vision.folders import LABEL, Found, class_and_part, is_hidden, is_picture_name
 
 TEXTS = ("cls", "txt")
-"""Endings of members that hold a label as text; the first one there is the label `label`."""
+"""Endings of members that hold a label as text. The first of them that a sample has gives the label `label`."""
 
 JSON = "json"
-"""Ending of a member that holds labels by name."""
+"""Ending of a member that holds labels by name, as a JSON object."""
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -27,15 +27,15 @@ _MAGIC_AT, _MAGIC = 257, b"ustar"
 
 
 def is_tar(head: bytes, source: Source) -> bool:
-    """Whether a file that begins with `head`, compression undone, is a tar file."""
+    """Whether a file is a tar file, from its first bytes after decompression or its name."""
     return head[_MAGIC_AT:].startswith(_MAGIC) or source.path.lower().endswith(SUFFIXES)
 
 
 def read_members(stream: IO[bytes], source: Source, options: ReadOptions) -> Iterator[Found]:
-    """The pictures of a tar file, in its order.
+    """The pictures of a tar file, in the order of its members.
 
     Raises:
-        DataError: a damaged file, or a column that no sample has.
+        DataError: the file is damaged, or no sample has a column that is asked for.
     """
     wanted = [name for name in (*options.label_columns, options.split_column, options.group_column) if name]
     inputs = {name: column or name for name, column in options.columns.items() if name != options.main}
@@ -84,7 +84,7 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
 
 
 class _Header(tarfile.TarInfo):
-    """Python takes a damaged header for the end of a file, and would lose what follows in silence."""
+    """Raises an error at a damaged header, which Python takes for the end of the file."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
@@ -99,7 +99,7 @@ class _Header(tarfile.TarInfo):
 
 
 class _Sample:
-    """Members of one name up to its first dot."""
+    """The members of a tar file whose names are equal up to the first dot."""
 
     def __init__(self, key: str):
         self.key = key
@@ -109,21 +109,23 @@ class _Sample:
     def finish(
         self, source: Source, options: ReadOptions, wanted: list[str], inputs: Mapping[str, str], known: set[str]
     ) -> Iterator[Found]:
-        """The pictures with their labels and other inputs; `known` learns the names of what there is."""
+        """The pictures with their labels and other inputs; the names of these are added to `known`."""
         if not self.pictures and TEXTS[0] in self.beside:
             reason = "a label without a picture beside it in the tar file"
             options.refuse(Refusal(source.within, 0, f"{self.key.lstrip('/')}.{TEXTS[0]}", reason))
         for name, content in self.pictures:
+            labels: dict[str, Any] = {}
+            others: dict[str, bytes | str] = {}
             try:
                 labels = self._labels(name, options, wanted) if wanted else {}
                 others = {name: self._input(column, name in options.foreign) for name, column in inputs.items()}
             except ValueError as error:
-                content, labels, others = str(error), {}, {}
+                content, labels = str(error), {}
             known.update(labels, self.beside)
             yield Found(name, content, labels, others)
 
     def _input(self, column: str, is_text: bool) -> bytes | str:
-        """What a member beside the picture holds: a text, or the file of a picture."""
+        """The content of a member beside the picture: a text, or the file of another picture."""
         content = self.beside.get(column)
         if not content or isinstance(content, str):
             raise ValueError(content or f"there is no member {self.key.rpartition('/')[2]}.{column} beside it")
@@ -133,7 +135,15 @@ class _Sample:
             raise ValueError(f"the member {column!r} beside it is not UTF-8") from error
 
     def _labels(self, name: str, options: ReadOptions, wanted: list[str]) -> dict[str, Any]:
-        given: dict[str, Any] = dict(self._of_json())
+        given: dict[str, Any] = {}
+        if isinstance(self.beside.get(JSON), bytes):
+            try:
+                # numbers stay as they are written: 1.10 and 1.1 may be two classes
+                given = json.loads(self.beside[JSON], parse_int=str, parse_float=str, parse_constant=str)
+            except ValueError as error:
+                raise ValueError(f"the labels beside it are no JSON: {error}") from error
+            if not isinstance(given, dict):
+                raise ValueError(f"the labels beside it must be a JSON object; got {type(given).__name__}")
         for ending, content in self.beside.items():
             if ending in (*TEXTS, *wanted) and isinstance(content, bytes):
                 try:
@@ -146,15 +156,3 @@ class _Sample:
             if value is not None:
                 given.setdefault(column, value)
         return {column: given[column] for column in wanted if given.get(column) is not None}
-
-    def _of_json(self) -> Mapping[str, Any]:
-        if not isinstance(self.beside.get(JSON), bytes):
-            return {}
-        try:
-            # numbers stay as they are written: 1.10 and 1.1 may be two classes
-            values = json.loads(self.beside[JSON], parse_int=str, parse_float=str, parse_constant=str)
-        except ValueError as error:
-            raise ValueError(f"the labels beside it are no JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"the labels beside it must be a JSON object; got {type(values).__name__}")
-        return values

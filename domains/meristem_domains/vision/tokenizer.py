@@ -1,4 +1,4 @@
-"""The options of a patch tokenizer, as a config says them."""
+"""The tokenizer options of a config."""
 
 from collections.abc import Sequence
 
@@ -24,31 +24,28 @@ def tokenizer(
     """Cuts pictures into patches.
 
     Args:
-        image_px: height and width that every picture is brought to, or one number for both; null for native
-            resolution, where each keeps its size and shape.
+        image_px: height and width that every picture is resized to, or one number for both; null for native
+            resolution, where each picture keeps its size and shape.
         patch_px: side of a patch.
-        num_channels: that pictures are brought to.
-        mean: of the values between 0 and 1, which is subtracted; one for all channels, or one each.
-        std: that the difference is divided by.
-        crop: how a picture of another shape meets the size: `center` (what stands out is cut off), `squash` (it is
-            bent) or `border` (the rest is filled with the mean).
-        crop_frac: share of the resized picture that is cut out of its centre.
-        interpolation: when a picture is resized.
-        has_class: a class token before the patches.
-        num_registers: tokens behind it that have no place.
-        max_patches: of a picture at native resolution, 1024 where nothing is said; a larger one is shrunk.
+        num_channels: number of channels that pictures are converted to.
+        mean: number that is subtracted from values between 0 and 1; one for all channels, or one for each.
+        std: number that the difference is divided by; one for all channels, or one for each.
+        crop: how a picture of another shape is resized: `center` (the longer side is cut off), `squash` (its shape
+            is changed) or `border` (the rest is filled with the mean).
+        crop_frac: fraction of the resized picture's height and width that is cut out of its centre.
+        interpolation: method of resizing.
+        has_class: put a class token before the patches.
+        num_registers: number of register tokens after the class token.
+        max_patches: most patches of a picture at native resolution, 1024 by default; a larger picture is shrunk.
     """
-    if image_px is None:
+    sides = (image_px, image_px) if isinstance(image_px, int) else image_px
+    if sides is None:
         crop = "squash" if crop == "center" else crop
         max_patches = max_patches or 1024
-        size = None
-    else:
-        sides = [image_px, image_px] if isinstance(image_px, int) else list(image_px)
-        if len(sides) != 2:
-            raise ConfigError(f"image_px must be one number, or a height and a width; got {sides}")
-        size = (sides[0], sides[1])
+    elif len(sides) != 2:
+        raise ConfigError(f"image_px must be one number, or a height and a width; got {list(sides)}")
     return PatchTokenizer(
-        image_px=size,
+        image_px=sides,  # type: ignore[arg-type]
         patch_px=patch_px,
         num_channels=num_channels,
         mean=_each(mean, num_channels),

@@ -1,7 +1,7 @@
-"""Views of a picture in training: crops, turns, colours and erased parts, by timm's transforms."""
+"""Views of a picture in training: random crops, rotations, colours and erasing, by timm's transforms."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
 from meristem.errors import ConfigError
+from meristem.model.config.checks import require, require_frac
 from meristem.types import Record
 from meristem_domains.vision.patches import PatchTokenizer
 from meristem_domains.vision.pictures import StandardImage, read_pixels
@@ -24,10 +24,27 @@ Change = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class PictureViews(Views):
-    """What `picture_views` makes; its arguments are explained there.
+    """Random changes of a picture in training.
 
-    The order: shift, turn and zoom; crop; flip; RandAugment or jitter of colours; then, of the standard values, parts
-    that are erased.
+    A picture is shifted, turned and zoomed; then cropped; then flipped; then its colours are changed, by RandAugment or
+    by a jitter. At last, parts of the standardised values are erased.
+
+    Attributes:
+        tokenizer: cuts the changed picture into patches.
+        crop_scale: least and largest share of the area that a random crop takes, which is then resized to the size of
+            all pictures; None for no random crop.
+        shift_frac: largest shift, as a fraction of height and width.
+        turn_degrees: largest rotation in degrees, to either side.
+        zoom_frac: largest relative change of size, in either direction.
+        flip: probability that left and right are exchanged.
+        auto_augment: a policy in timm's words, such as `rand-m9-mstd0.5-inc1` (RandAugment, Cubuk 2019, arXiv
+            1909.13719); empty for none.
+        color_jitter: strength of random changes of brightness, contrast and saturation; not beside `auto_augment`.
+        erase: probability that a rectangle is replaced by noise (Zhong 2017, arXiv 1708.04896).
+        repeats: views of a picture in one pack (Hoffer 2020, arXiv 1901.09335); an epoch is longer by this factor.
+
+    Raises:
+        ConfigError: a value out of range, or pictures that cannot be changed in this way.
     """
 
     is_training_only: ClassVar[bool] = True  # type: ignore[misc]
@@ -44,29 +61,24 @@ class PictureViews(Views):
     repeats: int = 1
 
     def __post_init__(self) -> None:
-        if self.tokenizer.num_channels not in (1, 3):
-            raise ConfigError(
-                f"data.views takes pictures of 1 or 3 channels; got {self.tokenizer.num_channels} "
-                "(data.tokenizer.num_channels)"
-            )
+        if not isinstance(self.tokenizer, PatchTokenizer):
+            raise ConfigError(f"data.views takes pictures; the model reads {self.tokenizer.kind}")
+        channels, scale = self.tokenizer.num_channels, self.crop_scale
+        got = f"{channels} (data.tokenizer.num_channels)"
+        require(channels in (1, 3), "data.views takes pictures of 1 or 3 channels", got)
         for name in ("shift_frac", "zoom_frac"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"data.views.{name} must be in [0, 1); got {getattr(self, name)}")
+            require_frac(getattr(self, name), f"data.views.{name}")
         for name in ("flip", "erase"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"data.views.{name} must be in [0, 1]; got {getattr(self, name)}")
+            require(0 <= getattr(self, name) <= 1, f"data.views.{name} must be in [0, 1]", getattr(self, name))
         for name in ("turn_degrees", "color_jitter"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"data.views.{name} must be 0 or more; got {getattr(self, name)}")
-        if self.repeats < 1:
-            raise ConfigError(f"data.views.repeats must be 1 or more; got {self.repeats}")
-        if self.crop_scale is not None:
+            require(getattr(self, name) >= 0, f"data.views.{name} must be 0 or more", getattr(self, name))
+        require(self.repeats >= 1, "data.views.repeats must be 1 or more", self.repeats)
+        if scale is not None:
+            object.__setattr__(self, "crop_scale", tuple(scale))  # YAML gives lists
             if self.tokenizer.image_px is None:
                 raise ConfigError("data.views.crop_scale needs pictures of one size; set data.tokenizer.image_px")
-            if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-                raise ConfigError(
-                    f"data.views.crop_scale must be a least and a most share above 0; got {list(self.crop_scale)}"
-                )
+            is_scale = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
+            require(is_scale, "data.views.crop_scale must be a least and a most share above 0", list(scale))
         if self.auto_augment and self.color_jitter:
             raise ConfigError("data.views.color_jitter has no effect beside auto_augment; set one of them")
         self._make()  # says now what is wrong with it
@@ -85,7 +97,7 @@ class PictureViews(Views):
     def _view(self, image: "Image", rng: np.random.Generator) -> StandardImage:
         change, erase, tokenizer = self._made
         with drawn_from(rng):
-            view = tokenizer.standardised(_to_array(change(image)))
+            view = tokenizer.standardised(np.atleast_3d(np.asarray(change(image))))
             return view if erase is None else _erased(view, erase)
 
     @cached_property
@@ -93,11 +105,11 @@ class PictureViews(Views):
         return self._make()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the transforms, which a worker makes anew."""
+        """Leaves out the transforms, which each worker builds anew."""
         return {name: value for name, value in vars(self).items() if name != "_made"}
 
     def _make(self) -> tuple[Change, Change | None, PatchTokenizer]:
-        """Changes of a picture, the change of its standard values, and the tokenizer of what comes out."""
+        """The transforms of a picture, that of its standardised values, and the tokenizer of the result."""
         try:
             from timm.data import create_transform
             from timm.data.random_erasing import RandomErasing
@@ -148,56 +160,9 @@ class PictureViews(Views):
         return transforms.Compose(changes), erase, tokenizer
 
 
-def picture_views(
-    tokenizer: Tokenizer,
-    crop_scale: Sequence[float] | None = None,
-    shift_frac: float = 0.0,
-    turn_degrees: float = 0.0,
-    zoom_frac: float = 0.0,
-    flip: float = 0.0,
-    auto_augment: str = "",
-    color_jitter: float = 0.0,
-    erase: float = 0.0,
-    repeats: int = 1,
-) -> PictureViews:
-    """Views of a picture in training.
-
-    Args:
-        tokenizer: cuts what comes out into patches.
-        crop_scale: least and most share of the area that a random crop takes, which is then brought to the size of
-            all; null for no such crop.
-        shift_frac: of height and width, by which a picture is shifted at most.
-        turn_degrees: by which it is turned at most, to either side.
-        zoom_frac: by which it grows or shrinks at most.
-        flip: chance that left and right change places.
-        auto_augment: a policy in timm's words, such as `rand-m9-mstd0.5-inc1` (RandAugment, Cubuk 2019, arXiv
-            1909.13719); empty for none.
-        color_jitter: of brightness, contrast and saturation; where there is no `auto_augment`.
-        erase: chance that a rectangle is overwritten with noise (Zhong 2017, arXiv 1708.04896).
-        repeats: views of a picture in one pack (Hoffer 2020, arXiv 1901.09335); an epoch is so many times as long.
-
-    Raises:
-        ConfigError: a value out of range, or pictures that cannot be changed so.
-    """
-    if not isinstance(tokenizer, PatchTokenizer):
-        raise ConfigError(f"data.views takes pictures; the model reads {tokenizer.kind}")
-    return PictureViews(
-        tokenizer,
-        None if crop_scale is None else tuple(crop_scale),  # type: ignore[arg-type]
-        shift_frac,
-        turn_degrees,
-        zoom_frac,
-        flip,
-        auto_augment,
-        color_jitter,
-        erase,
-        repeats,
-    )
-
-
 @contextmanager
 def drawn_from(rng: np.random.Generator) -> Iterator[None]:
-    """Let the global generators of three libraries, which transforms draw from, follow `rng`; then put them back."""
+    """Seed the global generators of Python, NumPy and torch, which transforms use, from `rng`; restore them after."""
     import torch
 
     seeds = rng.integers(2**32, size=3).tolist()
@@ -222,13 +187,8 @@ def _to_image(pixels: np.ndarray) -> "Image":
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def _to_array(image: "Image") -> np.ndarray:
-    pixels = np.asarray(image)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
 def _erased(image: StandardImage, erase: Change) -> StandardImage:
-    """With a part of the values changed."""
+    """The image after `erase` has changed its values."""
     import torch
 
     values = np.ascontiguousarray(image.values.transpose(2, 0, 1))

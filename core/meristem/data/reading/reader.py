@@ -1,14 +1,31 @@
 """The contract of a reader: how a domain turns files into records."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 
 from meristem.data.records import ReadOptions, Source
 from meristem.errors import DataError
 from meristem.types import Slice
+
+Row = TypeVar("Row")
+
+
+def gather(rows: Iterable[Row], size_of: Callable[[Row], int], batch_bytes: int) -> Iterator[list[Row]]:
+    """Consecutive rows in lists, each closed when the sizes of its rows add up to `batch_bytes` or more."""
+    held: list[Row] = []
+    num_bytes = 0
+    for row in rows:
+        held.append(row)
+        num_bytes += size_of(row)
+        if num_bytes >= batch_bytes:
+            yield held
+            held, num_bytes = [], 0
+    if held:
+        yield held
 
 
 class Reader(ABC):

@@ -1,4 +1,4 @@
-"""Masked patches: the trunk reads some patches of a picture, and a light decoder paints those that it did not see."""
+"""Masked patches: the trunk reads some patches of a picture, and a small decoder predicts the others."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,8 +9,8 @@ from torch import nn
 
 from meristem.data.parts import Encoder, RunData
 from meristem.data.tokenizer import Tokenizer
-from meristem.errors import ConfigError
 from meristem.model.config import Attention, Embedding, FeedForward, Init, SinCos2D, TransformerConfig
+from meristem.model.config.checks import require
 from meristem.model.init import init_weights
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted
@@ -23,33 +23,33 @@ from meristem.types import IGNORE, SOURCE, LossOut, PackedBatch, Record, Term, T
 from meristem_domains.vision.picture_grid import picture_grid
 
 PIXELS = "pixels"
-"""Name of the target (0 where a patch is hidden), and of the term."""
+"""Name of the target, which is 0 where a patch is hidden, and of the loss term."""
 
 SCORED = 0
 
 EPS = 1e-6
-"""Added to the variance of a patch that its values are divided by the root of."""
+"""Added to the variance of a patch before its root is taken."""
 
 PICTURES = 8
-"""That a reconstruction is shown of."""
+"""Number of pictures in the figure of reconstructions."""
 
 DECODER = "decoder"
 
 
 class MaskedPatches(Objective):
-    """Paint the hidden patches of a picture (masked autoencoder; He 2022, arXiv 2111.06377).
+    """Predict the hidden patches of a picture (masked autoencoder; He 2022, arXiv 2111.06377).
 
-    The trunk reads the special rows and the patches that are left, and nothing of the hidden ones. A light decoder
-    puts a learned vector where each hidden patch was and predicts its values; it is needed in training alone. The
-    loss is the squared error of a hidden patch, the mean over its values. How many patches of a picture are hidden is
-    exact; which ones, is drawn anew each epoch. Pictures of any sizes train together.
+    The trunk reads the special tokens and the visible patches only. A small decoder, used only in training, puts a
+    learned vector in the place of each hidden patch and predicts its values. The loss is the mean squared error over
+    the values of the hidden patches. The number of hidden patches is exact; which ones they are is drawn anew in each
+    epoch. Pictures of any sizes train together.
 
     Args:
-        rate: fraction of a picture's patches that are hidden; at least one is, and at least one is left.
-        is_normalised: values are predicted less the mean of their patch, over its deviation.
-        decoder_width: of the decoder.
-        decoder_layers: blocks of the decoder.
-        decoder_heads: attention heads of the decoder.
+        rate: fraction of a picture's patches that are hidden; at least one is hidden, and at least one is not.
+        is_normalised: predict each value minus the mean of its patch, divided by the patch's standard deviation.
+        decoder_width: width of the decoder.
+        decoder_layers: number of blocks of the decoder.
+        decoder_heads: number of attention heads of the decoder.
     """
 
     def __init__(
@@ -61,41 +61,30 @@ class MaskedPatches(Objective):
         decoder_heads: int = 4,
     ):
         require_fractions({"rate": rate}, above_zero=("rate",))
-        if rate == 1:
-            raise ConfigError("objective.rate must be below 1: something of a picture must be left; got 1")
-        if decoder_layers < 1 or decoder_heads < 1:
-            raise ConfigError(
-                f"objective.decoder_layers and decoder_heads must be 1 or more; got {decoder_layers}, {decoder_heads}"
-            )
-        if decoder_width < 1 or decoder_width % 4 or decoder_width % decoder_heads:
-            raise ConfigError(
-                "objective.decoder_width must be divisible by 4, for two axes of positions, and by decoder_heads; "
-                f"got decoder_width={decoder_width}, decoder_heads={decoder_heads}"
-            )
+        require(rate < 1, "objective.rate must be below 1: something of a picture must be left", rate)
+        is_stack, got = decoder_layers >= 1 and decoder_heads >= 1, f"{decoder_layers}, {decoder_heads}"
+        require(is_stack, "objective.decoder_layers and decoder_heads must be 1 or more", got)
+        is_width = decoder_width >= 1 and not decoder_width % 4 and not decoder_width % decoder_heads
+        rule = "objective.decoder_width must be divisible by 4, for two axes of positions, and by decoder_heads"
+        require(is_width, rule, f"decoder_width={decoder_width}, decoder_heads={decoder_heads}")
         self.rate, self.is_normalised = rate, is_normalised
         self.decoder_width, self.decoder_layers, self.decoder_heads = decoder_width, decoder_layers, decoder_heads
         self._tokenizer: Tokenizer | None = None
 
     def bind(self, data: RunData) -> None:
         tokenizer = data.tokenizer
-        if not tokenizer.num_features or tokenizer.num_axes != 2:
-            raise ConfigError(
-                "objective MaskedPatches needs a domain of pictures: patches that lie on two axes; got "
-                f"{tokenizer.num_features} features of a patch and {tokenizer.num_axes} axes"
-            )
+        got = f"{tokenizer.num_features} features of a patch and {tokenizer.num_axes} axes"
+        is_of_patches = tokenizer.num_features > 0 and tokenizer.num_axes == 2
+        require(is_of_patches, "objective MaskedPatches needs a domain of pictures: patches that lie on two axes", got)
         self._tokenizer = tokenizer
 
     def bind_model(self, config: TransformerConfig) -> None:
         super().bind_model(config)
-        if config.num_decoder_layers:
-            raise ConfigError(
-                "objective MaskedPatches needs a model of one stack, and brings a decoder of its own; "
-                f"got num_decoder_layers={config.num_decoder_layers} (architecture.num_decoder_layers)"
-            )
-        if not config.embedding.patch_features:
-            raise ConfigError(
-                "objective MaskedPatches needs a model of patches; got 0 (architecture.embedding.patch_features)"
-            )
+        got = f"num_decoder_layers={config.num_decoder_layers} (architecture.num_decoder_layers)"
+        rule = "objective MaskedPatches needs a model of one stack, and brings a decoder of its own"
+        require(not config.num_decoder_layers, rule, got)
+        has_patches, got = bool(config.embedding.patch_features), "0 (architecture.embedding.patch_features)"
+        require(has_patches, "objective MaskedPatches needs a model of patches", got)
 
     def lengths(self, lengths: np.ndarray) -> np.ndarray:
         assert self._tokenizer is not None, "bind comes first"
@@ -103,7 +92,7 @@ class MaskedPatches(Objective):
         return 2 * lengths - num_hidden
 
     def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
-        """What the trunk reads, and all that the decoder is to know of."""
+        """The visible tokens, which the trunk reads, and all tokens, which the decoder is asked for."""
         tokens = encode(self.inputs[0])
         assert tokens.features is not None, "patches have features"
         patches = tokens.payload_rows
@@ -121,13 +110,13 @@ class MaskedPatches(Objective):
         return source, replace(tokens, targets={**tokens.targets, PIXELS: asked})
 
     def _num_hidden(self, num_patches: np.ndarray) -> np.ndarray:
-        """How many patches are hidden of so many."""
+        """Number of patches that are hidden of `num_patches`."""
         most = np.maximum(num_patches - 1, 0)  # of a single patch, none
         return np.clip(np.rint(self.rate * num_patches).astype(np.int64), np.minimum(1, most), most)
 
     def router_counts(self, batch: PackedBatch) -> dict[str, float]:
         assert batch.source is not None
-        return super().router_counts(batch.source)  # the trunk sees that side alone
+        return super().router_counts(batch.source)  # the trunk sees that side only
 
     def build(self, config: TransformerConfig) -> nn.ModuleDict:
         light = TransformerConfig(
@@ -152,12 +141,12 @@ class MaskedPatches(Objective):
     def _paint(
         self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch
     ) -> tuple[Float[Tensor, "T P"], Bool[Tensor, "T"]]:
-        """What the decoder predicts at every row, and which rows are scored."""
+        """The decoder's prediction for every row, and which rows are scored."""
         is_hidden_T = batch.targets[PIXELS] == SCORED
         return extra[DECODER](outputs.hidden.final, batch, is_hidden_T), is_hidden_T
 
     def _values(self, batch: PackedBatch) -> Float[Tensor, "T P"]:
-        """The values of each patch as they are to be predicted."""
+        """The targets: the values of each patch, normalised where the objective says so."""
         assert batch.features is not None
         if not self.is_normalised:
             return batch.features
@@ -166,10 +155,10 @@ class MaskedPatches(Objective):
 
     @torch.no_grad()
     def figures(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> Mapping[str, np.ndarray]:
-        """`reconstruction`: some pictures, what the trunk sees of each, and what the decoder makes of it.
+        """`reconstruction`: some pictures, each beside its visible patches and its reconstruction.
 
-        Hidden patches show the mean colour where nothing is painted. A normalised prediction is shown with the mean
-        and the deviation of the patch it stands for, which the model does not know.
+        Hidden patches are shown in the mean colour. A normalised prediction is shown with the true mean and standard
+        deviation of its patch, which the model does not know.
         """
         assert self._tokenizer is not None
         assert batch.features is not None
@@ -192,19 +181,19 @@ class MaskedPatches(Objective):
 
 
 def _moments(patches: Float[Tensor, "T P"]) -> tuple[Float[Tensor, "T 1"], Float[Tensor, "T 1"]]:
-    """Mean and deviation of the values of each patch, as He 2022 takes them."""
+    """Mean and standard deviation of the values of each patch, as in He 2022."""
     return patches.mean(1, keepdim=True), (patches.var(1, keepdim=True) + EPS).sqrt()
 
 
 class PatchDecoder(nn.Module):
-    """From the rows of patches that were seen to the values of all patches.
+    """A small transformer that predicts the values of all patches from the outputs at the visible ones.
 
-    Positions are fixed sines and cosines of row and column, so that any grid will do.
+    Positions are fixed sines and cosines of row and column, so any grid is possible.
 
     Args:
-        config: of its stack.
-        source_width: of the rows that it reads.
-        patch_features: values of a patch (P).
+        config: architecture of the decoder's stack.
+        source_width: width of the trunk's outputs.
+        patch_features: number of values of a patch (P).
     """
 
     def __init__(self, config: TransformerConfig, source_width: int, patch_features: int):
@@ -224,11 +213,11 @@ class PatchDecoder(nn.Module):
         """Predict the values of every row.
 
         Args:
-            source: rows that were seen; in each sequence those of `batch` that are not hidden, in their order.
-            is_hidden: rows of `batch` that were not seen.
+            source: outputs at the rows of `batch` that are not hidden, in their order.
+            is_hidden: which rows of `batch` are hidden.
         """
         seen_RW = self.read(source)
-        # spare rows of the batch have no row to take: any will do
+        # spare rows of the batch may take any row
         place_T = ((~is_hidden).cumsum(0) - 1).clamp(0, len(seen_RW) - 1)
         x_TW = torch.where(is_hidden[:, None], self.hidden.to(seen_RW.dtype), seen_RW.index_select(0, place_T))
         x_TW = x_TW + self.position(batch.positions).to(x_TW.dtype)
@@ -236,5 +225,5 @@ class PatchDecoder(nn.Module):
         return painted
 
     def init_own_weights(self, config: Init | None) -> None:
-        """The vector of hidden patches starts as a symbol's does."""
+        """Initialise the vector of hidden patches like the embedding of a symbol."""
         nn.init.trunc_normal_(self.hidden, std=config.std if config else 0.02)

@@ -1,4 +1,4 @@
-"""Self-distillation: of parts of a picture a model learns to say what an average of its past says of it all (DINO)."""
+"""Self-distillation (DINO): from parts of a picture, a model predicts the output of its own moving average."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError
 from meristem.model.config import Learned, TransformerConfig
+from meristem.model.config.checks import require, require_frac
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted
 from meristem.objectives.objective import Objective, Processes
@@ -19,46 +20,46 @@ from meristem.objectives.teacher import PrototypeHead, Teacher
 from meristem.shapes import Float, Tensor
 from meristem.types import INPUT, Layout, LossOut, PackedBatch, Record, Term, Tokens
 from meristem_domains.vision.multi_crop import NUM_GLOBAL, MultiCrop
-from meristem_domains.vision.objectives.teacher_metrics import TeacherEntropy, UsedEntropy, ViewGap
+from meristem_domains.vision.objectives.teacher_metrics import FigureMean, UsedEntropy
 from meristem_domains.vision.patches import PatchTokenizer
 from meristem_domains.vision.pictures import StandardImage
 
 VIEW = "view"
-"""Label that says which view of its record a sequence is."""
+"""Name of the label that holds the index of a sequence among the views of its record."""
 
 DISTILLATION = "distillation"
 
 SPREAD = "spread"
 
 KOLEO_EPS = 1e-6
-"""Added to a squared distance: two vectors that coincide give a finite loss, and no gradient."""
+"""Added to a squared distance, so that two equal vectors give a finite loss; their gradient is 0."""
 
 
 class SelfDistillation(Objective):
-    """Views of one picture are to be told apart from other pictures' alike (Caron 2021, arXiv 2104.14294).
+    """Self-distillation without labels (DINO; Caron 2021, arXiv 2104.14294).
 
-    A record becomes two large views and some small ones, each a sequence of its own length; all of them lie in one
-    pack. The student sees all, the teacher the large ones. A head turns the vector of the model's own pool into
-    scores of `num_prototypes`; the loss is the cross-entropy of the student's distribution over them from the
+    A record becomes two large views and some small ones, each a sequence of its own length, all in one pack. The
+    student sees all views, the teacher the large ones. A head turns the model's pooled vector into scores of
+    `num_prototypes`. The loss is the cross-entropy of the student's distribution over the prototypes relative to the
     teacher's, over all pairs of a large view and another view of the same record (equations 1 to 4). The teacher's
-    weights are a moving average of the student's, its scores are centred and sharpened.
+    weights are a moving average of the student's; its scores are centred and sharpened.
 
-    The spread regulariser (KoLeo; Sablayrolles 2019, arXiv 1806.03198, as Oquab 2023, arXiv 2304.07193, uses it)
-    pushes the student's vectors of the large views away from their nearest neighbour among other records of the same
-    pack: it is a function of the pack, not of a record. It asks nothing where a pack holds one record.
+    The spread regulariser (KoLeo; Sablayrolles 2019, arXiv 1806.03198, as in Oquab 2023, arXiv 2304.07193) pushes the
+    student's vectors of the large views away from their nearest neighbour among the other records of the pack, so it
+    depends on which records a pack holds. It is 0 in a pack of one record.
 
     Args:
-        crops: sizes of the views and how they are changed.
-        num_prototypes: outputs of the head (K).
-        hidden_width: of the head's first two layers.
-        bottleneck_width: of its third.
-        student_temperature: that the student's scores are divided by.
-        teacher_temperature: that the teacher's are divided by, after `warmup_steps`.
-        first_temperature: the same in the first step; it rises linearly.
-        warmup_steps: of the teacher's temperature.
+        crops: sizes of the views and their augmentations.
+        num_prototypes: number of outputs of the head (K).
+        hidden_width: width of the first two layers of the head.
+        bottleneck_width: width of the third layer of the head.
+        student_temperature: temperature of the student's distribution.
+        teacher_temperature: temperature of the teacher's distribution after `warmup_steps`.
+        first_temperature: temperature of the teacher's distribution in the first step; it changes linearly.
+        warmup_steps: number of steps in which the teacher's temperature changes.
         momentum: share of the teacher's weights that is kept in the first step; it rises to 1 by a cosine over the run.
-        center_momentum: share of the centre that is kept in a step.
-        spread_weight: of the spread regulariser; 0 leaves it out.
+        center_momentum: share of the centre that is kept in each step.
+        spread_weight: weight of the spread regulariser; 0 leaves it out.
     """
 
     payload_inputs = (INPUT,)
@@ -79,21 +80,18 @@ class SelfDistillation(Objective):
         spread_weight: float = 0.1,
     ):
         widths = {"num_prototypes": num_prototypes, "hidden_width": hidden_width, "bottleneck_width": bottleneck_width}
-        temperatures = {
-            "student_temperature": student_temperature,
-            "teacher_temperature": teacher_temperature,
-            "first_temperature": first_temperature,
-        }
-        for is_right, rule, got in (
-            *((value >= 1, f"{name} must be 1 or more", value) for name, value in widths.items()),
-            *((value > 0, f"{name} must be above 0", value) for name, value in temperatures.items()),
-            (warmup_steps >= 0, "warmup_steps must be 0 or more", warmup_steps),
-            (0 <= momentum < 1, "momentum must be in [0, 1)", momentum),
-            (0 <= center_momentum < 1, "center_momentum must be in [0, 1)", center_momentum),
-            (spread_weight >= 0, "spread_weight must be 0 or more", spread_weight),
+        for name, width in widths.items():
+            require(width >= 1, f"objective.{name} must be 1 or more", width)
+        for name, temperature in (
+            ("student_temperature", student_temperature),
+            ("teacher_temperature", teacher_temperature),
+            ("first_temperature", first_temperature),
         ):
-            if not is_right:
-                raise ConfigError(f"objective.{rule}; got {got}")
+            require(temperature > 0, f"objective.{name} must be above 0", temperature)
+        require(warmup_steps >= 0, "objective.warmup_steps must be 0 or more", warmup_steps)
+        require_frac(momentum, "objective.momentum")
+        require_frac(center_momentum, "objective.center_momentum")
+        require(spread_weight >= 0, "objective.spread_weight must be 0 or more", spread_weight)
         self.crops, self.num_prototypes = crops, num_prototypes
         self.hidden_width, self.bottleneck_width = hidden_width, bottleneck_width
         self.student_temperature, self.warmup_steps = student_temperature, warmup_steps
@@ -106,11 +104,8 @@ class SelfDistillation(Objective):
         if not isinstance(tokenizer, PatchTokenizer):
             raise ConfigError(f"objective SelfDistillation needs pictures; got a tokenizer of {tokenizer.kind}")
         for side in (self.crops.global_px, self.crops.local_px):
-            if side % tokenizer.patch_px:
-                raise ConfigError(
-                    f"objective.crops: global_px and local_px must be multiples of a patch, {tokenizer.patch_px}; "
-                    f"got {side}"
-                )
+            rule = f"objective.crops: global_px and local_px must be multiples of a patch, {tokenizer.patch_px}"
+            require(not side % tokenizer.patch_px, rule, side)
         large, small = (
             replace(tokenizer, image_px=(side, side), resize_px=None, crop_frac=1.0, max_patches=None)
             for side in (self.crops.global_px, self.crops.local_px)
@@ -132,13 +127,13 @@ class SelfDistillation(Objective):
 
     @property
     def tokenizers(self) -> tuple[PatchTokenizer, PatchTokenizer]:
-        """Of the large views and of the small ones."""
+        """The tokenizers of large views and of small views."""
         assert self._tokenizers is not None, "bind comes first"
         return self._tokenizers
 
     @property
     def view_lengths(self) -> tuple[int, int]:
-        """Tokens of a large view and of a small one."""
+        """Number of tokens of a large view and of a small view."""
         large, small = (int(np.prod(one.grid)) + sum(one.num_special) for one in self.tokenizers)
         return large, small
 
@@ -147,7 +142,7 @@ class SelfDistillation(Objective):
         return np.full_like(lengths, NUM_GLOBAL * large + self.crops.num_local * small)
 
     def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
-        """The views, cut out of the picture itself."""
+        """One sequence of tokens for each view, which is cut out of the original picture."""
         large, small = self.tokenizers
         pixels = large.pixels(record.payload)
         if isinstance(pixels, StandardImage):
@@ -200,23 +195,18 @@ class SelfDistillation(Objective):
         if self.spread_weight:
             large_NGD = by_record(vectors_SD.float(), batch, num_views)[:, :NUM_GLOBAL]
             terms[SPREAD] = spread_term(large_NGD, self.spread_weight)
-        return self._out(terms, nats_NGV.detach(), targets_NGC)
-
-    def _out(
-        self, terms: Mapping[str, Term], nats_NGV: Float[Tensor, "N G V"], targets_NGC: Float[Tensor, "N G C"]
-    ) -> LossOut:
-        """With what shows a collapse: of each large view its entropy, and how far the student is from it."""
+        # what shows a collapse: for each large view its entropy, and the divergence of the student from it
         entropy_NG = torch.special.entr(targets_NGC).sum(-1)
-        gap_NG = nats_NGV.sum(-1) / (self.crops.num_views - 1) - entropy_NG
+        gap_NG = nats_NGV.detach().sum(-1) / (num_views - 1) - entropy_NG
         figures = torch.stack([entropy_NG, gap_NG], dim=-1).flatten(0, 1)
         return LossOut(terms, {DISTILLATION: figures}, {DISTILLATION: targets_NGC.flatten(0, 1)})
 
     def metrics(self) -> dict[str, Metric]:
         return {
             **super().metrics(),
-            f"{DISTILLATION}/teacher_entropy": TeacherEntropy(),
+            f"{DISTILLATION}/teacher_entropy": FigureMean(0),
             f"{DISTILLATION}/used_entropy": UsedEntropy(self.num_prototypes),
-            f"{DISTILLATION}/gap": ViewGap(),
+            f"{DISTILLATION}/gap": FigureMean(1),
         }
 
 
@@ -228,7 +218,7 @@ def _parts(extra: nn.ModuleDict) -> tuple[Teacher, PrototypeHead]:
 
 
 def by_record(values: Float[Tensor, "S C"], batch: PackedBatch, num_views: int) -> Float[Tensor, "N V C"]:
-    """Values of the sequences of a pack, by record and view, wherever they lie in it."""
+    """Values of the sequences of a pack, sorted by record and view."""
     places = {record: place for place, record in enumerate(dict.fromkeys(batch.records))}
     assert len(values) == len(places) * num_views, "a pack holds every view of a record"
     place_S = torch.tensor([places[record] for record in batch.records]).to(values.device)
@@ -237,7 +227,7 @@ def by_record(values: Float[Tensor, "S C"], batch: PackedBatch, num_views: int) 
 
 
 def large_views(batch: PackedBatch, length: int) -> PackedBatch:
-    """The large views of a pack: the last rows of it, for packs are sorted by length."""
+    """The large views of a pack, which are its last rows, since packs are sorted by length."""
     lengths = batch.layout.lengths
     first = lengths.index(length)
     assert set(lengths[first:]) == {length}, "a large view lies before a small one"
@@ -257,14 +247,14 @@ def large_views(batch: PackedBatch, length: int) -> PackedBatch:
 
 
 def pair_losses(targets: Float[Tensor, "N G C"], log_probs: Float[Tensor, "N V C"]) -> Float[Tensor, "N G V"]:
-    """Cross-entropy (nats) of each view from each large one of its record; 0 of a view from itself."""
+    """Cross-entropy (nats) of each view relative to each large view of its record; 0 for a view and itself."""
     nats_NGV = -torch.einsum("ngc,nvc->ngv", targets, log_probs)
     is_other_GV = ~torch.eye(targets.shape[1], log_probs.shape[1], dtype=torch.bool, device=targets.device)
     return nats_NGV * is_other_GV
 
 
 def spread_term(vectors: Float[Tensor, "N G D"], weight: float) -> Term:
-    """Less the sum of log distances to the nearest neighbour, each view among the same views of other records."""
+    """Minus the sum of log distances to the nearest neighbour, among the same views of other records."""
     num_records, num_large, _ = vectors.shape
     if num_records < 2:
         return Term(vectors.sum() * 0.0, torch.zeros((), device=vectors.device), weight)

@@ -1,22 +1,27 @@
-"""Figures that show whether self-distillation has collapsed, over a whole evaluation.
+"""Metrics that show whether self-distillation has collapsed, over a whole evaluation.
 
-A teacher that says one thing of all pictures has a low entropy over all of them together (`UsedEntropy`); one that says
-nothing of any has the highest entropy there is of each (`TeacherEntropy`), log K.
+If the teacher's output is the same for all pictures, the entropy of its mean distribution is low (`UsedEntropy`). If it
+is uniform for every picture, its mean entropy is log K, the highest value (`FigureMean` of the entropies).
 """
 
 import torch
 from torchmetrics import Metric
 
 
-class _MeanColumn(Metric):
-    """The mean of one column of the figures of large views."""
+class FigureMean(Metric):
+    """The mean of one of the figures of the large views.
 
-    column: int
+    Args:
+        column: 0 for the entropy (nats) of the teacher's distribution; 1 for the divergence (nats) of the student's
+            distributions from it, which is the loss minus the entropy.
+    """
+
     total: torch.Tensor
     count: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, column: int) -> None:
         super().__init__()
+        self.column = column
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -28,20 +33,8 @@ class _MeanColumn(Metric):
         return self.total / self.count
 
 
-class TeacherEntropy(_MeanColumn):
-    """The entropy (nats) of what the teacher says of a view."""
-
-    column = 0
-
-
-class ViewGap(_MeanColumn):
-    """How far the student is from that: the mean divergence (nats) over other views, the loss less the entropy."""
-
-    column = 1
-
-
 class UsedEntropy(Metric):
-    """The entropy (nats) of the mean of what the teacher says; log K where all prototypes are used alike.
+    """The entropy (nats) of the teacher's mean distribution; log K where all prototypes are used alike.
 
     Args:
         num_prototypes: K.
