@@ -336,6 +336,15 @@ def _heads_of_format_2(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"heads": {**heads, **labels}, "changes": []}
 
 
+def _command(card: ModelCard) -> str:
+    """A command that works on the directory as it is: vectors of records, where an installed domain can read them."""
+    if card.domain not in installed("meristem.domains"):
+        return "meristem inspect THIS_DIRECTORY"
+    read = list(card.inputs) if card.joined_by else [*card.inputs][:1]
+    columns = "".join(f" --column {name}=COLUMN" for name in read if len(card.inputs) > 1)
+    return f"meristem embed THIS_DIRECTORY INPUT{columns} --output vectors"
+
+
 def _readme(card: ModelCard, model: Model) -> str:
     config = card.architecture
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -346,7 +355,7 @@ def _readme(card: ModelCard, model: Model) -> str:
         f"{config.attention.num_heads} heads.",
         f"Heads: {', '.join(model.heads) or 'none'}.",
         "",
-        "    meristem embed THIS_DIRECTORY INPUT --output vectors",
+        f"    {_command(card)}",
         "",
     ]
     lines += [f"* {name}: {value}" for name, value in card.facts.items()]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meristem.data import tokenizer as tokenizer_module
-from meristem.data.tokenizer import AlphabetTokenizer, RefusedSymbol
+from meristem.data.tokenizer import AlphabetTokenizer, RefusedSymbol, Tokenizer
 from meristem.errors import ConfigError
 
 FRAME = ("<a>", "<b>", "<c>")
@@ -113,3 +113,28 @@ def test_an_alphabet_of_more_symbols_than_a_byte_counts_is_refused() -> None:
     assert AlphabetTokenizer(vocab=(*special, "A"), prefix=("<253>",)).encode("A").ids.tolist() == [253, 254]
     with pytest.raises(ConfigError, match=r"255 symbols at most.*got 256"):
         AlphabetTokenizer(vocab=(*special, "A", "B"))
+
+
+def test_a_tokenizer_is_given_texts_as_texts_and_bytes_that_are_none_as_bytes(monkeypatch):
+    """Whether a program hands them over, or a long one is counted piece by piece."""
+    kinds = []
+
+    class Seeing(AlphabetTokenizer):
+        def encode_column(self, payloads):
+            kinds.append(payloads.type)
+            return super().encode_column(payloads)
+
+    class Bytes:
+        def __bytes__(self) -> bytes:
+            return b"AB"
+
+    tokenizer = Seeing(vocab=("A", "B"))
+    assert tokenizer.encode_values(["AB", Bytes()]).ids.tolist() == [0, 1, 0, 1]
+    monkeypatch.setattr(tokenizer_module, "PIECE_BYTES", 10)
+    for kind in (pa.string(), pa.large_string()):
+        assert Tokenizer.lengths(tokenizer, pa.array(["AB" * 12, "A"], kind)).tolist() == [24, 1]
+    assert kinds == [pa.large_string(), *[pa.string()] * 4, *[pa.large_string()] * 4]
+    monkeypatch.setattr(Bytes, "__bytes__", lambda self: b"A\xff")
+    with pytest.raises(RefusedSymbol):
+        tokenizer.encode_values([Bytes()])
+    assert kinds[-1] == pa.large_binary()

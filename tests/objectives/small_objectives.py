@@ -28,14 +28,11 @@ from meristem.model.config import (
     Prefix as PrefixPool,
 )
 from meristem.model.model import SYMBOLS, Model
-from meristem.objectives.denoising import Denoising
 from meristem.objectives.masked import MaskedTokens
 from meristem.objectives.next_sentence import NextSentence
-from meristem.objectives.next_token import NextToken
+from meristem.objectives.next_token import NextToken, PrefixLM
 from meristem.objectives.objective import Objective
-from meristem.objectives.prefix_lm import PrefixLM
-from meristem.objectives.sequence_to_sequence import SequenceToSequence
-from meristem.objectives.spans import SpanCorruption
+from meristem.objectives.two_sided import Denoising, SequenceToSequence, SpanCorruption
 from meristem.types import PackedBatch, Record, Tokens
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"

@@ -27,8 +27,7 @@ from meristem.data.pack import pack
 from meristem.errors import ConfigError
 from meristem.model.config import LayerRule
 from meristem.model.model import SYMBOLS
-from meristem.objectives.next_token import NextToken
-from meristem.objectives.prefix_lm import PrefixLM
+from meristem.objectives.next_token import NextToken, PrefixLM
 from meristem.types import IGNORE, INPUT, Record, Tokens
 from model_runs import outputs_of
 

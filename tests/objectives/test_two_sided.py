@@ -33,9 +33,7 @@ from meristem.data.parts import RunData
 from meristem.errors import ConfigError
 from meristem.model.config import Learned
 from meristem.model.model import SYMBOLS
-from meristem.objectives.denoising import Denoising
-from meristem.objectives.sequence_to_sequence import SequenceToSequence
-from meristem.objectives.spans import SpanCorruption
+from meristem.objectives.two_sided import Denoising, SequenceToSequence, SpanCorruption
 from meristem.types import IGNORE, INPUT, SOURCE, Record
 from model_runs import outputs_of
 

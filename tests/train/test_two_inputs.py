@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from dataclasses import replace
 
 import letters
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 from letters import LETTERS
 from random_proteins import random_proteins
 
+from meristem.cli.main import main
 from meristem.cli.run_config import parse
-from meristem.model_directory import load_card
+from meristem.inference.formats import read_embeddings
+from meristem.model_directory import load_card, load_model, save_model
 from meristem.train import datamodule
 from meristem.train.run import build
 from meristem_domains.protein import domain as protein
@@ -74,6 +77,26 @@ def test_both_inputs_are_columns_of_a_table(pairs, config, inputs):
     again = pairs.run("--run_dir", "again", config=f"{config}.yaml")  # columns of the inputs' own names
     assert again.code == 0, again.err
     assert pairs.rows("again")[-1]["loss"] == pairs.rows("run")[-1]["loss"]
+
+
+@pytest.mark.parametrize(("config", "inputs"), [("translation", ("source", "target")), ("next", ("first", "second"))])
+def test_the_command_in_the_readme_of_a_model_works_as_printed(pairs, config, inputs):
+    columns = [f"--data.column.{name}={column}" for name, column in zip(inputs, "ab")]
+    assert pairs.run(*columns, "--run_dir", "run", config=f"{config}.yaml").code == 0
+    model = pairs.path / "run" / "model"
+    [command] = [line for line in (model / "README.md").read_text().splitlines() if "    meristem " in line]
+    for name, column in zip(inputs, "ab"):
+        command = command.replace(f"{name}=COLUMN", f"{name}={column}")
+    places = {"THIS_DIRECTORY": str(model), "INPUT": str(pairs.path / "pairs.csv"), "vectors": str(pairs.path / "out")}
+    words = [places.get(word, word) for word in command.split()]
+    assert words[:2] == ["meristem", "embed"]
+    assert "COLUMN" not in command
+    assert main(words[1:]) == 0
+    assert len(read_embeddings(pairs.path / "out").ids) == 40
+    # of a domain that is not installed nothing can be read
+    card, weights = load_model(model)
+    save_model(model, replace(card, domain="letters"), weights)
+    assert "    meristem inspect THIS_DIRECTORY\n" in (model / "README.md").read_text()
 
 
 def test_a_domain_may_tokenize_the_input_of_another(pairs):

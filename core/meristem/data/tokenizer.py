@@ -8,6 +8,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -73,7 +74,10 @@ class Tokenizer(ABC):
 
     def encode_values(self, values: Sequence[Any]) -> TokenColumn:
         """Encode payloads that a program hands over: texts, or objects that are (`__bytes__`) or hold one (`seq`)."""
-        return self.encode_column(pa.array(texts_of(values), pa.large_binary()))
+        payloads = pa.array(texts_of(values), pa.large_binary())
+        with suppress(pa.ArrowInvalid):  # bytes that are no text stay bytes, for the tokenizer to refuse
+            payloads = payloads.cast(pa.large_string())
+        return self.encode_column(payloads)
 
     def lengths(self, payloads: pa.Array) -> np.ndarray:
         """`[N]` tokens of each payload, special ones included.
@@ -90,7 +94,7 @@ class Tokenizer(ABC):
                 stop = min(start + PIECE_BYTES, end)
                 while start + PIECE_BYTES - 4 < stop < end and text[stop] & 0xC0 == 0x80:  # inside a character
                     stop -= 1
-                piece = pa.array([text[start:stop].tobytes()], pa.large_binary())
+                piece = pa.array([text[start:stop].tobytes()], pa.large_binary()).cast(payloads.type)
                 try:
                     found[row] += self.encode_column(piece).payload_lengths[0]
                 except RefusedSymbol as error:

@@ -1,16 +1,20 @@
-"""What objectives of encoder-decoders share: a source that is read, and a target that is written."""
+"""What encoder-decoders are trained for: to write a target, given a source that is made of the same text or another."""
 
 from abc import abstractmethod
 from typing import Any
 
 import numpy as np
 
+from meristem.data.corrupt import cut_spans, delete_tokens, draw_spans, infill_tokens
 from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig, sees_the_future
 from meristem.model.model import SYMBOLS
-from meristem.objectives.symbols import SymbolObjective
+from meristem.objectives.symbols import SymbolObjective, require_fractions
 from meristem.types import SOURCE, Record, Tokens
+
+TARGET = "target"
+"""Name of the input of a record that a decoder writes; `SOURCE` is that of what it is given."""
 
 
 class TwoSided(SymbolObjective):
@@ -79,6 +83,158 @@ class TwoSided(SymbolObjective):
             payload: `[n]` symbols of the first input, without special rows.
             closing: the special rows behind them.
         """
+
+
+class SpanCorruption(TwoSided):
+    """Write the spans that are missing from the source (T5; Raffel 2020, arXiv 1910.10683, section 3.1.4).
+
+    In the source each span is replaced by a sentinel of its own; the target is each sentinel with its span, then one
+    more sentinel, then the tokenizer's closing rows. The published code of T5 leaves that last sentinel out, since its
+    texts end with a span always.
+
+    Args:
+        rate: fraction of the payload's tokens that are cut out.
+        mean_span: tokens of a span on average.
+        sentinels: symbols of the vocabulary that stand for spans, in order; empty for `<extra_id_0>`,
+            `<extra_id_1>` and so on, as far as the vocabulary has them. A text has one span less than these at most.
+        start_id: symbol that the decoder reads first; null for the tokenizer's padding, or 0 where it has none.
+        label_smoothing: share of each target's probability that is spread evenly over all symbols.
+    """
+
+    def __init__(
+        self,
+        rate: float = 0.15,
+        mean_span: float = 3.0,
+        sentinels: list[str] | None = None,
+        start_id: int | None = None,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__(start_id, label_smoothing)
+        require_fractions({"rate": rate}, above_zero=("rate",))
+        if mean_span < 1:
+            raise ConfigError(f"objective.mean_span must be 1 token or more; got {mean_span}")
+        self.rate, self.mean_span, self.sentinels = rate, mean_span, tuple(sentinels or ())
+        self._sentinel_ids = np.zeros(0, np.int64)
+        self._num_closing = 0
+
+    def bind(self, data: RunData) -> None:
+        super().bind(data)
+        tokenizer = data.tokenizer
+        index = {symbol: i for i, symbol in enumerate(tokenizer.vocab)}
+        unknown = [symbol for symbol in self.sentinels if symbol not in index]
+        if unknown or len(set(self.sentinels)) < len(self.sentinels):
+            raise ConfigError(
+                "objective.sentinels must be symbols of the vocabulary, each once; "
+                f"got {unknown[0] if unknown else 'one twice'}"
+            )
+        names = list(self.sentinels)
+        if not names:
+            while (name := f"<extra_id_{len(names)}>") in index:
+                names.append(name)
+        if len(names) < 2:
+            raise ConfigError(
+                "objective SpanCorruption needs a vocabulary with two sentinels or more, <extra_id_0>, <extra_id_1> "
+                f"and so on, or other symbols named by objective.sentinels; got {len(names)}"
+            )
+        self._sentinel_ids = np.array([index[name] for name in names], np.int64)
+        self._num_closing = tokenizer.num_special[1]
+
+    def lengths(self, lengths: np.ndarray) -> np.ndarray:
+        # what is cut out goes to the other side; each span adds a sentinel on both
+        num_spans = np.clip(self.rate * lengths / self.mean_span, 1, len(self._sentinel_ids) - 1)
+        return np.ceil(lengths + 2 * num_spans + self._num_closing + 1).astype(lengths.dtype)
+
+    def sides_of(
+        self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        most = len(self._sentinel_ids) - 1
+        spans = draw_spans(len(payload), rng, rate=self.rate, mean_span=self.mean_span, most=most)
+        source, target = cut_spans(payload, spans, self._sentinel_ids)
+        return source, np.concatenate([target, closing])
+
+
+class Denoising(TwoSided):
+    """Write the payload whole from a damaged copy (BART; Lewis 2019, arXiv 1910.13461, section 2.2).
+
+    Some tokens are deleted first; then spans of Poisson length are replaced by one mask each. Sentences are left in
+    their order.
+
+    Args:
+        rate: fraction of the payload's tokens that are hidden behind masks.
+        mean_span: mean length of the spans that one mask hides, in tokens.
+        delete_rate: fraction of the payload's tokens that are deleted.
+        start_id: symbol that the decoder reads first; null for the tokenizer's padding, or 0 where it has none.
+        label_smoothing: share of each target's probability that is spread evenly over all symbols.
+    """
+
+    def __init__(
+        self,
+        rate: float = 0.3,
+        mean_span: float = 3.0,
+        delete_rate: float = 0.0,
+        start_id: int | None = None,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__(start_id, label_smoothing)
+        require_fractions({"rate": rate, "delete_rate": delete_rate})
+        if rate + delete_rate == 0 or delete_rate == 1:
+            raise ConfigError(
+                "objective.rate or objective.delete_rate must be above 0, and something must be left; "
+                f"got rate={rate}, delete_rate={delete_rate}"
+            )
+        if mean_span <= 0:
+            raise ConfigError(f"objective.mean_span must be above 0 tokens; got {mean_span}")
+        self.rate, self.mean_span, self.delete_rate = rate, mean_span, delete_rate
+        self._mask_id: int | None = None
+
+    def bind(self, data: RunData) -> None:
+        super().bind(data)
+        tokenizer = data.tokenizer
+        self._mask_id = tokenizer.mask_id
+        if self.rate and self._mask_id is None:
+            raise ConfigError(
+                "objective Denoising needs a tokenizer with a mask symbol, or a rate of 0; this one has none"
+            )
+
+    def lengths(self, lengths: np.ndarray) -> np.ndarray:
+        return 2 * lengths
+
+    def sides_of(
+        self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        source = payload
+        if self.delete_rate:
+            source = delete_tokens(source, rng, rate=self.delete_rate)
+        if self._mask_id is not None and self.rate:
+            source = infill_tokens(source, rng, rate=self.rate, mean_span=self.mean_span, mask_id=self._mask_id)
+        return source, np.concatenate([payload, closing])
+
+
+class SequenceToSequence(TwoSided):
+    """Write the input `target`, given the input `source` (Sutskever 2014; Vaswani 2017, arXiv 1706.03762).
+
+    A source that is cropped no longer says what its target says: set `data.max_tokens_per_record` so that none is.
+
+    Args:
+        max_target_tokens: longer targets end there, closing rows left out; null for what the model can place.
+        start_id: symbol that the decoder reads first; null for the tokenizer's padding, or 0 where it has none.
+        label_smoothing: share of each target's probability that is spread evenly over all symbols.
+    """
+
+    inputs = (SOURCE, TARGET)
+
+    def __init__(self, max_target_tokens: int | None = None, start_id: int | None = None, label_smoothing: float = 0.0):
+        super().__init__(start_id, label_smoothing)
+        if max_target_tokens is not None and max_target_tokens < 1:
+            raise ConfigError(f"objective.max_target_tokens must be 1 or more; got {max_target_tokens}")
+        self.max_target_tokens = max_target_tokens
+
+    def sides_of(
+        self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        target = encode(TARGET)
+        limits = [self.max_target_tokens, None if self.config is None else self.config.max_length]
+        return payload, target.ids[target.frame[0] :][: min((limit for limit in limits if limit), default=None)]
 
 
 def _sequence(special: list[np.ndarray], own: np.ndarray, **fields: Any) -> Tokens:
