@@ -27,6 +27,7 @@ from meristem.model.config import (
     SinCos2D,
     TransformerConfig,
 )
+from meristem.model.kernels import Packed
 from meristem.model_directory import ModelCard
 from meristem.types import Layout, PackedBatch
 from meristem_domains.vision import domain
@@ -105,14 +106,16 @@ def distance(model: LoadedModel, pictures: list[np.ndarray], how: str) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(alone, packed, strict=True)) / scale
 
 
+def as_one_sequence(packed: Packed) -> Packed:
+    device = packed.q_THE.device
+    layouts = (Layout((len(rows),), device=device) for rows in (packed.q_THE, packed.k_UKE))
+    return Packed(packed.q_THE, packed.k_UKE, packed.v_UKE, *layouts)
+
+
 def see_all_of_the_pack(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = attention.attend
 
-    def attend_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        one = Layout((len(q),), device=q.device)
-        return attend(q, k, v, one, one, *rest[2:], **named)
-
-    monkeypatch.setattr(attention, "attend", attend_all)
+    monkeypatch.setattr(attention, "attend", lambda packed, scoring: attend(as_one_sequence(packed), scoring))
 
 
 def count_places_through(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,11 +147,7 @@ def forget_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
 def pool_the_pack(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = pool.attend
 
-    def attend_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
-        one_q, one_k = Layout((len(q),), device=q.device), Layout((len(k),), device=q.device)
-        return attend(q, k, v, one_q, one_k, *rest[2:])
-
-    monkeypatch.setattr(pool, "attend", attend_all)
+    monkeypatch.setattr(pool, "attend", lambda packed, scoring: attend(as_one_sequence(packed), scoring))
 
 
 MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
