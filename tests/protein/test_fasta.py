@@ -18,7 +18,9 @@ from meristem.data.reading.open import open_source, read_text_blocks
 from meristem.data.records import PAYLOAD, SCHEMA, ReadOptions, Refusal, Source, record_at
 from meristem.errors import DataError
 from meristem_domains.protein import fasta
-from meristem_domains.protein.fasta import read
+from meristem_domains.protein.fasta import ProteinReader
+
+read = ProteinReader().read
 
 Row = tuple[str, str, int]
 

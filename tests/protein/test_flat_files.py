@@ -15,7 +15,9 @@ from meristem.data.records import PAYLOAD, ReadOptions, Refusal, Source
 from meristem.errors import DataError
 from meristem_domains.dna import kmers
 from meristem_domains.protein import alphabet
-from meristem_domains.protein.fasta import read
+from meristem_domains.protein.fasta import ProteinReader
+
+read = ProteinReader().read
 
 LETTERS = IUPACData.extended_protein_letters
 FORMATS = ("genbank", "embl", "fastq")

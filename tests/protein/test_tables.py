@@ -14,7 +14,9 @@ from meristem.data.reading.tables import table_format
 from meristem.data.records import PAYLOAD, SCHEMA, ReadOptions, Refusal, Source
 from meristem.errors import DataError
 from meristem.types import INPUT
-from meristem_domains.protein.fasta import PAYLOAD_COLUMNS, read
+from meristem_domains.protein.fasta import PAYLOAD_COLUMNS, ProteinReader
+
+read = ProteinReader().read
 
 
 def table_of(path: Path | str, **options: object) -> pa.Table:

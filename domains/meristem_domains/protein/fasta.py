@@ -40,43 +40,39 @@ class ProteinReader(Reader):
     """Reads FASTA, A3M, tables, and `flat_files`. Two sequences that differ only in case are the same protein."""
 
     def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
-        return read(source, options)
+        """Read the proteins of a source.
+
+        The format is recognised by the content: FASTA begins with `>`, a table is Parquet or begins with a header
+        line (CSV, TSV), a file of `flat_files` begins with a record. Compressed files are decompressed. Only A3M is
+        recognised by the name, which must end in `.a3m` before any compression suffix: lower case letters and `.`
+        are insertions there, and are dropped; gaps are kept.
+
+        The id of a FASTA record is the first word of its header. Where the header is empty, it is the number of the
+        record in the file, counted from 1. Spaces and tabs in sequences are dropped; residues are letters, `*`, `-`
+        and `.`.
+
+        Raises:
+            DataError: a file that cannot be read or is none of these, or a refused record when there is no
+                `options.on_error`.
+        """
+        with open_source(source) as stream:
+            head = stream.peek(BLOCK_BYTES).removeprefix(BOM)
+            if head.lstrip()[:1] == b">" or (is_a3m(source) and head.lstrip()[:1] == b"#"):
+                options.require_bare(f"{source.name}:1", "FASTA has none (labels and splits need a table)")
+                yield from _read_fasta(stream, source, options)
+                return
+            if kind := flat_kind(head):
+                options.require_bare(f"{source.name}:1", f"{kind} files have none (labels and splits need a table)")
+                yield from _read_flat(stream, source, options, kind)
+                return
+            form = table_format(head, (*PAYLOAD_COLUMNS, *options.columns, *options.named_columns))
+            if form is None:
+                raise DataError(_not_fasta(head, source))
+            for batch in read_table(stream, source, options, form, PAYLOAD_COLUMNS):
+                yield from _usable(batch, source, options)
 
     def canonical(self, payload: str | bytes) -> bytes:
         return super().canonical(payload).upper()
-
-
-def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
-    """Read the proteins of a source.
-
-    The format is recognised by the content: FASTA begins with `>`, a table is Parquet or begins with a header
-    line (CSV, TSV), a file of `flat_files` begins with a record. Compressed files are decompressed. Only A3M is
-    recognised by the name, which must end in `.a3m` before any compression suffix: lower case letters and `.`
-    are insertions there, and are dropped; gaps are kept.
-
-    The id of a FASTA record is the first word of its header. Where the header is empty, it is the number of the
-    record in the file, counted from 1. Spaces and tabs in sequences are dropped; residues are letters, `*`, `-`
-    and `.`.
-
-    Raises:
-        DataError: a file that cannot be read or is none of these, or a refused record when there is no
-            `options.on_error`.
-    """
-    with open_source(source) as stream:
-        head = stream.peek(BLOCK_BYTES).removeprefix(BOM)
-        if head.lstrip()[:1] == b">" or (is_a3m(source) and head.lstrip()[:1] == b"#"):
-            options.require_bare(f"{source.name}:1", "FASTA has none (labels and splits need a table)")
-            yield from _read_fasta(stream, source, options)
-            return
-        if kind := flat_kind(head):
-            options.require_bare(f"{source.name}:1", f"{kind} files have none (labels and splits need a table)")
-            yield from _read_flat(stream, source, options, kind)
-            return
-        form = table_format(head, (*PAYLOAD_COLUMNS, *options.columns, *options.named_columns))
-        if form is None:
-            raise DataError(_not_fasta(head, source))
-        for batch in read_table(stream, source, options, form, PAYLOAD_COLUMNS):
-            yield from _usable(batch, source, options)
 
 
 def is_a3m(source: Source) -> bool:

@@ -4,9 +4,8 @@ import io
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
-from meristem.data.reading.open import BLOCK_BYTES, read_text_blocks
+from meristem.data.reading.open import BLOCK_BYTES, BOM
 from meristem.data.records import ReadOptions, Refusal, Source
 from meristem.errors import ConfigError, DataError
 
@@ -52,11 +51,11 @@ def read_flat(stream: io.BufferedReader, kind: str, source: Source, options: Rea
     def refuse(line: int, id: str, reason: str) -> None:
         options.refuse(Refusal(source.name, line, id, reason))
 
-    lines = _Lines(stream, min(options.batch_bytes, BLOCK_BYTES))
+    lines = _Lines(stream)
     if kind == "FASTQ":
-        line = 1 + lines.skip_blank()
+        line = 1 + lines.count
         try:
-            for title, text, _ in FastqGeneralIterator(lines):  # type: ignore[arg-type]
+            for title, text, _ in FastqGeneralIterator(lines):
                 id = (title.split() or [f"line{line}"])[0]
                 if NUCLEOTIDES.fullmatch(text):
                     refuse(line, id, "nucleotides (A, C, G, T, U and N alone), where a protein is expected")
@@ -106,34 +105,17 @@ def _entries(lines: "_Lines") -> Iterator[tuple[int, str]]:
         yield first, "".join(held)
 
 
-class _Lines(io.TextIOBase):
+class _Lines(io.TextIOWrapper):
     """The lines of a stream of bytes, counted as they are read."""
 
-    def __init__(self, stream: io.BufferedReader, block_bytes: int):
-        self._lines, self._next = self._split(stream, block_bytes), ""
-        self.count = 0
+    def __init__(self, stream: io.BufferedReader):
+        head = stream.peek(BLOCK_BYTES)
+        # blank lines before the first record, which readers of FASTQ do not expect
+        blank = stream.read(len(head) - len(head.removeprefix(BOM).lstrip()))
+        super().__init__(stream, "utf-8", "replace")
+        self.count = len((blank + b".").splitlines()) - 1
 
-    @staticmethod
-    def _split(stream: io.BufferedReader, block_bytes: int) -> Iterator[str]:
-        rest = b""
-        for block in read_text_blocks(stream, block_bytes):
-            *whole, rest = (rest + block).split(b"\n")
-            yield from (f"{line.decode('utf-8', 'replace')}\n" for line in whole)
-        if rest:
-            yield f"{rest.decode('utf-8', 'replace')}\n"
-
-    def skip_blank(self) -> int:
-        """Skip blank lines, and return how many there were."""
-        while (line := self.readline()) and not line.strip():
-            pass
-        self._next, self.count = line, self.count - bool(line)
-        return self.count
-
-    def readline(self, size: Any = -1, /) -> str:  # type: ignore[override]
-        line, self._next = self._next or next(self._lines, ""), ""
+    def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
+        line = super().readline(size)
         self.count += bool(line)
         return line
-
-    def read(self, size: Any = -1, /) -> str:
-        """Empty: Biopython reads zero characters to see that the stream is text."""
-        return ""

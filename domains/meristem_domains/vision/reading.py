@@ -33,61 +33,53 @@ class PictureReader(Reader):
     """Reads folders, tables and tar files of pictures, and single pictures."""
 
     def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
-        return read(source, options)
+        """Read the pictures of a source.
+
+        * A folder with its subfolders, in the order of the paths, which are the ids. The label `label` of a picture is
+          the name of its top folder within the source. With a split column, the top folder names the part, and the next
+          one the class.
+        * A table: a column of paths, relative to the table, or of bytes (Parquet).
+        * A tar file, in its own order. Labels are in members beside a picture, or in the folders as above.
+        * A single picture.
+
+        Raises:
+            DataError: the source cannot be read or is none of these, or a record is refused and there is no
+                `options.on_error`.
+        """
+        if not source.is_stdin and os.path.isdir(source.path):
+            yield from _read_folder(source, options)
+            return
+        with open_source(source) as stream:
+            head = stream.peek(BLOCK_BYTES)
+            if is_tar(head, source):
+                yield from _gather(source, options, read_members(stream, source, options))
+            elif looks_like_picture(head) or source.path.lower().endswith(SUFFIXES):
+                options.require_bare(source.name, "a single picture has none")
+                id = source.name if source.is_stdin else source.path
+                yield from _gather(source, options, [Found(id, stream.read(), {})], file=source.name)
+            else:
+                yield from _read_table(stream, source, options, _form(head, source, options))
 
     def files(self, source: Source, options: ReadOptions) -> list[Path]:
-        return files(source, options)
+        """The other files that a source refers to: those in a folder, and those at the paths in a table.
 
-
-def read(source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
-    """Read the pictures of a source.
-
-    * A folder with its subfolders, in the order of the paths, which are the ids. The label `label` of a picture is
-      the name of its top folder within the source. With a split column, the top folder names the part, and the next
-      one the class.
-    * A table: a column of paths, relative to the table, or of bytes (Parquet).
-    * A tar file, in its own order. Labels are in members beside a picture, or in the folders as above.
-    * A single picture.
-
-    Raises:
-        DataError: the source cannot be read or is none of these, or a record is refused and there is no
-            `options.on_error`.
-    """
-    if not source.is_stdin and os.path.isdir(source.path):
-        yield from _read_folder(source, options)
-        return
-    with open_source(source) as stream:
-        head = stream.peek(BLOCK_BYTES)
-        if is_tar(head, source):
-            yield from _gather(source, options, read_members(stream, source, options))
-        elif looks_like_picture(head) or source.path.lower().endswith(SUFFIXES):
-            options.require_bare(source.name, "a single picture has none")
-            id = source.name if source.is_stdin else source.path
-            yield from _gather(source, options, [Found(id, stream.read(), {})], file=source.name)
-        else:
-            yield from _read_table(stream, source, options, _form(head, source, options))
-
-
-def files(source: Source, options: ReadOptions) -> list[Path]:
-    """The other files that a source refers to: those in a folder, and those at the paths in a table.
-
-    Raises:
-        DataError: the folder holds no picture, or the source cannot be read.
-    """
-    if os.path.isdir(source.path):
-        return [Path(source.path, path) for path in find_pictures(source).paths]
-    with open_source(source) as stream:
-        head = stream.peek(BLOCK_BYTES)
-        if is_tar(head, source) or looks_like_picture(head) or source.path.lower().endswith(SUFFIXES):
-            return []
-        plain = ReadOptions(options.columns, options.foreign, on_error=lambda refusal: None)
-        found: set[str] = set()
-        for batch in read_table(stream, source, plain, _form(head, source, options), PAYLOAD_COLUMNS, True):
-            for name in _inputs_of(options):
-                payloads = batch.column(INPUT_PREFIX + name)
-                found.update(payloads.to_pylist() if pa.types.is_large_string(payloads.type) else ())
-    root = Path(source.path).parent
-    return [root / path for path in found]
+        Raises:
+            DataError: the folder holds no picture, or the source cannot be read.
+        """
+        if os.path.isdir(source.path):
+            return [Path(source.path, path) for path in find_pictures(source).paths]
+        with open_source(source) as stream:
+            head = stream.peek(BLOCK_BYTES)
+            if is_tar(head, source) or looks_like_picture(head) or source.path.lower().endswith(SUFFIXES):
+                return []
+            plain = ReadOptions(options.columns, options.foreign, on_error=lambda refusal: None)
+            found: set[str] = set()
+            for batch in read_table(stream, source, plain, _form(head, source, options), PAYLOAD_COLUMNS, True):
+                for name in _inputs_of(options):
+                    payloads = batch.column(INPUT_PREFIX + name)
+                    found.update(payloads.to_pylist() if pa.types.is_large_string(payloads.type) else ())
+        root = Path(source.path).parent
+        return [root / path for path in found]
 
 
 def _inputs_of(options: ReadOptions) -> list[str]:

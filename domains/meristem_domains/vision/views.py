@@ -81,7 +81,7 @@ class PictureViews(Views):
             require(is_scale, "data.views.crop_scale must be a least and a most share above 0", list(scale))
         if self.auto_augment and self.color_jitter:
             raise ConfigError("data.views.color_jitter has no effect beside auto_augment; set one of them")
-        self._make()  # says now what is wrong with it
+        assert self._made  # says now what is wrong with it
 
     @property
     def num_views(self) -> int:  # type: ignore[override]
@@ -100,15 +100,12 @@ class PictureViews(Views):
             view = tokenizer.standardised(np.atleast_3d(np.asarray(change(image))))
             return view if erase is None else _erased(view, erase)
 
-    @cached_property
-    def _made(self) -> tuple[Change, Change | None, PatchTokenizer]:
-        return self._make()
-
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the transforms, which each worker builds anew."""
         return {name: value for name, value in vars(self).items() if name != "_made"}
 
-    def _make(self) -> tuple[Change, Change | None, PatchTokenizer]:
+    @cached_property
+    def _made(self) -> tuple[Change, Change | None, PatchTokenizer]:
         """The transforms of a picture, that of its standardised values, and the tokenizer of the result."""
         try:
             from timm.data import create_transform

@@ -5,10 +5,10 @@ is uniform for every picture, its mean entropy is log K, the highest value (`Fig
 """
 
 import torch
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 
 
-class FigureMean(Metric):
+class FigureMean(MeanMetric):
     """The mean of one of the figures of the large views.
 
     Args:
@@ -16,21 +16,13 @@ class FigureMean(Metric):
             distributions from it, which is the loss minus the entropy.
     """
 
-    total: torch.Tensor
-    count: torch.Tensor
-
     def __init__(self, column: int) -> None:
-        super().__init__()
+        super().__init__(nan_strategy="disable")
+        self.set_dtype(torch.float64)
         self.column = column
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, figures: torch.Tensor, distributions: torch.Tensor) -> None:
-        self.total += figures[:, self.column].double().sum()
-        self.count += len(figures)
-
-    def compute(self) -> torch.Tensor:
-        return self.total / self.count
+    def update(self, figures: torch.Tensor, distributions: torch.Tensor) -> None:  # type: ignore[override]
+        super().update(figures[:, self.column].double())
 
 
 class UsedEntropy(Metric):
