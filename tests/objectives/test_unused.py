@@ -3,11 +3,16 @@
 from dataclasses import replace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
-from small_objectives import CASES, bound, packed, random_records
+from small_objectives import CASES, ENCODER, TOKENIZER, bound, packed, random_records
 
+from labelled import ready, records_of
+from meristem.data.pack import pack
+from meristem.data.parts import Part, RunData
 from meristem.model.config import AttentionPool
+from meristem.objectives.supervised import Supervised, Target
 from meristem.train.spec import ModelSpec
 from meristem.train.task import Task
 
@@ -39,6 +44,22 @@ def test_every_trained_parameter_gets_a_gradient(name: str, has_pool: bool, rng)
     named = [remark for remark in task.remarks if remark.startswith("frozen, since objective")]
     assert len(named) == bool(frozen)
     assert all(name in named[0] for name in frozen)
+
+
+@pytest.mark.parametrize("pool", ["mean", "own"])
+def test_a_pool_that_no_label_reads_is_frozen(pool: str) -> None:
+    records = records_of(["MKV", "AGK"], place=["a", "b"])
+    objective = Supervised([Target(name="place", pool=pool)])
+    objective.bind(RunData(TOKENIZER, {"train": Part.of(records)}))
+    task = _configured(Task(ModelSpec(objective=objective, architecture=replace(ENCODER, pool=POOL))))
+    tokens = [
+        objective.prepare(record, ready(TOKENIZER.encode(record.payload)), np.random.default_rng(0))[0]
+        for record in records
+    ]
+    objective.loss_of(task.model, task.extra, pack(tokens, range(2))).terms["place"].sum.backward()
+    assert not [name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None]
+    frozen = {name for name, p in task.model.named_parameters() if not p.requires_grad}
+    assert frozen == ({key for key in task.model.state_dict() if key.startswith("pool.")} if pool == "mean" else set())
 
 
 def test_a_pool_that_nobody_reads_would_lack_gradients(rng, monkeypatch: pytest.MonkeyPatch) -> None:
