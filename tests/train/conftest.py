@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from random_proteins import random_proteins
 
 from meristem.cli.main import main
@@ -72,7 +73,7 @@ class Bench:
         return subprocess.Popen(
             [sys.executable, "-m", "meristem.cli.main", "fit", "--config", "tiny.yaml", *arguments],
             cwd=self.path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # as `run`, to the bit
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -17,6 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
 TIMEOUT_SECONDS = 400
 """Far more than all commands take, on a machine that does other things too."""
 
@@ -52,7 +54,11 @@ class Together:
     def __init__(self, path: Path, commands: Sequence[Command], count: int = 2):
         self.path, self.count = path, count
         env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400", "WORLD_SIZE": str(count)}
-        env |= {"OMP_NUM_THREADS": "1", "MERISTEM_CACHE": str(path / "cache"), "GLOO_SOCKET_IFNAME": "lo"}
+        env |= {
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            "MERISTEM_CACHE": str(path / "cache"),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
         given = json.dumps([asdict(command) for command in commands])
         stores = tempfile.mkdtemp(dir=path)
         self.processes = []
