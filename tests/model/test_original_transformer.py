@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -322,7 +323,13 @@ def change_source(model: Model, change: Callable[[torch.Tensor, Context], Hidden
     """Let the first cross-attention see another source, made of its rows and context."""
     cross = model.trunk.decoder.blocks[0].cross
     forward = cross.forward
-    cross.forward = lambda x, context: forward(x, replace(context, source=change(x, context)))
+
+    def changed(x: torch.Tensor, context: Context) -> torch.Tensor:
+        other = copy(context)
+        other.source = change(x, context)
+        return forward(x, other)
+
+    cross.forward = changed
 
 
 def attend_one_row_off(model: Model) -> None:
