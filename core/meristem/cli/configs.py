@@ -9,7 +9,9 @@ from meristem.errors import ConfigError
 
 def shipped_configs() -> dict[str, Path]:
     """The configs that ship with Meristem, by `<domain>/<name>`."""
-    folder = _folder()
+    package = Path(str(resources.files("meristem")))
+    wheel, checkout = package / "configs", package.parents[1] / "configs"
+    folder = wheel if wheel.is_dir() else checkout
     found = sorted(folder.glob("*/*.yaml"))
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
 
@@ -38,10 +40,3 @@ def find_config(name: str) -> Path:
         f"--config must be a file or a shipped config; got {name!r} ({got}){hint}; "
         f"shipped: {', '.join(shipped) or 'none'}"
     )
-
-
-def _folder() -> Path:
-    """`meristem/configs` of an installed wheel; `configs` of the repository in an editable checkout."""
-    package = Path(str(resources.files("meristem")))
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parents[1] / "configs"

@@ -291,11 +291,9 @@ def _warnings_as_lines() -> Iterator[None]:
         else:
             show(message, category, *args, **options)
 
-    warnings.showwarning = say
-    try:
+    with warnings.catch_warnings():
+        warnings.showwarning = say
         yield
-    finally:
-        warnings.showwarning = show
 
 
 def _is_reader_gone() -> bool:

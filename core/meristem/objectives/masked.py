@@ -9,6 +9,7 @@ from torchmetrics import Metric
 from meristem.data.corrupt import mask_tokens
 from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError
+from meristem.model.config.checks import require
 from meristem.model.heads.symbols import SymbolLoss
 from meristem.model.model import SYMBOLS
 from meristem.model.outputs import Outputs
@@ -41,13 +42,9 @@ class MaskedTokens(SymbolObjective):
     ):
         super().__init__(label_smoothing)
         require_fractions({"rate": rate, "mask_frac": mask_frac, "random_frac": random_frac}, above_zero=("rate",))
-        if mask_frac + random_frac > 1:
-            raise ConfigError(
-                f"objective.mask_frac + random_frac must be at most 1; got {mask_frac} + {random_frac}; "
-                "what is left over stays as it is"
-            )
-        if mean_span < 1:
-            raise ConfigError(f"objective.mean_span must be 1 token or more; got {mean_span}")
+        both = f"{mask_frac} + {random_frac}; what is left over stays as it is"
+        require(mask_frac + random_frac <= 1, "objective.mask_frac + random_frac must be at most 1", both)
+        require(mean_span >= 1, "objective.mean_span must be 1 token or more", mean_span)
         self.rate, self.mask_frac, self.random_frac, self.mean_span = rate, mask_frac, random_frac, mean_span
         self._mask_id = -1
         self._random_ids = np.zeros(0, np.int64)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributions import Beta
 
-from meristem.errors import ConfigError
+from meristem.model.config.checks import require
 from meristem.shapes import Bool, Float, Int, Tensor
 from meristem.types import PackedBatch
 
@@ -34,11 +34,9 @@ class Mixing:
 
     def __post_init__(self) -> None:
         for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"mixing.{name} must be 0 or more; got {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"mixing.{name} must be 0 or more", getattr(self, name))
         for name in ("rate", "cutmix_frac"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"mixing.{name} must be in [0, 1]; got {getattr(self, name)}")
+            require(0 <= getattr(self, name) <= 1, f"mixing.{name} must be in [0, 1]", getattr(self, name))
 
     @property
     def is_on(self) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from meristem.errors import ConfigError
+from meristem.model.config.checks import require, require_frac
 from meristem.model.heads import HeadSpec, Symbols
 from meristem.model.heads.symbols import SymbolLoss
 from meristem.model.model import SYMBOLS
@@ -39,8 +39,7 @@ class SymbolObjective(Objective):
     predicts_symbols = True
 
     def __init__(self, label_smoothing: float = 0.0):
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"objective.label_smoothing must be in [0, 1); got {label_smoothing}")
+        require_frac(label_smoothing, "objective.label_smoothing")
         self.label_smoothing = label_smoothing
 
     @property
@@ -71,9 +70,9 @@ def require_fractions(fractions: Mapping[str, float], above_zero: Sequence[str] 
         above_zero: those that must not be 0.
     """
     for name, value in fractions.items():
-        if not 0 <= value <= 1 or (name in above_zero and value == 0):
-            low = "above 0" if name in above_zero else "0 or more"
-            raise ConfigError(f"objective.{name} must be {low} and at most 1; got {value}")
+        low = "above 0" if name in above_zero else "0 or more"
+        is_right = 0 <= value <= 1 and (value > 0 or name not in above_zero)
+        require(is_right, f"objective.{name} must be {low} and at most 1", value)
 
 
 class _MeanFigure(Metric):

@@ -12,6 +12,7 @@ from meristem.data.labels import MAX_NAMED, Label, LabelColumn, named, placed, s
 from meristem.data.parts import Part, RunData
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Max, Mean, Pool, Prefix
+from meristem.model.config.checks import require, require_frac
 from meristem.model.heads import Readout
 from meristem.model.model import SYMBOLS
 from meristem.types import IGNORE, Record
@@ -51,20 +52,16 @@ class Target:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.class_weights is not None and self.task != "classification":
-            raise ConfigError(f"target {self.name!r}: class_weights need task classification; got {self.task}")
-        if self.name == SYMBOLS or not self.name or "." in self.name:
-            raise ConfigError(f"target name must be a column's, without a dot and not {SYMBOLS!r}; got {self.name!r}")
-        if self.weight <= 0:
-            raise ConfigError(f"target {self.name!r}: weight must be positive; got {self.weight}")
+        own, is_classes = f"target {self.name!r}:", self.task == "classification"
+        require(self.class_weights is None or is_classes, f"{own} class_weights need task classification", self.task)
+        is_column = self.name != SYMBOLS and self.name != "" and "." not in self.name
+        require(is_column, f"target name must be a column's, without a dot and not {SYMBOLS!r}", repr(self.name))
+        require(self.weight > 0, f"{own} weight must be positive", self.weight)
         if self.is_standardised and self.level == "token":
-            raise ConfigError(f"target {self.name!r}: is_standardised has an effect at record level only")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"target {self.name!r}: dropout must be in [0, 1); got {self.dropout}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"target {self.name!r}: label_smoothing must be in [0, 1); got {self.label_smoothing}")
-        if self.label_smoothing and self.task != "classification":
-            raise ConfigError(f"target {self.name!r}: label_smoothing needs task classification; got {self.task}")
+            raise ConfigError(f"{own} is_standardised has an effect at record level only")
+        require_frac(self.dropout, f"{own} dropout")
+        require_frac(self.label_smoothing, f"{own} label_smoothing")
+        require(not self.label_smoothing or is_classes, f"{own} label_smoothing needs task classification", self.task)
 
 
 @dataclass(frozen=True)

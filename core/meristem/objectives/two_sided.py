@@ -9,6 +9,7 @@ from meristem.data.corrupt import cut_spans, delete_tokens, draw_spans, infill_t
 from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig, sees_the_future
+from meristem.model.config.checks import require
 from meristem.model.model import SYMBOLS
 from meristem.objectives.symbols import SymbolObjective, require_fractions
 from meristem.types import SOURCE, Record, Tokens
@@ -38,8 +39,8 @@ class TwoSided(SymbolObjective):
         tokenizer = data.tokenizer_of(self.inputs[-1])
         self._start_id = (tokenizer.pad_id or 0) if self.start_id is None else self.start_id
         last = len(tokenizer.vocab) - 1
-        if not 0 <= self._start_id <= last:
-            raise ConfigError(f"objective.start_id must be the number of a symbol, 0 to {last}; got {self.start_id}")
+        is_symbol = 0 <= self._start_id <= last
+        require(is_symbol, f"objective.start_id must be the number of a symbol, 0 to {last}", self.start_id)
 
     def bind_model(self, config: TransformerConfig) -> None:
         super().bind_model(config)
@@ -111,8 +112,7 @@ class SpanCorruption(TwoSided):
     ):
         super().__init__(start_id, label_smoothing)
         require_fractions({"rate": rate}, above_zero=("rate",))
-        if mean_span < 1:
-            raise ConfigError(f"objective.mean_span must be 1 token or more; got {mean_span}")
+        require(mean_span >= 1, "objective.mean_span must be 1 token or more", mean_span)
         self.rate, self.mean_span, self.sentinels = rate, mean_span, tuple(sentinels or ())
         self._sentinel_ids = np.zeros(0, np.int64)
         self._num_closing = 0
@@ -177,20 +177,18 @@ class Denoising(TwoSided):
     ):
         super().__init__(start_id, label_smoothing)
         require_fractions({"rate": rate, "delete_rate": delete_rate})
-        if rate + delete_rate == 0 or delete_rate == 1:
-            raise ConfigError(
-                "objective.rate or objective.delete_rate must be above 0, and something must be left; "
-                f"got rate={rate}, delete_rate={delete_rate}"
-            )
-        if mean_span <= 0:
-            raise ConfigError(f"objective.mean_span must be above 0 tokens; got {mean_span}")
+        require(
+            rate + delete_rate > 0 and delete_rate < 1,
+            "objective.rate or objective.delete_rate must be above 0, and something must be left",
+            f"rate={rate}, delete_rate={delete_rate}",
+        )
+        require(mean_span > 0, "objective.mean_span must be above 0 tokens", mean_span)
         self.rate, self.mean_span, self.delete_rate = rate, mean_span, delete_rate
         self._mask_id: int | None = None
 
     def bind(self, data: RunData) -> None:
         super().bind(data)
-        tokenizer = data.tokenizer
-        self._mask_id = tokenizer.mask_id
+        self._mask_id = data.tokenizer.mask_id
         if self.rate and self._mask_id is None:
             raise ConfigError(
                 "objective Denoising needs a tokenizer with a mask symbol, or a rate of 0; this one has none"
@@ -225,8 +223,8 @@ class SequenceToSequence(TwoSided):
 
     def __init__(self, max_target_tokens: int | None = None, start_id: int | None = None, label_smoothing: float = 0.0):
         super().__init__(start_id, label_smoothing)
-        if max_target_tokens is not None and max_target_tokens < 1:
-            raise ConfigError(f"objective.max_target_tokens must be 1 or more; got {max_target_tokens}")
+        is_right = max_target_tokens is None or max_target_tokens >= 1
+        require(is_right, "objective.max_target_tokens must be 1 or more", max_target_tokens)
         self.max_target_tokens = max_target_tokens
 
     def sides_of(

@@ -41,7 +41,7 @@ class DataModule(L.LightningDataModule):
         self.sources = [str(self.domain.sample) if path == SAMPLE else path for path in _listed(spec.sources)]
         self.tokenizer: Tokenizer = self.domain.build_tokenizer(**(spec.tokenizer or {}))
         self.inputs = spec.inputs or {}
-        self.owners = {name: one.owner(self.domain) for name, one in self.inputs.items()}
+        self.owners = {name: load_domain(one.domain or spec.domain) for name, one in self.inputs.items()}
         self.input_cards = {
             name: InputCard(owner.name, owner.build_tokenizer(**(self.inputs[name].tokenizer or {})))
             for name, owner in self.owners.items()

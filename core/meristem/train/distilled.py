@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from meristem.data.parts import RunData
 from meristem.errors import ConfigError
+from meristem.model.config.checks import require
 from meristem.model.heads import readouts_of
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs
@@ -44,8 +45,7 @@ class Distilled(Supervised):
     ):
         super().__init__(targets, mixing)
         for name, value in (("teacher_weight", teacher_weight), ("temperature", temperature)):
-            if value <= 0:
-                raise ConfigError(f"objective.{name} must be above 0; got {value}")
+            require(value > 0, f"objective.{name} must be above 0", value)
         if is_hard and temperature != 1:
             raise ConfigError("objective.temperature has no effect with is_hard")
         for target in targets:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from meristem.errors import ConfigError
+from meristem.model.config.checks import require
 from meristem.model.embed import EmbeddingLayer
 from meristem.model.transformer import Stack
 
@@ -42,17 +42,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        for is_right, rule, got in (
-            (self.lr > 0, "lr must be positive", self.lr),
-            (self.weight_decay >= 0, "weight_decay must be 0 or more", self.weight_decay),
-            (all(0 <= beta < 1 for beta in self.betas), "betas must be in [0, 1)", self.betas),
-            (self.eps > 0, "eps must be positive", self.eps),
-            (self.warmup_steps >= 0, "warmup_steps must be 0 or more", self.warmup_steps),
-            (0 <= self.min_lr_frac <= 1, "min_lr_frac must be in [0, 1]", self.min_lr_frac),
-            (0 < self.layer_decay <= 1, "layer_decay must be above 0 and at most 1", self.layer_decay),
-        ):
-            if not is_right:
-                raise ConfigError(f"optimizer.{rule}; got {got}")
+        require(self.lr > 0, "optimizer.lr must be positive", self.lr)
+        require(self.weight_decay >= 0, "optimizer.weight_decay must be 0 or more", self.weight_decay)
+        require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas must be in [0, 1)", self.betas)
+        require(self.eps > 0, "optimizer.eps must be positive", self.eps)
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps must be 0 or more", self.warmup_steps)
+        require(0 <= self.min_lr_frac <= 1, "optimizer.min_lr_frac must be in [0, 1]", self.min_lr_frac)
+        require(0 < self.layer_decay <= 1, "optimizer.layer_decay must be above 0 and at most 1", self.layer_decay)
 
 
 def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:

@@ -1,7 +1,6 @@
 """What is written down of a run: a row a step in `metrics.csv`, loggers, and a stop where the loss is no number."""
 
 import csv
-import io
 import math
 import time
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from meristem.errors import CheckpointError
 from meristem.files import write_file
 from meristem.shapes import Tensor
 from meristem.train.ranks import Ranks
-from meristem.train.run_directory import RunDirectory
+from meristem.train.run_directory import RunDirectory, csv_text
 from meristem.train.task import NotFinite, StepResult, Task
 from meristem.train.watch import Watch
 
@@ -43,7 +42,7 @@ class MetricsFile:
             return
         self._columns, body = rows[0], rows[1:]
         kept = [row for row in body if len(row) == len(self._columns) and row[0].isdigit() and int(row[0]) <= step]
-        write_file(self.path, _lines([self._columns, *kept]).encode())
+        write_file(self.path, csv_text([self._columns, *kept]).encode())
 
     def add(self, values: Mapping[str, Any], columns: list[str]) -> None:
         """Add a row; the columns are those of the first row ever written.
@@ -51,25 +50,12 @@ class MetricsFile:
         Raises:
             CheckpointError: the file has other columns.
         """
-        lines = []
-        if not self._columns:
-            self._columns = columns
-            lines.append(columns)
+        head = [] if self._columns else [columns]
+        self._columns = self._columns or columns
         if self._columns != columns:
             raise CheckpointError(f"{self.path} has other columns than this run: {', '.join(self._columns)}")
-        lines.append([_text(values.get(name)) for name in columns])
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            file.write(_lines(lines))
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
-
-
-def _lines(rows: list[list[str]]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
-    return out.getvalue()
+            file.write(csv_text([*head, [values.get(name) for name in columns]]))
 
 
 class Recorder(L.Callback):
@@ -125,7 +111,7 @@ class Recorder(L.Callback):
             grad_norm = float(norm)
             _check_finite(step, result, grad_norm)
             row: dict[str, Any] = {"step": step, "loss": result.loss, "lr": lr, "grad_norm": grad_norm}
-            row |= _named(result, "loss/")
+            row |= _terms(result)
             row["tokens_per_second"] = round(result.num_tokens / max(seconds, 1e-9), 1)
             if not self._columns:
                 self._columns = _columns(row, task)
@@ -154,12 +140,12 @@ class Recorder(L.Callback):
 def evaluation_values(task: Task) -> dict[str, float]:
     """Exact means and metrics of the part just evaluated."""
     result = task.result_of(task.summed())
-    return {"loss": result.loss, **_named(result, "loss/"), **task.metric_values()}
+    return {"loss": result.loss, **_terms(result), **task.metric_values()}
 
 
-def _named(result: StepResult, prefix: str) -> dict[str, float]:
+def _terms(result: StepResult) -> dict[str, float]:
     """Each term by name, where there are several."""
-    return {prefix + name: value for name, value in result.terms.items()} if len(result.terms) > 1 else {}
+    return {f"loss/{name}": value for name, value in result.terms.items()} if len(result.terms) > 1 else {}
 
 
 def _columns(row: Mapping[str, Any], task: Task) -> list[str]:

@@ -6,13 +6,15 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import disable_possible_user_warnings
 
@@ -131,7 +133,8 @@ def _train(task: Task, data: DataModule, run: RunDirectory, spec: RunSpec, say: 
     checkpoint = run.checkpoint_to_go_on_from()
     recorder = Recorder(run, watch, spec.trainer.log_every_n_steps or 1)
     keeper = Keeper(run, watch, recorder, say)
-    callbacks = [_Greeter(say), recorder, Gallery(run)]
+    greeter = LambdaCallback(on_train_start=lambda trainer, _: _greet(trainer, task, say))
+    callbacks = [greeter, recorder, Gallery(run)]
     if spec.trainer.enable_progress_bar is not False:
         callbacks.append(TrainingProgress(recorder))
     try:
@@ -220,17 +223,22 @@ def _evaluate(
             f"objective {type(task.objective).__name__} is evaluated with what it has beside the model, which "
             f"{checkpoint} would hold; it is not there"
         )
-    caught = _Caught()
+    caught: dict[str, float] = {}
+
+    def catch(*_: Any) -> None:
+        caught.update(evaluation_values(task))
+
+    catcher = LambdaCallback(on_validation_end=catch, on_test_end=catch)
     with _fewer_warnings():
         chosen = replace(_limited(trainer_spec, data), logger=False, max_steps=1)
-        trainer = build_trainer(chosen, [caught], None, Watch())
+        trainer = build_trainer(chosen, [catcher], None, Watch())
         run = trainer.test if part == "test" else trainer.validate
         run(task, datamodule=data, verbose=False, ckpt_path=checkpoint, weights_only=True)
     if task.fresh_heads:
         raise CheckpointError(f"the model must have the heads of the objective; it lacks {', '.join(task.fresh_heads)}")
-    if not caught.values:
+    if not caught:
         raise DataError(f"there is no {part} part; see data.split")
-    return caught.values
+    return caught
 
 
 def build_trainer(spec: TrainerSpec, callbacks: list[L.Callback], run: RunDirectory | None, watch: Watch) -> L.Trainer:
@@ -288,52 +296,30 @@ def _limited(spec: TrainerSpec, data: DataModule) -> TrainerSpec:
     return replace(spec, limit_val_batches=1.0) if isinstance(limit, float) and limit else spec
 
 
-class _Greeter(L.Callback):
-    """Says once what is trained on what, before the first step."""
-
-    def __init__(self, say: Say):
-        self.say = say
-
-    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        assert isinstance(task, Task)
-        ranks = Ranks.of(trainer)
-        if not ranks.is_first:
-            return
-        num_parameters = sum(p.numel() for p in task.model.parameters())
-        num_trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-        trained = f" ({num_trained:,} trained)" if num_trained < num_parameters else ""
-        config = task.architecture
-        for line in [*trainer.datamodule.remarks, *task.remarks]:  # type: ignore[attr-defined]
-            self.say(line)
-        self.say(
-            f"model: {num_parameters:,} parameters{trained}, {config.num_layers} layers of width {config.width}; "
-            f"{task.device.type} x {ranks.count}, {trainer.precision}"
-        )
-        if trainer.ckpt_path:
-            self.say(f"goes on from step {trainer.global_step:,}")
+def _greet(trainer: L.Trainer, task: Task, say: Say) -> None:
+    """Say what is trained on what, before the first step."""
+    ranks = Ranks.of(trainer)
+    if not ranks.is_first:
+        return
+    num_parameters = sum(p.numel() for p in task.model.parameters())
+    num_trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    trained = f" ({num_trained:,} trained)" if num_trained < num_parameters else ""
+    config = task.architecture
+    for line in [*trainer.datamodule.remarks, *task.remarks]:  # type: ignore[attr-defined]
+        say(line)
+    say(
+        f"model: {num_parameters:,} parameters{trained}, {config.num_layers} layers of width {config.width}; "
+        f"{task.device.type} x {ranks.count}, {trainer.precision}"
+    )
+    if trainer.ckpt_path:
+        say(f"goes on from step {trainer.global_step:,}")
 
 
-class _Caught(L.Callback):
-    def __init__(self) -> None:
-        self.values: dict[str, float] = {}
-
-    def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        assert isinstance(task, Task)
-        self.values = evaluation_values(task)
-
-    def on_test_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        self.on_validation_end(trainer, task)
-
-
-class _fewer_warnings:
+@contextmanager
+def _fewer_warnings() -> Iterator[None]:
     """Lightning's advice on data loaders is about loaders that are not ours."""
-
-    def __enter__(self) -> None:
-        self._catch = warnings.catch_warnings()
-        self._catch.__enter__()
+    with warnings.catch_warnings():
         disable_possible_user_warnings()
         warnings.filterwarnings("ignore", module="lightning")
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-
-    def __exit__(self, *raised: object) -> None:
-        self._catch.__exit__(*raised)  # type: ignore[arg-type]
+        yield

@@ -14,9 +14,8 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,46 +28,25 @@ from meristem.objectives.objective import Objective
 from meristem.train.spec import FREE_KEYS, fill_in
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """Where a run keeps its things.
 
-    Attributes:
+    Args:
         path: of the run.
     """
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.csv"
-
-    @property
-    def curves(self) -> Path:
-        return self.path / "curves.png"
-
-    @property
-    def refused(self) -> Path:
-        return self.path / "refused.csv"
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.csv"
+        self.curves = path / "curves.png"
+        self.refused = path / "refused.csv"
+        self.last_checkpoint = path / "checkpoints" / "last.ckpt"
+        self.best_model = path / "model"
+        self.last_model = path / "model-last"
 
     def figure(self, name: str) -> Path:
         return self.path / f"{name}.png"
-
-    @property
-    def last_checkpoint(self) -> Path:
-        return self.path / "checkpoints" / "last.ckpt"
-
-    @property
-    def best_model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def last_model(self) -> Path:
-        return self.path / "model-last"
 
     @property
     def is_started(self) -> bool:
@@ -145,8 +123,11 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def refusals_as_csv(refused: Sequence[Refusal]) -> bytes:
     """A line for each record that was left out."""
+    return csv_text([["where", "id", "reason"], *([one.where, one.id, one.reason] for one in refused)]).encode()
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as lines of CSV; None is an empty cell, and a number reads back as it was, bit for bit."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["where", "id", "reason"])
-    writer.writerows([one.where, one.id, one.reason] for one in refused)
-    return text.getvalue().encode()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

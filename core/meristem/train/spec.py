@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from meristem.domain import Domain, load_domain
+from meristem.domain import load_domain
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
+from meristem.model.config.checks import require, require_frac
 from meristem.model.plain import to_json
 from meristem.objectives.objective import Objective
 from meristem.train.architecture import resolve_architecture
@@ -72,16 +73,14 @@ class ModelSpec:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.objective, Objective):
-            raise ConfigError(f"model.objective must be an Objective, such as MaskedTokens(); got {self.objective!r}")
-        if not isinstance(self.architecture, Mapping | TransformerConfig | None):
-            raise ConfigError(f"model.architecture must be a preset or a mapping; got {self.architecture!r}")
+        is_objective = isinstance(self.objective, Objective)
+        require(is_objective, "model.objective must be an Objective, such as MaskedTokens()", repr(self.objective))
+        is_right = isinstance(self.architecture, Mapping | TransformerConfig | None)
+        require(is_right, "model.architecture must be a preset or a mapping", repr(self.architecture))
         for name in ("dropout", "drop_path"):
-            frac = getattr(self, name)
-            if frac is not None and not 0 <= frac < 1:
-                raise ConfigError(f"model.{name} must be in [0, 1); got {frac}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ConfigError(f"model.ema_decay must be above 0 and below 1; got {self.ema_decay}")
+            require_frac(getattr(self, name) or 0.0, f"model.{name}")
+        is_decay = self.ema_decay is None or 0 < self.ema_decay < 1
+        require(is_decay, "model.ema_decay must be above 0 and below 1", self.ema_decay)
         if self.freeze_trunk and not self.init_from:
             raise ConfigError(
                 "model.freeze_trunk needs model.init_from: a frozen trunk of random weights learns little"
@@ -113,20 +112,16 @@ class Split:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.method == "column") != bool(self.column):
-            raise ConfigError(
-                f"data.split.column must be set with method column, and only then; "
-                f"got method {self.method}, column {self.column!r}"
-            )
+        is_right, got = (self.method == "column") == bool(self.column), f"method {self.method}"
+        rule = "data.split.column must be set with method column, and only then"
+        require(is_right, rule, f"{got}, column {self.column!r}")
         for name in ("k", "threshold"):
-            if self.method != "similarity" and getattr(self, name) is not None:
-                raise ConfigError(
-                    f"data.split.{name} has an effect with method similarity only; "
-                    f"got method {self.method}, {name} {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            is_right = self.method == "similarity" or value is None
+            require(is_right, f"data.split.{name} has an effect with method similarity only", f"{got}, {name} {value}")
         fracs = (self.validation_frac, self.test_frac)
-        if min(fracs) < 0 or sum(fracs) >= 1:
-            raise ConfigError(f"data.split: fractions must be 0 or more and leave some for training; got {fracs}")
+        are_right = min(fracs) >= 0 and sum(fracs) < 1
+        require(are_right, "data.split: fractions must be 0 or more and leave some for training", fracs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,17 +135,6 @@ class Input:
 
     domain: str = ""
     tokenizer: dict[str, Any] | None = None
-
-    def owner(self, domain: Domain) -> Domain:
-        """The domain that reads the input.
-
-        Args:
-            domain: of the run.
-
-        Raises:
-            ConfigError: no such domain.
-        """
-        return load_domain(self.domain) if self.domain else domain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,8 +241,7 @@ class TrainerSpec:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "accumulate_grad_batches"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"trainer.{name} must be 1 or more; got {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"trainer.{name} must be 1 or more", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)

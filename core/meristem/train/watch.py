@@ -5,7 +5,7 @@ from typing import Literal
 
 import lightning as L
 
-from meristem.errors import ConfigError
+from meristem.model.config.checks import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,9 @@ class Watch:
 
     def __post_init__(self) -> None:
         for name in ("validate_every_n_steps", "save_every_n_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"watch.{name} must be 1 or more; got {getattr(self, name)}")
-        if self.patience is not None and self.patience < 1:
-            raise ConfigError(f"watch.patience must be 1 or more, or null; got {self.patience}")
+            require(getattr(self, name) >= 1, f"watch.{name} must be 1 or more", getattr(self, name))
+        is_right = self.patience is None or self.patience >= 1
+        require(is_right, "watch.patience must be 1 or more, or null", self.patience)
 
     def is_due(self, trainer: L.Trainer) -> bool:
         """Whether a validation follows the step that was just taken."""
