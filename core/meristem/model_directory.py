@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from meristem.data.tokenizer import Tokenizer
@@ -79,10 +78,6 @@ class ModelCard:
     def tokenizer_of(self, name: str) -> Tokenizer:
         """The tokenizer that reads an input."""
         return self.inputs[name].tokenizer or self.tokenizer
-
-    def domain_of(self, name: str) -> str:
-        """Name of the domain that reads an input."""
-        return self.inputs[name].domain or self.domain
 
     @property
     def readouts(self) -> tuple[Readout, ...]:
@@ -180,23 +175,16 @@ def load_model(path: Path | str) -> tuple[ModelCard, Model]:
     tensors = read_safetensors(path / WEIGHTS)
     with without_weights():
         model = card.build()
-    check_tensors(path / WEIGHTS, {name: value.shape for name, value in model.state_dict().items()}, tensors)
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    shapes = [
+        f"{name} {list(tensors[name].shape)} for {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    refuse_tensors(path / WEIGHTS, missing, extra, shapes)
     model.load_state_dict(tensors, strict=True, assign=True)
     return card, model.eval()
-
-
-def check_tensors(where: Path, wanted: Mapping[str, torch.Size], got: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that are not exactly those wanted.
-
-    Raises:
-        CheckpointError: names what is missing, extra and mis-shaped.
-    """
-    shapes = [
-        f"{name} {list(got[name].shape)} for {list(shape)}"
-        for name, shape in wanted.items()
-        if name in got and got[name].shape != shape
-    ]
-    refuse_tensors(where, sorted(set(wanted) - set(got)), sorted(set(got) - set(wanted)), shapes)
 
 
 def find_model(path: Path | str) -> Path:

@@ -1,5 +1,7 @@
 """Records mixed in pairs: what each is made of is what its labels say, and nothing else of a pack changes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from meristem.errors import ConfigError
 from meristem.model.config import Attention, Embedding, FeedForward, NoPosition, TransformerConfig
 from meristem.model.model import Model
 from meristem.objectives import supervised
-from meristem.objectives.mixing import Mixed, Mixing, mix
+from meristem.objectives.mixing import PARTNER, SHARE, Mixing, mix
 from meristem.objectives.supervised import Supervised, Target
 from meristem.types import IGNORE, PackedBatch, Record
 from meristem_domains.vision.patches import PatchTokenizer
@@ -45,12 +47,12 @@ def _objective(mixing: Mixing, label_smoothing: float = 0.0) -> Supervised:
     return objective
 
 
-def _shares_of_pixels(batch: PackedBatch, mixed: Mixed) -> np.ndarray:
+def _shares_of_pixels(batch: PackedBatch, mixed: PackedBatch) -> np.ndarray:
     """What part of each record is its own, by the values alone: least squares of it on the two."""
     num = batch.layout.num_sequences
-    before, after = (b.features[: num * 16].view(num, 16, -1)[:, 1:].double().numpy() for b in (batch, mixed.batch))
+    before, after = (b.features[: num * 16].view(num, 16, -1)[:, 1:].double().numpy() for b in (batch, mixed))
     shares = []
-    for own, other, made in zip(before, before[mixed.partners.numpy()], after):
+    for own, other, made in zip(before, before[mixed.labels[PARTNER].numpy()], after):
         # of a mean each patch has one share, of a rectangle each has 0 or 1
         of_patches = ((made - other) * (own - other)).sum(-1) / np.maximum(((own - other) ** 2).sum(-1), 1e-12)
         np.testing.assert_allclose(of_patches[:, None] * (own - other) + other, made, atol=1e-6)
@@ -62,26 +64,21 @@ def _shares_of_pixels(batch: PackedBatch, mixed: Mixed) -> np.ndarray:
 def test_shares_of_labels_are_shares_of_pixels(rng, mixing):
     batch = _batch(rng, _objective(mixing), list("abcabcabcabc") * 3)
     mixed = mix(batch, mixing, GRID, torch.ones(36, dtype=torch.bool))
-    is_self = (mixed.partners == torch.arange(36)).numpy()
+    is_self = (mixed.labels[PARTNER] == torch.arange(36)).numpy()
     found = _shares_of_pixels(batch, mixed)
     # a record that is its own partner has whatever share: it is what it was. fp32 at 1e-6 over differences near 0.3
-    np.testing.assert_allclose(found[~is_self], mixed.shares.numpy()[~is_self], atol=1e-4)
+    np.testing.assert_allclose(found[~is_self], mixed.labels[SHARE].numpy()[~is_self], atol=1e-4)
     assert len(np.unique(found.round(3))) > 3  # a grid of 3 x 5 has few rectangles: 5 to 7 shares in 1,200 draws
     assert (found < 0.99).mean() > 0.1  # 0.22 was the least in 1,200 draws
     unchanged = (batch.ids, batch.positions, batch.labels["kind"], batch.layout)
-    assert all(
-        a is b
-        for a, b in zip(
-            unchanged, (mixed.batch.ids, mixed.batch.positions, mixed.batch.labels["kind"], mixed.batch.layout)
-        )
-    )
+    assert all(a is b for a, b in zip(unchanged, (mixed.ids, mixed.positions, mixed.labels["kind"], mixed.layout)))
 
 
 def test_rectangles_are_rectangles_that_reach_every_patch(rng):
     mixing = Mixing(cutmix=1.0)
     batch = _batch(rng, _objective(mixing), list("abc") * 40)
     mixed = mix(batch, mixing, GRID, torch.ones(120, dtype=torch.bool))
-    before, after = (b.features[: 120 * 16].view(120, 16, -1)[:, 1:] for b in (batch, mixed.batch))
+    before, after = (b.features[: 120 * 16].view(120, 16, -1)[:, 1:] for b in (batch, mixed))
     is_theirs = (before != after).any(-1).view(120, *GRID).numpy()
     for one in is_theirs:
         rows, columns = np.flatnonzero(one.any(1)), np.flatnonzero(one.any(0))
@@ -95,9 +92,9 @@ def test_a_record_without_a_label_is_left_as_it_is(rng):
     batch = _batch(rng, _objective(mixing), ["a", None] * 12)
     may = batch.labels["kind"] != IGNORE
     mixed = mix(batch, mixing, GRID, may)
-    assert (mixed.shares[~may] == 1).all()
-    assert (mixed.shares[~may[mixed.partners]] == 1).all()
-    assert (mixed.shares < 1).any()
+    assert (mixed.labels[SHARE][~may] == 1).all()
+    assert (mixed.labels[SHARE][~may[mixed.labels[PARTNER]]] == 1).all()
+    assert (mixed.labels[SHARE] < 1).any()
 
 
 @torch.no_grad()
@@ -113,10 +110,10 @@ def _loss_by_hand(objective: Supervised, model: Model, batch: PackedBatch, seed:
     """Soft targets written out, as a table of probabilities."""
     torch.manual_seed(seed)
     mixed = mix(batch, objective.mixing, GRID, batch.labels["kind"] != IGNORE)
-    logits = outputs_of(model, mixed.batch, "kind")
+    logits = outputs_of(model, mixed, "kind")
     labels = batch.labels["kind"]
-    soft = mixed.shares[:, None] * F.one_hot(labels, 3) + (1 - mixed.shares[:, None]) * F.one_hot(
-        labels[mixed.partners], 3
+    soft = mixed.labels[SHARE][:, None] * F.one_hot(labels, 3) + (1 - mixed.labels[SHARE][:, None]) * F.one_hot(
+        labels[mixed.labels[PARTNER]], 3
     )
     soft = (1 - smoothing) * soft + smoothing / 3
     return float(-(soft * logits.log_softmax(-1)).sum())
@@ -143,7 +140,7 @@ def test_labels_that_are_not_mixed_with_their_pictures_would_be_seen(rng, monkey
 
     def mutant(*arguments):
         found = mix(*arguments)
-        return Mixed(found.batch, found.partners, torch.ones_like(found.shares))
+        return replace(found, labels={**found.labels, SHARE: torch.ones_like(found.labels[SHARE])})
 
     monkeypatch.setattr(supervised, "mix", mutant)
     assert _loss(objective, model, batch, 5) != pytest.approx(wanted, rel=1e-4)

@@ -64,6 +64,4 @@ def _keys_of(group: str) -> str:
 def _parameters_of(class_path: str) -> str:
     module, _, name = class_path.rpartition(".")
     found = getattr(import_module(module), name)
-    if is_dataclass(found):
-        return ", ".join(f.name for f in fields(found))
-    return ", ".join(list(inspect.signature(found.__init__).parameters)[1:])
+    return ", ".join([*inspect.signature(found.__init__).parameters][1:])

@@ -72,26 +72,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Probe, and say what came of it."""
+    from dataclasses import fields
     from pathlib import Path
 
     from meristem.probing.options import ProbeOptions
     from meristem.probing.run import probe_files
 
     options = ProbeOptions(
-        label=args.label,
         missing_labels=tuple(args.missing_label),
-        method=args.method,
-        task=args.task,
-        k=args.k,
-        temperature=args.temperature,
-        split=args.split,
-        split_column=args.split_column,
-        group_column=args.group_column,
-        test_frac=args.test_frac,
-        validation_frac=args.validation_frac,
-        seed=args.seed,
         embed=embed_options(args),
         cache_dir=Path(args.cache) if args.cache else None,
+        **{one.name: getattr(args, one.name) for one in fields(ProbeOptions) if one.name in args},
     )
     metrics = probe_files(args.model, args.inputs, args.output, options, args.test, _Shown())
     _print_summary(metrics)

@@ -11,7 +11,7 @@ import torch
 from torch.distributions import Beta
 
 from meristem.model.config.checks import require
-from meristem.shapes import Bool, Float, Int, Tensor
+from meristem.shapes import Bool, Int, Tensor
 from meristem.types import PackedBatch
 
 
@@ -43,27 +43,20 @@ class Mixing:
         return bool(self.rate and (self.mixup or self.cutmix))
 
 
-@dataclass(frozen=True)
-class Mixed:
-    """A pack after mixing.
-
-    Attributes:
-        batch: with other features.
-        partners: `[S]` the sequence that each is mixed with.
-        shares: `[S]` of each sequence in itself, between 0 and 1; 1 where it was not mixed.
-    """
-
-    batch: PackedBatch
-    partners: Int[Tensor, "S"]
-    shares: Float[Tensor, "S"]
+PARTNER, SHARE = "mixed.partner", "mixed.share"
+"""Labels that `mix` adds. No column's name has a dot."""
 
 
-def mix(batch: PackedBatch, mixing: Mixing, grid: tuple[int, ...], may_S: Bool[Tensor, "S"]) -> Mixed:
+def mix(batch: PackedBatch, mixing: Mixing, grid: tuple[int, ...], may_S: Bool[Tensor, "S"]) -> PackedBatch:
     """Mix sequences of patches, all of one grid.
 
     Args:
         grid: rows and columns of patches.
         may_S: what may be mixed: only two that both may are.
+
+    Returns:
+        The pack with other features, and two more labels, both `[S]`: the sequence that each is mixed with (`PARTNER`),
+        and its share of itself (`SHARE`), between 0 and 1; 1 where it was not mixed.
     """
     num = batch.layout.num_sequences
     assert batch.features is not None, "only patches are mixed"
@@ -87,7 +80,7 @@ def mix(batch: PackedBatch, mixing: Mixing, grid: tuple[int, ...], may_S: Bool[T
     features_SnP = batch.features[: num * length].view(num, length, -1)
     mixed = torch.lerp(features_SnP[partners], features_SnP, own_Sn[..., None].to(features_SnP.dtype))
     features = torch.cat([mixed.flatten(0, 1), batch.features[num * length :]])
-    return Mixed(replace(batch, features=features), partners, shares)
+    return replace(batch, features=features, labels={**batch.labels, PARTNER: partners, SHARE: shares})
 
 
 def _rectangles(alpha: float, num: int, grid: tuple[int, ...]) -> tuple[Int[Tensor, "S A"], Int[Tensor, "S A"]]:

@@ -7,6 +7,7 @@ import numpy as np
 from meristem.data.parts import Encoder
 from meristem.errors import ConfigError
 from meristem.model.config import Both, Either, InPrefix, Pattern, TransformerConfig, sees_the_future
+from meristem.model.config.checks import require
 from meristem.model.model import SYMBOLS
 from meristem.objectives.symbols import SymbolObjective
 from meristem.types import IGNORE, Record, Tokens
@@ -26,11 +27,8 @@ class NextToken(SymbolObjective):
 
     def bind_model(self, config: TransformerConfig) -> None:
         super().bind_model(config)
-        if config.num_decoder_layers:
-            raise ConfigError(
-                f"objective {type(self).__name__} needs a model of one stack; "
-                f"got num_decoder_layers={config.num_decoder_layers} (architecture.num_decoder_layers)"
-            )
+        got = f"num_decoder_layers={config.num_decoder_layers} (architecture.num_decoder_layers)"
+        require(not config.num_decoder_layers, f"objective {type(self).__name__} needs a model of one stack", got)
         for layer in range(config.num_layers):
             pattern = config.layer(layer).attention.pattern
             if sees_the_future(pattern):

@@ -23,15 +23,11 @@ from meristem.model.heads import HeadSpec
 from meristem.model.heads.labels import Standardise
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted
-from meristem.objectives.mixing import Mixing, mix
+from meristem.objectives.mixing import PARTNER, SHARE, Mixing, mix
 from meristem.objectives.objective import Objective, Processes
 from meristem.objectives.targets import BoundTarget, Target, encode_labels, learn
 from meristem.shapes import Float, Int, Tensor
 from meristem.types import IGNORE, LossOut, PackedBatch, Record, Term, Tokens
-
-PARTNER, SHARE = "mixed.partner", "mixed.share"
-"""Labels of a pack whose records are mixed: the sequence each is mixed with, and its share of itself. No column's name
-has a dot."""
 
 
 class Supervised(Objective):
@@ -106,11 +102,10 @@ class Supervised(Objective):
         counts = {}
         for name, bound in self._bound.items():
             known = _known(self._of(batch, bound))[1]
+            counts[name] = float(len(known))
             if bound.class_weights:
                 weights_C = torch.tensor(bound.class_weights, dtype=torch.float64)
                 counts[name] = float(weights_C[known.long().cpu()].sum())
-            else:
-                counts[name] = float(len(known))
         return counts | self.router_counts(batch)
 
     @staticmethod
@@ -123,8 +118,7 @@ class Supervised(Objective):
         if not (is_training and self.mixing.is_on):
             return batch
         may_S = torch.stack([batch.labels[name] != IGNORE for name in self._bound]).all(0)
-        mixed = mix(batch, self.mixing, self._grid, may_S)
-        return replace(mixed.batch, labels={**batch.labels, PARTNER: mixed.partners, SHARE: mixed.shares})
+        return mix(batch, self.mixing, self._grid, may_S)
 
     def wanted(self, batch: PackedBatch) -> Wanted:
         return Wanted(tuple(self._bound), num_first=0)
@@ -193,10 +187,7 @@ class Supervised(Objective):
 
 def _known(values: Tensor) -> tuple[Int[Tensor, "M"], Tensor]:
     """Rows that have a target, and their targets."""
-    is_known = values != IGNORE
-    if values.is_floating_point():
-        is_known &= ~values.isnan()
-    rows = is_known.nonzero().squeeze(1)
+    rows = ((values != IGNORE) & ~values.isnan()).nonzero().squeeze(1)
     return rows, values.index_select(0, rows)
 
 

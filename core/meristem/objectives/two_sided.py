@@ -45,10 +45,8 @@ class TwoSided(SymbolObjective):
     def bind_model(self, config: TransformerConfig) -> None:
         super().bind_model(config)
         name = type(self).__name__
-        if not config.num_decoder_layers:
-            raise ConfigError(
-                f"objective {name} needs an encoder-decoder; got num_decoder_layers=0 (architecture.num_decoder_layers)"
-            )
+        got = "num_decoder_layers=0 (architecture.num_decoder_layers)"
+        require(config.num_decoder_layers > 0, f"objective {name} needs an encoder-decoder", got)
         for layer in range(config.num_layers, config.total_layers):
             pattern = config.layer(layer).attention.pattern
             if sees_the_future(pattern):
@@ -121,12 +119,10 @@ class SpanCorruption(TwoSided):
         super().bind(data)
         tokenizer = data.tokenizer
         index = {symbol: i for i, symbol in enumerate(tokenizer.vocab)}
-        unknown = [symbol for symbol in self.sentinels if symbol not in index]
-        if unknown or len(set(self.sentinels)) < len(self.sentinels):
-            raise ConfigError(
-                "objective.sentinels must be symbols of the vocabulary, each once; "
-                f"got {unknown[0] if unknown else 'one twice'}"
-            )
+        rule = "objective.sentinels must be symbols of the vocabulary, each once"
+        for symbol in self.sentinels:
+            require(symbol in index, rule, symbol)
+        require(len(set(self.sentinels)) == len(self.sentinels), rule, "one twice")
         names = list(self.sentinels)
         if not names:
             while (name := f"<extra_id_{len(names)}>") in index:

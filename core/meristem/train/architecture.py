@@ -8,6 +8,7 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.domain import Domain
 from meristem.errors import ConfigError
 from meristem.model.config import Learned, Position, Rotary, SinCos2D, Sinusoidal, TransformerConfig
+from meristem.model.config.checks import require
 from meristem.model.plain import from_json, merge, to_json
 from meristem.objectives.objective import Objective
 
@@ -28,10 +29,8 @@ def resolve_architecture(
     preset = wanted.pop("preset", None)
     values: dict[str, Any] = {}
     if preset is not None:
-        if preset not in domain.presets:
-            raise ConfigError(
-                f"architecture.preset must be one of {', '.join(domain.presets) or 'none'}; got {preset!r}"
-            )
+        rule = f"architecture.preset must be one of {', '.join(domain.presets) or 'none'}"
+        require(preset in domain.presets, rule, repr(preset))
         values = merge({}, to_json(domain.presets[preset]))
     elif not wanted:
         raise ConfigError(
@@ -75,17 +74,12 @@ def _check_fit(config: TransformerConfig, tokenizer: Tokenizer, domain: str) -> 
     Raises:
         ConfigError: says what must be equal.
     """
-    got = config.embedding.vocab_size
-    if got < len(tokenizer.vocab):
-        raise ConfigError(
-            f"architecture.embedding.vocab_size must be {len(tokenizer.vocab)} or more, as {domain} has so many "
-            f"symbols; got {got}"
-        )
-    if (wanted := tokenizer.num_features) != config.embedding.patch_features:
-        raise ConfigError(
-            f"architecture.embedding.patch_features must be {wanted}, as data.tokenizer makes patches of so many "
-            f"values; got {config.embedding.patch_features}"
-        )
+    got, wanted = config.embedding.vocab_size, len(tokenizer.vocab)
+    rule = f"architecture.embedding.vocab_size must be {wanted} or more, as {domain} has so many symbols"
+    require(got >= wanted, rule, got)
+    got, wanted = config.embedding.patch_features, tokenizer.num_features
+    rule = f"architecture.embedding.patch_features must be {wanted}, as data.tokenizer makes patches of so many values"
+    require(got == wanted, rule, got)
     positions = {config.position, *(config.layer(index).position for index in range(config.total_layers))}
     for position in positions:
         _check_position(position, tokenizer)
@@ -93,12 +87,12 @@ def _check_fit(config: TransformerConfig, tokenizer: Tokenizer, domain: str) -> 
 
 def _check_position(position: Position, tokenizer: Tokenizer) -> None:
     axes, kind = tokenizer.num_axes, type(position).__name__
-    if isinstance(position, Learned) and position.grid != tokenizer.grid:
-        own = list(tokenizer.grid) or "none: each payload has its own"
-        raise ConfigError(
-            f"architecture.position.grid must be that of data.tokenizer, {own}; got {list(position.grid) or 'none'}"
-        )
-    if isinstance(position, Rotary) and position.num_axes != axes:
-        raise ConfigError(f"architecture.position.num_axes must be {axes}, as of the data; got {position.num_axes}")
-    if (isinstance(position, SinCos2D) and axes != 2) or (isinstance(position, Sinusoidal) and axes != 1):
-        raise ConfigError(f"architecture.position must be of {axes} axes, as the data is; got {kind}")
+    if isinstance(position, Learned):
+        own, got = list(tokenizer.grid) or "none: each payload has its own", list(position.grid) or "none"
+        rule = f"architecture.position.grid must be that of data.tokenizer, {own}"
+        require(position.grid == tokenizer.grid, rule, got)
+    if isinstance(position, Rotary):
+        rule = f"architecture.position.num_axes must be {axes}, as of the data"
+        require(position.num_axes == axes, rule, position.num_axes)
+    is_wrong = (isinstance(position, SinCos2D) and axes != 2) or (isinstance(position, Sinusoidal) and axes != 1)
+    require(not is_wrong, f"architecture.position must be of {axes} axes, as the data is", kind)

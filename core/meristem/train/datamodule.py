@@ -15,7 +15,7 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
 from meristem.domain import Domain, load_domain
 from meristem.errors import ConfigError, DataError
-from meristem.model.config import TransformerConfig
+from meristem.model.config.checks import require
 from meristem.model.grid import with_grid
 from meristem.model_directory import InputCard
 from meristem.objectives.objective import Objective
@@ -59,11 +59,10 @@ class DataModule(L.LightningDataModule):
         if not self.sources:
             raise ConfigError("data.sources must be set: one file or more (--data.sources FILE, or in the config)")
         weights = spec.weights
-        if weights is not None and (len(weights) != len(self.sources) or not all(0 < one < np.inf for one in weights)):
-            raise ConfigError(
-                f"data.weights must be one finite number above 0 for each of data.sources ({len(self.sources)}); "
-                f"got {weights}"
-            )
+        if weights is not None:
+            are_right = len(weights) == len(self.sources) and all(0 < one < np.inf for one in weights)
+            rule = "data.weights must be one finite number above 0 for each of data.sources"
+            require(are_right, f"{rule} ({len(self.sources)})", weights)
 
     def _build_views(self) -> Views | None:
         options = self.spec.views
@@ -83,14 +82,16 @@ class DataModule(L.LightningDataModule):
             ConfigError: data and model do not fit.
         """
         objective, given = task.objective, task.init_card
-        unknown = [name for name in self.inputs if name not in objective.inputs[1:]]
-        if unknown:
-            raise ConfigError(
-                f"data.inputs must name inputs of the objective behind its first one, which data.tokenizer reads: "
-                f"{', '.join(objective.inputs[1:]) or 'none'}; got {unknown[0]!r}"
-            )
+        rule = "data.inputs must name inputs of the objective behind its first one, which data.tokenizer reads"
+        known, rows = objective.inputs[1:], task.architecture.embedding.vocab_size
+        for name in self.inputs:
+            require(name in known, f"{rule}: {', '.join(known) or 'none'}", repr(name))
         for name, tokenizer in self.others.items():
-            self._require_fit(name, tokenizer, task.architecture)
+            if (needed := len(tokenizer.vocab)) > rows:
+                raise ConfigError(
+                    f"the input {name!r} has {needed} symbols, and the model rows for {rows}; "
+                    f"set model.architecture.embedding.vocab_size to {needed} or more"
+                )
         if given is not None:
             self.tokenizer = given.tokenizer.adapted(self.domain.build_tokenizer, self.spec.tokenizer or {})
             task.architecture = with_grid(task.architecture, self.tokenizer.grid)
@@ -126,15 +127,6 @@ class DataModule(L.LightningDataModule):
         limits = [limit for limit in (wanted, self._position_limit) if limit]
         self.max_tokens_per_record = min(limits, default=None)
         self.remarks.append(self._summary())
-
-    def _require_fit(self, name: str, tokenizer: Tokenizer, architecture: TransformerConfig) -> None:
-        """See that the model has a row for each symbol of an input."""
-        rows, wanted = architecture.embedding.vocab_size, len(tokenizer.vocab)
-        if wanted > rows:
-            raise ConfigError(
-                f"the input {name!r} has {wanted} symbols, and the model rows for {rows}; "
-                f"set model.architecture.embedding.vocab_size to {wanted} or more"
-            )
 
     @property
     def _skip(self) -> Callable[[Refusal], None] | None:

@@ -43,17 +43,13 @@ class TrainingProgress(L.Callback):
             figures = ", ".join(f"{name} {value:.4g}" for name, value in self.recorder.last_validation.items())
             self._shown.say(f"step {trainer.global_step:,}: validation: {figures}")
 
-    def on_exception(self, trainer: L.Trainer, task: L.LightningModule, exception: BaseException) -> None:
-        self._stop()
-
-    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
+    def on_train_end(self, *_: Any, **named: Any) -> None:
         """Take the bar off the screen; lines stay."""
         if self._shown is not None:
             self._shown.__exit__(None, None, None)
             self._shown = None
+
+    on_exception = on_train_end
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def _terms(result: StepResult) -> dict[str, float]:
 
 def _columns(row: Mapping[str, Any], task: Task) -> list[str]:
     losses = [name for name in row if name.startswith("loss")]
-    evaluated = [VALIDATION + name for name in [*losses, *task.metric_names()]]
+    evaluated = [VALIDATION + name for name in [*losses, *task.metrics]]
     return ["step", *losses, "lr", "grad_norm", "tokens_per_second", *evaluated]
 
 

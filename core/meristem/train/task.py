@@ -82,7 +82,7 @@ class Task(L.LightningModule):
         self.average: MovingAverage | None = None
         self.remarks: list[str] = []
         self.fresh_heads: tuple[str, ...] = ()
-        self._metrics: dict[str, Metric] = {}
+        self.metrics: dict[str, Metric] = {}
         self._confusions: dict[str, Metric] = {}
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
@@ -129,7 +129,7 @@ class Task(L.LightningModule):
             self.average = MovingAverage(self.spec.ema_decay, self.model, self.extra)
         if self.spec.compile:
             compile_blocks(self.model.trunk, self.trainer.strategy.root_device)
-        self._metrics, self._confusions = self.objective.metrics(), self.objective.confusions()
+        self.metrics, self._confusions = self.objective.metrics(), self.objective.confusions()
 
     def _freeze_unused(self) -> None:
         """Freeze the model's own pool where nothing reads it: parameters without a gradient stop several processes."""
@@ -255,7 +255,7 @@ class Task(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._sums, self._num_tokens = {}, 0
-        for metric in (*self._metrics.values(), *self._confusions.values()):
+        for metric in (*self.metrics.values(), *self._confusions.values()):
             metric.to(self.device).reset()
             metric.dist_sync_fn = lambda values, group: self.ranks.gather(values)
 
@@ -266,7 +266,7 @@ class Task(L.LightningModule):
         if batch.is_repeat:
             return
         self._num_tokens += batch.layout.num_tokens
-        for name, metric in (*self._metrics.items(), *self._confusions.items()):
+        for name, metric in (*self.metrics.items(), *self._confusions.items()):
             key = name.partition("/")[0]
             if len(out.targets[key]):
                 metric.update(out.predictions[key], out.targets[key])
@@ -276,7 +276,7 @@ class Task(L.LightningModule):
 
     def metric_values(self) -> dict[str, float]:
         """Metrics of the part just evaluated, by name."""
-        return {name: float(value) for name, value in self._computed(self._metrics).items()}
+        return {name: float(value) for name, value in self._computed(self.metrics).items()}
 
     def confusion_values(self) -> dict[str, Tensor]:
         """`[C, C]` by name: records (or tokens) of each class, by the class that they were taken for."""
@@ -288,10 +288,6 @@ class Task(L.LightningModule):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a process without figures computes those of the others
             return {name: one.compute() for (name, one), is_there in zip(metrics.items(), has_figures) if is_there}
-
-    def metric_names(self) -> list[str]:
-        """All that an evaluation reports beside the loss."""
-        return list(self._metrics)
 
     def _add(self, terms: Mapping[str, Term], is_counted: bool = True) -> None:
         """Add up sums and counts on the device: no step waits for a figure; or nothing, but for the names."""
