@@ -57,7 +57,7 @@ def _keys(kind: type, prefix: str, value: Any) -> Iterator[tuple[str, str, str, 
     for one in fields(kind):
         given = getattr(value, one.name, None)
         hint = hints[one.name]
-        if is_dataclass(hint) and ABC not in hint.__bases__:
+        if isinstance(hint, type) and is_dataclass(hint) and ABC not in hint.__bases__:
             inner.append((hint, f"{prefix}{one.name}.", given))
             continue
         default = one.default_factory() if one.default_factory is not MISSING else one.default
