@@ -147,10 +147,8 @@ def loading(path: Path, folder: Path, options: Options) -> Finding:
     store = RecordStore.build(DOMAIN.reader, [Source(str(path))], ReadOptions(), name=DOMAIN.name, cache_dir=folder)
     objective = MaskedTokens()
     objective.bind(RunData(TOKENIZER))
-    loader = TrainLoader(
-        store, np.arange(len(store)), TOKENIZER, objective,
-        seed=0, tokens_per_batch=4096, packs_per_step=1, max_tokens_per_record=1024,
-    )  # fmt: skip
+    maker = PackMaker(store, np.arange(len(store)), TOKENIZER, objective, 0, 1024)
+    loader = TrainLoader(maker, tokens_per_batch=4096, packs_per_step=1)
     packs = list(islice(iter(loader), num_packs))
     moved = [pack.to(options.device) for pack in packs]
     step = OurStep(Task(ModelSpec(architecture=PRESETS["esm2_8m"], objective=objective, optimizer=OPTIMIZER)), options)
