@@ -70,10 +70,9 @@ class Domain:
         try:
             return self.tokenizer(**options)
         except TypeError as error:
-            raise ConfigError(
-                f"data.tokenizer: the tokenizer of {self.name} does not take that: {error}; "
-                f"its options: {', '.join(signature(self.tokenizer).parameters) or 'none'}"
-            ) from error
+            known = ", ".join(signature(self.tokenizer).parameters) or "none"
+            owner = f"data.tokenizer: the tokenizer of {self.name}"
+            raise ConfigError(f"{owner} does not take that: {error}; its options: {known}") from error
 
     def build_views(self, tokenizer: Tokenizer, **options: Any) -> Views:
         """The domain's views of records with these options.
@@ -89,10 +88,9 @@ class Domain:
         try:
             return self.views(tokenizer, **options)
         except TypeError as error:
-            raise ConfigError(
-                f"data.views: the views of {self.name} do not take that: {error}; "
-                f"their options: {', '.join([*signature(self.views).parameters][1:]) or 'none'}"
-            ) from error
+            known = ", ".join([*signature(self.views).parameters][1:]) or "none"
+            owner = f"data.views: the views of {self.name}"
+            raise ConfigError(f"{owner} do not take that: {error}; their options: {known}") from error
 
     def build_verb_views(self, tokenizer: Tokenizer) -> Views | None:
         """The views, with their default options, that verbs such as embed run in the place of a record.

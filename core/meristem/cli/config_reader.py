@@ -59,9 +59,7 @@ class ReadConfig:
             raise
 
 
-def read_configs(
-    paths: Sequence[Path], change: Callable[[dict[str, Any], Path, ReadConfig], None] = lambda values, path, read: None
-) -> ReadConfig:
+def read_configs(paths: Sequence[Path], change: Callable[[dict[str, Any], Path, ReadConfig], None]) -> ReadConfig:
     """Read config files in order.
 
     Args:

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from meristem.data.parts import Encoder, RunData
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import TransformerConfig
+from meristem.model.config.checks import require
 from meristem.model.heads import HeadSpec, Readout
 from meristem.model.model import SYMBOLS
 from meristem.model.outputs import HeadRequest, Outputs, Wanted
@@ -74,11 +75,9 @@ class NextSentence(MaskedTokens):
 
     def bind_model(self, config: TransformerConfig) -> None:
         super().bind_model(config)
-        if config.embedding.token_types < 2:
-            raise ConfigError(
-                "objective NextSentence needs a model that tells two sentences apart: embedding.token_types of 2; "
-                f"got {config.embedding.token_types} (architecture.embedding.token_types)"
-            )
+        token_types = config.embedding.token_types
+        rule = "objective NextSentence needs a model that tells two sentences apart: embedding.token_types of 2"
+        require(token_types >= 2, rule, f"{token_types} (architecture.embedding.token_types)")
         if config.pool is None:
             raise ConfigError(
                 "objective NextSentence needs a model with a pool of its own, such as "
