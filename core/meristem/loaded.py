@@ -1,7 +1,8 @@
 """A model that is ready for sequences in memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from meristem.data.tokenizer import RefusedSymbol
-from meristem.domain import GROUP
+from meristem.domain import GROUP, domain_of_model
 from meristem.errors import ConfigError, DataError
 from meristem.generation.text import Generator, check_options
 from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS
@@ -38,7 +39,8 @@ class LoadedModel:
     Sequences are given as a list, another iterable, or a mapping of ids to sequences, of what the tokenizer of the
     model's domain takes from a program (`Tokenizer.encode_values`): texts and objects of other libraries that hold one,
     or paths, encoded files, arrays and tensors. Where the model reads several inputs of a record, each is a mapping of
-    their names to such values. Results are in their order.
+    their names to such values. Results are in their order. Where the model's domain is installed and has views of
+    records for verbs such as embed, `embed`, `predict` and `score` average over the views of each sequence.
 
     Attributes:
         card: architecture, tokenizer, labels.
@@ -90,7 +92,7 @@ class LoadedModel:
         layers = [layer] if isinstance(layer, int) else list(layer)
         embedders = [Embedder(self._engine(tokens_per_batch, precision).trunk(self.model, one), pool) for one in layers]
         pieces: list[list[np.ndarray]] = [[] for _ in layers]
-        for first, column in self._columns(sequences):
+        for first, column in self._columns(sequences, self._viewed(Reading.of(self.card))):
             for embedder, found in zip(embedders, pieces):
                 with _naming(first):
                     values = embedder.embed(column)
@@ -120,7 +122,7 @@ class LoadedModel:
         """
         predictor = Predictor(self._engine(tokens_per_batch, precision).trunk(self.model))
         pieces: dict[str, list[Prediction]] = {readout.name: [] for readout in predictor.readouts}
-        for first, column in self._columns(sequences):
+        for first, column in self._columns(sequences, self._viewed(Reading.of(self.card))):
             with _naming(first):
                 for name, piece in predictor.predict(column).items():
                     pieces[name].append(piece)
@@ -160,7 +162,7 @@ class LoadedModel:
         job = Score(scorer, chosen, domain)
         running = job.start(self.card, self.model, self._engine(tokens_per_batch, precision))
         found: list[Any] = []
-        for first, column in self._columns(sequences, running.unfit, running.reading):
+        for first, column in self._columns(sequences, self._viewed(running.reading), running.unfit):
             with _naming(first):
                 found += running.results(column, lambda records, tokens: None)
         return found
@@ -188,7 +190,8 @@ class LoadedModel:
         trunk = self._engine(tokens_per_batch, precision).trunk(self.model)
         running = RunningModel(trunk.runnable, self.card.tokenizer, trunk.budget)
         found: list[np.ndarray] = []
-        for _, column in self._columns(sequences, lambda one: too_long(one, self.model.config.max_length)):
+        unfit = partial(too_long, limit=self.model.config.max_length)
+        for _, column in self._columns(sequences, Reading.of(self.card), unfit):
             found += running.logits(column)
         return found
 
@@ -241,19 +244,25 @@ class LoadedModel:
             raise ConfigError(f"precision must be one of auto, {', '.join(PRECISIONS)}; got {precision!r}")
         return Engine(chosen, self.device, tokens_per_batch)
 
+    def _viewed(self, reading: Reading) -> Reading:
+        """A reading with the views that verbs run in the place of a record."""
+        if self.card.domain not in installed(GROUP):
+            return reading
+        domain = domain_of_model("", self.card.domain)
+        return replace(reading, views=domain.build_verb_views(self.card.tokenizer))
+
     def _columns(
         self,
         sequences: Iterable[Any],
+        reading: Reading,
         unfit: Callable[[TokenColumn], Mapping[int, str]] = lambda column: {},
-        reading: Reading | None = None,
     ) -> Iterator[tuple[int, TokenColumn]]:
         """Columns of the sequences, with the number of the first of each.
 
         Args:
+            reading: what is read of each.
             unfit: rows of a column that cannot be worked on, and why.
-            reading: what is read of each; None for what vectors and predictions are made of.
         """
-        reading = reading or Reading.of(self.card)
         is_one = isinstance(sequences, str) or hasattr(sequences, "__bytes__") or hasattr(sequences, "seq")
         if is_one or not isinstance(sequences, Iterable):
             got = "a single one: put it in a list" if is_one else type(sequences).__name__

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(site, run):
 
 
 @pytest.mark.slow
-def test_a_model_embeds_predicts_and_goes_out_and_back(site, run, tmp_path):
+def test_a_model_embeds_predicts_and_goes_out_and_back(site, run, tmp_path, rng):
     sample = str(PACKAGES / "lab_codes" / "lab_codes" / "sample.codes")
     site.run("embed", str(run), sample, "--output", "vectors", "--precision", "fp32")
     vectors = read_embeddings(site.folder / "vectors")
@@ -141,10 +142,41 @@ def test_a_model_embeds_predicts_and_goes_out_and_back(site, run, tmp_path):
     assert json.loads((site.folder / "exported" / "config.json").read_text())["model_type"] == "codenet"
     assert "sequel" in out  # CodeNet has no place for it
     site.run("import", "exported", "back")
-    site.run("embed", "back", sample, "--output", "again", "--precision", "fp32")
-    np.testing.assert_array_equal(read_embeddings(site.folder / "again").values, vectors.values)
+    # CodeNet reads one code; two letters are a token, so that a pair is one code where the first is of even length
+    pairs = [("".join(rng.choice(list("ABCD"), 2 * n)), "".join(rng.choice(list("ABCD"), n))) for n in range(3, 9)]
+    for model, output, codes in (
+        (str(run), "pairs", [f"{first} > {second}" for first, second in pairs]),
+        ("back", "again", [f"{first}{second} > A" for first, second in pairs]),
+    ):
+        (site.folder / f"{output}.codes").write_text("".join(f"c{i}: {code}\n" for i, code in enumerate(codes)))
+        site.run("embed", model, f"{output}.codes", "--output", output, "--precision", "fp32")
+    there, back = (read_embeddings(site.folder / output).values for output in ("pairs", "again"))
+    np.testing.assert_array_equal(back, there)
     # the mutant: nothing is installed, so that nothing of the model directory can be opened
     assert "'letter-pairs'; installed: " in Site(tmp_path).run("embed", str(run), sample, "--output", "vectors", code=2)
+
+
+@pytest.mark.slow
+def test_a_prediction_depends_on_both_inputs_of_a_record(site, run):
+    pairs = {"a": ("ABCDAB", "CDABCD"), "b": ("ABCDAB", "DDACBA"), "c": ("DCBACD", "CDABCD")}
+    (site.folder / "three.codes").write_text("".join(f"{name}: {x} > {y}\n" for name, (x, y) in pairs.items()))
+    # the mutant: a model whose card names no objective that joins the inputs reads the first one alone
+    alone = site.folder / "alone"
+    shutil.copytree(run / "model", alone)
+    card = json.loads((alone / "config.json").read_text())
+    assert card.pop("joined_by") == "Sequel"
+    (alone / "config.json").write_text(json.dumps(card))
+    said = {}
+    for model in (run, alone):
+        site.run("predict", str(model), "three.codes", "--output", f"{model.name}.csv")
+        said[model] = [
+            [value for name, value in row.items() if name.startswith("sequel")]
+            for row in rows(site.folder / f"{model.name}.csv")
+        ]
+    first, other_second, other_first = said[run]
+    assert first != other_second
+    assert first != other_first
+    assert said[alone][0] == said[alone][1] != said[alone][2]
 
 
 @pytest.mark.slow

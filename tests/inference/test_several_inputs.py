@@ -14,6 +14,7 @@ import torch
 from small_models import READOUTS, RESIDUES, random_protein, redraw, tiny_config, write_fasta
 
 import meristem
+from meristem import loaded
 from meristem.cli.main import main
 from meristem.data.pack import pack
 from meristem.data.tokenizer import RefusedSymbol
@@ -188,7 +189,8 @@ def viewed(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Views] | None], No
     """Gives the domain these views."""
 
     def give(views: type[Views] | None) -> None:
-        monkeypatch.setattr(run, "domain_of_model", lambda asked, named: replace(domain, views=views))
+        for verbs in (run, loaded):
+            monkeypatch.setattr(verbs, "domain_of_model", lambda asked, named: replace(domain, views=views))
 
     return give
 
@@ -226,6 +228,37 @@ def test_what_is_said_of_all_views_is_averaged(
     np.testing.assert_allclose(likelihoods[2], (likelihoods[0] + likelihoods[1]) / 2, rtol=1e-12)
     for one, other, both in zip(*maps):
         np.testing.assert_allclose(both, (one + other) / 2, rtol=1e-5, atol=1e-7)
+
+
+def test_sequences_in_memory_are_seen_in_the_views_of_the_verbs(
+    tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator, viewed: Callable[..., None]
+) -> None:
+    place = make_model_directory(readouts=READOUTS)
+    texts = [random_protein(rng) for _ in range(12)]
+    source = str(write_fasta(tmp_path / "in.fa", [(f"p{row}", text) for row, text in enumerate(texts)]))
+    viewed(BothWays)
+    model = meristem.load(place, device="cpu")
+    embed_files(place, [source], tmp_path / "out", EmbedOptions(precision="fp32"))
+    np.testing.assert_array_equal(model.embed(texts), read_embeddings(tmp_path / "out").values)
+    predict_files(place, [source], tmp_path / "out.parquet")
+    fitness = pa.parquet.read_table(tmp_path / "out.parquet")["fitness"].to_numpy()
+    np.testing.assert_allclose(model.predict(texts)["fitness"].values[:, 0], fitness, rtol=1e-6)
+    score_files(place, [source], tmp_path / "out.csv")
+    likelihoods = pa.csv.read_csv(tmp_path / "out.csv")["log_likelihood"].to_numpy()
+    scores = [one["log_likelihood"] for one in model.score(texts)]
+    np.testing.assert_allclose(scores, likelihoods, rtol=1e-6)
+    logits = model.logits(texts)
+    with pytest.raises(DataError, match=r"sequence 1: must be a text, .*; got NoneType"):
+        model.embed(["MKT", None])
+    viewed(Uneven)
+    with pytest.raises(ConfigError, match="equally many for every record; got 1 and, of sequence 1, 2"):
+        model.embed(["MKT", "MKTAYIAKQR"])
+    # the mutant: views that verbs do not see
+    viewed(TrainingOnly)
+    assert np.abs(model.embed(texts) - read_embeddings(tmp_path / "out").values).max() > 1e-3
+    assert np.abs(np.array([one["log_likelihood"] for one in model.score(texts)]) - likelihoods).max() > 1e-3
+    for one, other in zip(model.logits(texts), logits):  # of the sequence as it is
+        np.testing.assert_array_equal(one, other)
 
 
 def test_views_must_be_equally_many(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -314,15 +315,14 @@ def see_the_future(model: Model) -> None:
 
 
 def hide_the_future_of_the_source(model: Model) -> None:
-    attention = model.trunk.encoder.blocks[0].attention
-    attention.config = replace(attention.config, pattern=Causal())
+    model.trunk.encoder.blocks[0].attention.config = model.trunk.decoder.blocks[0].attention.config
 
 
 def change_source(model: Model, change: Callable[[torch.Tensor, Context], Hidden]) -> None:
     """Let the first cross-attention see another source, made of its rows and context."""
     cross = model.trunk.decoder.blocks[0].cross
     forward = cross.forward
-    cross.forward = lambda x, context: forward(x, replace(context, source=change(x, context)))
+    cross.forward = lambda x, context: forward(x, SimpleNamespace(**vars(context) | {"source": change(x, context)}))
 
 
 def attend_one_row_off(model: Model) -> None:
@@ -331,7 +331,7 @@ def attend_one_row_off(model: Model) -> None:
 
 
 def attend_to_itself(model: Model) -> None:
-    change_source(model, lambda x, context: Hidden(final=x, layout=context.layout))
+    change_source(model, lambda x, context: Hidden(x, context.layout))
 
 
 def drop_embedding_scale(model: Model) -> None:

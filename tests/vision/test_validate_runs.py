@@ -58,14 +58,16 @@ def test_figures_of_a_run_are_found_again(name: str, ema: str, pictures: Path, m
     wanted = {key.removeprefix("val/"): float(value) for key, value in last.items() if key.startswith("val/") and value}
     code, out, err = run("validate", "--config", "run.yaml", "--run_dir", "run")
     assert code == 0, err
-    assert out.startswith("validation part, run/checkpoints/last.ckpt\n")
+    assert out.startswith("validate: run\n")
+    assert "validation part, run/checkpoints/last.ckpt\n" in err
     got = figures(out)
     assert {*got} == {*wanted}
     for key, value in wanted.items():
         assert got[key] == pytest.approx(value, rel=1e-4), key  # printed with five digits
     code, out, err = run("test", "--config", "run.yaml", "--run_dir", "run")
     assert code == 0, err
-    assert out.startswith("test part, run/checkpoints/last.ckpt\n")
+    assert out.startswith("test: run\n")
+    assert "test part, run/checkpoints/last.ckpt\n" in err
 
     # the mutant: another decoder or teacher beside the trained model
     build = Task.on_load_checkpoint

@@ -29,6 +29,8 @@ class Views(ABC):
         many tokens as the record's own.
 
         Args:
+            record: its payloads are those of the domain's reader, or, where a program hands sequences over, whatever
+                of them `encode_values` takes.
             rng: keyed by (seed, epoch, record); nothing else may be drawn from. None in evaluation, and in verbs such
                 as embed, which average what a model says of all views of a record; these are equally many for each.
 

@@ -18,7 +18,7 @@ from meristem.data.views import Views
 from meristem.errors import ConfigError, DataError
 from meristem.model_directory import ModelCard
 from meristem.registry import find
-from meristem.types import TokenColumn, Tokens
+from meristem.types import Record, TokenColumn, Tokens
 
 SIDES = ("source", "target")
 """Inputs of an encoder-decoder that was not trained on records of two inputs."""
@@ -70,13 +70,16 @@ class Reading:
         Raises:
             RefusedSymbol: names the row of the table that cannot be read.
         """
-        if self.views is None:
-            payloads = {name: table[INPUT_PREFIX + name] for name in self.tokenizers}
-            return self._joined({name: self._encoded(name, payloads[name]) for name in payloads})
-        seen = []
-        for row, record in enumerate(records_of(table.to_pydict())):
+        if self.views is not None:
+            return self._viewed(self.views, records_of(table.to_pydict()))
+        payloads = {name: table[INPUT_PREFIX + name] for name in self.tokenizers}
+        return self._joined({name: self._encoded(name, payloads[name]) for name in payloads})
+
+    def _viewed(self, views: Views, records: Iterable[Record]) -> TokenColumn:
+        seen: list[tuple[Record, ...]] = []
+        for row, record in enumerate(records):
             try:
-                seen.append(self.views.views(record, None))
+                seen.append(views.views(record, None))
             except DataError as error:
                 raise _Refused(row, str(error)) from error
             if len(seen[row]) != len(seen[0]):
@@ -102,12 +105,19 @@ class Reading:
         """
         names = tuple(self.tokenizers)
         if len(names) == 1:
-            return self._joined({names[0]: self._encoded(names[0], records)})
-        for row, record in enumerate(records):
-            got = list(record) if isinstance(record, Mapping) else type(record).__name__
-            if not isinstance(record, Mapping) or set(record) != set(names):
-                raise _Refused(row, f"must be a mapping of {' and '.join(names)} to payloads; got {got}")
-        return self._joined({name: self._encoded(name, [record[name] for record in records]) for name in names})
+            payloads = {names[0]: records}
+        else:
+            for row, record in enumerate(records):
+                got = list(record) if isinstance(record, Mapping) else type(record).__name__
+                if not isinstance(record, Mapping) or set(record) != set(names):
+                    raise _Refused(row, f"must be a mapping of {' and '.join(names)} to payloads; got {got}")
+            payloads = {name: [record[name] for record in records] for name in names}
+        # with views too, so that what no tokenizer takes is refused before views meet it
+        column = self._joined({name: self._encoded(name, payloads[name]) for name in names})
+        if self.views is None:
+            return column
+        rows = enumerate(zip(*payloads.values()))
+        return self._viewed(self.views, [Record(f"sequence {row}", dict(zip(names, one))) for row, one in rows])
 
     def _encoded(self, name: str, payloads: "pa.Array | Sequence[Any]") -> TokenColumn:
         tokenizer = self.tokenizers[name]

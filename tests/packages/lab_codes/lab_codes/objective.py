@@ -1,6 +1,7 @@
 """Sequels: does the second code go on where the first one ends?"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lab_codes.head import EndsReadout
+from lab_codes.tokenizer import SPECIAL
 from meristem.data.parts import Encoder
 from meristem.errors import ConfigError
+from meristem.model.config import TransformerConfig
 from meristem.model.heads import HeadSpec
 from meristem.model.outputs import Outputs, Wanted
 from meristem.objectives.objective import Objective
@@ -26,6 +29,7 @@ class TellSequels(Objective):
     """
 
     inputs = ("first", "second")
+    joined_inputs = ("first", "second")
 
     def __init__(self, turned_frac: float = 0.5):
         if not 0 < turned_frac < 1:
@@ -39,9 +43,14 @@ class TellSequels(Objective):
     def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
         is_turned = bool(rng.random() < self.turned_frac)
         second = record.inputs["second"]
-        first, then = encode("first"), encode("second", second[::-1] if is_turned else second)
-        ids = np.concatenate([first.ids[:-1], then.ids[1:]]).astype(np.int64)
-        return (Tokens(positions=np.arange(len(ids))[:, None], ids=ids, labels={SEQUEL: np.array(int(is_turned))}),)
+        codes = {"first": encode("first"), "second": encode("second", second[::-1] if is_turned else second)}
+        return (replace(self.join(codes, self.config), labels={SEQUEL: np.array(int(is_turned))}),)
+
+    @classmethod
+    def join(cls, inputs: Mapping[str, Tokens], config: TransformerConfig | None) -> Tokens:
+        """The tokens of both codes between one start and one end."""
+        ids = np.concatenate([inputs["first"].ids[:-1], inputs["second"].ids[1:]]).astype(np.int64)
+        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, is_special=ids < len(SPECIAL))
 
     def wanted(self, batch: PackedBatch) -> Wanted:
         return Wanted((SEQUEL,))
