@@ -66,10 +66,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 ON_CPU = ("--trainer.accelerator", "cpu")
+CODES = "{first: AABDBADAB, second: DCBADC}, {first: CDABC, second: DACCDAB}, {first: ABCD, second: ABCD}"
 FIT = (
     *("fit", "--data.domain", "lab-codes", "--data.sources", "@sample", "--model.architecture", "tiny"),
     *("--model.objective", "Sequel", "--data.views", "{rate: 0.3}", "--data.tokens_per_batch", "200"),
-    *("--evals", "[{class_path: Spread, init_args: {codes: [AABDBADAB, CDABC, ABCD]}}]"),
+    *("--evals", f"[{{class_path: Spread, init_args: {{codes: [{CODES}]}}}}]"),
     *("--watch.validate_every_n_steps", "20", "--watch.save_every_n_steps", "5", *ON_CPU),
 )
 

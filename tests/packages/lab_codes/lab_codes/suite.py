@@ -17,11 +17,11 @@ class Spread(Suite):
     """Mean distance between the vectors of codes.
 
     Attributes:
-        codes: two or more.
+        codes: two or more, each with its inputs by name.
         name: begins the names of the figures.
     """
 
-    codes: list[str]
+    codes: list[dict[str, str]]
     name: str = "spread"
 
     def read(self, data: DataSpec) -> list[str]:
