@@ -17,6 +17,7 @@ from meristem.cli.jobs import (
     job_options,
     print_summary,
 )
+from meristem.errors import ConfigError
 
 if TYPE_CHECKING:  # importing torch takes seconds, and help needs none of it
     from meristem.inference.generate import Generate
@@ -71,15 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the texts and show or write them."""
-    from meristem.errors import ConfigError
-    from meristem.generation.text import check_options
+    from meristem.generation.options import GenerateOptions
     from meristem.inference.generate import GIVEN, Generate
     from meristem.inference.job import JobOptions
     from meristem.inference.run import run_job
 
     if bool(args.prompt) == bool(args.prompts):
         raise ConfigError("one of --prompt TEXT and --prompts FILE must be given")
-    options = check_options(
+    options = GenerateOptions(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature if args.temperature is not None else (1.0 if args.beams == 1 else 0.0),
         top_k=args.top_k,
@@ -118,10 +118,11 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def _stream(path: str, job: "Generate", how: "JobOptions") -> int:
     """Show one text as it is made."""
+    from meristem.inference.engine import best_device
     from meristem.model_directory import load_any
 
     [prompt] = job.prompts
-    running = job.start(*load_any(path, how.tokenizer), how.engine)
+    running = job.start(*load_any(path, how.tokenizer), how.engine_on(best_device()))
     print(prompt, end="", flush=True)
     say = lambda number, sample, piece: print(piece, end="", flush=True)  # noqa: E731
     list(running.generator.generate([prompt], job.options, say))

@@ -19,7 +19,7 @@ from meristem.data.records import ReadOptions
 from meristem.domain import Domain
 from meristem.errors import ConfigError
 from meristem.inference.encoding import Reading, sides_of
-from meristem.inference.engine import PRECISIONS, Advance, TrunkRunner, best_device, best_precision
+from meristem.inference.engine import PRECISIONS, Advance, TrunkRunner, best_precision
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard
 from meristem.types import TokenColumn
@@ -63,10 +63,8 @@ class JobOptions:
             if got is not None and got < least:
                 raise ConfigError(f"{name} must be {least} or more; got {got}")
 
-    @property
-    def engine(self) -> "Engine":
-        """The engine on this machine."""
-        device = best_device()
+    def engine_on(self, device: str) -> "Engine":
+        """The engine on a device of this machine."""
         return Engine(best_precision(self.precision, device), device, self.tokens_per_batch, self.is_compiled)
 
 
