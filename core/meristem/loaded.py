@@ -99,14 +99,10 @@ class LoadedModel:
                     values = embedder.embed(column)
                 cuts = np.cumsum(embedder.num_vectors(column))[:-1]
                 found += np.split(values, cuts) if pool == "none" else [values]
-        made = (
-            pieces
-            if pool == "none"
-            else [
-                np.concatenate(found) if found else np.zeros((0, embedder.width), np.float32)
-                for embedder, found in zip(embedders, pieces)
-            ]
-        )
+        made: list[Any] = pieces
+        if pool != "none":
+            nothing = [np.zeros((0, embedder.width), np.float32) for embedder in embedders]
+            made = [np.concatenate([first, *found]) for first, found in zip(nothing, pieces)]
         return made[0] if isinstance(layer, int) else made
 
     def predict(
@@ -240,7 +236,7 @@ class LoadedModel:
         return made if chosen.num_samples > 1 else [texts[0] for texts in made]
 
     def _engine(self, tokens_per_batch: int | None, precision: str) -> Engine:
-        return JobOptions(tokens_per_batch=tokens_per_batch, precision=precision).engine_on(self.device)
+        return JobOptions(tokens_per_batch=tokens_per_batch, precision=precision).engine(self.device)
 
     def _viewed(self, reading: Reading) -> Reading:
         """A reading with the views that verbs run in the place of a record."""

@@ -22,7 +22,7 @@ from meristem.errors import ConfigError, DataError
 from meristem.files import read_json, write_json
 from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS, Chunk, ChunkReader
 from meristem.inference.dedupe import Seen, Sources
-from meristem.inference.engine import NotFinite, best_device
+from meristem.inference.engine import NotFinite
 from meristem.inference.job import Job, JobOptions
 from meristem.inference.output import OutputDirectory, PartWriter, run_id
 from meristem.inference.threads import Behind, ahead
@@ -115,7 +115,7 @@ class _Run:
         self.card, model = load_any(self.model_path, self.options.tokenizer)
         self.domain = domain_of_model(self.options.domain, self.card.domain)
         self.domain = replace(self.domain, reader=self.job.reader(self.domain))
-        self.engine = self.options.engine_on(best_device())
+        self.engine = self.options.engine()
         self.running = self.job.start(self.card, model, self.engine)
         self.config = model.config
         self.chunk_symbols = self._chunk_symbols(sum(parameter.numel() for parameter in model.trunk.parameters()))
