@@ -9,12 +9,14 @@ import json
 import platform
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 RESULTS = Path(__file__).parent / "results"
@@ -111,6 +113,19 @@ def timed(run: Callable[[], Any], device: str = "cpu") -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """What a run holds at most beside what was there: of Python, numpy and Arrow."""
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
 
 
 def agree(what: str, ours: Any, theirs: Any, within: float, is_rounded: bool = False) -> float:

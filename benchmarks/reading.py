@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -24,7 +23,7 @@ import pyarrow as pa
 from Bio import SeqIO
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 from embedding import SHAPES, save_peer
-from harness import Finding, Options, agree, race
+from harness import Finding, Options, agree, peak_bytes, race
 from steps import OPTIMIZER, OurStep
 from transformers import EsmTokenizer
 
@@ -147,10 +146,8 @@ def loading(path: Path, folder: Path, options: Options) -> Finding:
     store = RecordStore.build(DOMAIN.reader, [Source(str(path))], ReadOptions(), name=DOMAIN.name, cache_dir=folder)
     objective = MaskedTokens()
     objective.bind(RunData(TOKENIZER))
-    loader = TrainLoader(
-        store, np.arange(len(store)), TOKENIZER, objective,
-        seed=0, tokens_per_batch=4096, packs_per_step=1, max_tokens_per_record=1024,
-    )  # fmt: skip
+    maker = PackMaker(store, np.arange(len(store)), TOKENIZER, objective, 0, 1024)
+    loader = TrainLoader(maker, tokens_per_batch=4096, packs_per_step=1)
     packs = list(islice(iter(loader), num_packs))
     moved = [pack.to(options.device) for pack in packs]
     step = OurStep(Task(ModelSpec(architecture=PRESETS["esm2_8m"], objective=objective, optimizer=OPTIMIZER)), options)
@@ -213,19 +210,6 @@ def cropping(folder: Path, options: Options) -> Finding:
         unit="windows",
         values={f"memory of a window, {name}": f"{peak_bytes(run) / 1e3:,.0f} kB" for name, run in programs.items()},
     )
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """What a run holds at most beside what was there: of Python, numpy and Arrow."""
-    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
-    pa.set_memory_pool(pool)
-    tracemalloc.start()
-    try:
-        run()
-        return tracemalloc.get_traced_memory()[1] + pool.max_memory()
-    finally:
-        tracemalloc.stop()
-        pa.set_memory_pool(before)
 
 
 def starting(folder: Path, protein: tuple[str, str], options: Options) -> Finding:

@@ -115,7 +115,3 @@ class PlainIds(Tokenizer):
 
     def to_json(self) -> dict[str, Any]:
         return {"size": self.size}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "PlainIds":
-        return cls(values["size"])

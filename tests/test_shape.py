@@ -4,7 +4,7 @@ A test domain of 8 x 8 digits (patches with two position axes and a class row) a
 through the same `Tokens`, packs, trunk, objective, embedding and `attend` as proteins do.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,25 +61,12 @@ class DigitTokenizer(Tokenizer):
             is_special=np.tile(np.arange(length) == 0, count),
         )
 
-    def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
-        rows = slice(column.offsets[row], column.offsets[row + 1])
-        return Tokens(
-            positions=column.positions[rows],
-            ids=column.ids[rows],
-            features=column.features[rows],
-            is_special=column.is_special[rows],
-        )
-
     def decode(self, tokens: Tokens) -> bytes:
         patches = (tokens.features[1:] * 16).astype(np.uint8).reshape(GRID, GRID, PATCH, PATCH)
         return patches.swapaxes(1, 2).tobytes()
 
     def to_json(self) -> dict[str, Any]:
         return {}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "DigitTokenizer":
-        return cls()
 
 
 class DigitReader(Reader):

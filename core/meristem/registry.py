@@ -26,6 +26,7 @@ GROUPS: Mapping[str, str] = {
     "meristem.families": "family of foreign models",
     "meristem.libraries": "library of foreign models",
     "meristem.objectives": "objective",
+    "meristem.suites": "suite",
 }
 """Groups of entry points, and what a piece of each is called in messages."""
 

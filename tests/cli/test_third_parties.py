@@ -66,9 +66,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 ON_CPU = ("--trainer.accelerator", "cpu")
+CODES = "{first: AABDBADAB, second: DCBADC}, {first: CDABC, second: DACCDAB}, {first: ABCD, second: ABCD}"
 FIT = (
     *("fit", "--data.domain", "lab-codes", "--data.sources", "@sample", "--model.architecture", "tiny"),
     *("--model.objective", "Sequel", "--data.views", "{rate: 0.3}", "--data.tokens_per_batch", "200"),
+    *("--evals", f"[{{class_path: Spread, init_args: {{codes: [{CODES}]}}}}]"),
     *("--watch.validate_every_n_steps", "20", "--watch.save_every_n_steps", "5", *ON_CPU),
 )
 
@@ -114,6 +116,10 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(site, run):
     losses = [[row["loss"] for row in rows(site.folder / name / "metrics.csv")] for name in ("killed", "whole")]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 40
+    whole = rows(site.folder / "whole" / "metrics.csv")
+    spreads = [[row["val/spread/distance"] for row in some] for some in (rows(run / "metrics.csv"), whole)]
+    assert spreads[0] == spreads[1]
+    assert [bool(spread) for spread in spreads[0]] == [step in (20, 40) for step in range(1, 41)]
     weights = [(site.folder / name / "model-last" / "model.safetensors").read_bytes() for name in ("killed", "whole")]
     assert weights[0] == weights[1]
 

@@ -10,6 +10,7 @@ from lines import TOKENIZER, LinesReader, random_payloads
 
 from meristem.data.loader import TrainLoader
 from meristem.data.order import MixedStream, PackStream
+from meristem.data.pack_maker import PackMaker
 from meristem.data.records import ReadOptions, Source
 from meristem.data.store import RecordStore
 from meristem.errors import ConfigError
@@ -156,10 +157,9 @@ def test_a_loader_goes_on_in_the_middle_and_gives_each_source_its_share(rng, tmp
     rows = np.sort(rng.permutation(len(store))[:60])
 
     def batches(start: int, count: int) -> list[PackedBatch]:
-        loader = TrainLoader(
-            store, rows, TOKENIZER, Bare(), seed=5, tokens_per_batch=150, packs_per_step=3, weights=[2, 5, 3],
-            workers=workers, start_step=lambda: start,
-        )  # fmt: skip
+        maker = PackMaker(store, rows, TOKENIZER, Bare(), 5)
+        options = {"tokens_per_batch": 150, "packs_per_step": 3, "weights": [2, 5, 3], "workers": workers}
+        loader = TrainLoader(maker, **options, start_step=lambda: start)
         return list(itertools.islice(loader, count))
 
     whole = batches(0, 3 * 40)

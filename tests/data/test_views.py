@@ -94,8 +94,8 @@ def test_views_whose_labels_are_not_seen_would_be_caught(part, payloads):
 
 
 def test_evaluation_sees_one_view_of_each_record_the_same_each_time(part, payloads):
-    options = {"seed": 3, "tokens_per_batch": 200}
-    loader = EvalLoader(part.store, part.rows, TOKENIZER, Keeps(), views=Turned(num_views=3), **options)
+    maker = PackMaker(part.store, part.rows, TOKENIZER, Keeps(), 3, views=Turned(num_views=3), is_training=False)
+    loader = EvalLoader(maker, tokens_per_batch=200)
     found = [one for batch in loader for one in seen(batch)]
     assert sorted(found) == [(row, payload[::-1], 1) for row, payload in enumerate(payloads)]
     assert found == [one for batch in loader for one in seen(batch)]
@@ -103,7 +103,8 @@ def test_evaluation_sees_one_view_of_each_record_the_same_each_time(part, payloa
 
 def test_evaluation_sees_records_as_they_are_where_views_are_for_training_only(part, payloads):
     views = Turned(is_training_only=True)
-    loader = EvalLoader(part.store, part.rows, TOKENIZER, Keeps(), views=views, seed=3, tokens_per_batch=200)
+    maker = PackMaker(part.store, part.rows, TOKENIZER, Keeps(), 3, views=views, is_training=False)
+    loader = EvalLoader(maker, tokens_per_batch=200)
     assert sorted(one for batch in loader for one in seen(batch)) == [(i, one, 0) for i, one in enumerate(payloads)]
 
 
@@ -116,7 +117,7 @@ def test_long_views_are_cropped_as_records_are(part):
 
 
 def test_packs_of_views_are_as_large_as_planned(part):
-    options = {"seed": 0, "tokens_per_batch": 300, "packs_per_step": 1, "views": Turned(num_views=2)}
-    loader = TrainLoader(part.store, part.rows, TOKENIZER, Keeps(), **options)
+    maker = PackMaker(part.store, part.rows, TOKENIZER, Keeps(), 0, views=Turned(num_views=2))
+    loader = TrainLoader(maker, tokens_per_batch=300, packs_per_step=1)
     for batch, _ in zip(loader, range(8)):
         assert batch.layout.num_tokens <= 300 or len(set(batch.records)) == 1

@@ -1,13 +1,13 @@
 """Records that are too long are cut before they are encoded: the same windows, and nothing beside them is read."""
 
 import itertools
-import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from harness import peak_bytes
 from lines import RESIDUES, TOKENIZER, LinesReader, random_payloads
 
 import meristem.data.stretches as stretches
@@ -228,19 +228,6 @@ def test_lengths_of_an_alphabet_are_those_of_encoding(rng):
     assert np.array_equal(tokenizer.lengths(payloads), tokenizer.encode_column(payloads).lengths)
     batch = pack([tokenizer.encode(payload.as_py()) for payload in payloads], range(50))
     assert sorted(batch.layout.lengths) == sorted(tokenizer.lengths(payloads).tolist())
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """What a run holds at most beside what was there: of Python, numpy and Arrow."""
-    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
-    pa.set_memory_pool(pool)
-    tracemalloc.start()
-    try:
-        run()
-        return tracemalloc.get_traced_memory()[1] + pool.max_memory()
-    finally:
-        tracemalloc.stop()
-        pa.set_memory_pool(before)
 
 
 @pytest.mark.parametrize("kind", ["alphabet", "subwords"])

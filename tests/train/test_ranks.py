@@ -67,6 +67,10 @@ CASES: dict[str, list[str]] = {
     SEEN_BY_ONE: [],
     "a limit of packs": ["--trainer.limit_val_batches", "3"],
     "a limit by share": ["--trainer.limit_val_batches", "0.5"],
+    "what the first process measures": [
+        *("--evals", "[{class_path: Probe, init_args: {sources: proteins.csv, label: place, method: both}}]"),
+        *("--watch.monitor", "probe/knn/accuracy", "--watch.mode", "max"),
+    ],
 }
 """In each there are standardised inputs of heads and standardised targets."""
 

@@ -16,6 +16,7 @@ from PIL import Image
 from meristem.cli.configs import shipped_configs
 from meristem.cli.run_config import parse
 from meristem.data.loader import EvalLoader, TrainLoader
+from meristem.data.pack_maker import PackMaker
 from meristem.data.parts import Part, RunData
 from meristem.data.records import ReadOptions, Source
 from meristem.data.store import RecordStore
@@ -135,25 +136,16 @@ def _objective(store: RecordStore) -> Supervised:
 
 def _packs(store: RecordStore, count: int = 6, **options) -> list:
     views = domain.build_views(TOKENIZER, crop_scale=[0.4, 1], auto_augment="rand-m9", erase=0.5, **options)
-    loader = TrainLoader(
-        store,
-        np.arange(len(store)),
-        TOKENIZER,
-        _objective(store),
-        seed=4,
-        tokens_per_batch=17 * 4,
-        packs_per_step=1,
-        workers=0,
-        views=views,
-    )
+    maker = PackMaker(store, np.arange(len(store)), TOKENIZER, _objective(store), 4, views=views)
+    loader = TrainLoader(maker, tokens_per_batch=17 * 4, packs_per_step=1)
     return list(itertools.islice(iter(loader), count))
 
 
 def test_packs_are_equal_with_workers_and_anew_and_other_in_each_epoch(store):
     first = _packs(store)
     views = domain.build_views(TOKENIZER, crop_scale=[0.4, 1], auto_augment="rand-m9", erase=0.5)
-    options = {"seed": 4, "tokens_per_batch": 17 * 4, "packs_per_step": 1, "views": views}
-    loader = TrainLoader(store, np.arange(len(store)), TOKENIZER, _objective(store), workers=2, **options)
+    maker = PackMaker(store, np.arange(len(store)), TOKENIZER, _objective(store), 4, views=views)
+    loader = TrainLoader(maker, tokens_per_batch=17 * 4, packs_per_step=1, workers=2)
     in_workers = list(itertools.islice(iter(loader), len(first)))
     for one, again, other in zip(first, _packs(store), in_workers):
         assert one.records == again.records == other.records
@@ -188,7 +180,8 @@ def test_repeats_are_other_views_of_one_picture_in_one_pack_of_the_planned_size(
 def test_evaluation_sees_pictures_as_they_are(store):
     views = domain.build_views(TOKENIZER, flip=1.0, erase=1.0, repeats=2)
     rows = np.arange(len(store))
-    loader = EvalLoader(store, rows, TOKENIZER, _objective(store), seed=0, tokens_per_batch=1000, views=views)
+    maker = PackMaker(store, rows, TOKENIZER, _objective(store), 0, views=views, is_training=False)
+    loader = EvalLoader(maker, tokens_per_batch=1000)
     (batch,) = loader
     for record, values in zip(batch.records, batch.features.view(12, 17, -1)):
         wanted = TOKENIZER.encode(store.records(np.array([record]))[0].payload)

@@ -28,6 +28,8 @@ def explain(text: str, read: ReadConfig) -> str:
         option = option if class_path or key else option.partition(".")[0]
         return f"{place}{option} is no key{f' of {key}' if key else ''}; it takes {takes}"
     if missing := re.search(r"required: (.+)", text):
+        if key:
+            return f"{read.place(read.key_in_file(key))}{key} needs {missing.group(1)}"
         return f"{missing.group(1)} must be set (--{missing.group(1).split(',')[0]} VALUE, or in the config)"
     place = read.place(read.key_in_file(key))
     if "Expected a dot import path string" in text:

@@ -14,11 +14,13 @@ from meristem.cli.configs import find_config
 from meristem.errors import ConfigError
 from meristem.model.plain import merge
 from meristem.objectives.objective import Objective
-from meristem.registry import find, find_all, installed
+from meristem.registry import GROUPS, find, find_all, installed
 from meristem.train.run_directory import RunDirectory
 from meristem.train.spec import RunSpec, values_of
+from meristem.train.suite import Suite
 
 GROUP, OBJECTIVE = "meristem.objectives", "model.objective"
+SUITES = "meristem.suites"
 
 
 def parse(argv: list[str]) -> RunSpec | None:
@@ -125,11 +127,12 @@ def _nested(key: str, text: str) -> dict[str, Any]:
         said = yaml.load(text, Loader=NumberLoader)
     if key.startswith(f"{OBJECTIVE}.") and not key.startswith((f"{OBJECTIVE}.class_path", f"{OBJECTIVE}.init_args")):
         key = key.replace(OBJECTIVE, f"{OBJECTIVE}.init_args", 1)
-    if not isinstance(said, dict) and not key.startswith("model.architecture."):
+    if not isinstance(said, dict) and not key.startswith(("model.architecture.", "evals")):
         said = text
     for part in reversed(key.split(".")):
         said = {part: said}
-    _tidy_values(said)
+    _tidy_evals(said)
+    _tidy_model(said)
     return dict(said)
 
 
@@ -139,13 +142,19 @@ def _tidy(values: dict[str, Any], path: Path, read: ReadConfig) -> None:
     split = (values.get("data") or {}).get("split")
     if path == run.config and run.metrics.exists() and isinstance(split, dict) and split["method"] != "similarity":
         split |= {"k": None, "threshold": None}  # runs of earlier versions wrote the numbers out, without effect
-    try:
-        _tidy_values(values)
-    except ConfigError as error:
-        raise ConfigError(f"{read.place(OBJECTIVE)}{error}") from error
+    for key, tidy in (("evals", _tidy_evals), (OBJECTIVE, _tidy_model)):
+        try:
+            tidy(values)
+        except ConfigError as error:
+            raise ConfigError(f"{read.place(key)}{error}") from error
 
 
-def _tidy_values(values: dict[str, Any]) -> None:
+def _tidy_evals(values: dict[str, Any]) -> None:
+    if isinstance(values.get("evals"), list):
+        values["evals"] = [with_class_path(one, SUITES) for one in values["evals"]]
+
+
+def _tidy_model(values: dict[str, Any]) -> None:
     model = values.get("model")
     if not isinstance(model, dict):
         return
@@ -155,25 +164,30 @@ def _tidy_values(values: dict[str, Any]) -> None:
         model["architecture"] = {"preset": model["architecture"]}
 
 
-def with_class_path(said: Any) -> Any:
-    """What a config says of an objective, as a `class_path` and `init_args`; names of installed ones become paths.
+def with_class_path(said: Any, group: str = GROUP) -> Any:
+    """What a config says of an objective or a suite, as a `class_path` and `init_args`; installed names become paths.
+
+    Args:
+        group: of the entry points that names are looked up in.
 
     Raises:
-        ConfigError: several packages offer a name, the one that does cannot be imported, or offers no objective.
+        ConfigError: several packages offer a name, the one that does cannot be imported, or offers something else.
     """
     if isinstance(said, str):
-        return {"class_path": _path_of(said)}
+        return {"class_path": _path_of(said, group)}
     if not isinstance(said, dict):
         return said
     inner = {key: with_class_path(value) for key, value in said.items() if isinstance(value, dict)}
-    path = {"class_path": _path_of(said["class_path"])} if "class_path" in said else {}
+    path = {"class_path": _path_of(said["class_path"], group)} if "class_path" in said else {}
     return {**said, **inner, **path}  # the arguments of an objective may be objectives
 
 
-def _path_of(name: str) -> str:
-    if name not in installed(GROUP):
+def _path_of(name: str, group: str = GROUP) -> str:
+    if name not in installed(group) and (group == GROUP or "." in name):
         return name
-    found = find(GROUP, name)
-    if not (isinstance(found, type) and issubclass(found, Objective)):
-        raise ConfigError(f"objective {name!r} must be a subclass of Objective; its package offers {found!r}")
+    found, kind = find(group, name), Suite if group == SUITES else Objective
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ConfigError(
+            f"{GROUPS[group]} {name!r} must be a subclass of {kind.__name__}; its package offers {found!r}"
+        )
     return f"{found.__module__}.{found.__qualname__}"

@@ -3,19 +3,15 @@
 What comes out is a pure function of (seed, step) and the records. Worker processes only change who computes it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from meristem.data.order import MixedStream, PackStream, Plan, Stream, plan_in_order
-from meristem.data.pack_maker import PackMaker, Prepares
-from meristem.data.store import RecordStore
-from meristem.data.tokenizer import Tokenizer
-from meristem.data.views import Views
+from meristem.data.pack_maker import PackMaker
 from meristem.errors import ConfigError, DataError, UserError
 from meristem.types import PackedBatch
 
@@ -29,19 +25,12 @@ class TrainLoader:
     Each pack bears in `step_counts` what the terms of the loss count in this rank's packs of its step.
 
     Args:
-        store: of the records.
-        rows: rows of the store to train on.
-        tokenizer: of every input that is not in `others`.
-        objective: bound already.
-        seed: of the run.
+        maker: makes the packs, for training; its random seed is that of the order of records too.
         tokens_per_batch: tokens that a pack holds at most, but for a single longer record.
         packs_per_step: packs of an optimiser step over all ranks and accumulation.
         rank: of this process.
         world_size: processes that share each step.
         workers: processes that prepare steps ahead; 0 prepares in this one. Without effect on what comes.
-        max_tokens_per_record: longer records are cropped to a random window each epoch (`num_cropped`).
-        views: of the records; None for the records as they are.
-        others: tokenizers of inputs.
         weights: share of the tokens of each source of the store (`MixedStream`); None: records come in random order,
             whatever their source, each once an epoch.
         start_step: asked when iteration begins: the optimiser step to begin with.
@@ -53,20 +42,13 @@ class TrainLoader:
 
     def __init__(
         self,
-        store: RecordStore,
-        rows: np.ndarray,
-        tokenizer: Tokenizer,
-        objective: Prepares,
+        maker: PackMaker,
         *,
-        seed: int,
         tokens_per_batch: int,
         packs_per_step: int,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
-        max_tokens_per_record: int | None = None,
-        views: Views | None = None,
-        others: Mapping[str, Tokenizer] | None = None,
         weights: Sequence[float] | None = None,
         start_step: Callable[[], int] = lambda: 0,
     ):
@@ -77,27 +59,16 @@ class TrainLoader:
                 f"packs_per_step must be a multiple of the number of processes ({world_size}); "
                 f"got {packs_per_step}; nearest: {nearest}"
             )
-        self.maker = PackMaker(
-            store, np.asarray(rows), tokenizer, objective, seed, max_tokens_per_record, views, True, others or {}
-        )
-        lengths = self.maker.lengths()
+        assert maker.is_training
+        self.maker, lengths = maker, maker.lengths()
+        packing = {"tokens_per_batch": tokens_per_batch, "packs_per_step": packs_per_step, "seed": maker.seed}
         self.stream: Stream
         if weights is None:
-            self.stream = PackStream(
-                lengths, tokens_per_batch=tokens_per_batch, packs_per_step=packs_per_step, seed=seed
-            )
+            self.stream = PackStream(lengths, **packing)
         else:
-            sources = store.source_of(self.maker.rows)
-            self.stream = MixedStream(
-                lengths, sources, weights, tokens_per_batch=tokens_per_batch, packs_per_step=packs_per_step, seed=seed
-            )
+            self.stream = MixedStream(lengths, maker.store.source_of(maker.rows), weights, **packing)
         self.rank, self.world_size, self.workers = rank, world_size, workers
         self.start_step = start_step
-
-    @property
-    def num_cropped(self) -> int:
-        """Records that are cropped to a random window each epoch, for being too long."""
-        return self.maker.num_cropped()
 
     def __iter__(self) -> Iterator[PackedBatch]:
         steps = _Steps(self.maker, self.stream, self.rank, self.world_size, self.start_step())
@@ -112,18 +83,11 @@ class EvalLoader:
     some get one that another process has, marked as `is_repeat`.
 
     Args:
-        store: of the records.
-        rows: rows of the store.
-        tokenizer: of every input that is not in `others`.
-        objective: bound already.
-        seed: of the run.
+        maker: makes the packs, for evaluation.
         tokens_per_batch: tokens that a pack holds at most, but for a single longer record.
         rank: takes each `world_size`-th pack, from its own number on.
         world_size: processes that share the pass.
         workers: processes that prepare packs ahead; without effect on what comes.
-        max_tokens_per_record: longer records are cropped to a window, the same each time (`num_cropped`).
-        views: of the records; None for the records as they are.
-        others: tokenizers of inputs.
         limit: packs to take, the first ones, over all processes: a number, or (a float) a share of them.
 
     Raises:
@@ -132,35 +96,21 @@ class EvalLoader:
 
     def __init__(
         self,
-        store: RecordStore,
-        rows: np.ndarray,
-        tokenizer: Tokenizer,
-        objective: Prepares,
+        maker: PackMaker,
         *,
-        seed: int,
         tokens_per_batch: int,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
-        max_tokens_per_record: int | None = None,
-        views: Views | None = None,
-        others: Mapping[str, Tokenizer] | None = None,
         limit: int | float = 1.0,
     ):
         _check_shares(rank, world_size, workers)
         if tokens_per_batch < 1:
             raise ConfigError(f"tokens_per_batch must be at least 1; got {tokens_per_batch}")
-        self.maker = PackMaker(
-            store, np.asarray(rows), tokenizer, objective, seed, max_tokens_per_record, views, False, others or {}
-        )
-        self.plan = _first_packs(plan_in_order(self.maker.lengths(), tokens_per_batch), limit)
+        assert not maker.is_training
+        self.plan = _first_packs(plan_in_order(maker.lengths(), tokens_per_batch), limit)
         self.rank, self.world_size = rank, world_size
-        self._packs = _InWorkers(_Packs(self.maker, self.plan, rank, world_size), workers)
-
-    @property
-    def num_cropped(self) -> int:
-        """Records that are cropped to a window, for being too long."""
-        return self.maker.num_cropped()
+        self._packs = _InWorkers(_Packs(maker, self.plan, rank, world_size), workers)
 
     def __len__(self) -> int:
         return -(-len(self.plan) // self.world_size)

@@ -100,12 +100,6 @@ class PackMaker:
         """Records are not taken as they are."""
         return self.views is not None and (self.is_training or not self.views.is_training_only)
 
-    def num_cropped(self) -> int:
-        """Records that are longer than `max_tokens_per_record`."""
-        if self.max_tokens_per_record is None:
-            return 0
-        return int((self.full_lengths() > self.max_tokens_per_record).sum())
-
     def make(self, epoch: int, members: np.ndarray) -> PackedBatch:
         """The pack of these `members` of `rows`, as they are in `epoch`."""
         rows = self.rows[members]

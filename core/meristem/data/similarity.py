@@ -53,6 +53,32 @@ class Similarity:
             raise ConfigError(f"threshold must be in (0, 1]; got {self.threshold}")
 
 
+class Clusters:
+    """Numbers from 0 on, each at first a cluster of its own.
+
+    Args:
+        count: of the numbers.
+    """
+
+    def __init__(self, count: int):
+        self._parents = np.arange(count)
+
+    def _root(self, i: int) -> int:
+        while self._parents[i] != i:
+            self._parents[i] = self._parents[self._parents[i]]
+            i = int(self._parents[i])
+        return i
+
+    def join(self, one: int, other: int) -> None:
+        """Make one cluster of those of two numbers."""
+        least, most = sorted((self._root(one), self._root(other)))
+        self._parents[most] = least
+
+    def labels(self) -> np.ndarray:
+        """`[N]` cluster of each number, numbered from 0 in order of their least numbers."""
+        return np.unique([self._root(i) for i in range(len(self._parents))], return_inverse=True)[1]
+
+
 def similarity_clusters(store: RecordStore, similarity: Similarity, progress: Progress | None = None) -> np.ndarray:
     """`[N]` cluster of each record, numbered from 0 in order of first records.
 
@@ -61,14 +87,8 @@ def similarity_clusters(store: RecordStore, similarity: Similarity, progress: Pr
         similarity: when two records join.
         progress: called with records done and records in all, now and then.
     """
-    parents = np.arange(len(store))
+    clusters = Clusters(len(store))
     postings: dict[int, int | list[int]] = {}  # most hashes have one record: a list each would double the memory
-
-    def root(i: int) -> int:
-        while parents[i] != i:
-            parents[i] = parents[parents[i]]
-            i = int(parents[i])
-        return i
 
     for row, sketch in enumerate(_sketches(store, similarity.k)):
         met: list[int] = []
@@ -82,8 +102,7 @@ def similarity_clusters(store: RecordStore, similarity: Similarity, progress: Pr
         is_new, least = True, similarity.threshold * len(sketch)
         for other, count in shared.items():
             if count >= least:
-                one, two = root(other), root(row)
-                parents[max(one, two)] = min(one, two)
+                clusters.join(other, row)
                 is_new &= count < REDUNDANT * len(sketch)
         if is_new:
             for value in sketch:
@@ -95,8 +114,7 @@ def similarity_clusters(store: RecordStore, similarity: Similarity, progress: Pr
                     postings[value] = [known, row]
         if progress is not None and (row % 1000 == 999 or row == len(store) - 1):
             progress(row + 1, len(store))
-    roots = np.array([root(i) for i in range(len(store))], np.int64)
-    return np.unique(roots, return_inverse=True)[1]
+    return clusters.labels()
 
 
 def _sketches(store: RecordStore, k: int) -> Iterator[list[int]]:

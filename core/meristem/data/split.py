@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from meristem.data.order import record_rng
 from meristem.data.records import GROUP, SPLIT
-from meristem.data.similarity import Similarity, similarity_clusters
+from meristem.data.similarity import Clusters, Similarity, similarity_clusters
 from meristem.data.store import RecordStore
 from meristem.data.store_writer import Progress
 from meristem.errors import ConfigError, DataError
@@ -148,21 +148,12 @@ def require_whole_groups(parts: Sequence[tuple[str, RecordStore, np.ndarray]]) -
 
 def _joined(clusters: np.ndarray, groups: Sequence[str | None]) -> np.ndarray:
     """Clusters, numbered from 0, with those joined that share a group."""
-    parents = np.arange(clusters.max() + 1)
-
-    def root(cluster: int) -> int:
-        while parents[cluster] != cluster:
-            parents[cluster] = parents[parents[cluster]]
-            cluster = int(parents[cluster])
-        return cluster
-
+    joined = Clusters(clusters.max() + 1)
     first: dict[str, int] = {}
     for cluster, group in zip(clusters.tolist(), groups):
         if group is not None:
-            one, two = sorted((root(first.setdefault(group, cluster)), root(cluster)))
-            parents[two] = one
-    roots = np.array([root(cluster) for cluster in range(len(parents))])
-    return np.unique(roots, return_inverse=True)[1][clusters]
+            joined.join(first.setdefault(group, cluster), cluster)
+    return joined.labels()[clusters]
 
 
 def _checked(fractions: Mapping[str, float]) -> np.ndarray:

@@ -5,10 +5,10 @@ What the library's `tokenizer.json` says is the tokenizer, so ids are those of e
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -159,10 +159,7 @@ class SubwordTokenizer(Tokenizer):
         """Row `row` of a column of `encode_column`; a column that lost its texts gives tokens without spans."""
         if isinstance(column, TextColumn) and column.texts is not None:
             return self.encode(column.texts[row].as_py())
-        own = slice(column.offsets[row], column.offsets[row + 1])
-        ids = column.ids[own].astype(np.int64)
-        is_special = None if column.is_special is None else column.is_special[own]
-        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, is_special=is_special)
+        return replace(super().tokens_at(column, row), spans=None)
 
     def decode(self, tokens: Tokens | np.ndarray | Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of tokens, or of ids as they are generated.
@@ -180,7 +177,7 @@ class SubwordTokenizer(Tokenizer):
         return {"definition": json.loads(self.definition), "special": dict(self.special)}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "SubwordTokenizer":
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         if set(values) != {"definition", "special"} or not isinstance(values["special"], Mapping):
             raise CheckpointError(f"tokenizer.json must hold definition and special; got {', '.join(values)}")
         return cls(json.dumps(values["definition"], ensure_ascii=False), values["special"])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -60,17 +60,21 @@ class Tokenizer(ABC):
         """
 
     def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
-        """Row `row` of a column of `encode_column`, as `encode` gives it.
-
-        Here each token but the special ones is one symbol of the payload; another tokenizer overrides this.
-        """
+        """Row `row` of a column of `encode_column`, as `encode` gives it; rows of patches have no spans."""
         own = slice(column.offsets[row], column.offsets[row + 1])
         ids = column.ids[own].astype(np.int64)
         is_special = None if column.is_special is None else column.is_special[own]
-        stops = np.arange(1, len(ids) + 1) if is_special is None else np.cumsum(~is_special)
-        starts = np.append(0, stops[:-1])
-        spans = np.stack([starts, stops], axis=1)
+        if column.positions is not None:
+            features = None if column.features is None else column.features[own]
+            return Tokens(positions=column.positions[own], ids=ids, features=features, is_special=is_special)
+        widths = self.widths_of(ids) * (1 if is_special is None else ~is_special)
+        stops = np.cumsum(widths)
+        spans = np.stack([stops - widths, stops], axis=1)
         return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans, is_special=is_special)
+
+    def widths_of(self, ids: np.ndarray) -> np.ndarray:
+        """`[n]` symbols of a payload that each of these ids stands for where it is not special: here one."""
+        return np.ones(len(ids), np.int64)
 
     def encode_values(self, values: Sequence[Any]) -> TokenColumn:
         """Encode payloads that a program hands over: texts, or objects that are (`__bytes__`) or hold one (`seq`)."""
@@ -162,9 +166,16 @@ class Tokenizer(ABC):
         """Everything `from_json` needs, as plain values."""
 
     @classmethod
-    @abstractmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Tokenizer":
-        """The tokenizer that wrote `values`."""
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The tokenizer that wrote `values`: here they are what it is made with.
+
+        Raises:
+            CheckpointError: no tokenizer of this class wrote them.
+        """
+        try:
+            return cls(**values)
+        except (TypeError, ValueError, AttributeError, ConfigError) as error:
+            raise CheckpointError(f"tokenizer.json does not describe a tokenizer {cls.kind!r}: {error}") from error
 
     @property
     def fingerprint(self) -> str:
@@ -336,13 +347,6 @@ class AlphabetTokenizer(Tokenizer):
     def to_json(self) -> dict[str, Any]:
         values = {key: value for key, value in asdict(self).items() if not key.startswith("_")}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "AlphabetTokenizer":
-        try:
-            return cls(**values)
-        except (TypeError, ConfigError) as error:
-            raise CheckpointError(f"tokenizer.json does not describe an alphabet: {error}") from error
 
     def _count_replaced(self, letters: bytearray) -> dict[str, int]:
         counts = {}

@@ -47,8 +47,8 @@ A family can lie in any installed package, and no file of Meristem changes for i
    row of positions). A parameter without module has its full name on both sides
    (`trunk.blocks.{}.attention_scale` and `blocks.{}.ls1.gamma`). `Tied` and `Ignored` say what needs no row.
 3. A `Family` value, by `sequence_family` where it is like most in `transformers`: `read_heads`
-   (`heads_by_prefix(tokens="lm_head.")`, or `symbols_by_class("GPT2LMHeadModel")` where a tied head has no tensor),
-   `read_readouts` / `write_readouts` for label heads (rows `heads.<label>.out`), `spellings` for other names of the
+   (`heads_by_prefix(tokens="lm_head.")`, or `symbols_by_class("GPT2LMHeadModel")` where a tied head has no tensor; a
+   `Readout` for a label, rows `heads.<label>.out`), `write_readouts` for labels, `spellings` for other names of the
    same tensors, `prefix` of a trunk within a whole model, `name_class` for `architectures`, `library` for what is not
    `transformers` (an entry point of `meristem.libraries`), and a `runner`: `SEQUENCES`, `PAIRS` of `runners.py`, or
    `replace(SEQUENCES, theirs=run_sequences(pooled="pooler_output"))`. A family whose config another one recognises

@@ -15,7 +15,7 @@ from meristem.files import read_json, replacing_folder
 from meristem.interop.family import Family, find_family, installed_families
 from meristem.interop.weights import Weights, open_weights
 from meristem.model.config import TransformerConfig
-from meristem.model.heads import HeadSpec, Symbols
+from meristem.model.heads import HeadSpec, Readout, Symbols
 from meristem.model.init import without_weights
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.plain import from_json, to_json
@@ -91,10 +91,10 @@ def read_model(folder: Path, family: Family | None = None) -> tuple[Model, list[
 
 def _heads(family: Family, config: dict[str, Any], weights: Weights) -> tuple[dict[str, HeadSpec], list[str]]:
     """Heads by name that a foreign model has and an installed package offers, and names of the others."""
-    kinds = {name: Symbols.kind if name == SYMBOLS else name for name in family.read_heads(config, weights)}
-    known = installed(HeadSpec.group)
+    found, known = family.read_heads(config, weights), installed(HeadSpec.group)
+    kinds = {one: Symbols.kind if one == SYMBOLS else one for one in found if isinstance(one, str)}
     heads: dict[str, HeadSpec] = {name: find(HeadSpec.group, kind)() for name, kind in kinds.items() if kind in known}
-    heads |= {readout.name: readout for readout in family.read_readouts(config, weights)}
+    heads |= {one.name: one for one in found if isinstance(one, Readout)}
     return heads, [name for name, kind in kinds.items() if kind not in known]
 
 

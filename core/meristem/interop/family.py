@@ -29,7 +29,7 @@ ForeignConfig = Mapping[str, Any]
 TENSORFLOW_SPELLINGS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 """Names of TensorFlow, which checkpoints from before 2019 have."""
 
-HeadReader = Callable[[ForeignConfig, Collection[str]], tuple[str, ...]]
+HeadReader = Callable[[ForeignConfig, Collection[str]], tuple[str | Readout, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,10 @@ class Family:
             back, so it need not check.
         table: key table of all tensors; or, where its names depend on them, a function of our config, the foreign one
             and the names of the tensors that are there (none at export).
-        read_heads: names of heads that are no label's, of the foreign config and the names of its tensors: `tokens` for
-            that of symbols, or the name under which a head is registered, which has no settings.
+        read_heads: heads of a foreign model, of its config and the names of its tensors: a `Readout` for a label,
+            `tokens` for the symbol head, or the name under which a head that has no settings is registered.
         read_tokenizer: the tokenizer of a foreign directory, and notes for the user; of subwords by default.
         write_tokenizer: texts of the foreign tokenizer's files by file name.
-        read_readouts: labels that a foreign model predicts, of the foreign config and the names of its tensors.
         write_readouts: settings of the foreign config about the labels that come along; the others stay behind.
         spellings: regular expressions for other spellings of foreign names, and their replacements, applied in order.
         prefix: prefix of the names of the trunk's foreign tensors, which a trunk saved alone leaves out.
@@ -75,7 +74,6 @@ class Family:
     read_heads: HeadReader
     read_tokenizer: Callable[[Path, ForeignConfig], tuple[Tokenizer, list[str]]] = read_subwords
     write_tokenizer: Callable[[Tokenizer], dict[str, str]] = write_subwords
-    read_readouts: Callable[[ForeignConfig, Collection[str]], tuple[Readout, ...]] = lambda config, names: ()
     write_readouts: Callable[[Sequence[Readout]], dict[str, Any]] = lambda readouts: {}
     spellings: tuple[tuple[str, str], ...] = ()
     prefix: str = ""

@@ -21,7 +21,7 @@ from meristem.probing.fit import Fit, Unwatched, Watch
 from meristem.probing.labels import find_classes, find_numbers, read_labels, task_of
 from meristem.probing.measures import class_figures, confusion_matrix, top_k_accuracy, value_figures
 from meristem.probing.options import METHODS, ProbeOptions
-from meristem.probing.parts import count_shared, deal
+from meristem.probing.parts import Parts, count_shared, deal
 from meristem.probing.vectors import stored_vectors
 
 METRICS, PREDICTIONS, CONFUSION, VALUES = "metrics.json", "predictions.csv", "confusion.png", "values.png"
@@ -30,19 +30,21 @@ METRICS, PREDICTIONS, CONFUSION, VALUES = "metrics.json", "predictions.csv", "co
 def probe_files(
     model: Path | str,
     inputs: Sequence[str],
-    output: Path | str,
+    output: Path | str | None,
     options: ProbeOptions,
     tests: Sequence[str] = (),
     watch: Watch | None = None,
+    vectors_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Fit probes to the vectors of training records and evaluate them on test records.
 
     Args:
         model: a run directory, a model directory or a foreign one.
         inputs: files of labelled records.
-        output: folder of `metrics.json`, `predictions.csv` and a figure.
+        output: folder of `metrics.json`, `predictions.csv` and a figure; None to write nothing.
         tests: files of test records; then all of `inputs` is for training.
         watch: receives the progress; None to ignore it.
+        vectors_dir: folder in which vectors are kept for the next call; None for `vectors` in the cache.
 
     Returns:
         The content of `metrics.json`.
@@ -52,30 +54,22 @@ def probe_files(
         DataError: an input that cannot be used, labels of one class, or a part without a labelled record.
         CheckpointError: a model that cannot be read.
     """
-    output, model, watch = Path(output), Path(model), watch or Unwatched()
-    if output.exists() and not output.is_dir():
+    output, model, watch = Path(output) if output else None, Path(model), watch or Unwatched()
+    if output and output.exists() and not output.is_dir():
         raise ConfigError(f"--output must be a folder; {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not (output / METRICS).exists():
+    if output and output.is_dir() and any(output.iterdir()) and not (output / METRICS).exists():
         raise ConfigError(f"--output {output} must be new, empty or of an earlier probe; it holds something else")
-    if tests and (options.split != "hash" or options.test_frac is not None):
-        raise ConfigError("split and test_frac have no effect with files for the test; leave them out")
     place = find_model(model)
     domain = domain_of_model(options.embed.domain, (load_card(place) if is_own(place) else load_any(place)[0]).domain)
-    cache_dir = options.cache_dir or default_cache_dir()
+    vectors_dir = vectors_dir or (options.cache_dir or default_cache_dir()) / "vectors"
 
-    main = _read(inputs, options.split_column, domain, options, cache_dir)
-    test = _read(tests, "", domain, options, cache_dir) if tests else main
-    if tests:
-        stores = (("training", main.store), ("test", test.store))
-        require_whole_groups([(name, store, np.arange(len(store))) for name, store in stores])
     # labels and split are looked at before the hours of embedding
-    parts = deal(main.store, domain, main.has_label, options, has_test_files=bool(tests))
-    test_rows = np.flatnonzero(test.has_label) if tests else parts.test
+    main, test, parts, test_rows = _dealt(inputs, tests, domain, options)
     _check_task(main, np.concatenate([parts.train, parts.validation]), test, test_rows, options)
 
-    facts = _embed(main, model, options, cache_dir, "embed", watch)
+    facts = _embed(main, model, options, vectors_dir, "embed", watch)
     if tests:
-        _embed(test, model, options, cache_dir, "embed test", watch)
+        _embed(test, model, options, vectors_dir, "embed test", watch)
     train, validation = (some[main.places[some] >= 0] for some in (parts.train, parts.validation))
     test_rows = test_rows[test.places[test_rows] >= 0]
     if not len(test_rows) or not len(train):
@@ -103,14 +97,32 @@ def probe_files(
     is_validation = np.arange(len(rows)) >= len(train)
     vectors, test_vectors = main.vectors[main.places[rows]], test.vectors[test.places[test_rows]]
     fit = Fit(options, best_device(), watch, vectors, is_validation, test_vectors)
-    output.mkdir(parents=True, exist_ok=True)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
     evaluate = _evaluate_classes if task == "classification" else _evaluate_values
     figures, columns = evaluate(fit, main.labels[rows].tolist(), test.labels[test_rows].tolist(), output)
     metrics |= figures
-    ids = test.store.column("id").take(test_rows).to_pylist()
-    _write_csv(output / PREDICTIONS, {"id": ids} | columns)
-    write_json(output / METRICS, metrics)
+    if output:
+        ids = test.store.column("id").take(test_rows).to_pylist()
+        _write_csv(output / PREDICTIONS, {"id": ids} | columns)
+        write_json(output / METRICS, metrics)
     return metrics
+
+
+def figure_names(inputs: Sequence[str], options: ProbeOptions, domain: Domain, tests: Sequence[str] = ()) -> list[str]:
+    """Names (`knn/accuracy`) of the figures that `probe_files` will find of a model, once the records are checked.
+
+    Raises:
+        ConfigError, DataError: as `probe_files`, but for what only the model can tell.
+    """
+    main, test, parts, test_rows = _dealt(inputs, tests, domain, options)
+    rows = np.concatenate([parts.train, parts.validation])
+    if _check_task(main, rows, test, test_rows, options) == "classification":
+        num_classes = len(set(main.labels[rows]))
+        names = [*class_figures(np.eye(2)), *(["top5_accuracy"] if num_classes > 5 else [])]
+    else:
+        names = [*value_figures(np.arange(2), np.arange(2))]
+    return [f"{method}/{name}" for method in METHODS[options.method] for name in names]
 
 
 @dataclass
@@ -138,6 +150,22 @@ class _Records:
         return np.array([label is not None for label in self.labels], bool)
 
 
+def _dealt(
+    inputs: Sequence[str], tests: Sequence[str], domain: Domain, options: ProbeOptions
+) -> tuple[_Records, _Records, Parts, np.ndarray]:
+    """Records of the inputs and of the test (which may be the same), their parts, and the rows of the test."""
+    if tests and (options.split != "hash" or options.test_frac is not None):
+        raise ConfigError("split and test_frac have no effect with files for the test; leave them out")
+    cache_dir = options.cache_dir or default_cache_dir()
+    main = _read(inputs, options.split_column, domain, options, cache_dir)
+    test = _read(tests, "", domain, options, cache_dir) if tests else main
+    if tests:
+        stores = (("training", main.store), ("test", test.store))
+        require_whole_groups([(name, store, np.arange(len(store))) for name, store in stores])
+    parts = deal(main.store, domain, main.has_label, options, has_test_files=bool(tests))
+    return main, test, parts, np.flatnonzero(test.has_label) if tests else parts.test
+
+
 def _read(
     sources: Sequence[str], split_column: str, domain: Domain, options: ProbeOptions, cache_dir: Path
 ) -> _Records:
@@ -160,14 +188,12 @@ def _read(
 
 
 def _embed(
-    records: _Records, model: Path, options: ProbeOptions, cache_dir: Path, title: str, watch: Watch
+    records: _Records, model: Path, options: ProbeOptions, vectors_dir: Path, title: str, watch: Watch
 ) -> dict[str, Any]:
     """Give records their vectors; returns how these were made."""
     # the same records as the store's: a label that cannot be read is refused here as well
     embed, store = replace(options.embed, read=records.read), records.store
-    rows, records.vectors, manifest = stored_vectors(
-        store, model, records.sources, embed, cache_dir / "vectors", title, watch
-    )
+    rows, records.vectors, manifest = stored_vectors(store, model, records.sources, embed, vectors_dir, title, watch)
     records.places = np.full(len(store), -1, np.int64)
     records.places[rows] = np.arange(len(rows))
     records.num_refused += len(store) - len(rows)
@@ -193,7 +219,7 @@ def _check_task(
 
 
 def _evaluate_classes(
-    fit: Fit, labels: list[str], true_labels: list[str], output: Path
+    fit: Fit, labels: list[str], true_labels: list[str], output: Path | None
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """Figures of each method, and the columns of its predictions; the confusion of classes is drawn."""
     classes = find_classes(labels, true_labels, fit.options.label)
@@ -217,13 +243,14 @@ def _evaluate_classes(
         confusions[f"{method}: {figures['accuracy']:.1%} right"] = counts
         columns[method] = [names[code] for code in predicted]
         columns[f"{method}_probability"] = scores.max(1).tolist()
-    draw_confusion(output / CONFUSION, confusions, names)
-    (output / VALUES).unlink(missing_ok=True)
+    if output:
+        draw_confusion(output / CONFUSION, confusions, names)
+        (output / VALUES).unlink(missing_ok=True)
     return metrics, columns
 
 
 def _evaluate_values(
-    fit: Fit, labels: list[str], true_labels: list[str], output: Path
+    fit: Fit, labels: list[str], true_labels: list[str], output: Path | None
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """Figures of each method, and the columns of its predictions; predictions are drawn against true values."""
     values, true = (np.array([float(label) for label in some]) for some in (labels, true_labels))
@@ -232,8 +259,9 @@ def _evaluate_values(
     for method in METHODS[fit.options.method]:
         predictions[method], facts = fit.values(method, values)
         metrics[method] = value_figures(true, predictions[method]) | facts
-    draw_values(output / VALUES, true, predictions, fit.options.label)
-    (output / CONFUSION).unlink(missing_ok=True)
+    if output:
+        draw_values(output / VALUES, true, predictions, fit.options.label)
+        (output / CONFUSION).unlink(missing_ok=True)
     return metrics, {"label": true.tolist()} | {name: some.tolist() for name, some in predictions.items()}
 
 

@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 
 from meristem.data.loader import EvalLoader, TrainLoader
+from meristem.data.pack_maker import PackMaker
 from meristem.data.parts import Part, RunData
 from meristem.data.records import ReadOptions, Refusal, Source, columns_of
 from meristem.data.split import require_whole_groups, split_by_column, split_by_hash, split_by_similarity
@@ -229,23 +230,30 @@ class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         trainer = self.trainer
         assert trainer is not None
-        train, ranks = self.parts["train"], Ranks.of(trainer)
+        ranks = Ranks.of(trainer)
         return TrainLoader(
-            train.store,
-            train.rows,
-            self.tokenizer,
-            self.objective,
-            seed=self.seed,
+            self._maker("train", self.max_tokens_per_record),
             tokens_per_batch=self.spec.tokens_per_batch,
             packs_per_step=trainer.accumulate_grad_batches * ranks.count,
             rank=ranks.number,
             world_size=ranks.count,
             workers=self.spec.workers,
-            max_tokens_per_record=self.max_tokens_per_record,
-            views=self.views,
-            others=self.others,
             weights=self.spec.weights,
             start_step=self.first_step,
+        )
+
+    def _maker(self, part: str, max_tokens_per_record: int | None) -> PackMaker:
+        records = self.parts[part]
+        return PackMaker(
+            records.store,
+            records.rows,
+            self.tokenizer,
+            self.objective,
+            self.seed,
+            max_tokens_per_record,
+            self.views,
+            is_training=part == "train",
+            others=self.others,
         )
 
     def first_step(self) -> int:
@@ -263,21 +271,14 @@ class DataModule(L.LightningDataModule):
 
     def _eval_loader(self, part: Literal["validation", "test"]) -> EvalLoader:
         assert self.trainer is not None
-        records, ranks = self.parts[part], Ranks.of(self.trainer)
+        ranks = Ranks.of(self.trainer)
         return EvalLoader(
-            records.store,
-            records.rows,
-            self.tokenizer,
-            self.objective,
-            seed=self.seed,
+            # an evaluation takes whole records wherever the model can
+            self._maker(part, self._position_limit),
             tokens_per_batch=self.spec.tokens_per_batch,
             rank=ranks.number,
             world_size=ranks.count,
             workers=self.spec.workers,
-            # an evaluation takes whole records wherever the model can
-            max_tokens_per_record=self._position_limit,
-            views=self.views,
-            others=self.others,
             limit=self.limits.get(part, 1.0),
         )
 

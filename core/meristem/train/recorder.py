@@ -13,6 +13,7 @@ import lightning as L
 from meristem.errors import CheckpointError
 from meristem.files import write_file
 from meristem.shapes import Tensor
+from meristem.train.evals import Evals
 from meristem.train.ranks import Ranks
 from meristem.train.run_directory import RunDirectory
 from meristem.train.task import NotFinite, StepResult, Task
@@ -81,11 +82,12 @@ class Recorder(L.Callback):
         run: where to write.
         watch: when validation is due.
         every_n_steps: how often loggers get the figures of a step.
+        evals: what is measured at a validation beside the loss.
     """
 
-    def __init__(self, run: RunDirectory, watch: Watch, every_n_steps: int):
+    def __init__(self, run: RunDirectory, watch: Watch, every_n_steps: int, evals: Evals):
         self.file = MetricsFile(run.metrics)
-        self.watch, self.every_n_steps = watch, every_n_steps
+        self.watch, self.every_n_steps, self.evals = watch, every_n_steps, evals
         self.last: dict[str, Any] = {}
         self.last_validation: dict[str, float] = {}
         self._waiting: list[tuple[int, Tensor, Tensor, float, float]] = []
@@ -128,7 +130,7 @@ class Recorder(L.Callback):
             row |= _named(result, "loss/")
             row["tokens_per_second"] = round(result.num_tokens / max(seconds, 1e-9), 1)
             if not self._columns:
-                self._columns = _columns(row, task)
+                self._columns = _columns(row, [*task.metric_names(), *self.evals.names])
             self.last = row
             if step % self.every_n_steps == 0 or step == 1:
                 _log(trainer, {key: value for key, value in row.items() if key != "step"}, step)
@@ -139,7 +141,7 @@ class Recorder(L.Callback):
         if trainer.state.fn != "fit":
             return
         assert isinstance(task, Task)
-        values = evaluation_values(task)
+        values = evaluation_values(task) | self.evals.values(task)
         self.last_validation = values
         named = {VALIDATION + key: value for key, value in values.items()}
         _log(trainer, named, trainer.global_step)
@@ -162,9 +164,9 @@ def _named(result: StepResult, prefix: str) -> dict[str, float]:
     return {prefix + name: value for name, value in result.terms.items()} if len(result.terms) > 1 else {}
 
 
-def _columns(row: Mapping[str, Any], task: Task) -> list[str]:
+def _columns(row: Mapping[str, Any], measured: list[str]) -> list[str]:
     losses = [name for name in row if name.startswith("loss")]
-    evaluated = [VALIDATION + name for name in [*losses, *task.metric_names()]]
+    evaluated = [VALIDATION + name for name in [*losses, *measured]]
     return ["step", *losses, "lr", "grad_norm", "tokens_per_second", *evaluated]
 
 

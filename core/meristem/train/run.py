@@ -21,6 +21,7 @@ from meristem.figures.predictions import draw_confusion
 from meristem.files import write_file
 from meristem.model.heads import readouts_of
 from meristem.train.datamodule import DataModule
+from meristem.train.evals import Evals
 from meristem.train.gallery import Gallery
 from meristem.train.keeper import AtomicCheckpointIO, Keeper, Stopped
 from meristem.train.progress import TrainingProgress, shown_reading
@@ -68,13 +69,15 @@ def fit(spec: RunSpec, say: Say = say) -> RunDirectory:
     task, data = build(spec)
     with shown_reading(data):
         data.bind(task)
+    evals = Evals(spec.evals or (), spec.data)
+    _check_monitor(task, data, spec.watch, evals)
     is_new = not run.path.exists()
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         run.write_config(values)
         if data.refused:
             write_file(run.refused, refusals_as_csv(data.refused))
-        _train(task, data, run, spec, say)
+        _train(task, data, evals, run, spec, say)
     except UserError:
         if is_new and not run.last_checkpoint.exists():
             shutil.rmtree(run.path, ignore_errors=True)
@@ -116,7 +119,7 @@ def build(spec: RunSpec) -> tuple[Task, DataModule]:
     return Task(model, spec.seed), DataModule(spec.data, spec.seed)
 
 
-def _train(task: Task, data: DataModule, run: RunDirectory, spec: RunSpec, say: Say) -> None:
+def _train(task: Task, data: DataModule, evals: Evals, run: RunDirectory, spec: RunSpec, say: Say) -> None:
     """Take the steps.
 
     Args:
@@ -127,9 +130,8 @@ def _train(task: Task, data: DataModule, run: RunDirectory, spec: RunSpec, say: 
         Stopped: a signal asked for it.
     """
     watch = spec.watch
-    _check_monitor(task, data, watch)
     checkpoint = run.checkpoint_to_go_on_from()
-    recorder = Recorder(run, watch, spec.trainer.log_every_n_steps or 1)
+    recorder = Recorder(run, watch, spec.trainer.log_every_n_steps or 1, evals)
     keeper = Keeper(run, watch, recorder, say)
     callbacks = [_Greeter(say), recorder, Gallery(run)]
     if spec.trainer.enable_progress_bar is not False:
@@ -147,7 +149,7 @@ def validate(spec: RunSpec, say: Say = say) -> dict[str, float]:
     """Measure what a run has left, on the validation part of its data.
 
     Returns:
-        Figures by name: `loss`, and the metrics of the objective.
+        Figures by name: `loss`, the metrics of the objective, and what `evals` measure.
 
     Raises:
         CheckpointError: the run has left no model, or one that lacks what the objective needs.
@@ -179,6 +181,7 @@ def _measure(spec: RunSpec, part: Literal["validation", "test"], say: Say) -> di
         data.bind(task)
     for line in data.remarks:
         say(line)
+    evals = Evals(spec.evals or () if part == "validation" else (), spec.data)
     checkpoint = run.last_checkpoint if _is_measured_by_checkpoint(task) else None
     say(f"{part} part, {checkpoint or run.best_model}")
     values = _evaluate(task, data, part, spec.trainer, checkpoint)
@@ -187,12 +190,18 @@ def _measure(spec: RunSpec, part: Literal["validation", "test"], say: Say) -> di
         drawn = run.figure(f"confusion_{name}_{part}")
         draw_confusion(drawn, {f"{name}, {part}": counts.numpy()}, classes[name])
         say(f"confusion matrix: {drawn}")
-    return values
+    return values | evals.measure(run.best_model)
 
 
-def _check_monitor(task: Task, data: DataModule, watch: Watch) -> None:
-    """Refuse to watch what no validation will measure."""
-    measured = ["loss", *task.objective.metrics()]
+def _check_monitor(task: Task, data: DataModule, watch: Watch, evals: Evals) -> None:
+    """Refuse to watch what no validation will measure, and evaluations that none will run."""
+    own = ["loss", *task.objective.metrics()]
+    measured = [*own, *evals.names]
+    names = [*{name.partition("/")[0] for name in own}, *(suite.name for suite in evals.suites)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"evals must have names of their own (init_args.name); got twice: {', '.join(sorted(twice))}")
+    if "validation" not in data.parts and evals.names:
+        raise ConfigError("evals need a validation part; see data.split")
     is_term = watch.monitor.startswith("loss/")  # terms are known when the first pack is there
     if "validation" in data.parts and watch.monitor not in measured and not is_term:
         raise ConfigError(f"watch.monitor must be one of {', '.join(measured)}; got {watch.monitor!r}")

@@ -11,6 +11,7 @@ from meristem.model.plain import to_json
 from meristem.objectives.objective import Objective
 from meristem.train.architecture import resolve_architecture
 from meristem.train.optim import OptimizerConfig
+from meristem.train.suite import Suite
 from meristem.train.watch import Watch
 
 if TYPE_CHECKING:
@@ -270,6 +271,8 @@ class RunSpec:
         data: what it is trained on.
         trainer: how long, where and in which precision.
         watch: when to validate, save and stop.
+        evals: what is measured at each validation beside the loss: the names of installed suites (`Probe`), or import
+            paths of classes, each with its arguments as `init_args`; null for nothing. In Python the objects.
         seed: random seed of weights, order, corruption and dropout.
         run_dir: folder that the run is kept in; null for `runs/` and the name of the config.
 
@@ -285,8 +288,14 @@ class RunSpec:
     data: DataSpec
     trainer: TrainerSpec = field(default_factory=TrainerSpec)
     watch: Watch = Watch()
+    evals: list[Suite] | None = None
     seed: int = 0
     run_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for one in self.evals or ():
+            if not (isinstance(one, Suite) and is_dataclass(one)):
+                raise ConfigError(f"evals must be suites that are dataclasses, such as Probe(...); got {one!r}")
 
     @property
     def folder(self) -> str:
@@ -329,7 +338,7 @@ def fill_in(values: dict[str, Any], objective: type[Objective]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value of a run as YAML can keep it; of objects other than objectives, the path of their class."""
+    """A value of a run as YAML can keep it; of objects other than objectives and suites, the path of their class."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Mapping):
@@ -338,7 +347,8 @@ def plain(value: Any) -> Any:
         return [plain(one) for one in value]
     if isinstance(value, TransformerConfig):
         return to_json(value)
-    if is_dataclass(value):
-        return {one.name: plain(getattr(value, one.name)) for one in fields(value)}
     path = f"{type(value).__module__}.{type(value).__qualname__}"
+    if is_dataclass(value):
+        found = {one.name: plain(getattr(value, one.name)) for one in fields(value)}
+        return {"class_path": path, "init_args": found} if isinstance(value, Suite) else found
     return {"class_path": path, "init_args": plain(value.arguments)} if isinstance(value, Objective) else path

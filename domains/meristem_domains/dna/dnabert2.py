@@ -76,7 +76,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 DNABERT2 = bert.BERT.variant(
     name="DNABERT-2",
     domain="dna",
-    read_readouts=lambda config, names: (),
+    read_heads=bert.SYMBOL_HEAD,
     recognises=recognises,
     read_config=read_config,
     write_config=write_config,

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes, frozen_symbols
-from meristem.errors import CheckpointError, ConfigError
+from meristem.errors import ConfigError
 from meristem.types import TokenColumn, Tokens
 
 BASES = "ATCG"
@@ -137,12 +137,8 @@ class KmerTokenizer(Tokenizer):
         ids[is_payload] = body
         return TokenColumn(ids=ids, offsets=offsets, replaced=self._count_replaced(text), is_special=~is_payload)
 
-    def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
-        ids = column.ids[column.offsets[row] : column.offsets[row + 1]].astype(np.int64)
-        stops = np.cumsum(self._widths[ids])
-        spans = np.stack([stops - self._widths[ids], stops], axis=1)
-        is_special = self._widths[ids] == 0
-        return Tokens(positions=np.arange(len(ids))[:, None], ids=ids, spans=spans, is_special=is_special)
+    def widths_of(self, ids: np.ndarray) -> np.ndarray:
+        return self._widths[ids]
 
     def decode(self, tokens: Tokens) -> str:
         return "".join(self.vocab[i] for i in tokens.ids if self._widths[i])
@@ -151,13 +147,6 @@ class KmerTokenizer(Tokenizer):
         names = ("vocab", "prefix", "suffix", "special", "replace")
         values = {name: getattr(self, name) for name in names}
         return {name: list(value) if isinstance(value, tuple) else dict(value) for name, value in values.items()}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "KmerTokenizer":
-        try:
-            return cls(**values)
-        except (TypeError, AttributeError, ConfigError) as error:
-            raise CheckpointError(f"tokenizer.json does not describe k-mers: {error}") from error
 
     def _count_replaced(self, text: np.ndarray) -> dict[str, int]:
         if not self.replace or not text.size:

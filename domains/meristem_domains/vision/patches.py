@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.data.tokenizer import Tokenizer, column_bytes
-from meristem.errors import CheckpointError, ConfigError
+from meristem.errors import ConfigError
 from meristem.model.config.checks import require
 from meristem.types import TokenColumn, Tokens
 from meristem_domains.vision.picture_sizes import CROPS, native_px, resized_px, resized_size
@@ -236,17 +236,6 @@ class PatchTokenizer(Tokenizer):
     def length_of(self, sizes: np.ndarray) -> np.ndarray:
         return np.full(len(sizes), len(self.prefix) + (self.max_patches or math.prod(self.grid)))
 
-    def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
-        assert column.features is not None
-        assert column.positions is not None
-        rows = slice(column.offsets[row], column.offsets[row + 1])
-        return Tokens(
-            positions=column.positions[rows],
-            ids=column.ids[rows],
-            features=column.features[rows],
-            is_special=column.ids[rows] >= 0,
-        )
-
     def decode(self, tokens: Tokens) -> np.ndarray:
         """The resized and cropped image: `[H, W, C]` float32 values between 0 and 1."""
         assert tokens.features is not None
@@ -260,13 +249,6 @@ class PatchTokenizer(Tokenizer):
         if self.crop_frac == 1:  # as in directories that were written before the option existed
             del values["crop_frac"]
         return values
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "PatchTokenizer":
-        try:
-            return cls(**values)
-        except (TypeError, ValueError, ConfigError) as error:
-            raise CheckpointError(f"tokenizer.json does not describe patches: {error}") from error
 
     def _column(self, images: list[np.ndarray]) -> TokenColumn:
         """Tokens of images that are given as `[rows, columns, P]`."""

@@ -32,6 +32,8 @@ from meristem.shapes import Tensor
 NEXT_SENTENCE = Readout(name="next_sentence", classes=("next", "random"), pool=None)
 """Whether the second sentence follows the first, in the order of the reference's logits."""
 
+SYMBOL_HEAD = heads_by_prefix(tokens="cls.predictions.")
+
 FIELDS = (
     *COMMON,
     activation("hidden_act", "gelu"),
@@ -162,9 +164,10 @@ def write_roberta_config(architecture: TransformerConfig, tokenizer: Tokenizer) 
     return {"model_type": "roberta", **write_fields(architecture, FIELDS), **ids, "pad_token_id": pad}
 
 
-def read_readouts(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
-    """The next-sentence label, if the checkpoint has its head."""
-    return (NEXT_SENTENCE,) if "cls.seq_relationship.weight" in names else ()
+def read_heads(config: ForeignConfig, names: Collection[str]) -> tuple[str | Readout, ...]:
+    """The symbol head and the next-sentence label, those that the checkpoint has."""
+    label = (NEXT_SENTENCE,) if "cls.seq_relationship.weight" in names else ()
+    return (*SYMBOL_HEAD(config, names), *label)
 
 
 def _name_class(heads: Collection[str]) -> str:
@@ -181,8 +184,7 @@ BERT = Family(
     read_config=read_config,
     write_config=write_config,
     table=TABLE,
-    read_heads=heads_by_prefix(tokens="cls.predictions."),
-    read_readouts=read_readouts,
+    read_heads=read_heads,
     spellings=TENSORFLOW_SPELLINGS,
     prefix="bert.",
     name_class=_name_class,
@@ -201,7 +203,6 @@ ROBERTA = BERT.variant(
     write_config=write_roberta_config,
     table=ROBERTA_TABLE,
     read_heads=heads_by_prefix(tokens="lm_head."),
-    read_readouts=lambda config, names: (),
     prefix="roberta.",
     name_class=classes_by_head("RobertaForMaskedLM", "RobertaModel"),
     runner=replace(SEQUENCES, theirs=run_sequences(pooled="pooler_output")),

@@ -1,6 +1,5 @@
 """Letters to pairs of letters and back."""
 
-from collections.abc import Mapping
 from itertools import product
 from typing import Any, ClassVar
 
@@ -8,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer
-from meristem.errors import CheckpointError
 from meristem.types import TokenColumn, Tokens
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<mask>")
@@ -47,28 +45,14 @@ class PairTokenizer(Tokenizer):
         offsets = np.cumsum([0, *map(len, rows)])
         return TokenColumn(ids=ids, offsets=offsets, is_special=ids < len(SPECIAL))
 
-    def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
-        ids = column.ids[column.offsets[row] : column.offsets[row + 1]].astype(np.int64)
-        widths = np.array([0 if i < len(SPECIAL) else len(self.vocab[i]) for i in ids])
-        stops = np.cumsum(widths)
-        return Tokens(
-            positions=np.arange(len(ids))[:, None],
-            ids=ids,
-            spans=np.stack([stops - widths, stops], axis=1),
-            is_special=ids < len(SPECIAL),
-        )
+    def widths_of(self, ids: np.ndarray) -> np.ndarray:
+        return np.array([len(self.vocab[i]) for i in ids])
 
     def decode(self, tokens: Tokens) -> str:
         return "".join(self.vocab[i] for i in tokens.ids if i >= len(SPECIAL))
 
     def to_json(self) -> dict[str, Any]:
         return {"letters": self.letters}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "PairTokenizer":
-        if set(values) != {"letters"}:
-            raise CheckpointError(f"tokenizer.json must hold letters; got {', '.join(values)}")
-        return cls(values["letters"])
 
     @property
     def num_special(self) -> tuple[int, int]:
