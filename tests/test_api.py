@@ -117,6 +117,8 @@ def test_bf16_does_not_change_the_model(model_directory: Path, sequences: list[s
             "likelihood, contacts; got 'contact'",
         ),
         (lambda model: model.score(["MKT"], onepass=True), ConfigError, "options of the scorer are .*; got 'onepass'"),
+        (lambda model: model.generate(["MK"], top_n=3), ConfigError, "options of generate are .*; got 'top_n'"),
+        (lambda model: model.generate(["MK"], top_k="3"), ConfigError, "options of generate: .*'str' and 'int'"),
         (lambda model: model.embed(["MKT"], pool="median"), ConfigError, "pool must be one of"),
         (lambda model: model.embed(["MKT"], layer=9), ConfigError, "layer must be in"),
         (lambda model: model.embed(["MKT"], precision="fp8"), ConfigError, "precision must be one of"),

@@ -16,7 +16,7 @@ from meristem.inference.job import JobOptions
 from meristem.inference.predict import PredictOptions, predict_files
 from meristem.inference.score import Score, ScoreOptions, score_files
 from meristem.interop.library import FetchOptions, fetch_model, is_named
-from meristem.loaded import LoadedModel, load, scorer_options
+from meristem.loaded import LoadedModel, load, options_by_name
 from meristem.model_directory import find_model, is_own, save_model, with_tokenizer_options
 from meristem.model_directory import import_model as read_foreign
 
@@ -95,7 +95,8 @@ def score(
     """
     report, given = options.pop("report", None), options.pop("scorer_options", {})
     found = Score(scorer, domain=options.get("domain", "")).find()
-    chosen = _job_options(ScoreOptions, {**options, "scorer": scorer, "scorer_options": scorer_options(found, given)})
+    given = options_by_name("the scorer", found.options, given)
+    chosen = _job_options(ScoreOptions, {**options, "scorer": scorer, "scorer_options": given})
     return score_files(model, _files(inputs), output, chosen, report)
 
 
@@ -209,7 +210,6 @@ def _job_options(kind: type[Options], options: Mapping[str, Any]) -> Options:
     on_error, column, ids = (given.pop(name, "") for name in ("on_error", "column", "id_column"))
     if on_error not in ("", "refuse", "skip"):
         raise ConfigError(f"on_error must be refuse or skip; got {on_error!r}")
-    try:
-        return kind(is_skipping=on_error == "skip", column=column, read=ReadOptions(id_column=ids), **given)
-    except TypeError as error:
-        raise ConfigError(f"{kind.__name__}: {error}") from error
+    given |= {"is_skipping": on_error == "skip", "column": column, "read": ReadOptions(id_column=ids)}
+    made: Options = options_by_name(kind.__name__, kind, given)
+    return made

@@ -1,6 +1,7 @@
 """A model that is ready for sequences in memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 from meristem.data.tokenizer import RefusedSymbol
 from meristem.domain import GROUP, domain_of_model
 from meristem.errors import ConfigError, DataError
-from meristem.generation.text import Generator, check_options
+from meristem.generation.options import GenerateOptions
+from meristem.generation.text import Generator
 from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS
 from meristem.inference.embed import default_pool
 from meristem.inference.encoding import Reading
-from meristem.inference.engine import PRECISIONS, Embedder, NotFinite, best_device, best_precision
-from meristem.inference.job import Engine, too_long
+from meristem.inference.engine import Embedder, NotFinite, best_device
+from meristem.inference.job import Engine, JobOptions, too_long
 from meristem.inference.predictor import Prediction, Predictor
 from meristem.inference.score import Score
 from meristem.interop.directory import write_directory
@@ -26,7 +28,6 @@ from meristem.model.transformer import EncoderDecoder
 from meristem.model_directory import ModelCard, load_any
 from meristem.registry import installed
 from meristem.scoring.running import RunningModel
-from meristem.scoring.scorer import Scorer
 from meristem.types import TokenColumn
 
 FILES_AHEAD = 256
@@ -98,14 +99,10 @@ class LoadedModel:
                     values = embedder.embed(column)
                 cuts = np.cumsum(embedder.num_vectors(column))[:-1]
                 found += np.split(values, cuts) if pool == "none" else [values]
-        made = (
-            pieces
-            if pool == "none"
-            else [
-                np.concatenate(found) if found else np.zeros((0, embedder.width), np.float32)
-                for embedder, found in zip(embedders, pieces)
-            ]
-        )
+        made: list[Any] = pieces
+        if pool != "none":
+            nothing = [np.zeros((0, embedder.width), np.float32) for embedder in embedders]
+            made = [np.concatenate([first, *found]) for first, found in zip(nothing, pieces)]
         return made[0] if isinstance(layer, int) else made
 
     def predict(
@@ -158,7 +155,7 @@ class LoadedModel:
             >>> meristem.load("runs/sample").score(["MKTAYIAKQR"])[0]["log_likelihood"]
         """
         domain = self.card.domain if self.card.domain in installed(GROUP) else ""
-        chosen = scorer_options(Score(scorer, domain=domain).find(), options)
+        chosen = options_by_name("the scorer", Score(scorer, domain=domain).find().options, options)
         job = Score(scorer, chosen, domain)
         running = job.start(self.card, self.model, self._engine(tokens_per_batch, precision))
         found: list[Any] = []
@@ -233,16 +230,13 @@ class LoadedModel:
         """
         if isinstance(prompts, str):
             raise ConfigError("prompts must be a list of strings; got one string: put it in a list")
-        chosen = check_options(**options)
+        chosen = options_by_name("generate", GenerateOptions, options)
         generator = Generator(self.model.to(self.device).eval(), self.card.tokenizer)
         made = [[sample.text for sample in samples] for samples in generator.generate(prompts, chosen)]
         return made if chosen.num_samples > 1 else [texts[0] for texts in made]
 
     def _engine(self, tokens_per_batch: int | None, precision: str) -> Engine:
-        chosen = best_precision(precision, self.device)
-        if chosen not in PRECISIONS:
-            raise ConfigError(f"precision must be one of auto, {', '.join(PRECISIONS)}; got {precision!r}")
-        return Engine(chosen, self.device, tokens_per_batch)
+        return JobOptions(tokens_per_batch=tokens_per_batch, precision=precision).engine(self.device)
 
     def _viewed(self, reading: Reading) -> Reading:
         """A reading with the views that verbs run in the place of a record."""
@@ -267,45 +261,38 @@ class LoadedModel:
         if is_one or not isinstance(sequences, Iterable):
             got = "a single one: put it in a list" if is_one else type(sequences).__name__
             raise ConfigError(f"sequences must be a list, or a mapping of ids to sequences; got {got}")
-        held: list[Any] = []
-        first = size = 0
-        for sequence in sequences.values() if isinstance(sequences, Mapping) else sequences:
-            held.append(sequence)
-            size += len(sequence) if isinstance(sequence, str) else CHUNK_SYMBOLS // FILES_AHEAD
-            if len(held) == CHUNK_RECORDS or size >= CHUNK_SYMBOLS:
-                yield first, self._encode(first, held, unfit, reading)
-                first, held, size = first + len(held), [], 0
-        if held:
-            yield first, self._encode(first, held, unfit, reading)
-
-    def _encode(
-        self,
-        first: int,
-        sequences: Sequence[Any],
-        unfit: Callable[[TokenColumn], Mapping[int, str]],
-        reading: Reading,
-    ) -> TokenColumn:
-        try:
-            column = reading.values(sequences)
-        except RefusedSymbol as error:
-            raise DataError(f"sequence {first + error.row}: {error}") from error
-        for row, reason in unfit(column).items():
-            raise DataError(f"sequence {first + row}: {reason}")
-        return column
+        first = 0
+        for held in _chunks(sequences.values() if isinstance(sequences, Mapping) else sequences):
+            try:
+                column = reading.values(held)
+            except RefusedSymbol as error:
+                raise DataError(f"sequence {first + error.row}: {error}") from error
+            for row, reason in unfit(column).items():
+                raise DataError(f"sequence {first + row}: {reason}")
+            yield first, column
+            first += len(held)
 
 
-class _naming:
+def _chunks(sequences: Iterable[Any]) -> Iterator[list[Any]]:
+    held: list[Any] = []
+    size = 0
+    for sequence in sequences:
+        held.append(sequence)
+        size += len(sequence) if isinstance(sequence, str) else CHUNK_SYMBOLS // FILES_AHEAD
+        if len(held) == CHUNK_RECORDS or size >= CHUNK_SYMBOLS:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+@contextmanager
+def _naming(first: int) -> Iterator[None]:
     """Counts the sequence that an error speaks of from the first of all."""
-
-    def __init__(self, first: int):
-        self._first = first
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, NotFinite):
-            raise DataError(f"sequence {self._first + error.row}: the result is not finite") from error
+    try:
+        yield
+    except NotFinite as error:
+        raise DataError(f"sequence {first + error.row}: the result is not finite") from error
 
 
 def load(path: Path | str, device: str | None = None, tokenizer: Mapping[str, Any] | None = None) -> LoadedModel:
@@ -332,14 +319,21 @@ def load(path: Path | str, device: str | None = None, tokenizer: Mapping[str, An
     return LoadedModel(card, model, device)
 
 
-def scorer_options(scorer: Scorer, given: Mapping[str, Any]) -> Any:
-    """The options of a scorer, as a program gives them by name.
+def options_by_name(owner: str, kind: type, given: Mapping[str, Any]) -> Any:
+    """Options as a program gives them by name.
+
+    Args:
+        owner: whose options they are, as messages call it.
+        kind: dataclass of the options.
 
     Raises:
-        ConfigError: one that the scorer does not take.
+        ConfigError: one that is not there, or that cannot work.
     """
-    known = [one.name for one in fields(scorer.options)]
+    known = [one.name for one in fields(kind)]
     for name in given:
         if name not in known:
-            raise ConfigError(f"options of the scorer are {', '.join(known) or 'none'}; got {name!r}")
-    return scorer.options(**given)
+            raise ConfigError(f"options of {owner} are {', '.join(known) or 'none'}; got {name!r}")
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ConfigError(f"options of {owner}: {error}") from error

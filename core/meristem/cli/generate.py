@@ -17,6 +17,9 @@ from meristem.cli.jobs import (
     job_options,
     print_summary,
 )
+from meristem.cli.options import add_options, options_of
+from meristem.errors import ConfigError
+from meristem.generation.options import GenerateOptions
 
 if TYPE_CHECKING:  # importing torch takes seconds, and help needs none of it
     from meristem.inference.generate import Generate
@@ -38,22 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a .jsonl file of all samples, which goes on where it was stopped; the terminal by default",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens made for each prompt at most (128)")
     parser.add_argument(
         "--temperature", type=float, help="1 draws as the model says, 0 takes the likeliest token (1; 0 with --beams)"
     )
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="draw from the smallest set of tokens whose probability reaches p")
-    parser.add_argument("--min-p", type=float, help="draw from tokens at least p times as likely as the likeliest")
     parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        help="above 1, tokens that the text already holds become less likely",
-    )
-    parser.add_argument("--beams", type=int, default=1, help="beams of a beam search; 1 for none")
-    parser.add_argument(
-        "--length-penalty", type=float, default=1.0, help="scores of beams are divided by their length to this power"
+        "--beams", type=int, default=1, dest="num_beams", metavar="BEAMS", help="beams of a beam search; 1 for none"
     )
     parser.add_argument("--num-samples", "-n", type=int, default=1, help="texts for each prompt")
     parser.add_argument(
@@ -63,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="a sample ends where this text comes; may be repeated",
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed and prompt give the same text")
+    own = ("temperature", "num_beams", "num_samples", "stop", "batch_size")
+    add_options(parser, GenerateOptions, "how tokens are chosen", own)
     add_engine_arguments(parser)
     parser.set_defaults(precision="fp32")
     add_overwrite_argument(parser)
@@ -71,27 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the texts and show or write them."""
-    from meristem.errors import ConfigError
-    from meristem.generation.text import check_options
     from meristem.inference.generate import GIVEN, Generate
     from meristem.inference.job import JobOptions
     from meristem.inference.run import run_job
 
     if bool(args.prompt) == bool(args.prompts):
         raise ConfigError("one of --prompt TEXT and --prompts FILE must be given")
-    options = check_options(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature if args.temperature is not None else (1.0 if args.beams == 1 else 0.0),
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        num_beams=args.beams,
-        length_penalty=args.length_penalty,
-        num_samples=args.num_samples,
-        stop=tuple(args.stop),
-        seed=args.seed,
-    )
+    if args.temperature is None:
+        args.temperature = 1.0 if args.num_beams == 1 else 0.0
+    args.stop, args.batch_size = tuple(args.stop), GenerateOptions.batch_size
+    options = options_of(args, GenerateOptions)
     job, how = Generate(options, tuple(args.prompt)), JobOptions(**job_options(args))
     if not args.output and len(args.prompt) == options.num_sequences == 1 and sys.stdout.isatty():
         return _stream(args.model, job, how)
@@ -121,7 +103,7 @@ def _stream(path: str, job: "Generate", how: "JobOptions") -> int:
     from meristem.model_directory import load_any
 
     [prompt] = job.prompts
-    running = job.start(*load_any(path, how.tokenizer), how.engine)
+    running = job.start(*load_any(path, how.tokenizer), how.engine())
     print(prompt, end="", flush=True)
     say = lambda number, sample, piece: print(piece, end="", flush=True)  # noqa: E731
     list(running.generator.generate([prompt], job.options, say))

@@ -95,7 +95,7 @@ def _throughput(args: argparse.Namespace) -> dict[str, Any]:
     from meristem.model_directory import load_any
 
     card, model = load_any(args.model)
-    engine = JobOptions(precision=args.precision).engine
+    engine = JobOptions(precision=args.precision).engine()
     embedder = Embedder(engine.trunk(model), args.pool or default_pool(card))
     measured = measure_throughput(embedder)
     facts: dict[str, Any] = {

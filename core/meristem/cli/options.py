@@ -1,6 +1,7 @@
 """Options of the command line that are the fields of a dataclass."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -9,19 +10,20 @@ from meristem.cli.tokenizer_options import as_flag
 from meristem.errors import ConfigError
 
 
-def add_options(parser: argparse.ArgumentParser, options: type, title: str) -> None:
+def add_options(parser: argparse.ArgumentParser, options: type, title: str, but: Sequence[str] = ()) -> None:
     """Add a group with an option for each field of a dataclass, named like the field, with dashes.
 
     Args:
         options: a dataclass whose fields have defaults and metadata `help`; types as `Scorer.options` lists them.
         title: of the group.
+        but: fields that get no option here.
 
     Raises:
         ConfigError: a field has no default or another type, or the parser has an option of its name.
     """
     group = parser.add_argument_group(title)
     hints = get_type_hints(options)
-    for field in fields(options):
+    for field in (one for one in fields(options) if one.name not in but):
         how = _kind_of(hints[field.name])
         if how is None or field.default is MISSING:
             raise ConfigError(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meristem.errors import ConfigError
+from meristem.scoring.scorer import option
 
 Reason = Literal["stop", "length"]
 
@@ -28,17 +29,17 @@ class GenerateOptions:
         batch_size: sequences that are run at once.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int = option(128, "tokens made for each prompt at most (128)")
     temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
+    top_k: int | None = option(None, "draw from the k likeliest tokens")
+    top_p: float | None = option(None, "draw from the smallest set of tokens whose probability reaches p")
+    min_p: float | None = option(None, "draw from tokens at least p times as likely as the likeliest")
+    repetition_penalty: float = option(1.0, "above 1, tokens that the text already holds become less likely")
     num_samples: int = 1
     num_beams: int = 1
-    length_penalty: float = 1.0
+    length_penalty: float = option(1.0, "scores of beams are divided by their length to this power")
     stop: tuple[str, ...] = ()
-    seed: int = 0
+    seed: int = option(0, "the same seed and prompt give the same text")
     batch_size: int = 32
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.errors import ConfigError, DataError, UserError
+from meristem.errors import DataError, UserError
 from meristem.generation.beams import search
 from meristem.generation.few_rows import for_few_rows
 from meristem.generation.options import Generated, GenerateOptions
@@ -151,15 +151,3 @@ class _Streams:
         self._said[key] = text
         if len(text) > len(said):
             self.on_text(self.first + prompt, number, text[len(said) :])
-
-
-def check_options(**values: object) -> GenerateOptions:
-    """Options of plain values.
-
-    Raises:
-        ConfigError: a name that is none, or a value that cannot work.
-    """
-    try:
-        return GenerateOptions(**values)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise ConfigError(f"generate: {error}") from error

@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.errors import ConfigError
+from meristem.files import replacing
 from meristem.inference.encoding import Reading
-from meristem.inference.engine import PLAIN_POOLS, POOLS, Advance, Embedder
-from meristem.inference.formats import FORMATS, convert
+from meristem.inference.engine import PLAIN_POOLS, Advance, Embedder
+from meristem.inference.formats import WRITERS
 from meristem.inference.job import Engine, Job, JobOptions, Running
 from meristem.inference.run import Report, run_job
 from meristem.model.model import Model
@@ -39,11 +40,8 @@ class EmbedOptions(JobOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("pool", (None, *POOLS)), ("format", tuple(FORMATS))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(filter(None, allowed))}; got {getattr(self, name)!r}"
-                )
+        if self.format not in ("parquet", *WRITERS):
+            raise ConfigError(f"format must be one of parquet, {', '.join(WRITERS)}; got {self.format!r}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,12 @@ class Embed(Job):
         return RunningEmbed(self, card, model, engine)
 
     def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
-        return convert(parts, self.format, manifest["records"], manifest["rows"])
+        if self.format == "parquet":
+            return ""
+        target = parts / f"embeddings.{self.format}"
+        with replacing(target) as temporary:
+            WRITERS[self.format](parts, temporary, manifest["records"], manifest["rows"])
+        return target.name
 
 
 class RunningEmbed(Running):

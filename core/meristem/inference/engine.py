@@ -18,7 +18,7 @@ from meristem.errors import ConfigError, DataError
 from meristem.framing import payload_parts
 from meristem.inference.memory import fitting_tokens
 from meristem.inference.trunks import compiled_trunk, first_blocks, runnable_trunk, with_runnable_heads
-from meristem.inference.windows import WindowMean, cut
+from meristem.inference.windows import cut
 from meristem.model.config import Max, Mean, Pool, Prefix
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted
@@ -63,6 +63,24 @@ class NotFinite(DataError):
         self.row = row
 
 
+def check_finite(values: np.ndarray, ends: np.ndarray) -> None:
+    """Refuse values that are not finite.
+
+    Args:
+        ends: where the rows of each record end.
+
+    Raises:
+        NotFinite: names the first record that has some.
+    """
+    # a sum is finite when all its terms are, or nearly always: look closer where it is not
+    with np.errstate(invalid="ignore"):
+        is_finite = np.isfinite(values.sum(dtype=np.float64))
+    if not is_finite:
+        bad = np.flatnonzero(~np.isfinite(values).all(1))
+        if len(bad):
+            raise NotFinite(int(np.searchsorted(ends, bad[0], side="right")))
+
+
 @dataclass(frozen=True)
 class Rows:
     """What a model gave for whole sequences.
@@ -85,10 +103,21 @@ class Rows:
         """Of the hidden rows."""
         return self.outputs.hidden.layout
 
-    def payloads_of(self, values: np.ndarray) -> Iterator[np.ndarray]:
-        """The rows of each sequence that are not special, of `[T, ...]` values of all rows."""
-        for start, length, part in zip(self.layout.starts, self.layout.lengths, payload_parts(self.layout)):
-            yield values[start : start + length][part]
+    def place(self, values: np.ndarray, into: np.ndarray, ends: np.ndarray | None) -> None:
+        """Copy what was made of these sequences to where it belongs among that of all records of the column.
+
+        Args:
+            values: one row a sequence, or one a row of the pack.
+            into: one row a record, or those of the tokens of all payloads, end to end.
+            ends: where the rows of each record end in `into`; None for one row a record.
+        """
+        if ends is None:
+            into[list(self.records)] = values
+            return
+        parts = zip(self.records, self.layout.starts, self.layout.lengths, payload_parts(self.layout))
+        for record, start, length, part in parts:
+            own = values[start : start + length][part]
+            into[ends[record] - len(own) : ends[record]] = own
 
 
 def views_of(column: TokenColumn, is_per_token: bool = False) -> tuple[TokenColumn, ...]:
@@ -187,14 +216,12 @@ class TrunkRunner:
         is_special = None if column.is_special is None else column.is_special[own]
         ids = column.ids[own]
         windows = cut(Tokens(positions=np.arange(len(ids))[:, None], ids=ids, is_special=is_special), limit)
-        mean = WindowMean(windows, self.model.config.width, self.device)
         made: dict[int, Tensor] = {}
         for rows in self._run_packs(windows.column, np.arange(len(windows.column)), ROWS_ALONE):
             for index, start, length in zip(rows.records, rows.layout.starts, rows.layout.lengths):
                 made[index] = rows.values[start : start + length]
-        for index in sorted(made):  # sums depend on their order, and packs on the budget
-            mean.add(index, made[index])
-        return Hidden(F.pad(mean.rows(), (0, 0, 0, batch.layout.num_spare)), batch.layout)
+        mean = windows.mean([made[index] for index in range(len(made))])
+        return Hidden(F.pad(mean, (0, 0, 0, batch.layout.num_spare)), batch.layout)
 
 
 class Embedder:
@@ -242,8 +269,7 @@ class Embedder:
             raise ConfigError("pool cls needs a class row before the payload and this model has none; use mean")
         if column.views:
             return np.mean([self.embed(view, advance) for view in views_of(column, not self.is_pooled)], axis=0)
-        counts, lengths = self.num_vectors(column), column.payload_lengths
-        ends = np.cumsum(counts)
+        lengths, ends = column.payload_lengths, np.cumsum(self.num_vectors(column))
         values = np.empty((int(ends[-1]) if len(ends) else 0, self.width), np.float32)
         wanted = Wanted(is_pooled=self._is_own, num_first=self._num_first, is_source_only=True)
         running = ((rows, self._vectors(rows)) for rows in self.trunk.run(column, wanted))
@@ -251,15 +277,10 @@ class Embedder:
         for ready, _ in pairwise(chain(running, [None])):
             assert ready is not None
             rows, made = ready
-            host = made.float().cpu().numpy()
-            if self.is_pooled:
-                values[list(rows.records)] = host
-            else:
-                for record, own in zip(rows.records, rows.payloads_of(host)):
-                    values[ends[record] - counts[record] : ends[record]] = own
+            rows.place(made.float().cpu().numpy(), values, None if self.is_pooled else ends)
             if advance is not None:
                 advance(len(rows.records), int(lengths[list(rows.records)].sum()))
-        self._check_finite(values, ends)
+        check_finite(values, ends)
         give_back_memory()
         return values
 
@@ -267,12 +288,3 @@ class Embedder:
         if rows.outputs.pooled is not None:
             return rows.outputs.pooled
         return rows.values if self.pool is None else self.pool(rows.values, rows.layout)
-
-    def _check_finite(self, values: np.ndarray, ends: np.ndarray) -> None:
-        # a sum is finite when all its terms are, or nearly always: look closer where it is not
-        with np.errstate(invalid="ignore"):
-            is_finite = np.isfinite(values.sum(dtype=np.float64))
-        if not is_finite:
-            bad = np.flatnonzero(~np.isfinite(values).all(1))
-            if len(bad):
-                raise NotFinite(int(np.searchsorted(ends, bad[0], side="right")))

@@ -7,14 +7,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from meristem.errors import DataError
-from meristem.files import replacing
 from meristem.inference.output import MANIFEST, part_vectors, parts_of, read_manifest
 
 ID_ATTRIBUTE = "original_id"
@@ -130,16 +129,6 @@ def _iter_npz(path: Path) -> Iterator[Embeddings]:
         yield Embeddings(file["ids"].astype(object), values, offsets, bool(file["is_pooled"]))
 
 
-def convert(path: Path, form: str, num_records: int, num_vectors: int) -> str:
-    """Make the file of a format from finished parts; its name, empty where parts are the format."""
-    if form == "parquet":
-        return ""
-    target = path / f"embeddings.{form}"
-    with replacing(target) as temporary:
-        FORMATS[form](path, temporary, num_records, num_vectors)
-    return target.name
-
-
 def _write_h5(path: Path, target: Path, num_records: int, num_vectors: int) -> None:
     import h5py
 
@@ -189,9 +178,5 @@ def _entry(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: s
     return stream
 
 
-FORMATS: dict[str, Callable[[Path, Path, int, int], Any]] = {
-    "parquet": lambda *_: None,
-    "h5": _write_h5,
-    "npz": _write_npz,
-}
-"""Writers of one file, by format."""
+WRITERS: dict[str, Callable[[Path, Path, int, int], None]] = {"h5": _write_h5, "npz": _write_npz}
+"""Writers of one file from the folder of finished parts, given also the numbers of records and vectors; by format."""

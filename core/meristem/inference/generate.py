@@ -167,6 +167,11 @@ class PromptReader(Reader):
         numbers: list[int] = []
         prompts: list[str] = []
         num_bytes = number = 0
+
+        def batch() -> pa.RecordBatch:
+            payloads = {options.main: pa.array(prompts, pa.large_string())}
+            return batch_of(pa.array(map(str, numbers)), payloads, source.name, numbers)
+
         for number, line in lines:
             try:
                 prompt = line.decode() if isinstance(line, bytes) else line
@@ -179,14 +184,9 @@ class PromptReader(Reader):
             prompts.append(prompt)
             num_bytes += len(line)
             if num_bytes >= options.batch_bytes:
-                yield _batch(source, numbers, prompts, options)
+                yield batch()
                 numbers, prompts, num_bytes = [], [], 0
         if not number:
             raise DataError(f"{source.name}: must hold one prompt a line; it is empty")
         if prompts:
-            yield _batch(source, numbers, prompts, options)
-
-
-def _batch(source: Source, numbers: list[int], prompts: list[str], options: ReadOptions) -> pa.RecordBatch:
-    payloads = {options.main: pa.array(prompts, pa.large_string())}
-    return batch_of(pa.array(map(str, numbers)), payloads, source.name, numbers)
+            yield batch()

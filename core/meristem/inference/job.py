@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from meristem.data.reading.reader import Reader
 from meristem.data.records import ReadOptions
@@ -63,10 +62,9 @@ class JobOptions:
             if got is not None and got < least:
                 raise ConfigError(f"{name} must be {least} or more; got {got}")
 
-    @property
-    def engine(self) -> "Engine":
-        """The engine on this machine."""
-        device = best_device()
+    def engine(self, device: str | None = None) -> "Engine":
+        """The engine on a device of this machine; None for a GPU where there is one."""
+        device = device or best_device()
         return Engine(best_precision(self.precision, device), device, self.tokens_per_batch, self.is_compiled)
 
 
@@ -88,14 +86,8 @@ class Engine:
 
     def trunk(self, model: Model, layer: int = -1) -> TrunkRunner:
         """Runs the trunk of a model up to a layer."""
-        return TrunkRunner(
-            model,
-            layer,
-            self.tokens_per_batch,
-            PRECISIONS[self.precision],
-            torch.device(self.device),
-            self.is_compiled,
-        )
+        dtype = PRECISIONS[self.precision]
+        return TrunkRunner(model, layer, self.tokens_per_batch, dtype, self.device, self.is_compiled)
 
 
 class Running(ABC):

@@ -1,14 +1,14 @@
 """From token columns to what the heads of a fine-tuned model say of them."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
 
 from meristem.errors import ConfigError
-from meristem.inference.engine import Advance, NotFinite, TrunkRunner, views_of
+from meristem.inference.engine import Advance, TrunkRunner, check_finite, views_of
 from meristem.model.heads import Readout
 from meristem.model.outputs import HeadRequest, Wanted
 from meristem.shapes import Float, Tensor
@@ -73,37 +73,28 @@ class Predictor:
         """
         if column.views:
             is_per_token = not all(map(_is_pooled, self.readouts))
-            return _mean_of([self.predict(view, advance) for view in views_of(column, is_per_token)])
+            views = [self.predict(view, advance) for view in views_of(column, is_per_token)]
+            return {
+                name: replace(first, values=np.mean([view[name].values for view in views], axis=0))
+                for name, first in views[0].items()
+            }
         token_lengths = column.payload_lengths
-        found = {
-            readout.name: _empty(readout, np.ones(len(column), np.int64) if _is_pooled(readout) else token_lengths)
-            for readout in self.readouts
-        }
-        names = [readout.name for readout in self.readouts]
-        wanted = Wanted(dict.fromkeys(names, HeadRequest(rounds_alike=True)), num_first=0, is_source_only=True)
+        found: dict[str, Prediction] = {}
+        for readout in self.readouts:
+            lengths = np.ones(len(column), np.int64) if _is_pooled(readout) else token_lengths
+            values = np.empty((int(lengths.sum()), readout.num_outputs), np.float32)
+            found[readout.name] = Prediction(readout, values, lengths)
+        wanted = Wanted(dict.fromkeys(found, HeadRequest(rounds_alike=True)), num_first=0, is_source_only=True)
+        ends = np.cumsum(token_lengths)
         for rows in self.trunk.run(column, wanted):
-            for readout in self.readouts:
-                into = found[readout.name]
-                ends = np.cumsum(into.lengths)
-                values = in_units(readout, rows.outputs.heads[readout.name].float()).cpu().numpy()
-                if _is_pooled(readout):
-                    into.values[list(rows.records)] = values
-                    continue
-                for record, own in zip(rows.records, rows.payloads_of(values)):
-                    into.values[ends[record] - into.lengths[record] : ends[record]] = own
+            for name, into in found.items():
+                values = in_units(into.readout, rows.outputs.heads[name].float()).cpu().numpy()
+                rows.place(values, into.values, None if _is_pooled(into.readout) else ends)
             if advance is not None:
                 advance(len(rows.records), int(token_lengths[list(rows.records)].sum()))
         for prediction in found.values():
-            _check_finite(prediction)
+            check_finite(prediction.values, np.cumsum(prediction.lengths))
         return found
-
-
-def _mean_of(views: list[dict[str, Prediction]]) -> dict[str, Prediction]:
-    """What is predicted for all views of each record together."""
-    return {
-        name: replace(first, values=np.mean([view[name].values for view in views], axis=0))
-        for name, first in views[0].items()
-    }
 
 
 def in_units(readout: Readout, outputs: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
@@ -118,16 +109,6 @@ def _is_pooled(readout: Readout) -> bool:
     return readout.level == "record"
 
 
-def _empty(readout: Readout, lengths: np.ndarray) -> Prediction:
-    return Prediction(readout, np.empty((int(lengths.sum()), readout.num_outputs), np.float32), lengths)
-
-
-def _check_finite(prediction: Prediction) -> None:
-    bad = np.flatnonzero(~np.isfinite(prediction.values).all(1))
-    if len(bad):
-        raise NotFinite(int(np.searchsorted(np.cumsum(prediction.lengths), bad[0], side="right")))
-
-
 def record_columns(predictions: Mapping[str, Prediction]) -> dict[str, list[object]]:
     """Columns with one row a record: class and probabilities, or the value; tokens as one text.
 
@@ -139,12 +120,9 @@ def record_columns(predictions: Mapping[str, Prediction]) -> dict[str, list[obje
         if _is_pooled(readout):
             columns |= _row_columns(name, prediction)
         elif readout.task == "classification":
-            is_short = all(len(word) == 1 for word in readout.classes)
-            bounds = np.concatenate([[0], np.cumsum(prediction.lengths)])
-            names = prediction.classes
-            columns[name] = [
-                ("" if is_short else " ").join(names[start:stop]) for start, stop in itertools.pairwise(bounds)
-            ]
+            between = "" if all(len(word) == 1 for word in readout.classes) else " "
+            names = iter(prediction.classes)
+            columns[name] = [between.join(islice(names, length)) for length in prediction.lengths]
         else:
             for suffix, output in _outputs(readout):
                 columns[name + suffix] = [
@@ -154,17 +132,11 @@ def record_columns(predictions: Mapping[str, Prediction]) -> dict[str, list[obje
 
 
 def token_columns(predictions: Mapping[str, Prediction]) -> dict[str, list[object]]:
-    """Columns with one row a token, of the labels that tokens have.
-
-    Raises:
-        ConfigError: no label is of tokens.
-    """
+    """Columns with one row a token, of the labels that tokens have."""
     columns: dict[str, list[object]] = {}
     for name, prediction in predictions.items():
         if not _is_pooled(prediction.readout):
             columns |= _row_columns(name, prediction)
-    if not columns:
-        raise ConfigError("one row a token needs a label of tokens; this model has labels of records only")
     return columns
 
 

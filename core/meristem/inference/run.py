@@ -115,11 +115,11 @@ class _Run:
         self.card, model = load_any(self.model_path, self.options.tokenizer)
         self.domain = domain_of_model(self.options.domain, self.card.domain)
         self.domain = replace(self.domain, reader=self.job.reader(self.domain))
-        self.engine = self.options.engine
+        self.engine = self.options.engine()
         self.running = self.job.start(self.card, model, self.engine)
         self.config = model.config
         self.chunk_symbols = self._chunk_symbols(sum(parameter.numel() for parameter in model.trunk.parameters()))
-        counted = None
+        counted = work = None
         if "-" not in self.inputs:
             counted = self._reader()
             work = sum(self._work_of(chunk.column) for chunk in counted)
@@ -137,14 +137,12 @@ class _Run:
         self.parts.check_identity(identity)
         done = self._finished(identity)
         self.report.chose(self.engine.device, self.engine.precision, self.running.tokens_per_batch)
-        if counted:
-            self.report.found(counted.num_records, work)
-        else:
-            self.report.found(None, None)
+        self.report.found(counted.num_records if counted else None, work)
         if done is not None:
             self.report.skipped(done["records"], done["tokens"])
             return done
-        workers = self._workers()
+        is_here = self.options.devices == 1
+        workers = InProcess(self.running) if is_here else Workers(self.model_path, self.job, self.engine, self.options)
         self.parts.claim()
         try:
             return self._work(identity, workers)
@@ -172,11 +170,6 @@ class _Run:
             raise ConfigError(
                 f"--output {self.output} is there already, and not by this command; name another file, or --overwrite"
             )
-
-    def _workers(self) -> "Workers | InProcess":
-        if self.options.devices == 1:
-            return InProcess(self.running)
-        return Workers(self.model_path, self.job, self.engine, self.options)
 
     def _chunk_symbols(self, num_parameters: int) -> int:
         """Tokens of a chunk: fewer where they cost much, or where each has a row that must fit in memory."""

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -42,43 +43,37 @@ class Behind(Generic[Item]):
                     self._error = error
 
 
-class ahead(Generic[Item]):
+@contextmanager
+def ahead(items: Iterable[Item]) -> Iterator[Iterator[Item]]:
     """Iterates in a thread, one item ahead of whoever takes them."""
+    ready: queue.Queue[Item | BaseException | None] = queue.Queue(1)
+    is_stopped = threading.Event()
 
-    def __init__(self, items: Iterable[Item]):
-        self._items = items
-        self._ready: queue.Queue[Item | BaseException | None] = queue.Queue(1)
-        self._is_stopped = threading.Event()
-        # a daemon: standard input may never say another word
-        self._thread = threading.Thread(target=self._loop, name="ahead", daemon=True)
+    def put(item: Item | BaseException | None) -> None:
+        while not is_stopped.is_set():
+            with suppress(queue.Full):
+                ready.put(item, timeout=0.2)
+                return
 
-    def __enter__(self) -> Iterator[Item]:
-        self._thread.start()
-        return self._take()
+    def loop() -> None:
+        try:
+            for item in items:
+                put(item)
+                if is_stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
 
-    def __exit__(self, *_: object) -> None:
-        self._is_stopped.set()
-
-    def _take(self) -> Iterator[Item]:
-        while (item := self._ready.get()) is not None:
+    def take() -> Iterator[Item]:
+        while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
 
-    def _loop(self) -> None:
-        try:
-            for item in self._items:
-                if not self._put(item):
-                    return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: "Item | BaseException | None") -> bool:
-        while not self._is_stopped.is_set():
-            try:
-                self._ready.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
+    # a daemon: standard input may never say another word
+    threading.Thread(target=loop, name="ahead", daemon=True).start()
+    try:
+        yield take()
+    finally:
+        is_stopped.set()

@@ -21,8 +21,11 @@ def runnable_trunk(model: Model, dtype: torch.dtype) -> Encoder | EncoderDecoder
     """
 
     def make() -> Encoder | EncoderDecoder | None:
-        trunk = _cast(model.trunk, dtype)
-        is_worth_it = can_reorder(trunk) and _has_room_for(trunk)
+        # in another precision a copy: rounded weights must not find their way back into the model
+        trunk = model.trunk if dtype == torch.float32 else copy.deepcopy(model.trunk).to(dtype)
+        at_hand = available_bytes(torch.device("cpu"))
+        has_room = at_hand is None or sum(one.nbytes for one in trunk.parameters()) < USED_FRAC * at_hand
+        is_worth_it = can_reorder(trunk) and has_room
         fast = reordered(trunk, must_round_alike=dtype == torch.float32) if is_worth_it else None
         return fast or (trunk if trunk is not model.trunk else None)
 
@@ -61,13 +64,3 @@ def first_blocks(trunk: Encoder | EncoderDecoder, count: int) -> Encoder | Encod
     other = copy.copy(trunk)
     other._modules = {**trunk._modules, "encoder": short}
     return other
-
-
-def _cast(trunk: Encoder | EncoderDecoder, dtype: torch.dtype) -> Encoder | EncoderDecoder:
-    """In another precision a copy: rounded weights must not find their way back into the model."""
-    return trunk if dtype == torch.float32 else copy.deepcopy(trunk).to(dtype)
-
-
-def _has_room_for(trunk: nn.Module) -> bool:
-    at_hand = available_bytes(torch.device("cpu"))
-    return at_hand is None or sum(one.nbytes for one in trunk.parameters()) < USED_FRAC * at_hand

@@ -5,6 +5,7 @@ of a sequence are equally long and evenly spread, and neighbours share a quarter
 near the border of one window stands further inside another.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,23 @@ class Windows:
     num_tokens: int
     frame: tuple[int, int]
 
+    def mean(self, rows: Sequence[Float[Tensor, "w D"]]) -> Float[Tensor, "n D"]:
+        """The fp32 rows of the whole sequence from those of each window; a special row is averaged over all windows."""
+        before, behind = self.frame
+        num_tokens, width = self.num_tokens, self.width
+        sum_nD = torch.zeros(num_tokens, rows[0].shape[1], device=rows[0].device)
+        count_n1 = torch.zeros(num_tokens, 1, device=rows[0].device)
+        # sums depend on their order
+        for start, own in zip(self.starts.tolist(), rows, strict=True):
+            for place, part in (
+                (slice(0, before), own[:before]),
+                (slice(before + start, before + start + width), own[before : before + width]),
+                (slice(num_tokens - behind, num_tokens), own[before + width :]),
+            ):
+                sum_nD[place] += part.float()
+                count_n1[place] += 1
+        return sum_nD / count_n1
+
 
 def cut(tokens: Tokens, max_length: int) -> Windows:
     """Cut a sequence of symbols into windows.
@@ -64,29 +82,3 @@ def cut(tokens: Tokens, max_length: int) -> Windows:
         is_special=None if tokens.is_special is None else tokens.is_special[rows.reshape(-1)],
     )
     return Windows(column, starts, width, len(tokens), tokens.frame)
-
-
-class WindowMean:
-    """Puts the rows of a sequence together from those of its windows, in order, in fp32."""
-
-    def __init__(self, windows: Windows, width: int, device: torch.device):
-        self._windows = windows
-        self._sum_nD = torch.zeros(windows.num_tokens, width, device=device)
-        self._count_n1 = torch.zeros(windows.num_tokens, 1, device=device)
-
-    def add(self, index: int, rows: Float[Tensor, "n D"]) -> None:
-        """Add the rows of window `index`; a special row is averaged over all windows."""
-        before, behind = self._windows.frame
-        start, width = int(self._windows.starts[index]), self._windows.width
-        num_tokens = self._windows.num_tokens
-        for place, part in (
-            (slice(0, before), rows[:before]),
-            (slice(before + start, before + start + width), rows[before : before + width]),
-            (slice(num_tokens - behind, num_tokens), rows[before + width :]),
-        ):
-            self._sum_nD[place] += part.float()
-            self._count_n1[place] += 1
-
-    def rows(self) -> Float[Tensor, "n D"]:
-        """One row a token of the whole sequence, special rows included."""
-        return self._sum_nD / self._count_n1
