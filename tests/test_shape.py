@@ -106,7 +106,7 @@ def test_an_image_comes_back_from_its_tokens(batch_of_records: pa.RecordBatch) -
 
 
 def final_loss(batch_of_records: pa.RecordBatch, rng: np.random.Generator, is_blank: bool = False) -> float:
-    """Cross-entropy of 128 images after three dozen steps on them."""
+    """Cross-entropy of 128 images after sixty steps on them (1.75 at most for 100 draws of the weights)."""
     tokenizer = domain.tokenizer()
     records = [record_at(batch_of_records, row) for row in range(128)]
     objective = Supervised([Target(name="digit", pool="cls")])
@@ -118,8 +118,8 @@ def final_loss(batch_of_records: pa.RecordBatch, rng: np.random.Generator, is_bl
     assert batch.positions.shape[1] == 2
     model = Model(domain.presets["tiny"], objective.heads)
     extra = objective.build(model.config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(37):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(60):
         [term] = objective.loss_of(model, extra, batch).terms.values()
         loss = term.sum / term.count
         optimizer.zero_grad()
