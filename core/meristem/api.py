@@ -14,6 +14,7 @@ from meristem.inference.engine import best_device
 from meristem.inference.formats import Embeddings, read_embeddings
 from meristem.inference.job import JobOptions
 from meristem.inference.predict import PredictOptions, predict_files
+from meristem.inference.run import Report
 from meristem.inference.score import Score, ScoreOptions, score_files
 from meristem.interop.library import FetchOptions, fetch_model, is_named
 from meristem.loaded import LoadedModel, load, options_by_name
@@ -40,15 +41,17 @@ def generate(model: Path | str, prompts: Iterable[str], **options: Any) -> "list
 Files = str | Path | Sequence[str | Path]
 
 
-def embed(model: Path | str, inputs: Files, output: Path | str, **options: Any) -> dict[str, Any]:
+def embed(
+    model: Path | str, inputs: Files, output: Path | str, *, report: Report | None = None, **options: Any
+) -> dict[str, Any]:
     """Embed files into a directory, as `meristem embed` does, and return its manifest.
 
     Args:
         inputs: one file or several; `-` is standard input.
         output: a directory; a run that was stopped there goes on.
-        options: `on_error` (refuse, or skip records that cannot be used), `column` and `id_column` (of tables),
-            `report` (receives the progress), and fields of `meristem.inference.embed.EmbedOptions`: pool, layer,
-            format, precision ...
+        report: receives the progress.
+        options: `on_error` (refuse, or skip records that cannot be used), `column` and `id_column` (of tables), and
+            fields of `meristem.inference.embed.EmbedOptions`: pool, layer, format, precision ...
 
     Raises:
         UserError: as the command would.
@@ -56,15 +59,17 @@ def embed(model: Path | str, inputs: Files, output: Path | str, **options: Any) 
     Example:
         >>> meristem.embed("runs/sample", "records.csv", "vectors", pool="mean")["records"]
     """
-    report = options.pop("report", None)
     return embed_files(model, _files(inputs), output, _job_options(EmbedOptions, options), report)
 
 
-def predict(model: Path | str, inputs: Files, output: Path | str, **options: Any) -> dict[str, Any]:
+def predict(
+    model: Path | str, inputs: Files, output: Path | str, *, report: Report | None = None, **options: Any
+) -> dict[str, Any]:
     """Label the records of files, as `meristem predict` does, and return the manifest of the table.
 
     Args:
         output: a .csv, .tsv or .parquet file.
+        report: receives the progress.
         options: as of `embed`, with fields of `meristem.inference.predict.PredictOptions`: labels, is_per_token ...
 
     Raises:
@@ -73,19 +78,27 @@ def predict(model: Path | str, inputs: Files, output: Path | str, **options: Any
     Example:
         >>> meristem.predict("runs/localization", "records.csv", "labels.csv")["records"]
     """
-    report = options.pop("report", None)
     return predict_files(model, _files(inputs), output, _job_options(PredictOptions, options), report)
 
 
 def score(
-    model: Path | str, inputs: Files, output: Path | str, scorer: str = "likelihood", **options: Any
+    model: Path | str,
+    inputs: Files,
+    output: Path | str,
+    scorer: str = "likelihood",
+    *,
+    scorer_options: Mapping[str, Any] | None = None,
+    report: Report | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Score the records of files, as `meristem score` does, and return the manifest.
 
     Args:
         output: a .csv, .tsv or .parquet file; an .npz where the scorer gives arrays.
         scorer: `likelihood`, or one of a domain.
-        options: as of `embed`, with `scorer_options` (a mapping) and `plots` (a folder).
+        scorer_options: options of the scorer, by name.
+        report: receives the progress.
+        options: as of `embed`, with `plots` (a folder).
 
     Raises:
         UserError: as the command would.
@@ -93,9 +106,8 @@ def score(
     Example:
         >>> meristem.score("runs/sample", "records.csv", "scores.csv", scorer_options={"one_pass": True})["summary"]
     """
-    report, given = options.pop("report", None), options.pop("scorer_options", {})
     found = Score(scorer, domain=options.get("domain", "")).find()
-    given = options_by_name("the scorer", found.options, given)
+    given = options_by_name("the scorer", found.options, scorer_options or {})
     chosen = _job_options(ScoreOptions, {**options, "scorer": scorer, "scorer_options": given})
     return score_files(model, _files(inputs), output, chosen, report)
 
