@@ -21,6 +21,8 @@ from meristem.train.suite import Suite
 
 GROUP, OBJECTIVE = "meristem.objectives", "model.objective"
 SUITES = "meristem.suites"
+BASES: dict[str, type] = {GROUP: Objective, SUITES: Suite}
+"""The class that what a package offers in a group must be a subclass of."""
 
 
 def parse(argv: list[str]) -> RunSpec | None:
@@ -52,8 +54,8 @@ def read_arguments(argv: list[str], verb: argparse.ArgumentParser | None = None)
     for key, text in overrides:
         read.places[key] = ""
         merge(read.values, _nested(key, text))
-    if not read.values.get("run_dir"):
-        read.values["run_dir"] = f"runs/{paths[-1].stem if paths else 'unnamed'}"
+    if paths and not read.values.get("run_dir"):
+        read.values["run_dir"] = f"runs/{paths[-1].stem}"
     if len(words) == len(argv):
         return read
     with read.placing():
@@ -101,7 +103,7 @@ def run_parser(verb: argparse.ArgumentParser | None = None) -> ArgumentParser:
 
 
 def _sorted(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Names of configs, and the keys that are set beside them."""
+    """Split arguments into the names of config files, and pairs of key and value that override them."""
     names: list[str] = []
     overrides: list[tuple[str, str]] = []
     left = list(argv)
@@ -121,7 +123,7 @@ def _sorted(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def _nested(key: str, text: str) -> dict[str, Any]:
-    """What one argument says, as a config file would; a plain value stays text, which its type decides how to read."""
+    """Turn one argument into nested values, as in a config file. Plain values stay text until their type is known."""
     said: Any = text
     with suppress(yaml.YAMLError):
         said = yaml.load(text, Loader=NumberLoader)
@@ -137,7 +139,7 @@ def _nested(key: str, text: str) -> dict[str, Any]:
 
 
 def _tidy(values: dict[str, Any], path: Path, read: ReadConfig) -> None:
-    """Write names out as the parser takes them, in the values of one file."""
+    """Replace short names in the values of one config file by what the parser expects, such as a `class_path`."""
     run = RunDirectory(path.parent)
     split = (values.get("data") or {}).get("split")
     if path == run.config and run.metrics.exists() and isinstance(split, dict) and split["method"] != "similarity":
@@ -165,7 +167,7 @@ def _tidy_model(values: dict[str, Any]) -> None:
 
 
 def with_class_path(said: Any, group: str = GROUP) -> Any:
-    """What a config says of an objective or a suite, as a `class_path` and `init_args`; installed names become paths.
+    """Turn an objective or a suite of a config into `class_path` and `init_args`; installed names become import paths.
 
     Args:
         group: of the entry points that names are looked up in.
@@ -185,9 +187,9 @@ def with_class_path(said: Any, group: str = GROUP) -> Any:
 def _path_of(name: str, group: str = GROUP) -> str:
     if name not in installed(group) and (group == GROUP or "." in name):
         return name
-    found, kind = find(group, name), Suite if group == SUITES else Objective
-    if not (isinstance(found, type) and issubclass(found, kind)):
+    found, base = find(group, name), BASES[group]
+    if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(
-            f"{GROUPS[group]} {name!r} must be a subclass of {kind.__name__}; its package offers {found!r}"
+            f"{GROUPS[group]} {name!r} must be a subclass of {base.__name__}; its package offers {found!r}"
         )
     return f"{found.__module__}.{found.__qualname__}"
