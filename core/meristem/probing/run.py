@@ -55,10 +55,8 @@ def probe_files(
         CheckpointError: a model that cannot be read.
     """
     output, model, watch = Path(output) if output else None, Path(model), watch or Unwatched()
-    if output and output.exists() and not output.is_dir():
-        raise ConfigError(f"--output must be a folder; {output} is a file")
-    if output and output.is_dir() and any(output.iterdir()) and not (output / METRICS).exists():
-        raise ConfigError(f"--output {output} must be new, empty or of an earlier probe; it holds something else")
+    if output:
+        _check_output(output)
     place = find_model(model)
     domain = domain_of_model(options.embed.domain, (load_card(place) if is_own(place) else load_any(place)[0]).domain)
     vectors_dir = vectors_dir or (options.cache_dir or default_cache_dir()) / "vectors"
@@ -77,19 +75,11 @@ def probe_files(
     rows = np.concatenate([train, validation])
     task = _check_task(main, rows, test, test_rows, options)
 
-    read = [main, test] if tests else [main]
     split = "files" if tests else f"column {options.split_column}" if options.split_column else options.split
     metrics: dict[str, Any] = {
         "label": options.label,
         "task": task,
-        "records": {
-            "train": len(train),
-            "validation": len(validation),
-            "test": len(test_rows),
-            "without_label": sum(int((~one.has_label).sum()) for one in read),
-            "refused": sum(one.num_refused for one in read),
-            "test_seen_in_training": count_shared(main.store, rows, test.store, test_rows),
-        },
+        "records": _count_records(main, train, validation, test, test_rows),
         "model": {"path": str(model), "hash": hash_weights(model)},
         "vectors": facts | {"width": int(main.vectors.shape[1])},
         "split": {"by": split, "seed": options.seed},
@@ -107,6 +97,39 @@ def probe_files(
         _write_csv(output / PREDICTIONS, {"id": ids} | columns)
         write_json(output / METRICS, metrics)
     return metrics
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a folder for results that holds anything but an earlier probe.
+
+    Raises:
+        ConfigError: the path is a file, or a folder of other things.
+    """
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output must be a folder; {output} is a file")
+    if output.is_dir() and any(output.iterdir()) and not (output / METRICS).exists():
+        raise ConfigError(f"--output {output} must be new, empty or of an earlier probe; it holds something else")
+
+
+def _count_records(
+    main: "_Records", train: np.ndarray, validation: np.ndarray, test: "_Records", test_rows: np.ndarray
+) -> dict[str, int]:
+    """Numbers of records by what became of them, as `metrics.json` keeps them.
+
+    Args:
+        train, validation: rows of `main`.
+        test: `main` itself where the test records are among its records.
+        test_rows: rows of `test`.
+    """
+    read = [main] if test is main else [main, test]
+    return {
+        "train": len(train),
+        "validation": len(validation),
+        "test": len(test_rows),
+        "without_label": sum(int((~one.has_label).sum()) for one in read),
+        "refused": sum(one.num_refused for one in read),
+        "test_seen_in_training": count_shared(main.store, np.concatenate([train, validation]), test.store, test_rows),
+    }
 
 
 def figure_names(inputs: Sequence[str], options: ProbeOptions, domain: Domain, tests: Sequence[str] = ()) -> list[str]:
