@@ -114,7 +114,7 @@ def _differing(some: Tokens, others: Tokens) -> str:
 
 
 class _Contract:
-    """The stages in order. Each uses what the earlier ones have found."""
+    """Runs the stages of the contract in order; later stages use the results of earlier ones."""
 
     def __init__(self, name: str, domain: Domain, folder: Path):
         self.name, self.domain, self.folder = name, domain, folder
@@ -168,7 +168,7 @@ class _Contract:
         return f"{len(rows):,} records of {', '.join(self.objective.inputs)}"
 
     def _read(self) -> list[Record]:
-        """The records of the sample, with what their slices name."""
+        """Read the sample; payloads that are slices of files are replaced by their content."""
         source, options = Source(str(self.domain.sample)), self.data.read_options(self.objective)
         for file in self.domain.reader.files(source, options):
             _require(Path(file).exists(), "files must name files that are there", file)

@@ -288,7 +288,7 @@ def _chunks(sequences: Iterable[Any]) -> Iterator[list[Any]]:
 
 @contextmanager
 def _naming(first: int) -> Iterator[None]:
-    """Counts the sequence that an error speaks of from the first of all."""
+    """Number the sequence in a `NotFinite` error from the first sequence of all, not of its column."""
     try:
         yield
     except NotFinite as error:

@@ -40,7 +40,7 @@ KINDS_OF_FORMAT_2 = {SYMBOLS: "symbols"}
 
 @dataclass(frozen=True)
 class InputCard:
-    """What reads one input of a model.
+    """The domain and tokenizer of one input of a model.
 
     Attributes:
         domain: name of the domain; empty for that of the model.
@@ -325,7 +325,7 @@ def _heads_of_format_2(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _command(card: ModelCard) -> str:
-    """A command that works on the directory as it is: vectors of records, where an installed domain can read them."""
+    """A shell command that works on the directory: `embed` if an installed domain reads its inputs, else `inspect`."""
     if card.domain not in installed("meristem.domains"):
         return "meristem inspect THIS_DIRECTORY"
     read = list(card.inputs) if card.joined_by else [*card.inputs][:1]

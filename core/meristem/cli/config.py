@@ -7,7 +7,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to show."""
+    """Add the options of `meristem config`."""
     parser.add_argument("--print", action="store_true", required=True, help="list every key")
     parser.add_argument(
         "--config", metavar="FILE", help="show the values of this config, and the arguments of its objective, as well"
@@ -72,7 +72,7 @@ def _keys(kind: type, prefix: str, value: Any) -> Iterator[tuple[str, str, str, 
 
 
 def _arguments(objective: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """The same of the arguments of an objective."""
+    """Key, type, default and help of each argument of an objective."""
     import inspect
 
     from docstring_parser import parse

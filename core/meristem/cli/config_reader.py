@@ -45,7 +45,7 @@ class ReadConfig:
 
     @contextmanager
     def placing(self) -> Iterator[None]:
-        """Say file and line of the key that a `ConfigError` speaks of, where a file has it."""
+        """Add file and line of the offending key to a `ConfigError` that is raised within, if a file sets that key."""
         try:
             yield
         except NotFinite:

@@ -99,7 +99,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _stream(path: str, job: "Generate", how: "JobOptions") -> int:
-    """Show one text as it is made."""
+    """Generate one text and print each token as soon as it is generated."""
     from meristem.model_directory import load_any
 
     [prompt] = job.prompts

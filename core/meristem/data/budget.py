@@ -36,7 +36,7 @@ class Budget:
         self.tokens, self.device = tokens, torch.device(device)
 
     def run(self, lengths: np.ndarray, run: Callable[[np.ndarray], Result]) -> Iterator[Result]:
-        """What each pack gives, the longest sequences first: what does not fit in memory is known at once.
+        """Yield the result of each pack. The longest sequences come first, so that lack of memory shows at once.
 
         From a pack that does not fit on, packs are half as large; nothing is lost.
 
@@ -62,7 +62,7 @@ class Budget:
             left = np.sort(left[plan.records[: plan.stops[index]]])
 
     def _try(self, run: Callable[[np.ndarray], Result], pack: np.ndarray) -> list[Result]:
-        """What the pack gives; nothing where it does not fit, and then no error holds any of its memory."""
+        """The result of a pack in a list; an empty list if memory ran out. No exception keeps tensors alive."""
         try:
             return [run(pack)]
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Payloads as a program hands them over, and the error of one that is refused."""
+"""Payloads that are passed from Python, and the error for one that is refused."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ class RefusedSymbol(DataError):
 
 
 def texts_of(values: Sequence[Any]) -> list[bytes]:
-    """Texts as UTF-8.
+    """Encode texts as UTF-8.
 
     Args:
         values: texts, or objects of other libraries that are one (with a method `__bytes__`) or hold one (as `seq`).

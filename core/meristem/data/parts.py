@@ -106,7 +106,7 @@ class RunData:
         self._refused.setdefault(part, {}).setdefault(place, reason)
 
     def leave_out(self) -> bool:
-        """Take the records that were refused out of `parts` and report them; whether there were any."""
+        """Remove the refused records from `parts` and report each; return whether there were any."""
         refused, found = dict(self._refused), bool(self._refused)
         self._refused.clear()
         for name, reasons in refused.items():

@@ -36,7 +36,7 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
 
 def encode_figure(figure: "Figure") -> bytes:
-    """The content of a PNG file of a figure."""
+    """Encode a figure as PNG and return the bytes."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=DPI)
     return stream.getvalue()

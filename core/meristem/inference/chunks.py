@@ -195,7 +195,7 @@ class ChunkReader:
 
 
 class _Digest:
-    """Of some columns of a stream of records, however it is cut into batches."""
+    """A hash of some columns of a stream of records; it does not depend on how the stream is cut into batches."""
 
     def __init__(self, names: Sequence[str]):
         self._names = names

@@ -1,4 +1,4 @@
-"""From the inputs of records to what a model reads of them: in this process, or in several for what takes long."""
+"""Tokenizes the inputs of records for a model, in this process or in several worker processes."""
 
 import multiprocessing
 from collections import Counter, deque
@@ -31,7 +31,7 @@ none is to be skipped: an empty column, and the first such row."""
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a model reads of a record; a plain value, which travels to other processes.
+    """How a record becomes the token sequences that a model reads. Can be pickled for worker processes.
 
     Attributes:
         tokenizers: of each input that is read, by its name. Of two that are not joined, the first is what an encoder
@@ -65,7 +65,7 @@ class Reading:
         return cls({name: card.tokenizer_of(name) if name in card.inputs else card.tokenizer for name in names})
 
     def column(self, table: pa.RecordBatch) -> TokenColumn:
-        """What is read of each record of a table.
+        """Tokenize each record of a table.
 
         Raises:
             RefusedSymbol: names the row of the table that cannot be read.
@@ -94,7 +94,7 @@ class Reading:
         return replace(of_views[0], views=tuple(of_views[1:]))
 
     def values(self, records: Sequence[Any]) -> TokenColumn:
-        """What is read of records that a program hands over.
+        """Tokenize records that are passed from Python.
 
         Args:
             records: payloads, as `Tokenizer.encode_values` takes them; of several inputs, a mapping of their names to
@@ -142,7 +142,7 @@ class Reading:
 
 
 class _Refused(RefusedSymbol):
-    """A row whose reason is said in full."""
+    """A refused row with a complete message, to which no position is added."""
 
     def __init__(self, row: int, reason: str):
         DataError.__init__(self, reason)
@@ -150,13 +150,13 @@ class _Refused(RefusedSymbol):
 
 
 def sides_of(column: TokenColumn) -> tuple[TokenColumn, ...]:
-    """A column, and the others that belong to its records: sources and other views."""
+    """The column itself, and the columns of sources and views that it holds."""
     others = (*column.views, *([] if column.source is None else [column.source]))
     return (column, *(side for other in others for side in sides_of(other)))
 
 
 def encode(reading: Reading, table: pa.RecordBatch, is_skipping: bool) -> Encoded:
-    """What is read of the records of a table, without those that cannot be read."""
+    """Tokenize the records of a table, leaving out those that cannot be tokenized."""
     refused: dict[int, str] = {}
     while True:
         left = np.setdiff1d(np.arange(len(table)), list(refused))
@@ -171,7 +171,7 @@ def encode(reading: Reading, table: pa.RecordBatch, is_skipping: bool) -> Encode
 def encode_tables(
     tables: Iterable[pa.RecordBatch], reading: Reading, is_skipping: bool, workers: int = 0
 ) -> Iterator[tuple[pa.RecordBatch, Encoded]]:
-    """Each table and what is read of it, in the order of the tables.
+    """Tokenize tables; yields each table with its tokens, in order.
 
     Args:
         is_skipping: refused records are left out; else encoding a table ends at the first.
@@ -198,7 +198,7 @@ def encode_tables(
 
 
 _own: tuple[Reading, bool] | None = None
-"""What a worker process reads, and whether it skips."""
+"""State of a worker process: the reading, and whether records that cannot be read are skipped."""
 
 
 def _start(reading: Reading, is_skipping: bool) -> None:

@@ -172,7 +172,7 @@ class TrunkRunner:
 
     @property
     def tokens_per_batch(self) -> int:
-        """Tokens that a pack holds at most at present."""
+        """Current token budget of a pack."""
         return self.budget.tokens
 
     @torch.inference_mode()

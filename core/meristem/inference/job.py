@@ -152,7 +152,7 @@ class Job(ABC):
     """Whether rows also hold the payload of their record, as the column `payload`."""
 
     def reader(self, domain: Domain) -> Reader:
-        """Reads the records: here as the domain does."""
+        """The reader of the records; by default that of the domain."""
         return domain.reader
 
     @abstractmethod

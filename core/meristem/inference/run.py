@@ -59,7 +59,7 @@ class Report(Protocol):
 
 
 class Silent(Report):
-    """Tells nobody."""
+    """A report that ignores the progress."""
 
 
 def run_job(
@@ -321,7 +321,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A chunk whose rows are being computed; none where all its records came before."""
+    """A chunk and the future of its rows; `rows` is None if all its records are copies of earlier ones."""
 
     chunk: Chunk
     sources: Sources

@@ -143,7 +143,7 @@ class Settings(dict[str, Any]):
                 raise ConfigError(f"{name} must be {value} in {self._kind} config; got {got!r}")
 
     def choice(self, name: str, names: Mapping[str, Any] = ACTIVATIONS) -> Any:
-        """The value of ours that the setting names; an activation by default.
+        """Convert the value of the setting to ours; by default, the setting names an activation.
 
         Raises:
             ConfigError: the name is unknown.

@@ -51,7 +51,7 @@ class Part(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """Read a tensor into memory of its own."""
+        """Read one tensor from the file into newly allocated memory."""
 
     def close(self) -> None:
         """Free what is held open between two reads."""

@@ -116,7 +116,7 @@ class AttentionLayer(nn.Module):
         return self.num_heads, self.num_kv_heads
 
     def forward(self, x: Float[Tensor, "T D"], context: Context, kept: KeptRows | None = None) -> Float[Tensor, "T D"]:
-        """Attend within each sequence; only the kept rows are queries, where some are named."""
+        """Attend within each sequence. If `kept` names rows, only these are queries."""
         placed = context.placed[self.position]
         q_THE, k_TKE, v_TKE = self._project(x, placed)
         if kept is None:

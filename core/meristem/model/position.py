@@ -54,7 +54,7 @@ class ScoreBias:
 
 
 class BetweenLayer(nn.Module):
-    """Base of the positions that act between queries and keys; by itself it does nothing."""
+    """Base class of position modules that act between queries and keys. The base class itself does nothing."""
 
     def tables(self, positions: Int[Tensor, "T A"]) -> Tables:
         """Tensors that `turn` needs, computed once for a batch and shared by the layers."""

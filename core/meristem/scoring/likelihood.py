@@ -277,7 +277,7 @@ def token_log_likelihoods(running: RunningModel, scored: ScoredRows) -> list[np.
 
 
 def _sides(scored: ScoredRows, record: int, hidden: int) -> Iterator[Tokens]:
-    """What one run reads: the source where there is one, and the sequence with its targets.
+    """The tokens of one forward pass: the source if there is one, and the sequence with its targets.
 
     Args:
         hidden: row of the column that is masked; -1 for none.

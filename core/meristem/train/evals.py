@@ -15,7 +15,7 @@ from meristem.train.task import Task
 
 
 class Evals:
-    """The suites of a run. What they need is read and checked at once.
+    """The evaluation suites of a run; their data is read and checked when the object is made.
 
     Args:
         data: what the run is trained on.
@@ -35,7 +35,7 @@ class Evals:
                 raise ConfigError(f"evals, {suite.name}: {error}") from error
 
     def measure(self, model: Path) -> dict[str, float]:
-        """What is known of `names` for a model directory."""
+        """Measure a model directory with every suite; figures that are not defined are left out."""
         found: dict[str, float | None] = {}
         for suite in self.suites:
             found |= {f"{suite.name}/{figure}": value for figure, value in suite.run(model, self.data).items()}
@@ -43,7 +43,7 @@ class Evals:
         return {name: float(value) for name, value in known.items() if value is not None}
 
     def values(self, task: Task) -> dict[str, float]:
-        """The same for the model that evaluations use; collective, and equal in every process."""
+        """Measure the weights that validation uses. Collective: all processes call it and get equal figures."""
         if not self.suites:
             return {}
         tensors, found = full_state(task.evaluated), torch.zeros(len(self.names), dtype=torch.float64)

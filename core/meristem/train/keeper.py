@@ -156,7 +156,7 @@ class Keeper(L.Callback):
             self.run.write_state(step=trainer.global_step, finished=None)
 
     def finish(self, trainer: L.Trainer, task: Task) -> None:
-        """Leave the last model, the best where nothing was validated, and the reason of the end; collective."""
+        """Write the last model, the best one too if nothing was validated, and why the run ended. Collective."""
         self.recorder.flush(trainer, task)
         self.save(trainer)
         self._save_model(trainer, task, self.run.last_model)

@@ -33,7 +33,7 @@ class Ranks:
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> "Ranks":
-        """Those of a trainer, each of which holds a whole model."""
+        """The processes of a Lightning trainer, each of which holds a whole model."""
         if trainer.world_size == 1:
             return cls()
         return cls(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)

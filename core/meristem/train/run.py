@@ -1,4 +1,4 @@
-"""Runs what a spec says: trains, or goes on where the run stopped, and measures what it left."""
+"""Train the model of a `RunSpec`, or continue a stopped run; evaluate the model of a run directory."""
 
 import copy
 import importlib
@@ -98,7 +98,7 @@ def fit(spec: RunSpec, say: Say = say) -> RunDirectory:
 
 
 def _finished(spec: RunSpec, run: RunDirectory) -> str:
-    """What would let a run that is finished go on; empty for one that is not."""
+    """Arguments with which a finished run would go on; empty for a run that is not finished."""
     state, max_steps, patience = run.read_state(), spec.trainer.max_steps, spec.watch.patience
     if not state.get("finished"):
         return ""
@@ -122,7 +122,7 @@ def build(spec: RunSpec) -> tuple[Task, DataModule]:
 
 
 def _train(task: Task, data: DataModule, evals: Evals, run: RunDirectory, spec: RunSpec, say: Say) -> None:
-    """Take the steps.
+    """Run the training loop from the last checkpoint, or from the start.
 
     Args:
         run: exists, with its config.
@@ -149,7 +149,7 @@ def _train(task: Task, data: DataModule, evals: Evals, run: RunDirectory, spec: 
 
 
 def validate(spec: RunSpec, say: Say = say) -> dict[str, float]:
-    """Measure what a run has left, on the validation part of its data.
+    """Evaluate the model of a run directory on the validation part of its data.
 
     Returns:
         Figures by name: `loss`, the metrics of the objective, and what `evals` measure.
@@ -165,7 +165,7 @@ def validate(spec: RunSpec, say: Say = say) -> dict[str, float]:
 
 
 def test(spec: RunSpec, say: Say = say) -> dict[str, float]:  # noqa: PT028 (no test of pytest)
-    """Measure what a run has left, on the test part of its data; as `validate`.
+    """Evaluate the model of a run directory on the test part of its data; otherwise as `validate`.
 
     Example:
         >>> meristem.test(spec)["loss"]
@@ -197,7 +197,7 @@ def _measure(spec: RunSpec, part: Literal["validation", "test"], say: Say) -> di
 
 
 def _check_monitor(task: Task, data: DataModule, watch: Watch, evals: Evals) -> None:
-    """Refuse to watch what no validation will measure, and evaluations that none will run."""
+    """Check that validation measures `watch.monitor`, and that there is a validation part for `evals`."""
     own = ["loss", *task.objective.metrics()]
     measured = [*own, *evals.names]
     names = [*{name.partition("/")[0] for name in own}, *(suite.name for suite in evals.suites)]
@@ -306,7 +306,7 @@ def _limited(spec: TrainerSpec, data: DataModule) -> TrainerSpec:
 
 
 def _greet(trainer: L.Trainer, task: Task, say: Say) -> None:
-    """Say what is trained on what, before the first step."""
+    """Print the data, the model's size and the devices before the first step."""
     ranks = Ranks.of(trainer)
     if not ranks.is_first:
         return
@@ -326,7 +326,7 @@ def _greet(trainer: L.Trainer, task: Task, say: Say) -> None:
 
 @contextmanager
 def _fewer_warnings() -> Iterator[None]:
-    """Lightning's advice on data loaders is about loaders that are not ours."""
+    """Hide Lightning's advice on data loaders, which does not apply to the loaders used here."""
     with warnings.catch_warnings():
         disable_possible_user_warnings()
         warnings.filterwarnings("ignore", module="lightning")

@@ -53,7 +53,7 @@ class RunDirectory:
         return self.config.exists() or self.metrics.exists() or self.last_checkpoint.exists()
 
     def write_config(self, values: Mapping[str, Any]) -> None:
-        """Keep what the run was started with."""
+        """Write `config.yaml`, the values that the run is started with."""
         write_file(self.config, yaml.safe_dump(dict(values), sort_keys=False).encode())
 
     def require_same(self, values: Mapping[str, Any], objective: type[Objective]) -> None:

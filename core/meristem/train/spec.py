@@ -1,4 +1,4 @@
-"""What a run is: all that a config says, as typed values. The docstrings here are the help of its keys."""
+"""Typed values of everything that a config can set. These docstrings are the help texts of its keys."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -38,12 +38,12 @@ FREE_KEYS = (
     "watch",
     "run_dir",
 )
-"""What may change when a run goes on: nothing that its past would contradict."""
+"""Keys that may differ when a run is continued, since they do not change the steps that were taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What is trained, and for what.
+    """The model, its training objective and its optimiser.
 
     Attributes:
         architecture: a preset of the domain (`preset: small`), or the fields of a transformer (`width`,
@@ -127,7 +127,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """Who reads an input.
+    """The domain and tokenizer that read one input.
 
     Attributes:
         domain: whose tokenizer reads it; empty for the domain of the run.
@@ -186,7 +186,7 @@ class DataSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSpec:
-    """How long, where and in which precision: what of Lightning's trainer has a meaning here.
+    """Options of Lightning's trainer that have an effect here: duration, devices, precision and the like.
 
     A run is counted in steps, not epochs, and saved by `watch`. What takes objects (`logger`, `callbacks`, `plugins`,
     `profiler`, `strategy`) takes them from Python, and from a config as `class_path` and `init_args`.

@@ -34,8 +34,9 @@ class Contacts(HeadSpec):
 
 
 class ContactHead(Head):
-    """Logistic regression of contacts on the attention maps of all layers and heads (Rao 2020, doi
-    10.1101/2020.12.15.422761).
+    """Predicts contacts by logistic regression on the attention maps of all layers and heads.
+
+    Source: Rao 2020, doi 10.1101/2020.12.15.422761.
 
     Maps are symmetrised, corrected for the average product (Dunn 2008), and summed with one weight each. The output is
     one map `[n, n]` of logits for each sequence, over the tokens of its payload.

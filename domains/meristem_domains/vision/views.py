@@ -159,7 +159,7 @@ class PictureViews(Views):
 
 @contextmanager
 def drawn_from(rng: np.random.Generator) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and torch, which transforms use, from `rng`; restore them after."""
+    """Seed the global random generators of Python, NumPy and torch from `rng`, and restore their states afterwards."""
     import torch
 
     seeds = rng.integers(2**32, size=3).tolist()

@@ -57,7 +57,7 @@ class SymbolLoss(NamedTuple):
 
     @property
     def figures(self) -> Float[Tensor, "M 2"]:
-        """What metrics read of each row: 1 for a hit or 0, and the loss (nats) without smoothing."""
+        """Two figures of each row for metrics: 1 if the prediction is right, else 0; the unsmoothed loss in nats."""
         return torch.stack([self.is_hit.float(), self.nats], dim=1)
 
 

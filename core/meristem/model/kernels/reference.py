@@ -39,6 +39,6 @@ def attend_reference(packed: Packed, scoring: Scoring) -> tuple[Float[Tensor, "T
 def visible_densely(
     pattern: Pattern, q_length: int, kv_length: int, prefix_length: int, device: torch.device
 ) -> Bool[Tensor, "m n"]:
-    """Which keys of one sequence its last `q_length` places see."""
+    """Boolean mask of the keys that the last `q_length` positions of a sequence see."""
     i = torch.arange(kv_length - q_length, kv_length, device=device)[:, None]
     return visible(pattern, i, torch.arange(kv_length, device=device)[None, :], kv_length, prefix_length)

@@ -1,4 +1,4 @@
-"""Variable-length flash attention: on CUDA, in half precision, for patterns that are a window."""
+"""Flash attention over packed sequences of different lengths: CUDA, half precision, full or windowed patterns."""
 
 import inspect
 from contextlib import suppress
