@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from meristem.model.config.checks import require
+from meristem.model.config.checks import require, require_all
 from meristem.model.embed import EmbeddingLayer
 from meristem.model.transformer import Stack
 
@@ -42,11 +42,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        require(self.lr > 0, "optimizer.lr must be positive", self.lr)
-        require(self.weight_decay >= 0, "optimizer.weight_decay must be 0 or more", self.weight_decay)
+        require_all(self, "optimizer.", "positive", "lr", "eps")
+        require_all(self, "optimizer.", "0 or more", "weight_decay", "warmup_steps")
         require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas must be in [0, 1)", self.betas)
-        require(self.eps > 0, "optimizer.eps must be positive", self.eps)
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps must be 0 or more", self.warmup_steps)
         require(0 <= self.min_lr_frac <= 1, "optimizer.min_lr_frac must be in [0, 1]", self.min_lr_frac)
         require(0 < self.layer_decay <= 1, "optimizer.layer_decay must be above 0 and at most 1", self.layer_decay)
 

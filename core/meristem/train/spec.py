@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from meristem.domain import load_domain
 from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig
-from meristem.model.config.checks import require, require_frac
+from meristem.model.config.checks import require, require_all
 from meristem.model.plain import to_json
 from meristem.objectives.objective import Objective
 from meristem.train.architecture import resolve_architecture
@@ -78,8 +78,7 @@ class ModelSpec:
         require(is_objective, "model.objective must be an Objective, such as MaskedTokens()", repr(self.objective))
         is_right = isinstance(self.architecture, Mapping | TransformerConfig | None)
         require(is_right, "model.architecture must be a preset or a mapping", repr(self.architecture))
-        for name in ("dropout", "drop_path"):
-            require_frac(getattr(self, name) or 0.0, f"model.{name}")
+        require_all(self, "model.", "in [0, 1)", "dropout", "drop_path")
         is_decay = self.ema_decay is None or 0 < self.ema_decay < 1
         require(is_decay, "model.ema_decay must be above 0 and below 1", self.ema_decay)
         if self.freeze_trunk and not self.init_from:
@@ -241,8 +240,7 @@ class TrainerSpec:
     benchmark: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "accumulate_grad_batches"):
-            require(getattr(self, name) >= 1, f"trainer.{name} must be 1 or more", getattr(self, name))
+        require_all(self, "trainer.", "1 or more", "max_steps", "accumulate_grad_batches")
 
 
 @dataclass(frozen=True, kw_only=True)

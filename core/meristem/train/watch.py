@@ -5,7 +5,7 @@ from typing import Literal
 
 import lightning as L
 
-from meristem.model.config.checks import require
+from meristem.model.config.checks import require, require_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,7 @@ class Watch:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("validate_every_n_steps", "save_every_n_steps"):
-            require(getattr(self, name) >= 1, f"watch.{name} must be 1 or more", getattr(self, name))
+        require_all(self, "watch.", "1 or more", "validate_every_n_steps", "save_every_n_steps")
         is_right = self.patience is None or self.patience >= 1
         require(is_right, "watch.patience must be 1 or more, or null", self.patience)
 

@@ -4,7 +4,7 @@ from abc import ABC
 from dataclasses import dataclass
 
 from meristem.errors import ConfigError
-from meristem.model.config.checks import require
+from meristem.model.config.checks import require_all
 from meristem.model.config.layer import Activation
 
 
@@ -27,7 +27,7 @@ class TokenHead:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.scale > 0, "head.scale must be positive", self.scale)
+        require_all(self, "head.", "positive", "scale")
         if self.activation is None and not self.dense_bias:
             raise ConfigError("head.dense_bias has no effect without head.activation: there is no dense layer")
 
@@ -68,7 +68,7 @@ class Prefix(Pool):
     has_mean: bool = False
 
     def __post_init__(self) -> None:
-        require(self.count > 0, "pool.count must be positive", self.count)
+        require_all(self, "pool.", "positive", "count")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,5 +88,4 @@ class AttentionPool(Pool):
     has_special: bool = True
 
     def __post_init__(self) -> None:
-        require(self.num_heads > 0, "pool.num_heads must be positive", self.num_heads)
-        require(self.feedforward_width > 0, "pool.feedforward_width must be positive", self.feedforward_width)
+        require_all(self, "pool.", "positive", "num_heads", "feedforward_width")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from meristem.errors import ConfigError
-from meristem.model.config.checks import require, require_frac, require_one_of
+from meristem.model.config.checks import require, require_all, require_one_of
 from meristem.model.config.pattern import Full, Pattern
 from meristem.model.config.position import Position
 
@@ -67,20 +67,16 @@ class Attention:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.num_heads > 0, "attention.num_heads must be positive", self.num_heads)
+        require_all(self, "attention.", "positive", "num_heads", "head_width", "scale")
+        require_all(self, "attention.", "in [0, 1)", "dropout")
         if self.num_kv_heads is not None:
             require(
                 self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
                 "attention.num_kv_heads must divide num_heads",
                 f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}",
             )
-        if self.head_width is not None:
-            require(self.head_width > 0, "attention.head_width must be positive", self.head_width)
-        if self.scale is not None:
-            require(self.scale > 0, "attention.scale must be positive", self.scale)
         if self.qk_norm is not None:
             require_one_of(self.qk_norm, QueryKeyNorm, "attention.qk_norm")
-        require_frac(self.dropout, "attention.dropout")
 
     def width_of_heads(self, width: int) -> int:
         """Width of one head (E) in a trunk of this width.
@@ -125,9 +121,9 @@ class FeedForward:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.width > 0, "feedforward.width must be positive", self.width)
+        require_all(self, "feedforward.", "positive", "width")
+        require_all(self, "feedforward.", "in [0, 1)", "dropout")
         require_one_of(self.activation, Activation, "feedforward.activation")
-        require_frac(self.dropout, "feedforward.dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +156,9 @@ class Experts:
     def __post_init__(self) -> None:
         require(self.count > 1, "experts.count must be 2 or more", self.count)
         require(1 <= self.top_k <= self.count, "experts.top_k must be in 1..count", self.top_k)
-        if self.capacity is not None:
-            require(self.capacity > 0, "experts.capacity must be positive", self.capacity)
-        require(self.num_shared >= 0, "experts.num_shared must be 0 or more", self.num_shared)
-        require_frac(self.jitter, "experts.jitter")
+        require_all(self, "experts.", "positive", "capacity")
+        require_all(self, "experts.", "0 or more", "num_shared")
+        require_all(self, "experts.", "in [0, 1)", "jitter")
         if self.is_normalised and self.top_k == 1:
             raise ConfigError("experts.is_normalised needs top_k of 2 or more: one share of one is 1; got top_k=1")
         require(min(self.balance_weight, self.z_weight) >= 0, "experts' weights must be 0 or more", self.balance_weight)
@@ -191,9 +186,8 @@ class Residual:
 
     def __post_init__(self) -> None:
         require_one_of(self.placement, Placement, "residual.placement")
-        require_frac(self.dropout, "residual.dropout")
-        require_frac(self.drop_path, "residual.drop_path")
-        require(self.scale > 0, "residual.scale must be positive", self.scale)
+        require_all(self, "residual.", "in [0, 1)", "dropout", "drop_path")
+        require_all(self, "residual.", "positive", "scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,10 +217,9 @@ class LayerRule:
     position: Position | None = None
 
     def __post_init__(self) -> None:
-        require(self.start >= 0, "layers.start must be 0 or more", self.start)
-        require(self.step > 0, "layers.step must be positive", self.step)
-        if self.stop is not None:
-            require(self.stop > self.start, "layers.stop must be above start", self.stop)
+        require_all(self, "layers.", "0 or more", "start")
+        require_all(self, "layers.", "positive", "step")
+        require(self.stop is None or self.stop > self.start, "layers.stop must be above start", self.stop)
         if not self.parts:
             raise ConfigError("a rule of layers must name a part that it replaces; got none")
 

@@ -6,7 +6,7 @@
 from abc import ABC
 from dataclasses import dataclass
 
-from meristem.model.config.checks import require
+from meristem.model.config.checks import require, require_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class GlobalTokens(Pattern):
     count: int
 
     def __post_init__(self) -> None:
-        require(self.count > 0, "pattern.count must be positive", self.count)
+        require_all(self, "pattern.", "positive", "count")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class BlockSparse(Pattern):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.block > 0, "pattern.block must be positive", self.block)
+        require_all(self, "pattern.", "positive", "block")
         counts = (self.num_near, self.num_global, self.num_random)
         require(min(counts) >= 0, "numbers of blocks must be 0 or more", counts)
 

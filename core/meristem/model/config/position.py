@@ -8,7 +8,7 @@ from abc import ABC
 from dataclasses import dataclass, field
 from typing import Literal
 
-from meristem.model.config.checks import require, require_one_of
+from meristem.model.config.checks import require, require_all, require_one_of
 
 Rounding = Literal["fp32", "fp16", "bf16"]
 
@@ -30,7 +30,7 @@ class LinearScaling(Scaling):
     factor: float
 
     def __post_init__(self) -> None:
-        require(self.factor >= 1, "position.scaling.factor must be 1 or more", self.factor)
+        require_all(self, "position.scaling.", "1 or more", "factor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,9 @@ class BandScaling(Scaling):
     original_tokens: int = 8192
 
     def __post_init__(self) -> None:
-        require(self.factor >= 1, "position.scaling.factor must be 1 or more", self.factor)
+        require_all(self, "position.scaling.", "1 or more", "factor")
         require(0 < self.low < self.high, "position.scaling needs 0 < low < high", f"{self.low}, {self.high}")
-        require(self.original_tokens > 0, "position.scaling.original_tokens must be positive", self.original_tokens)
+        require_all(self, "position.scaling.", "positive", "original_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,7 @@ class Rotary(Position):
     rounding: Rounding = "fp32"
 
     def __post_init__(self) -> None:
-        require(self.base > 0, "position.base must be positive", self.base)
-        require(self.num_axes > 0, "position.num_axes must be positive", self.num_axes)
-        if self.width is not None:
-            require(self.width > 0, "position.width must be positive", self.width)
+        require_all(self, "position.", "positive", "base", "num_axes", "width")
         require_one_of(self.rounding, Rounding, "position.rounding")
 
 
@@ -124,7 +121,7 @@ class Sinusoidal(Position):
     base: float = 10000.0
 
     def __post_init__(self) -> None:
-        require(self.base > 0, "position.base must be positive", self.base)
+        require_all(self, "position.", "positive", "base")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +141,7 @@ class SinCos2D(Position):
     reaches_base: bool = False
 
     def __post_init__(self) -> None:
-        require(self.base > 0, "position.base must be positive", self.base)
+        require_all(self, "position.", "positive", "base")
 
 
 @dataclass(frozen=True, kw_only=True)

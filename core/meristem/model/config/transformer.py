@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meristem.errors import ConfigError
-from meristem.model.config.checks import require, require_frac
+from meristem.model.config.checks import require, require_all
 from meristem.model.config.heads import AttentionPool, Pool, TokenHead
 from meristem.model.config.layer import Attention, Experts, FeedForward, LayerNorm, LayerRule, Norm, Residual
 from meristem.model.config.position import AddedPosition, Learned, Position, Rotary, SinCos2D
@@ -39,12 +39,9 @@ class Embedding:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.vocab_size > 0, "embedding.vocab_size must be positive", self.vocab_size)
-        require(self.patch_features >= 0, "embedding.patch_features must be 0 or more", self.patch_features)
-        require(self.token_types >= 0, "embedding.token_types must be 0 or more", self.token_types)
-        require(self.scale > 0, "embedding.scale must be positive", self.scale)
-        require_frac(self.mask_dropout_frac, "embedding.mask_dropout_frac")
-        require_frac(self.dropout, "embedding.dropout")
+        require_all(self, "embedding.", "positive", "vocab_size", "scale")
+        require_all(self, "embedding.", "0 or more", "patch_features", "token_types")
+        require_all(self, "embedding.", "in [0, 1)", "mask_dropout_frac", "dropout")
         if not self.patch_features and not self.feature_bias:
             raise ConfigError("embedding.feature_bias has no effect without embedding.patch_features")
         if self.mask_dropout_frac:
@@ -132,40 +129,33 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        require(self.width > 0, "width must be positive", self.width)
-        require(self.num_layers > 0, "num_layers must be positive", self.num_layers)
-        require(self.num_decoder_layers >= 0, "num_decoder_layers must be 0 or more", self.num_decoder_layers)
+        require_all(self, "", "positive", "width", "num_layers")
+        require_all(self, "", "0 or more", "num_decoder_layers")
         if self.residual.placement == "parallel" and self.num_decoder_layers:
             raise ConfigError("residual.placement must be before or after in an encoder-decoder; got parallel")
         if isinstance(self.position, SinCos2D):
             require(self.width % 4 == 0, "position SinCos2D needs a width that 4 divides", self.width)
         for index, rule in enumerate(self.layers):
-            self._check_rule(index, rule)
+            got = f"{rule.start}: the rule has no effect"
+            is_layer = rule.start < self.total_layers
+            require(is_layer, f"layers[{index}].start must be a layer, below {self.total_layers}", got)
+            if isinstance(rule.position, AddedPosition):
+                kind = type(rule.position).__name__
+                raise ConfigError(f"layers[{index}].position must act in each layer; {kind} is added once")
         for layer in range(self.total_layers):
             self._check_layer(self.layer(layer))
         if isinstance(self.pool, AttentionPool):
             require(self.width % self.pool.num_heads == 0, "pool.num_heads must divide the width", self.pool.num_heads)
 
-    def _check_rule(self, index: int, rule: LayerRule) -> None:
-        where = f"layers[{index}]"
-        require(
-            rule.start < self.total_layers,
-            f"{where}.start must be a layer, below {self.total_layers}",
-            f"{rule.start}: the rule has no effect",
-        )
-        if isinstance(rule.position, AddedPosition):
-            raise ConfigError(f"{where}.position must act in each layer; {type(rule.position).__name__} is added once")
-
     def _check_layer(self, parts: LayerParts) -> None:
-        position = parts.position
+        position, attention = parts.position, parts.attention
         if isinstance(position, Rotary):
             turned = position.width or parts.head_width
             got = f"{turned} of {parts.head_width}" if position.width else f"{turned}"
             rule = "rotary positions need an even head width"
             require(turned % (2 * position.num_axes) == 0 and turned <= parts.head_width, rule, got)
-        if parts.attention.qk_norm is not None and parts.attention.qk_norm == "full" and parts.attention.num_kv_heads:
-            is_equal = parts.attention.kv_heads == parts.attention.num_heads
-            require(is_equal, "attention.qk_norm full needs as many key heads as query heads", parts.attention.kv_heads)
+        is_equal = attention.qk_norm != "full" or attention.kv_heads == attention.num_heads
+        require(is_equal, "attention.qk_norm full needs as many key heads as query heads", attention.kv_heads)
 
     def layer(self, index: int) -> LayerParts:
         """The parts of one layer, counted from 0 through both stacks."""
