@@ -36,9 +36,8 @@ from meristem.interop.families.gpt2 import TABLE
 from meristem.model.config import Init, TransformerConfig
 from meristem.objectives.next_token import NextToken
 from meristem.train.run import build_trainer
-from meristem.train.spec import ModelSpec, TrainerSpec
+from meristem.train.spec import ModelSpec, TrainerSpec, Watch
 from meristem.train.task import Task
-from meristem.train.watch import Watch
 from meristem.types import IGNORE, Tokens
 
 

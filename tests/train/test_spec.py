@@ -11,8 +11,7 @@ from meristem.errors import ConfigError
 from meristem.objectives.masked import MaskedTokens
 from meristem.objectives.objective import Objective
 from meristem.train.optim import OptimizerConfig
-from meristem.train.spec import DataSpec, ModelSpec, RunSpec, Split, TrainerSpec, values_of
-from meristem.train.watch import Watch
+from meristem.train.spec import DataSpec, ModelSpec, RunSpec, Split, TrainerSpec, Watch, values_of
 
 ARCHITECTURE = {
     "width": 32,

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a checkpoint to go on from, the best and the last model, its curves."""
+"""What a run leaves behind: a checkpoint to go on from, the best and the last model, its curves and figures."""
 
 import signal
 import time
@@ -14,14 +14,16 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from meristem.errors import CheckpointError
+from meristem.figures.canvas import save_array
 from meristem.files import replacing
 from meristem.model_directory import save_model
 from meristem.train.curves import draw_curves
 from meristem.train.ranks import Ranks, full_state
 from meristem.train.recorder import Recorder
 from meristem.train.run_directory import RunDirectory
+from meristem.train.spec import Watch
 from meristem.train.task import STOP_SIGNALS, Task
-from meristem.train.watch import Watch
+from meristem.types import PackedBatch
 
 MAX_DRAWING_FRAC = 0.05
 """Share of a run's time that curves may take; they are drawn anew at fewer validations where drawing takes more."""
@@ -116,8 +118,17 @@ class Keeper(L.Callback):
             return
         self._save_if_due(trainer, task, task.stop_signal)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int, *_: Any
+    ) -> None:
         assert isinstance(task, Task)
+        if batch_idx == 0:
+            extra = task.extra if task.average is None else task.average.extra
+            with trainer.precision_plugin.val_step_context():
+                figures = task.objective.figures(task.evaluated, extra, batch)
+            for name, colours in figures.items():
+                if task.ranks.is_first:  # the model was run by all
+                    save_array(colours, self.run.figure(name))
         if number := task.agree_to_stop():
             raise Stopped(number, self._saved_step)
 

@@ -15,8 +15,8 @@ from meristem.shapes import Tensor
 from meristem.train.evals import Evals
 from meristem.train.ranks import Ranks
 from meristem.train.run_directory import RunDirectory, csv_text
+from meristem.train.spec import Watch
 from meristem.train.task import NotFinite, StepResult, Task
-from meristem.train.watch import Watch
 
 VALIDATION = "val/"
 
@@ -116,7 +116,9 @@ class Recorder(L.Callback):
             row |= _terms(result)
             row["tokens_per_second"] = round(result.num_tokens / max(seconds, 1e-9), 1)
             if not self._columns:
-                self._columns = _columns(row, [*task.metrics, *self.evals.names])
+                losses = [name for name in row if name.startswith("loss")]
+                evaluated = [VALIDATION + name for name in [*losses, *task.metrics, *self.evals.names]]
+                self._columns = ["step", *losses, "lr", "grad_norm", "tokens_per_second", *evaluated]
             self.last = row
             if step % self.every_n_steps == 0 or step == 1:
                 _log(trainer, {key: value for key, value in row.items() if key != "step"}, step)
@@ -148,12 +150,6 @@ def evaluation_values(task: Task) -> dict[str, float]:
 def _terms(result: StepResult) -> dict[str, float]:
     """Each term by name, where there are several."""
     return {f"loss/{name}": value for name, value in result.terms.items()} if len(result.terms) > 1 else {}
-
-
-def _columns(row: Mapping[str, Any], measured: list[str]) -> list[str]:
-    losses = [name for name in row if name.startswith("loss")]
-    evaluated = [VALIDATION + name for name in [*losses, *measured]]
-    return ["step", *losses, "lr", "grad_norm", "tokens_per_second", *evaluated]
 
 
 def _check_finite(step: int, result: StepResult, grad_norm: float) -> None:

@@ -24,15 +24,13 @@ from meristem.files import write_file
 from meristem.model.heads import readouts_of
 from meristem.train.datamodule import DataModule
 from meristem.train.evals import Evals
-from meristem.train.gallery import Gallery
 from meristem.train.keeper import AtomicCheckpointIO, Keeper, Stopped
 from meristem.train.progress import TrainingProgress, shown_reading
 from meristem.train.ranks import Ranks
 from meristem.train.recorder import Recorder, evaluation_values
 from meristem.train.run_directory import RunDirectory, refusals_as_csv
-from meristem.train.spec import RunSpec, TrainerSpec, values_of
+from meristem.train.spec import RunSpec, TrainerSpec, Watch, values_of
 from meristem.train.task import Task
-from meristem.train.watch import Watch
 
 Say = Callable[[str], None]
 
@@ -131,17 +129,14 @@ def _train(task: Task, data: DataModule, evals: Evals, run: RunDirectory, spec: 
     Raises:
         Stopped: a signal asked for it.
     """
-    watch = spec.watch
     checkpoint = run.checkpoint_to_go_on_from()
-    recorder = Recorder(run, watch, spec.trainer.log_every_n_steps or 1, evals)
-    keeper = Keeper(run, watch, recorder, say)
+    recorder = Recorder(run, spec.watch, spec.trainer.log_every_n_steps or 1, evals)
+    keeper = Keeper(run, spec.watch, recorder, say)
     greeter = LambdaCallback(on_train_start=lambda trainer, _: _greet(trainer, task, say))
-    callbacks = [greeter, recorder, Gallery(run)]
-    if spec.trainer.enable_progress_bar is not False:
-        callbacks.append(TrainingProgress(recorder))
+    bars = [] if spec.trainer.enable_progress_bar is False else [TrainingProgress(recorder)]
     try:
         with _fewer_warnings():
-            trainer = build_trainer(_limited(spec.trainer, data), [*callbacks, keeper], run, watch)
+            trainer = build_trainer(_limited(spec.trainer, data), [greeter, recorder, *bars, keeper], run, spec.watch)
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             keeper.finish(trainer, task)
     finally:
@@ -187,7 +182,26 @@ def _measure(spec: RunSpec, part: Literal["validation", "test"], say: Say) -> di
     evals = Evals(spec.evals or () if part == "validation" else (), spec.data)
     checkpoint = run.last_checkpoint if _is_measured_by_checkpoint(task) else None
     say(f"{part} part, {checkpoint or run.best_model}")
-    values = _evaluate(task, data, part, spec.trainer, checkpoint)
+    if checkpoint is not None and not checkpoint.exists():
+        raise CheckpointError(
+            f"objective {type(task.objective).__name__} is evaluated with what it has beside the model, which "
+            f"{checkpoint} would hold; it is not there"
+        )
+    values: dict[str, float] = {}
+
+    def catch(*_: Any) -> None:
+        values.update(evaluation_values(task))
+
+    catcher = LambdaCallback(on_validation_end=catch, on_test_end=catch)
+    with _fewer_warnings():
+        chosen = replace(_limited(spec.trainer, data), logger=False, max_steps=1)
+        trainer = build_trainer(chosen, [catcher], None, Watch())
+        evaluate = trainer.test if part == "test" else trainer.validate
+        evaluate(task, datamodule=data, verbose=False, ckpt_path=checkpoint, weights_only=True)
+    if task.fresh_heads:
+        raise CheckpointError(f"the model must have the heads of the objective; it lacks {', '.join(task.fresh_heads)}")
+    if not values:
+        raise DataError(f"there is no {part} part; see data.split")
     classes = {readout.name: readout.classes for readout in readouts_of(task.objective.heads)}
     for name, counts in task.confusion_values().items():
         drawn = run.figure(f"confusion_{name}_{part}")
@@ -221,33 +235,6 @@ def _is_measured_by_checkpoint(task: Task) -> bool:
     with torch.device("meta"):
         beside = task.objective.build(task.architecture)
     return any(True for _ in beside.parameters())
-
-
-def _evaluate(
-    task: Task, data: DataModule, part: str, trainer_spec: TrainerSpec, checkpoint: Path | None
-) -> dict[str, float]:
-    """Figures of a model, or of a checkpoint in its place, on a part of its data."""
-    if checkpoint is not None and not checkpoint.exists():
-        raise CheckpointError(
-            f"objective {type(task.objective).__name__} is evaluated with what it has beside the model, which "
-            f"{checkpoint} would hold; it is not there"
-        )
-    caught: dict[str, float] = {}
-
-    def catch(*_: Any) -> None:
-        caught.update(evaluation_values(task))
-
-    catcher = LambdaCallback(on_validation_end=catch, on_test_end=catch)
-    with _fewer_warnings():
-        chosen = replace(_limited(trainer_spec, data), logger=False, max_steps=1)
-        trainer = build_trainer(chosen, [catcher], None, Watch())
-        run = trainer.test if part == "test" else trainer.validate
-        run(task, datamodule=data, verbose=False, ckpt_path=checkpoint, weights_only=True)
-    if task.fresh_heads:
-        raise CheckpointError(f"the model must have the heads of the objective; it lacks {', '.join(task.fresh_heads)}")
-    if not caught:
-        raise DataError(f"there is no {part} part; see data.split")
-    return caught
 
 
 def build_trainer(spec: TrainerSpec, callbacks: list[L.Callback], run: RunDirectory | None, watch: Watch) -> L.Trainer:

@@ -22,7 +22,6 @@ from meristem.model_directory import InputCard, ModelCard, load_card, load_model
 from meristem.registry import name_of
 from meristem.shapes import Tensor
 from meristem.train.ema import MovingAverage
-from meristem.train.loops import place_loops
 from meristem.train.optim import build_optimizer
 from meristem.train.ranks import Ranks
 from meristem.train.spec import ModelSpec
@@ -329,9 +328,32 @@ class Task(L.LightningModule):
                 f"got {packs_per_step}, was {said['packs_per_step']}"
             )
         if "fit_loop" in checkpoint.get("loops", {}):
-            place_loops(
-                checkpoint["loops"]["fit_loop"], checkpoint["global_step"], self.trainer.accumulate_grad_batches
-            )
+            packs = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+            _place_loops(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], packs)
+
+
+def _place_loops(loops: dict[str, Any], step: int, packs: int) -> None:
+    """Set the counters of Lightning's fit loop to "step whole steps done, validation after them done too".
+
+    A checkpoint may be written in a hook, when some counters are ahead of others; Lightning then guesses
+    where to go on. All of them follow from the step.
+    """
+
+    def set_all(progress: dict[str, Any], value: int) -> None:
+        for part in ("total", "current"):
+            for key in progress[part]:
+                progress[part][key] = value
+
+    set_all(loops["epoch_loop.batch_progress"], packs)
+    loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+    set_all(loops["epoch_loop.scheduler_progress"], step)
+    optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    set_all(optimizer["step"], step)
+    set_all(optimizer["zero_grad"], step)
+    set_all(loops["epoch_loop.val_loop.batch_progress"], 0)
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+    for part in ("total", "current"):
+        loops["epoch_progress"][part] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
 def _first_wish(has_wish: Sequence[float]) -> int:
