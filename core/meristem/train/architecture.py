@@ -7,7 +7,7 @@ from typing import Any
 from meristem.data.tokenizer import Tokenizer
 from meristem.domain import Domain
 from meristem.errors import ConfigError
-from meristem.model.config import Learned, Position, Rotary, SinCos2D, Sinusoidal, TransformerConfig
+from meristem.model.config import Learned, Rotary, SinCos2D, Sinusoidal, TransformerConfig
 from meristem.model.config.checks import require
 from meristem.model.plain import from_json, merge, to_json
 from meristem.objectives.objective import Objective
@@ -81,18 +81,14 @@ def _check_fit(config: TransformerConfig, tokenizer: Tokenizer, domain: str) -> 
     rule = f"architecture.embedding.patch_features must be {wanted}, as data.tokenizer makes patches of so many values"
     require(got == wanted, rule, got)
     positions = {config.position, *(config.layer(index).position for index in range(config.total_layers))}
+    axes, own_grid = tokenizer.num_axes, list(tokenizer.grid) or "none: each payload has its own"
     for position in positions:
-        _check_position(position, tokenizer)
-
-
-def _check_position(position: Position, tokenizer: Tokenizer) -> None:
-    axes, kind = tokenizer.num_axes, type(position).__name__
-    if isinstance(position, Learned):
-        own, got = list(tokenizer.grid) or "none: each payload has its own", list(position.grid) or "none"
-        rule = f"architecture.position.grid must be that of data.tokenizer, {own}"
-        require(position.grid == tokenizer.grid, rule, got)
-    if isinstance(position, Rotary):
-        rule = f"architecture.position.num_axes must be {axes}, as of the data"
-        require(position.num_axes == axes, rule, position.num_axes)
-    is_wrong = (isinstance(position, SinCos2D) and axes != 2) or (isinstance(position, Sinusoidal) and axes != 1)
-    require(not is_wrong, f"architecture.position must be of {axes} axes, as the data is", kind)
+        if isinstance(position, Learned):
+            rule = f"architecture.position.grid must be that of data.tokenizer, {own_grid}"
+            require(position.grid == tokenizer.grid, rule, list(position.grid) or "none")
+        if isinstance(position, Rotary):
+            rule = f"architecture.position.num_axes must be {axes}, as of the data"
+            require(position.num_axes == axes, rule, position.num_axes)
+        is_wrong = (isinstance(position, SinCos2D) and axes != 2) or (isinstance(position, Sinusoidal) and axes != 1)
+        rule = f"architecture.position must be of {axes} axes, as the data is"
+        require(not is_wrong, rule, type(position).__name__)

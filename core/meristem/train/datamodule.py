@@ -48,9 +48,6 @@ class DataModule(L.LightningDataModule):
             for name, owner in self.owners.items()
         }
         self.views: Views | None = self._build_views()
-        split = spec.split
-        is_compared = split.method == "similarity"
-        self.similarity = self.domain.similarity_with(split.k, split.threshold) if is_compared else None
         self.max_tokens_per_record = spec.max_tokens_per_record
         self.remarks: list[str] = []
         self.refused: list[Refusal] = []
@@ -188,8 +185,8 @@ class DataModule(L.LightningDataModule):
             if split.method == "hash":
                 parts = split_by_hash(store, fractions, split.seed)
             else:
-                assert self.similarity is not None
-                parts = split_by_similarity(store, fractions, split.seed, self.similarity, self.build_progress)
+                similarity = self.domain.similarity_with(split.k, split.threshold)
+                parts = split_by_similarity(store, fractions, split.seed, similarity, self.build_progress)
         return {name: rows for name, rows in parts.items() if len(rows)}
 
     def _require_sources(self, store: RecordStore) -> None:

@@ -5,6 +5,8 @@ from copy import deepcopy
 import torch
 from torch import nn
 
+from meristem.model.model import Model
+
 
 class MovingAverage(nn.Module):
     """A model and what is trained beside it, with averaged weights (Polyak 1992; as in Tan 2019, arXiv 1905.11946).
@@ -18,10 +20,10 @@ class MovingAverage(nn.Module):
         extra: what the objective has beside it.
     """
 
-    model: nn.Module
+    model: Model
     extra: nn.ModuleDict
 
-    def __init__(self, decay: float, model: nn.Module, extra: nn.ModuleDict):
+    def __init__(self, decay: float, model: Model, extra: nn.ModuleDict):
         super().__init__()
         self.decay = decay
         fixed = {id(p): p for source in (model, extra) for p in source.parameters() if not p.requires_grad}

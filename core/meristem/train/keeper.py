@@ -123,9 +123,8 @@ class Keeper(L.Callback):
     ) -> None:
         assert isinstance(task, Task)
         if batch_idx == 0:
-            extra = task.extra if task.average is None else task.average.extra
             with trainer.precision_plugin.val_step_context():
-                figures = task.objective.figures(task.evaluated, extra, batch)
+                figures = task.objective.figures(task.evaluated, task.evaluated_extra, batch)
             for name, colours in figures.items():
                 if task.ranks.is_first:  # the model was run by all
                     save_array(colours, self.run.figure(name))

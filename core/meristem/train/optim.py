@@ -80,15 +80,11 @@ def layer_depths(model: nn.Module) -> tuple[dict[int, int], int]:
     depths: dict[int, int] = {}
     top = 1
     for module in model.modules():
+        placed: list[tuple[nn.Module, int]] = [(module, 0)] if isinstance(module, EmbeddingLayer) else []
         if isinstance(module, Stack):
-            above = [(block, module.first + index + 1) for index, block in enumerate(module.blocks)]
-            end = module.first + len(module.blocks) + 1
+            first, end = module.first + 1, module.first + len(module.blocks) + 1
             top = max(top, end)
-            placed: list[tuple[nn.Module, int]] = [(module.positions, 0), *above, (module.final_norm, end)]
-        elif isinstance(module, EmbeddingLayer):
-            placed = [(module, 0)]
-        else:
-            continue
+            placed = [(module.positions, 0), *zip(module.blocks, range(first, end)), (module.final_norm, end)]
         for part, depth in placed:
             depths |= {id(parameter): depth for parameter in part.parameters()}
     return depths, top
@@ -102,26 +98,21 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
         weight_decay: of the first kind.
         layer_decay: below 1, each depth is a group of its own, with the factor of its learning rate as `lr_scale`.
     """
-    decayed: dict[int, nn.Parameter] = {}
-    plain: dict[int, nn.Parameter] = {}
+    is_map: dict[nn.Parameter, bool] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                # biases of experts stand side by side in two dimensions
-                is_bias = name.endswith("bias")
-                is_map = parameter.ndim >= 2 and not isinstance(module, nn.Embedding) and not is_bias
-                (decayed if is_map else plain)[id(parameter)] = parameter
-    # a parameter that two modules share must be in one group
-    decayed = {key: parameter for key, parameter in decayed.items() if key not in plain}
+            # biases of experts stand side by side in two dimensions
+            is_weight = parameter.ndim >= 2 and not isinstance(module, nn.Embedding) and not name.endswith("bias")
+            # a parameter that two modules share must be in one group
+            is_map[parameter] = is_weight and is_map.get(parameter, True)
     depths, top = layer_depths(model) if layer_decay < 1 else ({}, 0)
     groups: dict[tuple[int, float], list[nn.Parameter]] = {}
-    for parameters, decay in ((decayed, weight_decay), (plain, 0.0)):
-        for key, parameter in parameters.items():
-            groups.setdefault((depths.get(key, top), decay), []).append(parameter)
-    covered = [id(parameter) for parameters in groups.values() for parameter in parameters]
-    assert len(covered) == len(set(covered)), "a parameter is in two groups"
-    wanted = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    assert set(covered) == wanted, "a trainable parameter is in no group"
+    for is_decayed in (True, False):
+        for parameter in (one for one, is_own in is_map.items() if one.requires_grad and is_own == is_decayed):
+            key = (depths.get(id(parameter), top), weight_decay if is_decayed else 0.0)
+            groups.setdefault(key, []).append(parameter)
+    covered = {parameter for parameters in groups.values() for parameter in parameters}
+    assert covered == {one for one in model.parameters() if one.requires_grad}, "a trainable parameter is in no group"
     return [
         {"params": parameters, "weight_decay": decay, "lr_scale": layer_decay ** (top - depth)}
         for (depth, decay), parameters in groups.items()

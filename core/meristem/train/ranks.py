@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from meristem.shapes import Tensor
 
@@ -59,17 +59,7 @@ class Ranks:
         """
         if self.count == 1:
             return [rows]
-        given = rows.detach().to(self.device)
-        if not rows.ndim:
-            return [one.to(rows.device) for one in self._gather_alike(given)]
-        lengths = [int(one) for one in self._gather_alike(torch.tensor(len(given), device=self.device))]
-        padded = F.pad(given, (0, 0) * (given.ndim - 1) + (0, max(lengths) - len(given)))
-        return [one[:length].to(rows.device) for one, length in zip(self._gather_alike(padded), lengths)]
-
-    def _gather_alike(self, values: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(values) for _ in range(self.count)]
-        distributed.all_gather(found, values.contiguous())
-        return found
+        return [one.to(rows.device) for one in gather_all_tensors(rows.detach().to(self.device))]
 
     def any(self, facts: Sequence[bool]) -> list[bool]:
         """Whether each fact holds in any process."""

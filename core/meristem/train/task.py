@@ -72,10 +72,8 @@ class Task(L.LightningModule):
             raise ConfigError("model.architecture must be set, or model.init_from a model directory; got neither")
         if not isinstance(chosen, TransformerConfig):
             chosen = from_json(TransformerConfig, chosen)
-        own = chosen.residual
-        dropped = own.dropout if spec.dropout is None else spec.dropout
-        left_out = own.drop_path if spec.drop_path is None else spec.drop_path
-        chosen = replace(chosen, residual=replace(own, dropout=dropped, drop_path=left_out))
+        said = {name: value for name in ("dropout", "drop_path") if (value := getattr(spec, name)) is not None}
+        chosen = replace(chosen, residual=replace(chosen.residual, **said))
         self.architecture = self.objective.complete(chosen)
         self.model: Model
         self.average: MovingAverage | None = None
@@ -145,10 +143,12 @@ class Task(L.LightningModule):
     @property
     def evaluated(self) -> Model:
         """The model that evaluations use and model directories hold: the average where there is one."""
-        if self.average is None:
-            return self.model
-        assert isinstance(self.average.model, Model)
-        return self.average.model
+        return self.model if self.average is None else self.average.model
+
+    @property
+    def evaluated_extra(self) -> nn.ModuleDict:
+        """What the objective has beside `evaluated`."""
+        return self.extra if self.average is None else self.average.extra
 
     def _load_initial(self, path: str) -> None:
         """Take over the trunk and the pool strictly, and each head that is the same; say which are new."""
@@ -188,9 +188,6 @@ class Task(L.LightningModule):
         is_scaled = self.trainer.precision == "16-mixed"
         optimizer, schedule = build_optimizer(trained, self.spec.optimizer, self.trainer.max_steps, not is_scaled)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:
-        return batch.to(device)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         accumulate, world = self.trainer.accumulate_grad_batches, self.ranks.count
@@ -259,8 +256,7 @@ class Task(L.LightningModule):
             metric.dist_sync_fn = lambda values, group: self.ranks.gather(values)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        extra = self.extra if self.average is None else self.average.extra
-        out = self.objective.loss_of(self.evaluated, extra, batch)
+        out = self.objective.loss_of(self.evaluated, self.evaluated_extra, batch)
         self._add(out.terms, is_counted=not batch.is_repeat)
         if batch.is_repeat:
             return
@@ -311,10 +307,8 @@ class Task(L.LightningModule):
         return StepResult(sum(known) if known else float("nan"), terms, int(num_tokens), bool(known))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["meristem"] = {
-            "packs_per_step": self.trainer.accumulate_grad_batches * self.ranks.count,
-            "seed": self.seed,
-        }
+        packs_per_step = self.trainer.accumulate_grad_batches * self.ranks.count
+        checkpoint["meristem"] = {"packs_per_step": packs_per_step, "seed": self.seed}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put Lightning's counters where they stand after a whole step, wherever the checkpoint was written."""
