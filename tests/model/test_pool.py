@@ -8,8 +8,9 @@ import torch
 from packs import config
 
 from meristem.framing import frame_of, payload_parts
+from meristem.model import pool as pools
 from meristem.model.config import Attention, AttentionPool, Max, Mean, Pool, Prefix
-from meristem.model.pool import _one_by_one, _payload_rows, _together, build_pool, pool_rows
+from meristem.model.pool import _payload_rows, _together, build_pool, pool_rows
 from meristem.types import Layout
 
 POOLS = [Mean(), Max(), Prefix(), Prefix(count=2, has_mean=True)]
@@ -47,11 +48,12 @@ def _slowly(pool: Pool, x: torch.Tensor, layout: Layout) -> torch.Tensor:
 @pytest.mark.parametrize("special", PATTERNS, ids=str)
 @pytest.mark.parametrize("pool", POOLS, ids=str)
 def test_together_and_one_by_one_are_those_of_row_by_row(
-    pool: Pool, special: tuple[int, int] | str, rng: np.random.Generator
+    pool: Pool, special: tuple[int, int] | str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, layout = _rows(rng, special)
     results = []
-    for reduce in (_slowly, _one_by_one, _together):
+    for reduce, way in ((_slowly, pools._one_by_one), (pool_rows, pools._one_by_one), (pool_rows, _together)):
+        monkeypatch.setattr(pools, "_one_by_one", way)
         own = x.clone().requires_grad_()
         vectors = reduce(pool, own, layout)
         (vectors * torch.arange(1.0, vectors.numel() + 1).view_as(vectors)).sum().backward()
@@ -67,7 +69,7 @@ def test_means_of_framed_payloads_are_those_of_slices_bit_for_bit(
 ) -> None:
     x, layout = _rows(rng, frame)
     before, behind = frame
-    for vector, start, length in zip(_one_by_one(Mean(), x, layout), layout.starts, layout.lengths):
+    for vector, start, length in zip(pool_rows(Mean(), x, layout), layout.starts, layout.lengths):
         own = x[start : start + length]
         inner = own[before : length - behind] if length > before + behind else own
         assert torch.equal(vector, inner.mean(0))
@@ -94,7 +96,7 @@ def test_special_rows_that_are_counted_in_are_caught(rng: np.random.Generator) -
     """Mutant: the last special row is part of the mean."""
     x, layout = _rows(rng, (1, 1))
     wrong = replace(layout, special_rows=layout.special_rows[:-1])
-    assert not torch.allclose(_one_by_one(Mean(), x, layout), _together(Mean(), x, wrong), atol=1e-3)
+    assert not torch.allclose(pool_rows(Mean(), x, layout), pool_rows(Mean(), x, wrong), atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -119,9 +119,7 @@ class AttentionLayer(nn.Module):
         """Attend within each sequence. If `kept` names rows, only these are queries."""
         placed = context.placed[self.position]
         q_THE, k_TKE, v_TKE = self._project(x, placed)
-        if kept is None:
-            return self.out(self._attend(q_THE, k_TKE, v_TKE, context, placed.bias).flatten(1))
-        q_MHE = q_THE.index_select(0, kept.rows)
+        q_MHE = q_THE if kept is None else q_THE.index_select(0, kept.rows)
         return self.out(self._attend(q_MHE, k_TKE, v_TKE, context, placed.bias, kept).flatten(1))
 
     def _project(self, x: Float[Tensor, "T D"], placed: Placed) -> Sequence[Float[Tensor, "T X E"]]:
@@ -148,7 +146,7 @@ class AttentionLayer(nn.Module):
         v_TKE: Float[Tensor, "T K E"],
         context: Context,
         bias: ScoreBias | None,
-        kept: KeptRows | None = None,
+        kept: KeptRows | None,
     ) -> Float[Tensor, "T H E"]:
         layout, cache = context.layout, context.cache
         scoring = Scoring(self.config.pattern, bias, self.config.scale, self.config.dropout if self.training else 0.0)

@@ -46,45 +46,31 @@ class Block(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(parts.width)) if scaled else None)
         self.init_own_weights(None)
 
-    def forward(self, x: Float[Tensor, "T D"], context: Context, kept: KeptRows | None = None) -> Float[Tensor, "T D"]:
-        """Run the block; return all rows, or only the kept ones where some are named."""
-        if kept is not None:
-            return self._forward_kept(x, context, kept)
-        match self.residual.placement:
-            case "before":
-                x = x + self._join(self.attention(self.attention_norm(x), context), self.attention_scale, context)
-                if self.has_source:
-                    x = x + self._join(self.cross(self.cross_norm(x), context), self.cross_scale, context)
-                return x + self._join(self._feed(self.feedforward_norm(x), context), self.feedforward_scale, context)
-            case "after":
-                x = self.attention_norm(x + self._join(self.attention(x, context), self.attention_scale, context))
-                if self.has_source:
-                    x = self.cross_norm(x + self._join(self.cross(x, context), self.cross_scale, context))
-                return self.feedforward_norm(x + self._join(self._feed(x, context), self.feedforward_scale, context))
-            case _:  # parallel
-                normed = self.attention_norm(x)
-                attended = self._join(self.attention(normed, context), self.attention_scale, context)
-                return x + attended + self._join(self._feed(normed, context), self.feedforward_scale, context)
+    def forward(self, x: Float[Tensor, "T D"], context: Context, kept: KeptRows | None = None) -> Float[Tensor, "M D"]:
+        """Run the block; return all rows, or only the kept ones where some are named.
 
-    def _forward_kept(self, x: Float[Tensor, "T D"], context: Context, kept: KeptRows) -> Float[Tensor, "M D"]:
-        """Every row is a key and a value; what follows attention is computed for the kept rows alone."""
-        x_MD = x.index_select(0, kept.rows)
-        is_after = self.residual.placement == "after"
-        normed = x if is_after else self.attention_norm(x)
-        attended_MD = self._join(self.attention(normed, context, kept), self.attention_scale, kept)
-        if self.residual.placement == "parallel":
-            fed_MD = self._feed(normed.index_select(0, kept.rows), context)
-            return x_MD + attended_MD + self._join(fed_MD, self.feedforward_scale, kept)
-        x_MD = self.attention_norm(x_MD + attended_MD) if is_after else x_MD + attended_MD
-        fed_MD = self._feed(x_MD if is_after else self.feedforward_norm(x_MD), context)
-        x_MD = x_MD + self._join(fed_MD, self.feedforward_scale, kept)
-        return self.feedforward_norm(x_MD) if is_after else x_MD
+        Every row is a key and a value. What follows attention is computed for the kept rows alone.
+        """
+        placement, rows = self.residual.placement, context if kept is None else kept
+        normed = x if placement == "after" else self.attention_norm(x)
+        attended = self._join(self.attention(normed, context, kept), self.attention_scale, rows)
+        if kept is not None:
+            x = x.index_select(0, kept.rows)
+        x = x + attended
+        if placement == "parallel":
+            normed = normed if kept is None else normed.index_select(0, kept.rows)
+            return x + self._join(self._feed(normed, context), self.feedforward_scale, rows)
+        if placement == "before":
+            if self.has_source:
+                x = x + self._join(self.cross(self.cross_norm(x), context), self.cross_scale, rows)
+            return x + self._join(self._feed(self.feedforward_norm(x), context), self.feedforward_scale, rows)
+        x = self.attention_norm(x)
+        if self.has_source:
+            x = self.cross_norm(x + self._join(self.cross(x, context), self.cross_scale, rows))
+        return self.feedforward_norm(x + self._join(self._feed(x, context), self.feedforward_scale, rows))
 
     def _feed(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T D"]:
-        if not self.has_experts:
-            fed: Tensor = self.feedforward(x)
-            return fed
-        return self._ask_experts(x, context)
+        return self._ask_experts(x, context) if self.has_experts else self.feedforward(x)
 
     def _ask_experts(self, x: Float[Tensor, "T D"], context: Context) -> Float[Tensor, "T D"]:
         fed, context.routing[self.layer] = self.experts(x, context.layout)

@@ -1,6 +1,6 @@
 """How much arithmetic a forward pass takes."""
 
-from meristem.model.config import Attention, FeedForward, LayerParts, TransformerConfig, sees_the_future
+from meristem.model.config import Attention, LayerParts, TransformerConfig, sees_the_future
 from meristem.model.config.pattern import Window
 
 
@@ -28,14 +28,8 @@ def _layer_products(parts: LayerParts, length: int) -> float:
     products = maps + 2 * query_width * _num_seen(attention, length)
     if parts.has_source:
         products += maps + 2 * query_width * length
-    if parts.experts is None:
-        return products + _feedforward_products(width, parts.feedforward)
-    num_active = parts.experts.top_k + parts.experts.num_shared
-    return products + num_active * _feedforward_products(width, parts.feedforward)
-
-
-def _feedforward_products(width: int, part: FeedForward) -> int:
-    return (3 if part.is_gated else 2) * width * part.width
+    num_active = 1 if parts.experts is None else parts.experts.top_k + parts.experts.num_shared
+    return products + num_active * (3 if parts.feedforward.is_gated else 2) * width * parts.feedforward.width
 
 
 def _num_seen(attention: Attention, length: int) -> float:
@@ -48,14 +42,12 @@ def _num_seen(attention: Attention, length: int) -> float:
 
 def num_idle_parameters(config: TransformerConfig) -> int:
     """Parameters of the experts that a token is not sent to."""
-    return sum(_idle(config.layer(layer)) for layer in range(config.total_layers))
-
-
-def _idle(parts: LayerParts) -> int:
-    if parts.experts is None:
-        return 0
-    part = parts.feedforward
-    maps_in = 2 if part.is_gated else 1
-    biases = maps_in * part.width * part.in_bias + parts.width * part.out_bias
-    one = (maps_in + 1) * part.width * parts.width + biases
-    return (parts.experts.count - parts.experts.top_k) * one
+    num_idle = 0
+    for parts in map(config.layer, range(config.total_layers)):
+        if parts.experts is not None:
+            part = parts.feedforward
+            maps_in = 2 if part.is_gated else 1
+            biases = maps_in * part.width * part.in_bias + parts.width * part.out_bias
+            one = (maps_in + 1) * part.width * parts.width + biases
+            num_idle += (parts.experts.count - parts.experts.top_k) * one
+    return num_idle

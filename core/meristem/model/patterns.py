@@ -13,18 +13,8 @@ from functools import lru_cache, reduce
 import numpy as np
 import torch
 
-from meristem.model.config import (
-    BlockSparse,
-    Both,
-    Causal,
-    Dilated,
-    Either,
-    Full,
-    GlobalTokens,
-    InPrefix,
-    Pattern,
-    Window,
-)
+from meristem.model.config import BlockSparse, Pattern
+from meristem.model.config import pattern as kinds
 from meristem.shapes import Bool, Int, Tensor
 
 Span = tuple[Tensor, Tensor]
@@ -85,25 +75,25 @@ def may_see(
     """
     (i, i_last), (j, j_last) = queries, keys
     match pattern:
-        case Full():
+        case kinds.Full():
             return torch.ones_like(j, dtype=torch.bool)
-        case Causal():
+        case kinds.Causal():
             return j <= i_last
-        case Window():
+        case kinds.Window():
             return (j_last >= i - pattern.left) & (j <= i_last + pattern.right)
-        case Dilated():  # whether the distances between hold a multiple of the step
+        case kinds.Dilated():  # whether the distances between hold a multiple of the step
             nearest = (j - i_last).clamp(min=-pattern.left * pattern.step)
             farthest = (j_last - i).clamp(max=pattern.right * pattern.step)
             return farthest // pattern.step * pattern.step >= nearest
-        case InPrefix():
+        case kinds.InPrefix():
             return j < sequence.prefix_length
-        case GlobalTokens():
+        case kinds.GlobalTokens():
             return (i < pattern.count) | (j < pattern.count)
         case BlockSparse():
             return _blocks_see(pattern, queries, keys, sequence, num_queries)
-        case Both():
+        case kinds.Both():
             return reduce(operator.and_, (may_see(p, queries, keys, sequence, num_queries) for p in pattern.parts))
-        case Either():
+        case kinds.Either():
             return reduce(operator.or_, (may_see(p, queries, keys, sequence, num_queries) for p in pattern.parts))
         case _:
             raise AssertionError(pattern)
@@ -151,31 +141,31 @@ def random_blocks(pattern: BlockSparse, num_blocks: int) -> np.ndarray:
 
 def parts_of(pattern: Pattern) -> list[Pattern]:
     """The patterns that a combination is made of."""
-    if isinstance(pattern, Both | Either):
+    if isinstance(pattern, kinds.Both | kinds.Either):
         return [part for combined in pattern.parts for part in parts_of(combined)]
     return [pattern]
 
 
 def has_prefix(pattern: Pattern) -> bool:
     """Whether the mask depends on the prefix of a sequence."""
-    return any(isinstance(part, InPrefix) for part in parts_of(pattern))
+    return any(isinstance(part, kinds.InPrefix) for part in parts_of(pattern))
 
 
 def is_relative(pattern: Pattern) -> bool:
     """Whether the mask depends on the distance of query and key alone."""
-    return all(isinstance(part, Full | Causal | Window | Dilated) for part in parts_of(pattern))
+    return all(isinstance(part, kinds.Full | kinds.Causal | kinds.Window | kinds.Dilated) for part in parts_of(pattern))
 
 
 def window_of(pattern: Pattern) -> tuple[int, int] | None:
     """Keys seen before and behind a query, -1 for all of them; None where the pattern is not such a window."""
     match pattern:
-        case Full():
+        case kinds.Full():
             return -1, -1
-        case Causal():
+        case kinds.Causal():
             return -1, 0
-        case Window():
+        case kinds.Window():
             return pattern.left, pattern.right
-        case Both():
+        case kinds.Both():
             windows = [window_of(part) for part in pattern.parts]
             known = [window for window in windows if window is not None]
             if len(known) < len(windows):
@@ -189,13 +179,13 @@ def window_of(pattern: Pattern) -> tuple[int, int] | None:
 def left_reach(pattern: Pattern) -> int | None:
     """How far before a query its first key may be; None where there is no bound."""
     match pattern:
-        case Window():
+        case kinds.Window():
             return pattern.left
-        case Dilated():
+        case kinds.Dilated():
             return pattern.left * pattern.step
-        case Both():
+        case kinds.Both():
             return min((n for n in map(left_reach, pattern.parts) if n is not None), default=None)
-        case Either():
+        case kinds.Either():
             reaches = [left_reach(part) for part in pattern.parts]
             known = [reach for reach in reaches if reach is not None]
             return max(known) if len(known) == len(reaches) else None

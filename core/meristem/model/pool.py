@@ -3,14 +3,14 @@
 On a CPU sequences are reduced one by one, on a GPU in one kernel, which adds up the rows of each in their order.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from meristem.framing import payload_parts
-from meristem.model.config import AttentionPool, Full, Init, Max, Mean, Pool, Prefix, TransformerConfig
+from meristem.model.config import AttentionPool, Full, Init, Mean, Pool, Prefix, TransformerConfig
 from meristem.model.exact import with_spare_rows
 from meristem.model.feedforward import ACTIVATIONS
 from meristem.model.init import init_weights
@@ -25,42 +25,26 @@ def pool_rows(pool: Pool, x: Float[Tensor, "T D"], layout: Layout) -> Float[Tens
 
     Means and maxima leave out the special rows of the layout, unless a sequence has no others.
     """
-    reduce = _together if x.is_cuda else _one_by_one
-    return reduce(pool, x, layout)
-
-
-def _one_by_one(pool: Pool, x: Float[Tensor, "T D"], layout: Layout) -> Tensor:
-    # split once: the gradient of a slice would be a tensor of all rows, and that for each sequence
-    sequences = x.split([*layout.lengths, x.shape[0] - layout.num_tokens])[:-1]
-    vectors = []
-    for rows_nD, part in zip(sequences, payload_parts(layout)):
-        inner_nD = _payload_of(rows_nD, part)
-        match pool:
-            case Mean():
-                vectors.append(inner_nD.float().mean(0))
-            case Max():
-                vectors.append(inner_nD.float().amax(0))
-            case Prefix():
-                first_D = rows_nD[: pool.count].float().flatten()
-                vectors.append(torch.cat([first_D, inner_nD.float().mean(0)]) if pool.has_mean else first_D)
-            case _:
-                raise AssertionError(pool)
-    return torch.stack(vectors)
-
-
-def _together(pool: Pool, x: Float[Tensor, "T D"], layout: Layout) -> Tensor:
-    """The same of all sequences at once: a GPU would wait for the launches of a loop."""
     if isinstance(pool, Prefix):
+        assert min(layout.lengths) >= pool.count, "a sequence has the rows of a prefix"
         starts_S1 = torch.tensor(layout.starts[: layout.num_sequences])[:, None]
         rows_Sp = (starts_S1 + torch.arange(pool.count)).to(x.device, non_blocking=True)
         first_SW = x[rows_Sp].float().flatten(1)
-        return torch.cat([first_SW, _together(Mean(), x, layout)], 1) if pool.has_mean else first_SW
-    kind = {Mean: "mean", Max: "max"}[type(pool)]
-    rows, lengths = _inner_rows(layout)
-    lengths_S = torch.from_numpy(lengths).to(x.device, non_blocking=True)
-    if len(rows) < layout.num_tokens:
-        x = x.index_select(0, torch.from_numpy(rows).to(x.device, non_blocking=True))
-    return torch.segment_reduce(x[: len(rows)].float(), kind, lengths=lengths_S, unsafe=True)
+        return torch.cat([first_SW, pool_rows(Mean(), x, layout)], 1) if pool.has_mean else first_SW
+    rows, own = _payload_rows(x, layout)
+    return (_together if x.is_cuda else _one_by_one)(pool, rows.float(), own.lengths)
+
+
+def _one_by_one(pool: Pool, rows: Float[Tensor, "t D"], lengths: Sequence[int]) -> Float[Tensor, "S D"]:
+    # split once: the gradient of a slice would be a tensor of all rows, and that for each sequence
+    sequences = rows.split(list(lengths))
+    return torch.stack([one.mean(0) if isinstance(pool, Mean) else one.amax(0) for one in sequences])
+
+
+def _together(pool: Pool, rows: Float[Tensor, "t D"], lengths: Sequence[int]) -> Float[Tensor, "S D"]:
+    """The same of all sequences at once: a GPU would wait for the launches of a loop."""
+    lengths_S = torch.tensor(lengths).to(rows.device, non_blocking=True)
+    return torch.segment_reduce(rows, "mean" if isinstance(pool, Mean) else "max", lengths=lengths_S, unsafe=True)
 
 
 def _num_rows(pool: Prefix) -> int:
@@ -147,27 +131,18 @@ class AttentionPoolLayer(PoolLayer):
         nn.init.trunc_normal_(self.query, std=config.std, a=-2 * config.std, b=2 * config.std)
 
 
-def _payload_of(rows: Float[Tensor, "n D"], part: slice | np.ndarray) -> Float[Tensor, "m D"]:
-    """The rows of a sequence that are not special; all where there are no others."""
-    inner = rows[part] if isinstance(part, slice) else rows[torch.from_numpy(part).to(rows.device)]
-    return inner if len(inner) else rows
-
-
-def _inner_rows(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a pack that are not special, and how many each sequence has; all of a sequence that has no others."""
+def _payload_rows(x: Float[Tensor, "T ..."], layout: Layout) -> tuple[Float[Tensor, "t ..."], Layout]:
+    """The rows of the payloads' own tokens, and where they lie; of a sequence that has none, all."""
     is_inner = np.ones(layout.num_tokens, bool)
     is_inner[list(layout.special_rows)] = False
     sequences = np.repeat(np.arange(layout.num_sequences), layout.lengths)
     counts = np.bincount(sequences[is_inner], minlength=layout.num_sequences)
     is_inner |= (counts == 0)[sequences]
-    return np.flatnonzero(is_inner), np.where(counts == 0, layout.lengths, counts)
-
-
-def _payload_rows(rows: Float[Tensor, "T H E"], layout: Layout) -> tuple[Float[Tensor, "t H E"], Layout]:
-    """The rows of the payloads' own tokens, and where they lie; of a sequence that has none, all."""
-    *sequences, spare = rows.split([*layout.lengths, layout.num_spare])
-    inner = [_payload_of(part, own) for part, own in zip(sequences, payload_parts(layout))]
-    return torch.cat([*inner, spare]), replace(layout, lengths=tuple(map(len, inner)), special_rows=())
+    lengths = np.where(counts == 0, layout.lengths, counts)
+    rows = x[: layout.num_tokens]
+    if not is_inner.all():
+        rows = x.index_select(0, torch.from_numpy(np.flatnonzero(is_inner)).to(x.device, non_blocking=True))
+    return rows, replace(layout, lengths=tuple(lengths.tolist()), num_spare=0, special_rows=())
 
 
 def build_pool(pool: Pool, config: TransformerConfig) -> PoolLayer:

@@ -12,19 +12,7 @@ from torch import nn
 
 from meristem.model import exact
 from meristem.model.compiler import fused
-from meristem.model.config import (
-    AddedPosition,
-    BandScaling,
-    BucketBias,
-    Learned,
-    LinearBias,
-    LinearScaling,
-    Position,
-    Rotary,
-    Scaling,
-    SinCos2D,
-    Sinusoidal,
-)
+from meristem.model.config import position as configs
 from meristem.shapes import Float, Int, Tensor
 
 Tables = tuple[Tensor, ...]
@@ -76,7 +64,7 @@ class RotaryLayer(BetweenLayer):
     are wrong by 31 % rms at positions 256-512. Rows that have no place (-1) stand at 0.
     """
 
-    def __init__(self, config: Rotary, head_width: int):
+    def __init__(self, config: configs.Rotary, head_width: int):
         super().__init__()
         self.config, self.head_width = config, head_width
         self.width = config.width or head_width
@@ -121,27 +109,20 @@ def _turn_halves(
     return pairs.flatten(-2).to(first_THp.dtype)
 
 
-def rotary_frequencies(config: Rotary, head_width: int) -> Float[Tensor, "f"]:
+def rotary_frequencies(config: configs.Rotary, head_width: int) -> Float[Tensor, "f"]:
     """Radians per place of each pair of one axis, in fp32, scaled, and rounded as when the model was trained."""
     width = (config.width or head_width) // config.num_axes
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
-    frequencies = _scaled(1.0 / (config.base**exponents), config.scaling)
+    frequencies, scaling = 1.0 / (config.base**exponents), config.scaling
+    if isinstance(scaling, configs.LinearScaling):
+        frequencies = frequencies / scaling.factor
+    if isinstance(scaling, configs.BandScaling):
+        waves = 2 * math.pi / frequencies
+        # 0 for long waves, 1 for short ones, linear in the number of waves between
+        share = ((scaling.original_tokens / waves - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+        frequencies = (1 - share) * frequencies / scaling.factor + share * frequencies
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.rounding]
     return frequencies.to(dtype).float()
-
-
-def _scaled(frequencies: Float[Tensor, "f"], scaling: Scaling) -> Float[Tensor, "f"]:
-    match scaling:
-        case LinearScaling():
-            return frequencies / scaling.factor
-        case BandScaling():
-            waves = 2 * math.pi / frequencies
-            # 0 for long waves, 1 for short ones, linear in the number of waves between
-            share = (scaling.original_tokens / waves - scaling.low) / (scaling.high - scaling.low)
-            share = share.clamp(0, 1)
-            return (1 - share) * frequencies / scaling.factor + share * frequencies
-        case _:
-            return frequencies
 
 
 class LinearBiasLayer(BetweenLayer):
@@ -170,7 +151,7 @@ def linear_slopes(num_heads: int) -> Float[Tensor, "H"]:
 class BucketBiasLayer(BetweenLayer):
     """A learned bias for each head and bucket of distances, one table for all layers (Raffel 2020)."""
 
-    def __init__(self, config: BucketBias, num_heads: int):
+    def __init__(self, config: configs.BucketBias, num_heads: int):
         super().__init__()
         self.config = config
         self.table = nn.Embedding(config.num_buckets, num_heads)
@@ -184,7 +165,7 @@ class BucketBiasLayer(BetweenLayer):
         return table.index_select(0, buckets_mn.flatten()).unflatten(0, buckets_mn.shape).permute(2, 0, 1)
 
 
-def distance_buckets(config: BucketBias, distance: Int[Tensor, "m n"]) -> Int[Tensor, "m n"]:
+def distance_buckets(config: configs.BucketBias, distance: Int[Tensor, "m n"]) -> Int[Tensor, "m n"]:
     """Bucket of each distance (place of the key less that of the query).
 
     Half of a side's buckets hold one distance each, the other half grow by logarithm up to `max_distance`. On one
@@ -204,14 +185,14 @@ def distance_buckets(config: BucketBias, distance: Int[Tensor, "m n"]) -> Int[Te
     return first + torch.where(far < num_exact, far, shared)
 
 
-def build_between(config: Position, head_width: int, num_heads: int) -> BetweenLayer:
+def build_between(config: configs.Position, head_width: int, num_heads: int) -> BetweenLayer:
     """Build the module of a position that acts between rows; one that does nothing for the other kinds."""
     match config:
-        case Rotary():
+        case configs.Rotary():
             return RotaryLayer(config, head_width)
-        case LinearBias():
+        case configs.LinearBias():
             return LinearBiasLayer(num_heads)
-        case BucketBias():
+        case configs.BucketBias():
             return BucketBiasLayer(config, num_heads)
         case _:
             return BetweenLayer()
@@ -220,7 +201,7 @@ def build_between(config: Position, head_width: int, num_heads: int) -> BetweenL
 class LearnedLayer(nn.Module):
     """A learned table of positions, with one row for each place."""
 
-    def __init__(self, config: Learned, width: int):
+    def __init__(self, config: configs.Learned, width: int):
         super().__init__()
         self.config = config
         self.table = nn.Embedding(config.max_positions, width)
@@ -241,7 +222,7 @@ class LearnedLayer(nn.Module):
 class SinusoidalLayer(nn.Module):
     """Sines at even features, cosines at odd ones, in fp32 (Vaswani 2017, section 3.5)."""
 
-    def __init__(self, config: Sinusoidal, width: int):
+    def __init__(self, config: configs.Sinusoidal, width: int):
         super().__init__()
         self.config, self.width = config, width
 
@@ -257,7 +238,7 @@ class SinusoidalLayer(nn.Module):
 class SinCos2DLayer(nn.Module):
     """Sines and cosines of two position axes, in fp32."""
 
-    def __init__(self, config: SinCos2D, width: int):
+    def __init__(self, config: configs.SinCos2D, width: int):
         super().__init__()
         self.config, self.width = config, width
 
@@ -288,15 +269,15 @@ def resample_grid(table: Float[Tensor, "N D"], old: tuple[int, int], new: tuple[
     return resized[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
 
 
-def build_added(config: Position, width: int) -> nn.Module | None:
+def build_added(config: configs.Position, width: int) -> nn.Module | None:
     """Build the module of a position that is added to the embedding; None for the other kinds."""
     match config:
-        case Learned():
+        case configs.Learned():
             return LearnedLayer(config, width)
-        case Sinusoidal():
+        case configs.Sinusoidal():
             return SinusoidalLayer(config, width)
-        case SinCos2D():
+        case configs.SinCos2D():
             return SinCos2DLayer(config, width)
         case _:
-            assert not isinstance(config, AddedPosition), config
+            assert not isinstance(config, configs.AddedPosition), config
             return None

@@ -234,7 +234,9 @@ class _Tiled(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, by_distance)
         kind = q.device.type
         ctx.work, ctx.autocast = work, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        ctx.random = _random_state(q.device) if work.scoring.dropout else None
+        ctx.random = None
+        if work.scoring.dropout:
+            ctx.random = torch.cuda.get_rng_state(q.device) if q.is_cuda else torch.get_rng_state()
         o: Tensor | None = None
         for chunk in work.chunks:
             q_rows, kv_rows = _on(chunk.q_rows, q.device), _on(chunk.kv_rows, q.device)
@@ -255,8 +257,10 @@ class _Tiled(torch.autograd.Function):
         kind, dtype, is_enabled = ctx.autocast
         devices = [q.device] if q.is_cuda else []
         with torch.random.fork_rng(devices, enabled=ctx.random is not None):
-            if ctx.random is not None:
-                _set_random_state(ctx.random, q.device)
+            if ctx.random is not None and q.is_cuda:
+                torch.cuda.set_rng_state(ctx.random, q.device)
+            elif ctx.random is not None:
+                torch.set_rng_state(ctx.random)
             for chunk in ctx.work.chunks:
                 q_rows, kv_rows = _on(chunk.q_rows, q.device), _on(chunk.kv_rows, q.device)
                 rows = (q_rows, kv_rows, kv_rows)
@@ -272,17 +276,6 @@ class _Tiled(torch.autograd.Function):
                 for total, gradient in zip(tables, parts[3:]):
                     total += gradient
         return (*sums, tables[0] if has_table else None, None)
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
 
 
 def _on(x: np.ndarray, device: torch.device) -> Tensor:
