@@ -107,6 +107,7 @@ def test_equal_records_are_predicted_once(
     assert (tmp_path / "l.csv").read_text().splitlines()[1:] == wanted
 
 
+@pytest.mark.slow
 def test_two_processes_predict_what_one_does(
     tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_record_that_cannot_be_used_leaves_nothing(
     assert not list(tmp_path.glob("l.csv*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_skipping", [False, True])
 def test_encoding_in_processes_gives_what_one_process_gives(
     tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator, is_skipping: bool

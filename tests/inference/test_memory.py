@@ -89,6 +89,7 @@ print(runner.tokens_per_batch)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="a limit of memory needs Linux here")
 def test_a_process_that_really_runs_out_of_memory_goes_on() -> None:
     code = IN_LITTLE_MEMORY.format(folder=str(Path(__file__).parent))

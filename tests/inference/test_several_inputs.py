@@ -131,6 +131,7 @@ def test_a_pair_is_a_mapping_in_python(next_sentence: Path, pairs: list[tuple[st
         model.embed([records[0], "MKT"])
 
 
+@pytest.mark.slow
 def test_processes_encode_pairs_as_one_does(tmp_path: Path, next_sentence: Path, pairs: list[tuple[str, str]]) -> None:
     table = tmp_path / "pairs.csv"
     table.write_text(table.read_text().replace("\nr7,", "\nr7,7", 1))

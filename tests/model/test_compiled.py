@@ -58,6 +58,7 @@ def fresh() -> None:
     torch._dynamo.utils.counters.clear()
 
 
+@pytest.mark.slow
 @compiler_only
 @pytest.mark.usefixtures("fresh")
 def test_compiled_blocks_give_the_same_numbers_for_packs_of_any_size(
@@ -79,6 +80,7 @@ def test_compiled_blocks_give_the_same_numbers_for_packs_of_any_size(
     assert counts[1] == counts[-1], "packs are compiled anew"
 
 
+@pytest.mark.slow
 @compiler_only
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by the compiler itself

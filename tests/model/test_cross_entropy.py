@@ -104,6 +104,7 @@ def test_a_second_backward_pass_is_refused():
         (found.total * 2).backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", ["", "spare classes counted"])
 def test_the_kernel_gives_what_torch_does(mutant):
     """Run by Triton's interpreter, which must be asked for before Triton is imported."""

@@ -105,6 +105,7 @@ def test_figures_are_those_of_the_command_on_the_averaged_weights_that_are_saved
     assert recorded(labelled.rows("stale")[-1]) != recorded(rows[-1]) == probed(labelled, "stale")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_the_rows_of_an_unbroken_one_and_losses_of_one_without_evals(labelled):
     assert labelled.run("--run_dir", "whole").code == 0
     for steps in ("4", "5", "9"):
