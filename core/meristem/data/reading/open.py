@@ -10,10 +10,12 @@ import gzip
 import io
 import lzma
 import os
+import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
@@ -29,8 +31,15 @@ BOM = b"\xef\xbb\xbf"
 """A byte order mark, which some programs put before UTF-8 text."""
 
 _NEWLINE, _RETURN = b"\n\r"
-_BZIP2_MAGICS = (b"1AY&SY", b"\x17rE8P\x90")
 _FAULTS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+
+_COMPRESSIONS: dict[str, tuple[re.Pattern[bytes], Callable[[Any], Any]]] = {
+    "gzip": (re.compile(rb"\x1f\x8b"), gzip.open),
+    "bzip2": (re.compile(rb"BZh.(1AY&SY|\x17rE8P\x90)", re.S), bz2.open),
+    "xz": (re.compile(rb"\xfd7zXZ\x00"), lzma.open),
+    "zstd": (re.compile(rb"\x28\xb5\x2f\xfd"), partial(pa.CompressedInputStream, compression="zstd")),
+}
+"""First bytes of each compression, and what undoes it."""
 
 
 @contextmanager
@@ -43,36 +52,16 @@ def open_source(source: Source) -> Iterator["io.BufferedReader[Any]"]:
         DataError: missing, unreadable, a directory, empty, or damaged; also later, while it is read.
     """
     with ExitStack() as stack:
-        raw = _open_raw(source, stack)
-        head = b""
-        while len(head) < 10:
-            # a pipe gives what it has: the first bytes may come one by one
-            block = _read(raw, 10 - len(head), source, "")
-            if not block:
+        stream = io.BufferedReader(_Checked(_open_raw(source, stack), source, ""), BLOCK_BYTES)
+        head = stream.peek(1)
+        for kind, (magic, decompress) in _COMPRESSIONS.items():
+            if magic.match(head):
+                inner = stack.enter_context(decompress(stream))
+                stream = io.BufferedReader(_Checked(inner, source, kind), BLOCK_BYTES)
                 break
-            head += block
-        kind = compression_of(head)
-        plain = io.BufferedReader(_Checked(_Rejoined(head, raw), source, ""), BLOCK_BYTES)
-        stream = plain
-        if kind:
-            inner = stack.enter_context(_decompressed(plain, kind))
-            stream = io.BufferedReader(_Checked(inner, source, kind), BLOCK_BYTES)
         if not stream.peek(1):
             raise DataError(f"{source.name}: the file is empty")
         yield stream
-
-
-def compression_of(head: bytes) -> str:
-    """Name of the compression that data with these first ten bytes has; empty for none."""
-    if head.startswith(b"\x1f\x8b"):
-        return "gzip"
-    if head.startswith(b"BZh") and head[4:10] in _BZIP2_MAGICS:
-        return "bzip2"
-    if head.startswith(b"\xfd7zXZ\x00"):
-        return "xz"
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
-        return "zstd"
-    return ""
 
 
 def read_text_blocks(stream: IO[bytes], block_bytes: int) -> Iterator[bytes]:
@@ -119,48 +108,8 @@ def _open_raw(source: Source, stack: ExitStack) -> IO[bytes]:
         raise DataError(f"{source.name}: cannot be opened: {error}") from error
 
 
-def _decompressed(stream: IO[bytes], kind: str) -> Any:
-    if kind == "gzip":
-        return gzip.GzipFile(fileobj=stream, mode="rb")
-    if kind == "bzip2":
-        return bz2.BZ2File(stream)
-    if kind == "xz":
-        return lzma.LZMAFile(stream)
-    return pa.CompressedInputStream(stream, "zstd")
-
-
-def _read(stream: IO[bytes], num_bytes: int, source: Source, kind: str) -> bytes:
-    try:
-        return stream.read(num_bytes) or b""
-    except _FAULTS as error:
-        if isinstance(error.__cause__, DataError):  # the compressed stream below has said it already
-            raise error.__cause__ from None
-        if isinstance(error, EOFError) or "runcated" in str(error):
-            raise DataError(
-                f"{source.name}: {kind} data ends too early; the file was cut off (download or copy it again)"
-            ) from error
-        what = f"damaged {kind} data" if kind else "cannot be read"
-        raise DataError(f"{source.name}: {what}: {' '.join(str(error).split())}") from error
-
-
-class _Rejoined(io.RawIOBase):
-    """Bytes that were read ahead, then the rest: pipes cannot be wound back."""
-
-    def __init__(self, head: bytes, rest: IO[bytes]):
-        self._head, self._rest = head, rest
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        if not self._head:
-            return self._rest.read(size) or b""
-        head, self._head = self._head[:size], self._head[size:]
-        return head
-
-
 class _Checked(io.RawIOBase):
-    """A stream whose reads fill what is asked for, and whose faults name the file."""
+    """A stream whose reads fill what is asked for (a pipe gives what it has), and whose faults name the file."""
 
     def __init__(self, inner: Any, source: Source, kind: str):
         self._inner, self._source, self._kind = inner, source, kind
@@ -169,11 +118,18 @@ class _Checked(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        filled = 0
-        while filled < len(buffer):
-            block = _read(self._inner, len(buffer) - filled, self._source, self._kind)
-            if not block:
-                break
-            buffer[filled : filled + len(block)] = block
-            filled += len(block)
+        filled, name, kind = 0, self._source.name, self._kind
+        try:
+            while filled < len(buffer) and (block := self._inner.read(len(buffer) - filled)):
+                buffer[filled : filled + len(block)] = block
+                filled += len(block)
+        except _FAULTS as error:
+            if isinstance(error.__cause__, DataError):  # the compressed stream below has said it already
+                raise error.__cause__ from None
+            if isinstance(error, EOFError) or "runcated" in str(error):
+                raise DataError(
+                    f"{name}: {kind} data ends too early; the file was cut off (download or copy it again)"
+                ) from error
+            what = f"damaged {kind} data" if kind else "cannot be read"
+            raise DataError(f"{name}: {what}: {' '.join(str(error).split())}") from error
         return filled
