@@ -1,7 +1,7 @@
 """The rows of a CSV file in blocks of byte columns, each with the line of the user's file that it begins in."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
@@ -14,12 +14,7 @@ from meristem.errors import DataError
 
 
 def csv_blocks(
-    stream: IO[bytes],
-    source: Source,
-    options: ReadOptions,
-    delimiter: str,
-    columns: list[str],
-    refuse: Callable[[Refusal], None],
+    stream: IO[bytes], source: Source, options: ReadOptions, delimiter: str, columns: list[str]
 ) -> Iterator[tuple[pa.RecordBatch, np.ndarray, np.ndarray]]:
     """Blocks of rows as bytes columns, the line each row begins in, and its number (the header's is 1)."""
     block_bytes = max(options.batch_bytes, 1 << 20)
@@ -35,7 +30,7 @@ def csv_blocks(
             row = bad_rows.pop(0)
             line = int(text.lines_of(np.array([row.number]))[0])
             reason = f"the row has {row.actual_columns} values and the header {row.expected_columns}"
-            refuse(Refusal(source.name, line, "", reason))
+            options.refuse(Refusal(source.name, line, "", reason))
 
     skipped: list[int] = []
     number = 2

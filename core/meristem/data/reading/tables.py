@@ -7,6 +7,7 @@ values span lines, where lines are blank or where rows are refused.
 import csv
 import io
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,27 +47,6 @@ class TableFormat:
     columns: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Which columns of a table to read, by role; empty where there is none.
-
-    Attributes:
-        inputs: column of each input.
-    """
-
-    inputs: Mapping[str, str]
-    id: str
-    labels: tuple[str, ...]
-    split: str
-    group: str
-
-    @property
-    def all(self) -> list[str]:
-        """Each column once."""
-        named = (*self.inputs.values(), self.id, *self.labels, self.split, self.group)
-        return list(dict.fromkeys(name for name in named if name))
-
-
 def table_format(head: bytes, names: Sequence[str]) -> TableFormat | None:
     """The kind of table that begins with `head`, or None where it is no table.
 
@@ -83,15 +63,12 @@ def table_format(head: bytes, names: Sequence[str]) -> TableFormat | None:
     except UnicodeDecodeError:
         return None
     known = {name.lower() for name in names}
-    parsed = []
-    for delimiter in DELIMITERS:
-        columns = tuple(next(csv.reader([text], delimiter=delimiter), ()))
-        if known & {name.lower() for name in columns}:
-            return TableFormat(delimiter, columns)
-        parsed.append(TableFormat(delimiter, columns))
-    best = max(parsed, key=lambda form: len(form.columns))
-    words = [_COLUMN_NAME.fullmatch(name) for name in best.columns]
-    return best if len(words) > 1 and all(words) else None
+    forms = [TableFormat(mark, tuple(next(csv.reader([text], delimiter=mark), ()))) for mark in DELIMITERS]
+    for form in forms:
+        if known & {name.lower() for name in form.columns}:
+            return form
+    best = max(forms, key=lambda form: len(form.columns))
+    return best if len(best.columns) > 1 and all(map(_COLUMN_NAME.fullmatch, best.columns)) else None
 
 
 def read_table(
@@ -116,10 +93,8 @@ def read_table(
     Raises:
         DataError: a column that is not there, a damaged file, or a refused record when there is no `on_error`.
     """
-    if form.delimiter:
-        yield from _read_csv(stream, source, options, form, payload_names, holds_files)
-    else:
-        yield from _read_parquet(stream, source, options, payload_names, holds_files)
+    table = _Table(source, options, payload_names, holds_files, is_csv=bool(form.delimiter))
+    yield from _read_csv(stream, table, form) if table.is_csv else _read_parquet(stream, table)
 
 
 def keep_rows(batch: pa.RecordBatch, refused: np.ndarray) -> pa.RecordBatch:
@@ -131,68 +106,71 @@ def keep_rows(batch: pa.RecordBatch, refused: np.ndarray) -> pa.RecordBatch:
     return batch.filter(pa.array(is_kept))
 
 
-def _find_columns(columns: Sequence[str], where: str, options: ReadOptions, payload_names: Sequence[str]) -> _Columns:
-    listed = ", ".join(columns)
-    by_lower = {name.lower(): name for name in reversed(columns)}
-    inputs = {}
-    for name, given in options.columns.items():
-        usual = [name, *payload_names] if name != INPUT else [*payload_names, name]
-        usual = usual if name == options.main else [name]
-        inputs[name] = column = given or next((by_lower[n.lower()] for n in usual if n.lower() in by_lower), "")
-        if not column:
-            say = "COLUMN" if len(options.columns) == 1 else f"{name}=COLUMN"
-            raise DataError(
-                f"{where}: a table needs a column for the input {name!r}, named {' or '.join(usual[:3])}; "
-                f"columns: {listed} (name one with --column {say}, in a config data.column)"
-            )
-    found = _Columns(
-        inputs=inputs,
-        id=options.id_column or ("id" if "id" in columns else ""),
-        labels=options.label_columns,
-        split=options.split_column,
-        group=options.group_column,
-    )
-    for name in found.all:
-        if columns.count(name) != 1:
-            reason = "no column" if name not in columns else "more than one column"
-            raise DataError(f"{where}: {reason} {name!r}; columns: {listed}")
-    return found
+@dataclass(frozen=True)
+class _Table:
+    """A table that is read; `payload_names` and `holds_files` are those of `read_table`."""
 
+    source: Source
+    options: ReadOptions
+    payload_names: Sequence[str]
+    holds_files: bool
+    is_csv: bool
 
-def _assemble(
-    table: pa.RecordBatch,
-    wanted: _Columns,
-    numbers: np.ndarray,
-    lines: np.ndarray,
-    source: Source,
-    options: ReadOptions,
-    holds_files: bool,
-    is_csv: bool,
-) -> pa.RecordBatch:
-    """Rows of a user's table as a record batch, without the rows that have to be refused."""
-    reasons: dict[int, str] = {}
-    inputs, paths = {}, ""
-    for name, column in wanted.inputs.items():
-        is_file = holds_files and name not in options.foreign
-        is_binary = is_file and not is_csv and not _is_text(table.column(column).type)
-        paths = paths or (column if is_file and not is_binary else "")
-        inputs[name] = _bytes(table, column) if is_binary else _text(table, column, pa.large_string(), reasons)
-        for row in np.flatnonzero(_is_empty(inputs[name]).to_numpy(zero_copy_only=False)).tolist():
-            reasons.setdefault(row, f"empty record (nothing in column {column!r})")
-        inputs[name] = pc.fill_null(inputs[name], b"" if is_binary else "")
-    ids = pa.array(numbers).cast(pa.string())
-    if wanted.id or paths:
-        named = _text(table, wanted.id or paths, pa.string(), reasons)
-        ids = pc.if_else(_is_empty(named), ids, named)
-    extra = {
-        name: _text(table, column, pa.string(), reasons)
-        for name, column in ((GROUP, wanted.group), (SPLIT, wanted.split))
-        if column
-    }
-    extra |= {LABEL_PREFIX + name: _label(table, name, source, reasons) for name in wanted.labels}
-    for row in sorted(reasons):
-        options.refuse(Refusal(source.name, int(lines[row]), ids[row].as_py(), reasons[row]))
-    return keep_rows(batch_of(ids, inputs, source.name, lines, extra), np.array(sorted(reasons), np.int64))
+    def find(self, columns: Sequence[str], where: str) -> tuple[dict[str, str], str, list[str]]:
+        """The column of each input, that of the ids (empty where there is none), and each column to read, once."""
+        options, listed = self.options, ", ".join(columns)
+        by_lower = {name.lower(): name for name in reversed(columns)}
+        inputs = {}
+        for name, given in options.columns.items():
+            usual = [name, *self.payload_names] if name != INPUT else [*self.payload_names, name]
+            usual = usual if name == options.main else [name]
+            inputs[name] = column = given or next((by_lower[n.lower()] for n in usual if n.lower() in by_lower), "")
+            if not column:
+                say = "COLUMN" if len(options.columns) == 1 else f"{name}=COLUMN"
+                raise DataError(
+                    f"{where}: a table needs a column for the input {name!r}, named {' or '.join(usual[:3])}; "
+                    f"columns: {listed} (name one with --column {say}, in a config data.column)"
+                )
+        id = options.id_column or ("id" if "id" in columns else "")
+        named = (*inputs.values(), id, *options.label_columns, options.split_column, options.group_column)
+        wanted = list(dict.fromkeys(name for name in named if name))
+        for name in wanted:
+            if columns.count(name) != 1:
+                reason = "no column" if name not in columns else "more than one column"
+                raise DataError(f"{where}: {reason} {name!r}; columns: {listed}")
+        return inputs, id, wanted
+
+    def is_file(self, name: str) -> bool:
+        """Whether the payloads of an input are files."""
+        return self.holds_files and name not in self.options.foreign
+
+    def batches(
+        self, rows: pa.RecordBatch, inputs: Mapping[str, str], id: str, numbers: np.ndarray, lines: np.ndarray
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows of the table as a record batch without those that have to be refused; none where no row is left."""
+        reasons: dict[int, str] = {}
+        payloads, paths = {}, ""
+        for name, column in inputs.items():
+            is_binary = self.is_file(name) and not self.is_csv and not _is_text(rows.column(column).type)
+            paths = paths or (column if self.is_file(name) and not is_binary else "")
+            payloads[name] = _bytes(rows, column) if is_binary else _text(rows, column, pa.large_string(), reasons)
+            for row in np.flatnonzero(_is_empty(payloads[name]).to_numpy(zero_copy_only=False)).tolist():
+                reasons.setdefault(row, f"empty record (nothing in column {column!r})")
+            payloads[name] = pc.fill_null(payloads[name], b"" if is_binary else "")
+        ids = pa.array(numbers).cast(pa.string())
+        if id or paths:
+            named = _text(rows, id or paths, pa.string(), reasons)
+            ids = pc.if_else(_is_empty(named), ids, named)
+        options, file = self.options, self.source.name
+        apart = {GROUP: options.group_column, SPLIT: options.split_column}
+        extra = {name: _text(rows, column, pa.string(), reasons) for name, column in apart.items() if column}
+        extra |= {LABEL_PREFIX + name: _label(rows, name, file, reasons) for name in options.label_columns}
+        refused = sorted(reasons)
+        for row in refused:
+            options.refuse(Refusal(file, int(lines[row]), ids[row].as_py(), reasons[row]))
+        batch = keep_rows(batch_of(ids, payloads, file, lines, extra), np.array(refused, np.int64))
+        if batch.num_rows:
+            yield batch
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -225,69 +203,49 @@ def _text(table: pa.RecordBatch, name: str, to: pa.DataType, reasons: dict[int, 
         return pa.array(values, to)
 
 
-def _label(table: pa.RecordBatch, name: str, source: Source, reasons: dict[int, str]) -> pa.Array:
+def _label(table: pa.RecordBatch, name: str, file: str, reasons: dict[int, str]) -> pa.Array:
     """A label column as text, whatever the table's types are."""
     column = table.column(name)
     is_bytes = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
     try:
         return as_text(_text(table, name, pa.string(), reasons) if is_bytes else column)
     except DataError as error:
-        raise DataError(f"{source.name}: column {name!r}: {error}") from error
+        raise DataError(f"{file}: column {name!r}: {error}") from error
 
 
-# CSV and TSV
+def _read_csv(stream: IO[bytes], table: _Table, form: TableFormat) -> Iterator[pa.RecordBatch]:
+    inputs, id, wanted = table.find(form.columns, f"{table.source.name}:1")
+    for rows, lines, numbers in csv_blocks(stream, table.source, table.options, form.delimiter, wanted):
+        yield from table.batches(rows, inputs, id, numbers - 1, lines)
 
 
-def _read_csv(
-    stream: IO[bytes],
-    source: Source,
-    options: ReadOptions,
-    form: TableFormat,
-    payload_names: Sequence[str],
-    holds_files: bool,
-) -> Iterator[pa.RecordBatch]:
-    wanted = _find_columns(form.columns, f"{source.name}:1", options, payload_names)
-    for table, lines, numbers in csv_blocks(stream, source, options, form.delimiter, wanted.all, options.refuse):
-        batch = _assemble(table, wanted, numbers - 1, lines, source, options, holds_files, is_csv=True)
-        if batch.num_rows:
-            yield batch
-
-
-# Parquet
-
-
-def _read_parquet(
-    stream: IO[bytes], source: Source, options: ReadOptions, payload_names: Sequence[str], holds_files: bool
-) -> Iterator[pa.RecordBatch]:
+def _read_parquet(stream: IO[bytes], table: _Table) -> Iterator[pa.RecordBatch]:
+    name = table.source.name
     with tempfile.TemporaryFile() as copy:
         # Parquet is read from its end: what cannot be wound back is copied first
-        while block := stream.read(1 << 20):
-            copy.write(block)
+        shutil.copyfileobj(stream, copy, 1 << 20)
         copy.seek(0)
         try:
             file = pq.ParquetFile(copy)
-            wanted = _find_columns(file.schema_arrow.names, source.name, options, payload_names)
-            payloads = {column for name, column in wanted.inputs.items() if holds_files and name not in options.foreign}
-            for name in (*wanted.inputs.values(), wanted.id, wanted.split, wanted.group):
-                kind = file.schema_arrow.field(name).type if name else pa.string()
-                if name in payloads and pa.types.is_struct(kind):
+            inputs, id, wanted = table.find(file.schema_arrow.names, name)
+            files = {column for one, column in inputs.items() if table.is_file(one)}
+            for column in (*inputs.values(), id, table.options.split_column, table.options.group_column):
+                kind = file.schema_arrow.field(column).type if column else pa.string()
+                if column in files and pa.types.is_struct(kind):
                     if kind.get_field_index(BYTES) < 0:
-                        raise DataError(f"{source.name}: column {name!r} must have a field {BYTES!r}; got {kind}")
+                        raise DataError(f"{name}: column {column!r} must have a field {BYTES!r}; got {kind}")
                 elif pa.types.is_nested(kind):
-                    raise DataError(f"{source.name}: column {name!r} must hold text; got {kind}")
-            first_row = 0
-            for table in file.iter_batches(_rows_ahead(file), columns=wanted.all):
-                rows = np.arange(first_row + 1, first_row + 1 + table.num_rows)
-                batch = _assemble(table, wanted, rows, rows, source, options, holds_files, is_csv=False)
-                first_row += table.num_rows
-                if batch.num_rows:
-                    yield batch
+                    raise DataError(f"{name}: column {column!r} must hold text; got {kind}")
+            done = 0
+            for rows in file.iter_batches(_rows_ahead(file.metadata), columns=wanted):
+                numbers = np.arange(done + 1, done + 1 + rows.num_rows)
+                yield from table.batches(rows, inputs, id, numbers, numbers)
+                done += rows.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{source.name}: damaged Parquet file: {' '.join(str(error).split())}") from error
+            raise DataError(f"{name}: damaged Parquet file: {' '.join(str(error).split())}") from error
 
 
-def _rows_ahead(file: pq.ParquetFile) -> int:
+def _rows_ahead(facts: pq.FileMetaData) -> int:
     """Rows that are read at once: fewer where they are large."""
-    facts = file.metadata
     num_bytes = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
     return max(1, min(_ROWS_AHEAD, _BYTES_AHEAD * max(facts.num_rows, 1) // max(num_bytes, 1)))
