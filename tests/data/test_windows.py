@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from meristem.data.pack_maker import PackMaker
 from meristem.data.reading.reader import Reader
 from meristem.data.records import ReadOptions, Source, batch_of
 from meristem.data.store import RecordStore
-from meristem.data.stretches import slice_column
+from meristem.data.stretches import SLICES
 from meristem.data.subwords import SubwordTokenizer
 from meristem.data.tokenizer import AlphabetTokenizer, RefusedSymbol
 from meristem.errors import ConfigError, DataError
@@ -66,7 +67,8 @@ class SlicesReader(Reader):
         letters = str(Path(source.path).with_suffix(".letters"))
         slices = [Slice(letters, *map(int, line.split())) for line in Path(source.path).read_text().splitlines()]
         ids = pa.array([f"s{i}" for i in range(len(slices))])
-        yield batch_of(ids, {"input": slice_column(slices)}, source.name, np.arange(1, len(slices) + 1))
+        column = pa.array([asdict(one) for one in slices], SLICES)
+        yield batch_of(ids, {"input": column}, source.name, np.arange(1, len(slices) + 1))
 
     def fetch(self, slices: Sequence[Slice]) -> pa.Array:
         found = []

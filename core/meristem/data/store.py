@@ -30,7 +30,7 @@ from meristem.data.records import (
     label_names,
     records_of,
 )
-from meristem.data.store_cache import default_cache_dir, locked, sizes_of, store_key, writable
+from meristem.data.store_cache import default_cache_dir, locked, store_key
 from meristem.data.store_writer import END, Progress, write_store
 from meristem.data.stretches import bytes_at, characters_before, is_sliced, is_text, size_at, slice_sizes, slices_of
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer
@@ -87,12 +87,14 @@ class RecordStore:
         key = store_key(sources, options, name, named)
         folder = Path(cache_dir) if cache_dir else default_cache_dir()
         path = folder / f"{key}.arrow"
-        with writable(folder), locked(folder):
-            store = _open_or_none(path, reader)
-            if store is None:
+        with locked(folder):
+            try:
+                store = cls.open(path, reader)
+            except DataError:
                 for stale in folder.glob(f"{key}.*"):  # what a killed process left, or what is damaged
                     stale.unlink(missing_ok=True)
-                sizes = [sum(sizes_of([Path(source.path), *named[source]])) for source in sources]
+                files = ([Path(source.path), *named[source]] for source in sources)
+                sizes = [sum(file.stat().st_size for file in each if file.is_file()) for each in files]
                 write_store(path, reader, sources, options, progress, sizes)
                 store = cls.open(path, reader)
         # the same content may lie elsewhere by now; messages shall name the file that the user named
@@ -140,7 +142,7 @@ class RecordStore:
         return cls(Path(), [batch], end, reader or _Memory())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self._files, self.reader)
+        return RecordStore.open, (self.path, self.reader), {"_files": self._files}
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
@@ -380,16 +382,3 @@ def _hashes(values: Sequence[bytes], seed: int) -> np.ndarray:
     key = seed.to_bytes(8, "little")
     digests = b"".join(hashlib.blake2b(value, digest_size=8, key=key).digest() for value in values)
     return np.frombuffer(digests, "<u8").copy()
-
-
-def _reopen(path: Path, files: list[str], reader: Reader) -> RecordStore:
-    store = RecordStore.open(path, reader)
-    store._files = files
-    return store
-
-
-def _open_or_none(path: Path, reader: Reader) -> RecordStore | None:
-    try:
-        return RecordStore.open(path, reader)
-    except DataError:
-        return None

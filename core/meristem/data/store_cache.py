@@ -64,32 +64,23 @@ def _facts_of(file: Path) -> tuple[int, int]:
     return facts.st_size, facts.st_mtime_ns
 
 
-def sizes_of(files: Sequence[Path]) -> list[int]:
-    """Bytes of each file; 0 of a folder."""
-    return [max(_facts_of(file)[0], 0) if not file.is_dir() else 0 for file in files]
-
-
-@contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """Make the folder, and say which it was when the disk is the trouble."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = "no space is left on its disk; free some"
-        else:
-            what = f"cannot be written ({error.strerror or error}); make it writable"
-        raise DataError(f"{folder}: the cache of record stores: {what}, or set MERISTEM_CACHE") from error
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One builder at a time: the others wait and find the store built. Without locks on its disk, all build."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Make the folder and let one builder in at a time: the others wait and find the store built.
+
+    Without locks on its disk, all build. Errors of the disk name the folder.
+    """
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+    except OSError as error:
+        what = f"cannot be written ({error.strerror or error}); make it writable"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = "no space is left on its disk; free some"
+        raise DataError(f"{folder}: the cache of record stores: {what}, or set MERISTEM_CACHE") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from meristem.data.reading.reader import Reader
+from meristem.data.reading.reader import Reader, gather
 from meristem.data.records import LABEL_PREFIX, ReadOptions, Refusal, Source, labels_of
 from meristem.errors import DataError
 from meristem.files import replacing
@@ -70,59 +70,35 @@ def _write_chunks(
         options = replace(options, on_error=refused.append)
     codes = {source.name: i for i, source in enumerate(sources)}
     counts = [0] * len(sources)
-    held: list[pa.RecordBatch] = []
-    held_bytes = 0
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        nonlocal schema
+        for number, source in enumerate(sources):
+            before, done = sum(sizes[:number]), 0
+            for batch in reader.read(source, options):
+                counts[number] += batch.num_rows
+                if batch.num_rows:
+                    plain = _plain(batch, codes)
+                    schema = schema or plain.schema
+                    yield plain if plain.schema == schema else _cast(plain, schema, batch)
+                done += batch.nbytes
+                if progress is not None:
+                    progress(before + min(done, sizes[number]), sum(sizes))
+            if progress is not None:
+                progress(before + sizes[number], sum(sizes))
+
     writer: pa.ipc.RecordBatchFileWriter | None = None
     with pa.OSFile(os.fspath(path), "wb") as sink:
-        for batch in _with_progress(reader, sources, options, progress, sizes, counts):
-            plain = _plain(batch, codes)
-            schema = schema or plain.schema
-            if plain.schema != schema:
-                plain = _cast(plain, schema, batch)
-            held.append(plain)
-            held_bytes += plain.nbytes
-            if held_bytes >= CHUNK_BYTES:
-                writer = writer or pa.ipc.new_file(sink, schema)
-                writer.write_batch(_joined(held))
-                held, held_bytes = [], 0
-        if schema is None or not (writer or held):
+        for held in gather(batches(), lambda batch: batch.nbytes, CHUNK_BYTES):
+            writer = writer or pa.ipc.new_file(sink, schema)
+            writer.write_batch(pa.Table.from_batches(held).combine_chunks().to_batches()[0])
+        if writer is None:
             what = f"; {len(refused)} were refused, the first: {refused[0]}" if refused else ""
             raise DataError(f"{', '.join(source.name for source in sources)}: no records{what}")
-        writer = writer or pa.ipc.new_file(sink, schema)
-        if held:
-            writer.write_batch(_joined(held))
         end = {"files": list(codes), "counts": counts, "refused": [asdict(one) for one in refused]}
         nothing = pa.RecordBatch.from_pylist([], schema=schema)
         writer.write_batch(nothing, custom_metadata={END: json.dumps(end).encode()})
         writer.close()
-
-
-def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
-
-
-def _with_progress(
-    reader: Reader,
-    sources: Sequence[Source],
-    options: ReadOptions,
-    progress: Progress | None,
-    sizes: Sequence[int],
-    counts: list[int],
-) -> Iterator[pa.RecordBatch]:
-    """The batches of all sources; `counts` is filled with the records of each."""
-    before = 0
-    for number, (source, size) in enumerate(zip(sources, sizes)):
-        done = 0
-        for batch in reader.read(source, options):
-            counts[number] += batch.num_rows
-            if batch.num_rows:
-                yield batch
-            done += batch.nbytes
-            if progress is not None:
-                progress(before + min(done, size), sum(sizes))
-        before += size
-        if progress is not None:
-            progress(before, sum(sizes))
 
 
 def _plain(batch: pa.RecordBatch, codes: dict[str, int]) -> pa.RecordBatch:
