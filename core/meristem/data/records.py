@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.data.labels import as_text
+from meristem.data.stretches import values_of
 from meristem.errors import ConfigError, DataError
 from meristem.types import INPUT, Record
 
@@ -242,7 +243,7 @@ def record_at(batch: pa.RecordBatch, row: int) -> Record:
     one = batch.slice(row, 1)
     columns = {name: one.column(name) for name in one.schema.names}
     columns |= {name: labels_of(one, name) for name in columns if name.startswith(LABEL_PREFIX)}
-    return records_of({name: column.to_pylist() for name, column in columns.items()})[0]
+    return records_of({name: values_of(column) for name, column in columns.items()})[0]
 
 
 def records_of(columns: Mapping[str, list[Any]]) -> list[Record]:

@@ -32,11 +32,11 @@ from meristem.data.records import (
 )
 from meristem.data.store_cache import default_cache_dir, locked, store_key
 from meristem.data.store_writer import END, Progress, write_store
-from meristem.data.stretches import bytes_at, characters_before, is_sliced, is_text, size_at, slice_sizes, slices_of
+from meristem.data.stretches import bytes_at, characters_before, is_sliced, is_text, size_at, slice_sizes, values_of
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer
 from meristem.errors import ConfigError, DataError
 from meristem.files import replacing
-from meristem.types import INPUT, Payload, Record, Slice
+from meristem.types import INPUT, Record, Slice
 
 
 class RecordStore:
@@ -131,7 +131,10 @@ class RecordStore:
         Raises:
             DataError: labels that are neither words, numbers nor lists of these.
         """
-        inputs = {name: _payloads([record.inputs[name] for record in records]) for name in records[0].inputs}
+        inputs = {}
+        for name, first in records[0].inputs.items():
+            kind = pa.large_binary() if isinstance(first, bytes) else pa.large_string()
+            inputs[name] = pa.array([record.inputs[name] for record in records], kind)
         extra = {GROUP: pa.array([record.group or None for record in records], pa.string())}
         for name in sorted({name for record in records for name in record.labels}):
             extra[LABEL_PREFIX + name] = text_column([record.labels.get(name) for record in records])
@@ -179,11 +182,11 @@ class RecordStore:
 
     def fetched(self, column: pa.Array) -> pa.Array:
         """A column of payloads; where it names slices of files, their content."""
-        return self.reader.fetch(slices_of(column)) if is_sliced(column.type) else column
+        return self.reader.fetch(values_of(column)) if is_sliced(column.type) else column
 
     def sizes(self, rows: np.ndarray, name: str = INPUT) -> np.ndarray:
         """`[N]` bytes of an input of `rows`; symbols of slices. No payload is read."""
-        places = list(zip(*self._places(np.asarray(rows))))
+        places = zip(*self._places(np.asarray(rows)))
         return np.array([size_at(self._chunks[i].column(INPUT_PREFIX + name), row) for i, row in places], np.int64)
 
     def stretches(self, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, name: str = INPUT) -> pa.Array:
@@ -196,7 +199,7 @@ class RecordStore:
         kind = self._schema.field(INPUT_PREFIX + name).type
         parts = list(zip(starts.tolist(), stops.tolist()))
         if is_sliced(kind):
-            slices = slices_of(self._take(INPUT_PREFIX + name, np.asarray(rows)))
+            slices = values_of(self._take(INPUT_PREFIX + name, np.asarray(rows)))
             return self.reader.fetch([one.part(start, stop) for one, (start, stop) in zip(slices, parts)])
         places = zip(*self._places(np.asarray(rows)))
         columns = [(self._chunks[i].column(INPUT_PREFIX + name), row) for i, row in places]
@@ -231,20 +234,15 @@ class RecordStore:
         Args:
             is_whole: `[N]` whose first input is read; that of others is a `Slice` of the store. None for all.
         """
-        rows = np.asarray(rows)
+        rows, main = np.asarray(rows), INPUT_PREFIX + self.inputs[0]
         whole = rows if is_whole is None else rows[is_whole]
-        columns = {}
-        for name in self._schema.names:
-            is_input = name == INPUT_PREFIX + self.inputs[0]
-            column = self._take(name, whole if is_input else rows)
-            columns[name] = slices_of(column) if is_sliced(column.type) else column.to_pylist()
-            if is_input and len(whole) < len(rows):
-                left = iter(columns[name])
-                sizes = self.sizes(rows, name.removeprefix(INPUT_PREFIX)).tolist()
-                columns[name] = [
-                    next(left) if is_read else Slice(os.fspath(self.path), 0, size)
-                    for is_read, size in zip(is_whole.tolist(), sizes)  # type: ignore[union-attr]
-                ]
+        columns = {name: values_of(self._take(name, whole if name == main else rows)) for name in self._schema.names}
+        if is_whole is not None and len(whole) < len(rows):
+            left, sizes = iter(columns[main]), self.sizes(rows, self.inputs[0]).tolist()
+            columns[main] = [
+                next(left) if is_read else Slice(os.fspath(self.path), 0, size)
+                for is_read, size in zip(is_whole.tolist(), sizes)
+            ]
         return records_of(columns)
 
     def where(self, row: int) -> str:
@@ -292,23 +290,23 @@ class RecordStore:
             if len(lengths) == len(self):
                 return lengths
         lengths = np.full(len(self), -1, np.int32)
-        for chunk, first in zip(self._chunks, self._bounds.tolist()):
+        for chunk, own in zip(self._chunks, np.split(lengths, self._bounds[1:-1])):
             payloads, done = chunk.column(INPUT_PREFIX + name), 0
             if is_sliced(payloads.type):  # of slices nothing is read
                 if tokenizer.symbols_per_token is None:
                     raise ConfigError(
                         f"slices of files need a tokenizer that can encode parts; {tokenizer.kind} cannot"
                     )
-                lengths[first : first + len(payloads)] = tokenizer.length_of(slice_sizes(payloads))
+                own[:] = tokenizer.length_of(slice_sizes(payloads))
                 continue
             while done < len(payloads):
-                count = len(payloads) - done
+                stop = len(payloads)
                 try:
-                    lengths[first + done : first + done + count] = tokenizer.lengths(payloads.slice(done))
+                    own[done:] = tokenizer.lengths(payloads.slice(done))
                 except RefusedSymbol as error:  # it stays at -1
-                    count = error.row
-                    lengths[first + done : first + done + count] = tokenizer.lengths(payloads.slice(done, count))
-                done += count + 1
+                    stop = done + error.row
+                    own[done:stop] = tokenizer.lengths(payloads.slice(done, error.row))
+                done = stop + 1
         # a full disk costs the next run some seconds
         with suppress(OSError), replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, lengths)
@@ -339,26 +337,20 @@ class RecordStore:
         """Group of each record; None where it has none."""
         return self.column(GROUP).to_pylist() if GROUP in self._schema.names else [None] * len(self)
 
-    def _places(self, rows: np.ndarray) -> tuple[list[int], list[int]]:
+    def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Chunk of each row, and its row there."""
         of_chunk = np.searchsorted(self._bounds, rows, side="right") - 1
-        return of_chunk.tolist(), (rows - self._bounds[of_chunk]).tolist()
+        return of_chunk, rows - self._bounds[of_chunk]
 
     def _take(self, name: str, rows: np.ndarray) -> pa.Array:
         # not ChunkedArray.take, which may join all chunks of a string column first
-        of_chunk = np.searchsorted(self._bounds, rows, side="right") - 1
-        touched = np.unique(of_chunk)
-        if not len(rows):
-            return self._decoded(name, self._chunks[0].column(name).slice(0, 0))
-        parts, places = [], []
-        for i in touched:
-            at = np.flatnonzero(of_chunk == i)
-            parts.append(self._chunks[i].column(name).take(pa.array(rows[at] - self._bounds[i])))
-            places.append(at)
-        if len(parts) == 1:
-            return self._decoded(name, parts[0])
-        back = np.argsort(np.concatenate(places), kind="stable")
-        return self._decoded(name, pa.concat_arrays(parts).take(pa.array(back)))
+        of_chunk, places = self._places(rows)
+        touched = np.unique(of_chunk) if len(rows) else [0]
+        parts = [self._chunks[i].column(name).take(pa.array(places[of_chunk == i])) for i in touched]
+        if len(parts) > 1:
+            back = np.argsort(np.argsort(of_chunk, kind="stable"))
+            parts = [pa.concat_arrays(parts).take(pa.array(back))]
+        return self._decoded(name, parts[0])
 
     def _decoded(self, name: str, column: pa.Array) -> pa.Array:
         """File names are stored as numbers, since an Arrow file takes no growing dictionary."""
@@ -372,10 +364,6 @@ class _Memory(Reader):
 
     def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
         raise DataError(f"{source.name}: records in memory are read from no file")
-
-
-def _payloads(values: Sequence[Payload]) -> pa.Array:
-    return pa.array(values, pa.large_binary() if isinstance(values[0], bytes) else pa.large_string())
 
 
 def _hashes(values: Sequence[bytes], seed: int) -> np.ndarray:

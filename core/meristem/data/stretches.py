@@ -1,5 +1,7 @@
 """Parts of payloads, cut out of a column of a record batch without reading what lies beside them."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,9 +25,9 @@ def is_sliced(kind: pa.DataType) -> bool:
     return pa.types.is_struct(kind)
 
 
-def slices_of(column: pa.Array) -> list[Slice]:
-    """The slices of a column."""
-    return [Slice(**values) for values in column.to_pylist()]
+def values_of(column: pa.Array) -> list[Any]:
+    """The values of a column of a record batch; where it names slices of files, these."""
+    return [Slice(**values) for values in column.to_pylist()] if is_sliced(column.type) else column.to_pylist()
 
 
 def slice_sizes(column: pa.Array) -> np.ndarray:

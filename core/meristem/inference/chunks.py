@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.data.records import INPUT_PREFIX, SCHEMA, ReadOptions, Refusal, Source, place_of
-from meristem.data.stretches import is_sliced, slices_of
+from meristem.data.stretches import is_sliced, values_of
 from meristem.data.tokenizer import column_bytes
 from meristem.domain import Domain
 from meristem.errors import DataError
@@ -169,7 +169,7 @@ class ChunkReader:
                 columns = {name: batch.column(name) for name in (*SCHEMA.names, *self._columns)}
                 for name in self._columns:
                     if is_sliced(columns[name].type):
-                        columns[name] = self._domain.reader.fetch(slices_of(columns[name]))
+                        columns[name] = self._domain.reader.fetch(values_of(columns[name]))
                 columns["file"] = columns["file"].cast(pa.string())  # dictionaries of two files do not go together
                 yield pa.RecordBatch.from_pydict(columns)
 
