@@ -3,8 +3,10 @@
 What comes out is a pure function of (seed, step) and the records. Worker processes only change who computes it.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,8 +73,8 @@ class TrainLoader:
         self.start_step = start_step
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        steps = _Steps(self.maker, self.stream, self.rank, self.world_size, self.start_step())
-        for packs in _InWorkers(steps, self.workers):
+        steps = partial(_steps, self.maker, self.stream, self.rank, self.world_size, self.start_step())
+        for packs in _in_workers(steps, self.workers):
             yield from packs
 
 
@@ -109,100 +111,75 @@ class EvalLoader:
             raise ConfigError(f"tokens_per_batch must be at least 1; got {tokens_per_batch}")
         assert not maker.is_training
         self.plan = _first_packs(plan_in_order(maker.lengths(), tokens_per_batch), limit)
-        self.rank, self.world_size = rank, world_size
-        self._packs = _InWorkers(_Packs(maker, self.plan, rank, world_size), workers)
+        self.maker, self.rank, self.world_size, self.workers = maker, rank, world_size, workers
 
     def __len__(self) -> int:
         return -(-len(self.plan) // self.world_size)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        return iter(self._packs)
+        packs = partial(_packs, self.maker, self.plan, self.rank, self.world_size)
+        return _in_workers(packs, self.workers)
 
 
-class _Steps(IterableDataset):
+def _steps(
+    maker: PackMaker, stream: Stream, rank: int, world_size: int, start: int, worker: int, workers: int
+) -> Iterator[list[PackedBatch]]:
     """The steps of one rank, each whole, so that its counts are known before its first pack leaves.
 
     Worker w of W has each W-th step from the w-th on; the loader takes from the workers in turn.
     """
-
-    def __init__(self, maker: PackMaker, stream: Stream, rank: int, world_size: int, start: int):
-        self.maker, self.stream, self.start = maker, stream, start
-        self.rank, self.world_size = rank, world_size
-
-    def __iter__(self) -> Iterator[list[PackedBatch]]:
-        worker, workers = _who()
-        step = self.start + worker
-        while True:
-            own = self.stream.step(step)[self.rank :: self.world_size]
-            packs = [self.maker.make(epoch, members) for epoch, members in own]
-            counts: dict[str, float] = {}
-            for batch in packs:
-                for name, count in self.maker.objective.counts(batch).items():
-                    counts[name] = counts.get(name, 0.0) + float(count)
-            yield [replace(batch, step_counts=counts) for batch in packs]
-            step += workers
+    for step in itertools.count(start + worker, workers):
+        packs = [maker.make(epoch, members) for epoch, members in stream.step(step)[rank::world_size]]
+        counts: dict[str, float] = {}
+        for batch in packs:
+            for name, count in maker.objective.counts(batch).items():
+                counts[name] = counts.get(name, 0.0) + float(count)
+        yield [replace(batch, step_counts=counts) for batch in packs]
 
 
-class _Packs(IterableDataset):
+def _packs(
+    maker: PackMaker, plan: Plan, rank: int, world_size: int, worker: int, workers: int
+) -> Iterator[PackedBatch]:
     """The packs of one rank in one pass."""
-
-    def __init__(self, maker: PackMaker, plan: Plan, rank: int, world_size: int):
-        self.maker, self.plan = maker, plan
-        self.rank, self.world_size = rank, world_size
-
-    def __iter__(self) -> Iterator[PackedBatch]:
-        worker, workers = _who()
-        num = len(self.plan)
-        own = range(self.rank, -(-num // self.world_size) * self.world_size, self.world_size)
-        for i in own[worker::workers]:
-            batch = self.maker.make(0, self.plan[i % num])
-            yield batch if i < num else replace(batch, is_repeat=True)
+    num = len(plan)
+    for i in range(rank, -(-num // world_size) * world_size, world_size)[worker::workers]:
+        batch = maker.make(0, plan[i % num])
+        yield batch if i < num else replace(batch, is_repeat=True)
 
 
-class _Carried(IterableDataset):
-    """A data set whose user errors arrive as they are: torch would wrap them in a worker's traceback."""
+class _Made(IterableDataset):
+    """What `make` gives, called with the number of this worker and how many there are.
 
-    def __init__(self, inner: IterableDataset):
-        self.inner = inner
+    User errors arrive as they are: torch would wrap them in a worker's traceback.
+    """
+
+    def __init__(self, make: Callable[[int, int], Iterator[Any]]):
+        self.make = make
 
     def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
         try:
-            yield from self.inner
+            yield from self.make(info.id, info.num_workers) if info else self.make(0, 1)
         except DataError as error:
             yield DataError(str(error))  # of the plain class, which travels
         except UserError as error:
             yield error
 
 
-class _InWorkers:
-    """Iterates over a data set in worker processes. The global generators of torch stay untouched."""
-
-    def __init__(self, dataset: IterableDataset, workers: int):
-        self.loader = DataLoader(
-            _Carried(dataset),
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=PREFETCH_STEPS if workers else None,
-            # not persistent: torch 2.15 waits 5 s for each worker that is done when a loader is given up
-            generator=torch.Generator(),
-        )
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self.loader:
-            if isinstance(item, UserError):
-                raise item
-            yield item
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _who() -> tuple[int, int]:
-    """Number of this worker, and how many there are."""
-    info = get_worker_info()
-    return (info.id, info.num_workers) if info else (0, 1)
+def _in_workers(make: Callable[[int, int], Iterator[Any]], workers: int) -> Iterator[Any]:
+    """What `make` gives, made in worker processes. The global generators of torch stay untouched."""
+    loader = DataLoader(
+        _Made(make),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=PREFETCH_STEPS if workers else None,
+        # not persistent: torch 2.15 waits 5 s for each worker that is done when a loader is given up
+        generator=torch.Generator(),
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
 
 
 def _first_packs(plan: Plan, limit: int | float) -> Plan:

@@ -5,9 +5,10 @@ Generators are Philox (Salmon et al. 2011), whose key and counter say what they 
 records never share a stream, and making one costs microseconds.
 """
 
+from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -88,15 +89,21 @@ def plan_in_order(lengths: np.ndarray, tokens_per_batch: int) -> Plan:
     return Plan(order, *_fill(lengths[order], tokens_per_batch))
 
 
-class Stream(Protocol):
+class Stream(ABC):
     """An endless sequence of packs, cut into optimiser steps."""
 
+    packs_per_step: int
+
     def step(self, n: int) -> list[tuple[int, np.ndarray]]:
-        """The packs of optimiser step `n`, each as its epoch and its records."""
-        ...
+        """The packs of optimiser step `n`, each as the epoch (of its source) and its records."""
+        return [self.pack(i) for i in range(n * self.packs_per_step, (n + 1) * self.packs_per_step)]
+
+    @abstractmethod
+    def pack(self, i: int) -> tuple[int, np.ndarray]:
+        """The `i`-th pack of all, as its epoch and its records."""
 
 
-class PackStream:
+class PackStream(Stream):
     """The endless sequence of packs that a run trains on, cut into optimiser steps.
 
     Step n is the packs `[n * packs_per_step, (n + 1) * packs_per_step)` of the epochs' plans laid end to
@@ -121,23 +128,16 @@ class PackStream:
                 raise ConfigError(f"{name} must be at least 1; got {value}")
         if not 0 <= seed < 2**64:
             raise ConfigError(f"seed must be in [0, 2**64); got {seed}")
-        self.lengths = lengths
-        self.tokens_per_batch = tokens_per_batch
-        self.packs_per_step = packs_per_step
-        self.seed = seed
-        self._ends: list[int] = []  # packs up to the end of each epoch
+        self.lengths, self.seed = lengths, seed
+        self.tokens_per_batch, self.packs_per_step = tokens_per_batch, packs_per_step
+        self._begins = [0]  # first pack of each epoch
         self._plans: dict[int, Plan] = {}
 
-    def step(self, n: int) -> list[tuple[int, np.ndarray]]:
-        """The packs of optimiser step `n`, each as its epoch and its records."""
-        return [self._pack(i) for i in range(n * self.packs_per_step, (n + 1) * self.packs_per_step)]
-
-    def _pack(self, i: int) -> tuple[int, np.ndarray]:
-        while not self._ends or self._ends[-1] <= i:
-            plan = self._plan(len(self._ends))
-            self._ends.append((self._ends[-1] if self._ends else 0) + len(plan))
-        epoch = int(np.searchsorted(self._ends, i, side="right"))
-        return epoch, self._plan(epoch)[i - (self._ends[epoch - 1] if epoch else 0)]
+    def pack(self, i: int) -> tuple[int, np.ndarray]:
+        while self._begins[-1] <= i:
+            self._begins.append(self._begins[-1] + len(self._plan(len(self._begins) - 1)))
+        epoch = bisect_right(self._begins, i) - 1
+        return epoch, self._plan(epoch)[i - self._begins[epoch]]
 
     def _plan(self, epoch: int) -> Plan:
         if epoch not in self._plans:
@@ -149,7 +149,7 @@ class PackStream:
         return self._plans[epoch]
 
 
-class MixedStream:
+class MixedStream(Stream):
     """The endless sequence of packs of several sources, of which each has its share of the tokens.
 
     Each source has a `PackStream` of its own, whose packs are taken in their order: no record of a source comes again
@@ -193,28 +193,23 @@ class MixedStream:
             PackStream(lengths[rows], tokens_per_batch=tokens_per_batch, packs_per_step=1, seed=(seed + i) % 2**64)
             for i, rows in enumerate(self._rows)
         ]
-        self._order: list[int] = []  # source of each pack, as far as it is known
+        # as far as it is known: the source of each pack, and its number among those of the source
+        self._order: list[tuple[int, int]] = []
         self._num_packs = [0] * len(weights)
         self._num_tokens = np.zeros(len(weights))
-        self._places: list[int] = []  # number of each pack among those of its source
 
-    def step(self, n: int) -> list[tuple[int, np.ndarray]]:
-        """The packs of optimiser step `n`, each as the epoch of its source and its records."""
-        return [self._pack(i) for i in range(n * self.packs_per_step, (n + 1) * self.packs_per_step)]
-
-    def _pack(self, i: int) -> tuple[int, np.ndarray]:
+    def pack(self, i: int) -> tuple[int, np.ndarray]:
         while len(self._order) <= i:
             lacking = self._shares * (self._num_tokens.sum() + 1) - self._num_tokens
             source = int(np.argmax(lacking))
-            _, members = self._members(source, self._num_packs[source])
-            self._num_tokens[source] += self._lengths[members].sum()
-            self._order.append(source)
-            self._places.append(self._num_packs[source])
+            place = self._num_packs[source]
+            self._num_tokens[source] += self._lengths[self._members(source, place)[1]].sum()
             self._num_packs[source] += 1
-        return self._members(self._order[i], self._places[i])
+            self._order.append((source, place))
+        return self._members(*self._order[i])
 
     def _members(self, source: int, place: int) -> tuple[int, np.ndarray]:
-        [(epoch, members)] = self._streams[source].step(place)
+        epoch, members = self._streams[source].pack(place)
         return epoch, self._rows[source][members]
 
 
