@@ -9,7 +9,7 @@ along `T`, and a `Layout` says where each begins.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -164,6 +164,9 @@ class TokenColumn:
     source: "TokenColumn | None" = None
     views: "tuple[TokenColumn, ...]" = ()
 
+    ROW_FIELDS: ClassVar[tuple[str, ...]] = ("features", "positions", "is_special", "token_types")
+    """Fields that have a row for each symbol, or are None."""
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -187,7 +190,7 @@ class TokenColumn:
     def take(self, rows: np.ndarray) -> "TokenColumn":
         """The sequences at `rows`, in that order; what was replaced is not counted anew."""
         index, offsets = self.index_of(np.asarray(rows))
-        named = {name: getattr(self, name) for name in ("features", "positions", "is_special", "token_types")}
+        named = {name: getattr(self, name) for name in self.ROW_FIELDS}
         taken: dict[str, Any] = {name: values[index] for name, values in named.items() if values is not None}
         taken["source"] = None if self.source is None else self.source.take(rows)
         return TokenColumn(self.ids[index], offsets, views=tuple(view.take(rows) for view in self.views), **taken)

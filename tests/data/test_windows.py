@@ -171,7 +171,7 @@ def test_a_symbol_that_is_refused_is_found_wherever_it_stands(rng, make_store):
     payloads[2] = payloads[2][:at] + "1" + payloads[2][at + 1 :]
     made, _ = maker(make_store(payloads), 50)
     with pytest.raises(DataError, match=rf":3: '1' is not in the alphabet .* at position {at + 1}$"):
-        made.full_lengths()
+        made.lengths()
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def sliced(rng, tmp_path) -> tuple[RecordStore, str]:
 def test_slices_are_not_read_to_know_their_lengths_and_only_their_windows_to_train(sliced, rng):
     store, _ = sliced
     made, objective = maker(store, 100)
-    lengths = made.full_lengths()
+    lengths = made.full_lengths
     assert store.reader.num_read == 0
     assert store.path.stat().st_size < 20_000, "the letters are not copied into the store"
     members = rng.permutation(len(store))
@@ -237,7 +237,7 @@ def test_memory_of_a_window_does_not_depend_on_the_length_of_the_record(rng, tmp
     tokenizer = TOKENIZER if kind == "alphabet" else SubwordTokenizer(trained("word pieces").to_str())
     texts = [("ACDEFGHIKL" if kind == "alphabet" else "a model of text ") * n for n in (200, 200_000)]
     made, _ = maker(text_store(texts, tmp_path), 128, tokenizer)
-    made.full_lengths()
+    made.lengths()
     for row in (0, 1):  # what is known once is known
         made.make(0, np.array([row]))
     short, long = (peak_bytes(lambda row=row: made.make(1, np.array([row]))) for row in (0, 1))

@@ -70,31 +70,28 @@ def pack_column(
     else:
         positions = column.positions[index]
 
-    def rows_of(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """All rows, and those of tokens among them; the spare ones are zeros."""
+    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Rows of all tokens, still to be filled; the spare ones are zeros."""
         made = torch.empty(layout.num_rows, *shape, dtype=dtype, pin_memory=is_pinned)
         made[layout.num_tokens :] = 0
-        return made, made[: layout.num_tokens]
+        return made
 
-    all_positions, own = rows_of(positions.shape[1:], torch.int64)
-    own.numpy()[:] = positions
-    ids, own = rows_of((), torch.int64)
-    own.numpy()[:] = column.ids[index]
+    def filled(values: np.ndarray) -> torch.Tensor:
+        made = empty(values.shape[1:], torch.int64)
+        made[: layout.num_tokens].numpy()[:] = values
+        return made
+
     features = None
     if column.features is not None:  # many bytes: gathered by all threads, once, to where they are needed
-        features, own = rows_of(column.features.shape[1:], torch.float32)
+        features = empty(column.features.shape[1:], torch.float32)
         values = torch.from_numpy(np.require(column.features, np.float32, "W"))  # what is read-only torch does not take
-        torch.index_select(values, 0, torch.from_numpy(index), out=own)
-    token_types = None
-    if column.token_types is not None:
-        token_types, own = rows_of((), torch.int64)
-        own.numpy()[:] = column.token_types[index]
+        torch.index_select(values, 0, torch.from_numpy(index), out=features[: layout.num_tokens])
     return PackedBatch(
         layout=layout,
-        positions=all_positions,
-        ids=ids,
+        positions=filled(positions),
+        ids=filled(column.ids[index]),
         features=features,
-        token_types=token_types,
+        token_types=None if column.token_types is None else filled(column.token_types[index]),
         records=tuple(np.asarray(records)[order].tolist()),
     )
 
@@ -105,10 +102,7 @@ def column_of(sequences: Sequence[Tokens], replaced: Mapping[str, int] | None = 
     Args:
         replaced: as in `TokenColumn`.
     """
-    named = {
-        name: [getattr(tokens, name) for tokens in sequences]
-        for name in ("features", "positions", "is_special", "token_types")
-    }
+    named = {name: [getattr(tokens, name) for tokens in sequences] for name in TokenColumn.ROW_FIELDS}
     joined: dict[str, Any] = {
         name: np.concatenate(values) for name, values in named.items() if values and values[0] is not None
     }
@@ -124,42 +118,31 @@ def _lay(sequences: list[Tokens], min_rows: int) -> dict[str, Any]:
     if any(tokens.prefix_length for tokens in sequences):
         layout = replace(layout, prefix_lengths=tuple(tokens.prefix_length for tokens in sequences))
 
-    def rows(parts: list[np.ndarray], fill: float, dtype: DTypeLike) -> torch.Tensor:
-        out = np.full((layout.num_rows, *parts[0].shape[1:]), fill, dtype)
+    def rows(values: list[np.ndarray | None], fill: int = 0, dtype: DTypeLike = np.int64) -> torch.Tensor | None:
+        """Values of one sequence after the other, filled in where one has none; None where none has."""
+        shape = next((np.shape(one)[1:] for one in values if one is not None), None)
+        if shape is None:
+            return None
+        blank = np.broadcast_to(np.array(fill, dtype), (layout.max_length, *shape))
+        out = np.full((layout.num_rows, *shape), fill, dtype)
+        parts = [blank[: len(tokens)] if one is None else one for tokens, one in zip(sequences, values)]
         np.concatenate(parts, out=out[: layout.num_tokens], casting="unsafe")
         return torch.from_numpy(out)
 
-    # what a sequence lacks is filled in: features with 0, targets as unscored, labels as missing
-    widths = {tokens.features.shape[1] for tokens in sequences if tokens.features is not None}
-    features = None
-    if widths:
-        blank = np.zeros((layout.max_length, widths.pop()), np.float32)
-        parts = [blank[: len(tokens)] if tokens.features is None else tokens.features for tokens in sequences]
-        features = rows(parts, 0, np.float32)
-    types = None
-    if any(tokens.token_types is not None for tokens in sequences):
-        zeros = np.zeros(layout.max_length, np.int64)
-        parts = [zeros[: len(tokens)] if tokens.token_types is None else tokens.token_types for tokens in sequences]
-        types = rows(parts, 0, np.int64)
-    targets = {}
+    targets, labels = {}, {}
     for name, like in _first_of([tokens.targets for tokens in sequences]).items():
-        dtype = _tensor_dtype(like)
-        blank = np.full((layout.max_length, *like.shape[1:]), IGNORE, dtype)
-        parts = [tokens.targets.get(name, blank[: len(tokens)]) for tokens in sequences]
-        targets[name] = rows(parts, IGNORE, dtype)
-    labels = {}
+        targets[name] = rows([tokens.targets.get(name) for tokens in sequences], IGNORE, _tensor_dtype(like))
     for name, like in _first_of([tokens.labels for tokens in sequences]).items():
         dtype = _tensor_dtype(like)
         missing = np.full(like.shape, np.nan if dtype == np.float32 else IGNORE, dtype)
-        labels[name] = torch.from_numpy(
-            np.stack([np.asarray(tokens.labels.get(name, missing), dtype) for tokens in sequences])
-        )
+        stacked = np.stack([np.asarray(tokens.labels.get(name, missing), dtype) for tokens in sequences])
+        labels[name] = torch.from_numpy(stacked)
     return {
         "layout": layout,
-        "positions": rows([tokens.positions for tokens in sequences], 0, np.int64),
-        "ids": rows([tokens.ids for tokens in sequences], 0, np.int64),
-        "features": features,
-        "token_types": types,
+        "positions": rows([tokens.positions for tokens in sequences]),
+        "ids": rows([tokens.ids for tokens in sequences]),
+        "features": rows([tokens.features for tokens in sequences], dtype=np.float32),
+        "token_types": rows([tokens.token_types for tokens in sequences]),
         "targets": targets,
         "labels": labels,
     }

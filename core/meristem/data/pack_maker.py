@@ -67,6 +67,7 @@ class PackMaker:
                 f"got {self.max_tokens_per_record}"
             )
 
+    @cached_property
     def full_lengths(self) -> np.ndarray:
         """`[N]` tokens of the first input of each record, before cropping.
 
@@ -90,7 +91,7 @@ class PackMaker:
 
     def lengths(self) -> np.ndarray:
         """`[N]` rows of each record as it reaches a pack."""
-        lengths = np.minimum(self.full_lengths(), self.max_tokens_per_record or np.iinfo(np.int32).max)
+        lengths = np.minimum(self.full_lengths, self.max_tokens_per_record or np.iinfo(np.int32).max)
         for name in self.objective.inputs[1:]:
             lengths = lengths + self._lengths_of(name)
         return self.objective.lengths(lengths) * (self.views.num_views if self.views and self.is_training else 1)
@@ -135,10 +136,9 @@ class PackMaker:
                 continue
             if self._has_views:
                 columns[name] = tokenizer.encode_values([view.inputs[name] for views in seen for view in views])
-            elif name == self.main:
-                columns[name] = tokenizer.encode_column(cuts.payloads(self.store, rows))
             else:
-                columns[name] = tokenizer.encode_column(self.store.payloads(rows, name))
+                payloads = cuts.payloads(self.store, rows) if name == self.main else self.store.payloads(rows, name)
+                columns[name] = tokenizer.encode_column(payloads)
         return columns
 
     def _cuts(self, rows: np.ndarray, members: np.ndarray, rngs: Sequence[np.random.Generator]) -> Cuts:
@@ -146,8 +146,4 @@ class PackMaker:
         most, name = self.max_tokens_per_record, self.main
         if most is None or self._has_views or name in self.objective.payload_inputs:
             return Cuts.none(len(rows), name)
-        return Cuts.draw(self.store, rows, self._lengths[members] > most, self.tokenizers[name], most, rngs, name)
-
-    @cached_property
-    def _lengths(self) -> np.ndarray:
-        return self.full_lengths()
+        return Cuts.draw(self.store, rows, self.full_lengths[members] > most, self.tokenizers[name], most, rngs, name)
