@@ -49,7 +49,7 @@ def bytes_at(column: pa.Array, row: int, start: int, stop: int) -> memoryview:
         start: first byte.
         stop: the byte behind the last.
     """
-    data = memoryview(_bytes_of(column, row))
+    data = _bytes_of(column, row).data
     if is_text(column.type):
         while start < stop and data[start] & 0xC0 == 0x80:  # inside a character
             start += 1

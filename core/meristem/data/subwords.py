@@ -87,10 +87,6 @@ class SubwordTokenizer(Tokenizer):
         return SubwordTokenizer, (self.definition, self.special)
 
     @cached_property
-    def fingerprint(self) -> str:
-        return Tokenizer.fingerprint.fget(self)  # type: ignore[attr-defined]
-
-    @cached_property
     def num_special(self) -> tuple[int, int]:
         # whatever frames a text that is not empty frames each text
         for probe in ("a", "A", "0", ".", "\u4e00"):

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, Self
 
@@ -26,8 +27,6 @@ _REFUSED = 255  # in the table of an alphabet: a byte that is no symbol
 
 PIECE_BYTES = 1 << 22
 """Bytes that are looked through at once."""
-
-PAYLOAD_COLUMN_ERROR = "payloads must be an Arrow column of strings or bytes; got {}"
 
 
 class Tokenizer(ABC):
@@ -177,7 +176,7 @@ class Tokenizer(ABC):
         except (TypeError, ValueError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"tokenizer.json does not describe a tokenizer {cls.kind!r}: {error}") from error
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes whenever an id could; stored with a model and checked when it is loaded."""
         text = json.dumps({"kind": self.kind, **self.to_json()}, sort_keys=True)
@@ -273,7 +272,15 @@ class AlphabetTokenizer(Tokenizer):
             raise ConfigError(f"every symbol that is named must be in the vocab; got {unknown[0]!r}")
         if len(index) > _REFUSED:
             raise ConfigError(f"vocab must hold {_REFUSED} symbols at most, as an id is a byte; got {len(index)}")
-        table = bytearray([_REFUSED]) * 256
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {symbol: i for i, symbol in enumerate(self.vocab)}
+
+    @cached_property
+    def _table(self) -> bytes:
+        """Id of each byte, or `_REFUSED`."""
+        index, table = self._index, bytearray([_REFUSED]) * 256
         for symbol, i in index.items():
             if len(symbol) == 1 and symbol.isascii() and symbol not in self.refuse:
                 table[ord(symbol)] = i
@@ -283,15 +290,7 @@ class AlphabetTokenizer(Tokenizer):
             for upper in range(ord("A"), ord("Z") + 1):
                 if table[upper + 32] == _REFUSED:
                     table[upper + 32] = table[upper]
-        object.__setattr__(self, "_index", index)
-        object.__setattr__(self, "_table", bytes(table))
-        for name in ("prefix", "suffix"):
-            object.__setattr__(self, f"_{name}_ids", bytes(index[symbol] for symbol in getattr(self, name)))
-
-    _index: dict[str, int] = field(init=False, repr=False, compare=False)
-    _table: bytes = field(init=False, repr=False, compare=False)
-    _prefix_ids: bytes = field(init=False, repr=False, compare=False)
-    _suffix_ids: bytes = field(init=False, repr=False, compare=False)
+        return bytes(table)
 
     @property
     def num_special(self) -> tuple[int, int]:
@@ -331,7 +330,8 @@ class AlphabetTokenizer(Tokenizer):
         body = pa.Array.from_buffers(
             pa.large_binary(), len(bounds) - 1, [None, pa.py_buffer(bounds), pa.py_buffer(symbols)]
         )
-        frame = [pa.scalar(ids, pa.large_binary()) for ids in (self._prefix_ids, self._suffix_ids, b"")]
+        before, behind = (bytes(self._index[symbol] for symbol in own) for own in (self.prefix, self.suffix))
+        frame = [pa.scalar(ids, pa.large_binary()) for ids in (before, behind, b"")]
         joined = pc.binary_join_element_wise(frame[0], body, frame[1], frame[2])
         ids, offsets = column_bytes(joined)
         return TokenColumn(
@@ -345,8 +345,7 @@ class AlphabetTokenizer(Tokenizer):
         return "".join(self.vocab[i] for i in tokens.ids[tokens.payload_rows])
 
     def to_json(self) -> dict[str, Any]:
-        values = {key: value for key, value in asdict(self).items() if not key.startswith("_")}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def _count_replaced(self, letters: bytearray) -> dict[str, int]:
         counts = {}
@@ -371,6 +370,9 @@ def _count(text: bytearray, byte: int) -> int:
     return 0 if first < 0 else int(np.count_nonzero(np.frombuffer(text, np.uint8)[first:] == byte))
 
 
+_OFFSET_TYPES = {pa.string(): np.int32, pa.binary(): np.int32, pa.large_string(): np.int64, pa.large_binary(): np.int64}
+
+
 def column_bytes(payloads: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """The bytes of a string or binary column and the `[N + 1]` bounds of its rows, without a copy.
 
@@ -379,14 +381,10 @@ def column_bytes(payloads: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """
     if isinstance(payloads, pa.ChunkedArray):
         payloads = payloads.combine_chunks()
-    if pa.types.is_string(payloads.type) or pa.types.is_binary(payloads.type):
-        width: Any = np.int32
-    elif pa.types.is_large_string(payloads.type) or pa.types.is_large_binary(payloads.type):
-        width = np.int64
-    else:
-        raise DataError(PAYLOAD_COLUMN_ERROR.format(payloads.type))
-    if payloads.null_count:
-        raise DataError(PAYLOAD_COLUMN_ERROR.format(f"{payloads.null_count} missing values"))
+    width = _OFFSET_TYPES.get(payloads.type)
+    if width is None or payloads.null_count:
+        got = payloads.type if width is None else f"{payloads.null_count} missing values"
+        raise DataError(f"payloads must be an Arrow column of strings or bytes; got {got}")
     _, offsets, data = payloads.buffers()
     bounds = np.frombuffer(offsets, dtype=width)[payloads.offset : payloads.offset + len(payloads) + 1]
     bounds = bounds.astype(np.int64) if len(bounds) else np.zeros(1, np.int64)
