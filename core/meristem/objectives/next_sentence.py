@@ -14,10 +14,9 @@ from meristem.errors import ConfigError, DataError
 from meristem.model.config import TransformerConfig
 from meristem.model.config.checks import require
 from meristem.model.heads import HeadSpec, Readout
-from meristem.model.model import SYMBOLS
 from meristem.model.outputs import HeadRequest, Outputs, Wanted
 from meristem.objectives.masked import MaskedTokens
-from meristem.objectives.symbols import HitRate, request_symbols, require_fractions
+from meristem.objectives.symbols import HitRate, require_fractions
 from meristem.types import LossOut, PackedBatch, Payload, Record, Term, Tokens
 
 NEXT_SENTENCE = "next_sentence"
@@ -127,8 +126,7 @@ class NextSentence(MaskedTokens):
         return self._seconds[drawn + (drawn >= own)]
 
     def wanted(self, batch: PackedBatch) -> Wanted:
-        symbols = request_symbols(batch, self.label_smoothing)
-        return Wanted({NEXT_SENTENCE: HeadRequest(), SYMBOLS: symbols})
+        return Wanted({NEXT_SENTENCE: HeadRequest(), **super().wanted(batch).heads})
 
     def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
         out = super().loss(outputs, extra, batch)
@@ -148,5 +146,4 @@ class NextSentence(MaskedTokens):
 
 
 def _shorten(ids: np.ndarray, length: int, num_closing: int) -> np.ndarray:
-    """The first symbols and the closing ones, `length` at most."""
     return np.concatenate([ids[: length - num_closing], ids[len(ids) - num_closing :]]) if length < len(ids) else ids

@@ -129,18 +129,21 @@ class Supervised(Objective):
             labels_R = self._of(batch, bound)
             rows_M, wanted_M = _known(labels_R)
             out_MC = outputs.heads[name].index_select(0, rows_M).float()
+            count = torch.tensor(float(len(rows_M)), device=out_MC.device)
             if bound.is_classes:
                 nats_M = _class_nats(out_MC, wanted_M, bound, outputs.is_training)
                 if PARTNER in batch.labels:
                     others_M, shares_M = labels_R[batch.labels[PARTNER][rows_M]], batch.labels[SHARE][rows_M]
                     nats_M = torch.lerp(_class_nats(out_MC, others_M, bound, outputs.is_training), nats_M, shares_M)
-                terms[name] = _class_term(nats_M, wanted_M, bound)
+                total = nats_M.sum()
+                if bound.class_weights:
+                    count = torch.tensor(bound.class_weights, device=total.device).index_select(0, wanted_M).sum()
                 predictions[name], targets[name] = out_MC.detach(), wanted_M
             else:
                 total = F.mse_loss(out_MC[:, 0], wanted_M, reduction="sum")
-                terms[name] = Term(total, torch.tensor(float(len(rows_M)), device=total.device), bound.target.weight)
                 mean, std = bound.readout.mean[0], bound.readout.std[0]
                 predictions[name], targets[name] = out_MC.detach()[:, 0] * std + mean, wanted_M * std + mean
+            terms[name] = Term(total, count, bound.target.weight)
         if outputs.is_training:
             terms |= self.more_terms(batch, outputs)
         return LossOut(terms, predictions, targets)
@@ -198,10 +201,3 @@ def _class_nats(
     weights_C = torch.tensor(bound.class_weights, device=logits.device) if bound.class_weights else None
     smoothing = bound.target.label_smoothing if is_training else 0.0
     return F.cross_entropy(logits, wanted, weights_C, reduction="none", ignore_index=IGNORE, label_smoothing=smoothing)
-
-
-def _class_term(nats: Float[Tensor, "M"], wanted: Int[Tensor, "M"], bound: BoundTarget) -> Term:
-    if not bound.class_weights:
-        return Term(nats.sum(), torch.tensor(float(len(wanted)), device=nats.device), bound.target.weight)
-    weights_C = torch.tensor(bound.class_weights, device=nats.device)
-    return Term(nats.sum(), weights_C.index_select(0, wanted).sum(), bound.target.weight)
