@@ -90,7 +90,7 @@ class Record:
         return payload
 
     def with_payload(self, payload: Any) -> "Record":
-        """The same record of one input with another payload, or what its tokenizer takes for one, such as an array."""
+        """The same record of one input with another payload, or with what its tokenizer takes for one."""
         return replace(self, inputs=dict.fromkeys(self.inputs, payload))
 
 
@@ -165,7 +165,6 @@ class TokenColumn:
     views: "tuple[TokenColumn, ...]" = ()
 
     ROW_FIELDS: ClassVar[tuple[str, ...]] = ("features", "positions", "is_special", "token_types")
-    """Fields that have a row for each symbol, or are None."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -180,7 +179,7 @@ class TokenColumn:
         """`[N]` rows of each sequence that are not special."""
         if self.is_special is None:
             return self.lengths
-        return np.diff(np.concatenate([[0], np.cumsum(~self.is_special)])[self.offsets])
+        return np.diff(np.append(0, np.cumsum(~self.is_special))[self.offsets])
 
     @property
     def payload_ids(self) -> np.ndarray:
@@ -192,13 +191,14 @@ class TokenColumn:
         index, offsets = self.index_of(np.asarray(rows))
         named = {name: getattr(self, name) for name in self.ROW_FIELDS}
         taken: dict[str, Any] = {name: values[index] for name, values in named.items() if values is not None}
-        taken["source"] = None if self.source is None else self.source.take(rows)
-        return TokenColumn(self.ids[index], offsets, views=tuple(view.take(rows) for view in self.views), **taken)
+        source = None if self.source is None else self.source.take(rows)
+        views = tuple(view.take(rows) for view in self.views)
+        return TokenColumn(self.ids[index], offsets, source=source, views=views, **taken)
 
     def index_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the tokens of some sequences stand, `[sum of n]`, and where each sequence begins among them."""
         lengths = self.lengths[rows].astype(np.int64)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        offsets = np.append(0, np.cumsum(lengths))
         index = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return index, offsets
 
@@ -228,9 +228,9 @@ class Layout:
         """Lay out sequences of these lengths, with spare rows up to `min_rows`; `is_special` says it of each row."""
         host = tuple(int(n) for n in lengths)
         special = () if is_special is None else tuple(np.flatnonzero(is_special).tolist())
-        return cls(lengths=host, num_spare=max(0, min_rows - sum(host)), special_rows=special)
+        return cls(host, num_spare=max(0, min_rows - sum(host)), special_rows=special)
 
-    def to(self, device: torch.device) -> "Layout":
+    def to(self, device: torch.device, non_blocking: bool = True) -> "Layout":
         return self if device == self.device else replace(self, device=device)
 
     @property
@@ -325,8 +325,7 @@ class PackedBatch:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedBatch":
         """Move every tensor; Lightning's transfer hook calls this."""
         device = torch.device(device)
-        options = {"non_blocking": non_blocking}
-        return self._map(lambda one: one.to(device, **({} if isinstance(one, Layout) else options)))
+        return self._map(lambda one: one.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedBatch":
         """Pin every tensor, so that transfers overlap with work."""
