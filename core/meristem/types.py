@@ -189,8 +189,7 @@ class TokenColumn:
     def take(self, rows: np.ndarray) -> "TokenColumn":
         """The sequences at `rows`, in that order; what was replaced is not counted anew."""
         index, offsets = self.index_of(np.asarray(rows))
-        named = {name: getattr(self, name) for name in self.ROW_FIELDS}
-        taken: dict[str, Any] = {name: values[index] for name, values in named.items() if values is not None}
+        taken: Any = {name: of[index] for name in self.ROW_FIELDS if (of := getattr(self, name)) is not None}
         source = None if self.source is None else self.source.take(rows)
         views = tuple(view.take(rows) for view in self.views)
         return TokenColumn(self.ids[index], offsets, source=source, views=views, **taken)
