@@ -9,19 +9,19 @@ from typing import Any, TypeVar
 from meristem.data.records import ReadOptions
 from meristem.domain import load_domain
 from meristem.errors import CheckpointError, ConfigError
-from meristem.inference.embed import EmbedOptions, embed_files
+from meristem.inference.embed import Embed
 from meristem.inference.engine import best_device
 from meristem.inference.formats import Embeddings, read_embeddings
-from meristem.inference.job import JobOptions
-from meristem.inference.predict import PredictOptions, predict_files
-from meristem.inference.run import Report
-from meristem.inference.score import Score, ScoreOptions, score_files
+from meristem.inference.job import Job
+from meristem.inference.predict import Predict
+from meristem.inference.run import Report, run_job
+from meristem.inference.score import Score
 from meristem.interop.library import FetchOptions, fetch_model, is_named
 from meristem.loaded import LoadedModel, load, options_by_name
 from meristem.model_directory import find_model, is_own, save_model, with_tokenizer_options
 from meristem.model_directory import import_model as read_foreign
 
-Options = TypeVar("Options", bound=JobOptions)
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 __all__ = ["Embeddings", "LoadedModel", "load", "read_embeddings"]
 
@@ -51,7 +51,7 @@ def embed(
         output: a directory; a run that was stopped there goes on.
         report: receives the progress.
         options: `on_error` (refuse, or skip records that cannot be used), `column` and `id_column` (of tables), and
-            fields of `meristem.inference.embed.EmbedOptions`: pool, layer, format, precision ...
+            fields of `meristem.inference.embed.Embed`: pool, layer, format, precision ...
 
     Raises:
         UserError: as the command would.
@@ -59,7 +59,7 @@ def embed(
     Example:
         >>> meristem.embed("runs/sample", "records.csv", "vectors", pool="mean")["records"]
     """
-    return embed_files(model, _files(inputs), output, _job_options(EmbedOptions, options), report)
+    return run_job(_job(Embed, options), model, _files(inputs), output, report)
 
 
 def predict(
@@ -70,7 +70,7 @@ def predict(
     Args:
         output: a .csv, .tsv or .parquet file.
         report: receives the progress.
-        options: as of `embed`, with fields of `meristem.inference.predict.PredictOptions`: labels, is_per_token ...
+        options: as of `embed`, with fields of `meristem.inference.predict.Predict`: labels, is_per_token ...
 
     Raises:
         UserError: as the command would.
@@ -78,7 +78,7 @@ def predict(
     Example:
         >>> meristem.predict("runs/localization", "records.csv", "labels.csv")["records"]
     """
-    return predict_files(model, _files(inputs), output, _job_options(PredictOptions, options), report)
+    return run_job(_job(Predict, options), model, _files(inputs), output, report)
 
 
 def score(
@@ -106,10 +106,10 @@ def score(
     Example:
         >>> meristem.score("runs/sample", "records.csv", "scores.csv", scorer_options={"one_pass": True})["summary"]
     """
-    found = Score(scorer, domain=options.get("domain", "")).find()
+    found = Score(scorer=scorer, domain=options.get("domain", "")).find()
     given = options_by_name("the scorer", found.options, scorer_options or {})
-    chosen = _job_options(ScoreOptions, {**options, "scorer": scorer, "scorer_options": given})
-    return score_files(model, _files(inputs), output, chosen, report)
+    job = _job(Score, {**options, "scorer": scorer, "scorer_options": given})
+    return run_job(job, model, _files(inputs), output, report)
 
 
 def probe(
@@ -138,7 +138,7 @@ def probe(
     own = {one.name for one in fields(ProbeOptions)}
     rest = {name: value for name, value in options.items() if name not in own}
     chosen = {name: value for name, value in options.items() if name in own}
-    how = ProbeOptions(label=label, embed=_job_options(EmbedOptions, rest), **chosen)
+    how = ProbeOptions(label=label, embed=_job(Embed, rest), **chosen)
     return probe_files(model, _files(inputs), output, how, _files(tests))
 
 
@@ -212,8 +212,8 @@ def _files(inputs: Files) -> list[str]:
     return [str(file) for file in ([inputs] if isinstance(inputs, str | Path) else inputs)]
 
 
-def _job_options(kind: type[Options], options: Mapping[str, Any]) -> Options:
-    """Options of a job as a program gives them.
+def _job(kind: type[AnyJob], options: Mapping[str, Any]) -> AnyJob:
+    """A job with options as a program gives them.
 
     Raises:
         ConfigError: one that the job does not take.
@@ -223,5 +223,5 @@ def _job_options(kind: type[Options], options: Mapping[str, Any]) -> Options:
     if on_error not in ("", "refuse", "skip"):
         raise ConfigError(f"on_error must be refuse or skip; got {on_error!r}")
     given |= {"is_skipping": on_error == "skip", "column": column, "read": ReadOptions(id_column=ids)}
-    made: Options = options_by_name(kind.__name__, kind, given)
+    made: AnyJob = options_by_name(kind.__name__, kind, given)
     return made

@@ -23,8 +23,9 @@ from meristem.data.store import RecordStore
 from meristem.data.tokenizer import Tokenizer
 from meristem.domain import Domain, load_domain
 from meristem.errors import UserError
-from meristem.inference.embed import EmbedOptions, embed_files
+from meristem.inference.embed import Embed
 from meristem.inference.formats import read_embeddings
+from meristem.inference.run import run_job
 from meristem.model.config import TransformerConfig
 from meristem.model.model import Model
 from meristem.model.transformer import build_trunk
@@ -334,8 +335,8 @@ class _Contract:
         column = read.columns[read.main] or (read.main if read.main != INPUT else "")
         read = replace(read, columns={INPUT: column}, label_columns=(), group_column="")
         for name, budget in (("packed", None), ("alone", 1)):
-            options = EmbedOptions(domain=self.name, precision="fp32", pool="mean", tokens_per_batch=budget, read=read)
-            embed_files(model, [str(self.domain.sample)], self.folder / name, options)
+            job = Embed(domain=self.name, precision="fp32", pool="mean", tokens_per_batch=budget, read=read)
+            run_job(job, model, [str(self.domain.sample)], self.folder / name)
             found.append(read_embeddings(self.folder / name))
         packed, alone = (np.asarray(embeddings.values) for embeddings in found)
         are_same = list(found[0].ids) == [row.id for row in self.rows]

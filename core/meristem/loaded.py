@@ -21,7 +21,7 @@ from meristem.inference.encoding import Reading
 from meristem.inference.engine import Embedder, NotFinite, best_device
 from meristem.inference.job import Engine, JobOptions, too_long
 from meristem.inference.predictor import Prediction, Predictor
-from meristem.inference.score import Score
+from meristem.inference.score import RunningScore, Score
 from meristem.interop.directory import write_directory
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.transformer import EncoderDecoder
@@ -155,9 +155,9 @@ class LoadedModel:
             >>> meristem.load("runs/sample").score(["MKTAYIAKQR"])[0]["log_likelihood"]
         """
         domain = self.card.domain if self.card.domain in installed(GROUP) else ""
-        chosen = options_by_name("the scorer", Score(scorer, domain=domain).find().options, options)
-        job = Score(scorer, chosen, domain)
-        running = job.start(self.card, self.model, self._engine(tokens_per_batch, precision))
+        chosen = options_by_name("the scorer", Score(scorer=scorer, domain=domain).find().options, options)
+        job = Score(scorer=scorer, scorer_options=chosen, domain=domain)
+        running = RunningScore(job, self.card, self.model, self._engine(tokens_per_batch, precision))
         found: list[Any] = []
         for first, column in self._columns(sequences, self._viewed(running.reading), running.unfit):
             with _naming(first):

@@ -15,7 +15,6 @@ from meristem.errors import ConfigError, DataError
 from meristem.generation.options import GenerateOptions
 from meristem.generation.text import Generator
 from meristem.inference.generate import Generate, RunningGenerate
-from meristem.inference.job import JobOptions
 from meristem.inference.run import run_job
 from meristem.model.config import Attention, Causal, Embedding, Learned
 from meristem.model_directory import ModelCard, load_any, save_model
@@ -57,7 +56,7 @@ def test_texts_are_those_of_one_prompt_at_a_time(
     prompts = [random_protein(rng, 1, 30) for _ in range(40)]
     prompts[5] = prompts[30] = prompts[0]
     source, output = write_prompts(tmp_path / "in.txt", prompts), tmp_path / "out.jsonl"
-    done = run_job(Generate(options), model, [source], output, JobOptions(tokens_per_batch=200))
+    done = run_job(Generate(options=options, tokens_per_batch=200), model, [source], output)
     rows = rows_of(output)
     assert [(row["prompt"], row["prompt_number"], row["sample"]) for row in rows] == [
         (prompt, number, sample) for number, prompt in enumerate(prompts) for sample in range(options.num_samples)
@@ -70,10 +69,10 @@ def test_texts_are_those_of_one_prompt_at_a_time(
     assert [row["ids"] for row in rows] == [list(sample.generated.ids) for sample in wanted]
     for row, sample in zip(rows, wanted):
         np.testing.assert_allclose(row["log_probabilities"], sample.generated.log_probabilities, atol=1e-5)
-    again = run_job(Generate(options), model, [source], output, JobOptions())
+    again = run_job(Generate(options=options), model, [source], output)
     assert again == json.loads(json.dumps(done)), "it was not made again"
     with pytest.raises(ConfigError, match="is there already"):
-        run_job(Generate(replace(options, max_new_tokens=4)), model, [source], output, JobOptions())
+        run_job(Generate(options=replace(options, max_new_tokens=4)), model, [source], output)
 
 
 def test_prompts_may_be_a_column_of_a_table_and_bad_ones_are_skipped(
@@ -103,7 +102,7 @@ def test_a_batch_that_does_not_fit_is_halved(
     model: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_prompts(tmp_path / "in.txt", [random_protein(rng, 1, 30) for _ in range(12)])
-    run_job(Generate(DRAWN), model, [source], tmp_path / "whole.jsonl")
+    run_job(Generate(options=DRAWN), model, [source], tmp_path / "whole.jsonl")
     real, refused = Generator.go_on, []
 
     def tight(self: Generator, prompts: list[np.ndarray], *given: Any) -> Any:
@@ -113,7 +112,7 @@ def test_a_batch_that_does_not_fit_is_halved(
         return real(self, prompts, *given)
 
     monkeypatch.setattr(Generator, "go_on", tight)
-    run_job(Generate(DRAWN), model, [source], tmp_path / "out.jsonl")
+    run_job(Generate(options=DRAWN), model, [source], tmp_path / "out.jsonl")
     assert refused
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
@@ -122,7 +121,7 @@ def test_a_stopped_run_makes_only_what_is_left(
     model: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_prompts(tmp_path / "in.txt", [random_protein(rng, 1, 30) for _ in range(60)])
-    run_job(Generate(DRAWN), model, [source], tmp_path / "whole.jsonl")
+    run_job(Generate(options=DRAWN), model, [source], tmp_path / "whole.jsonl")
     real, calls = RunningGenerate.rows, []
 
     def dying(self: RunningGenerate, *given: Any) -> Any:
@@ -133,7 +132,7 @@ def test_a_stopped_run_makes_only_what_is_left(
 
     monkeypatch.setattr(RunningGenerate, "rows", dying)
     with pytest.raises(KeyboardInterrupt):
-        run_job(Generate(DRAWN), model, [source], tmp_path / "out.jsonl")
-    run_job(Generate(DRAWN), model, [source], tmp_path / "out.jsonl")
+        run_job(Generate(options=DRAWN), model, [source], tmp_path / "out.jsonl")
+    run_job(Generate(options=DRAWN), model, [source], tmp_path / "out.jsonl")
     assert len(calls) == 3 + 2, "four chunks, two of them finished"
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

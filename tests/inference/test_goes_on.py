@@ -13,9 +13,10 @@ from small_models import records_with_repeats, snapshot, write_fasta
 
 from meristem.errors import ConfigError, DataError
 from meristem.inference import output as writer
-from meristem.inference.embed import EmbedOptions, embed_files
+from meristem.inference.embed import Embed
 from meristem.inference.engine import Embedder
 from meristem.inference.formats import iter_embeddings, read_embeddings
+from meristem.inference.run import run_job
 
 MakeModel = Callable[..., Path]
 
@@ -33,8 +34,8 @@ def test_a_run_goes_on_where_it_was_stopped_and_computes_only_what_is_left(
     pool: str,
 ) -> None:
     model, source = make_model_directory(), str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng)))
-    options = EmbedOptions(pool=pool)
-    embed_files(model, [source], tmp_path / "whole", options)
+    options = Embed(pool=pool)
+    run_job(options, model, [source], tmp_path / "whole")
     embed = Embedder.embed
     calls = 0
 
@@ -47,18 +48,18 @@ def test_a_run_goes_on_where_it_was_stopped_and_computes_only_what_is_left(
 
     monkeypatch.setattr(Embedder, "embed", dying)
     with pytest.raises(Killed):
-        embed_files(model, [source], tmp_path / "out", options)
+        run_job(options, model, [source], tmp_path / "out")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"] is False
     with pytest.raises(DataError, match="stopped before its end"):
         read_embeddings(tmp_path / "out")
     assert len(read_embeddings(tmp_path / "out", allow_incomplete=True)) == 32
     calls = 3
-    manifest = embed_files(model, [source], tmp_path / "out", EmbedOptions(pool=pool, tokens_per_batch=77))
+    manifest = run_job(Embed(pool=pool, tokens_per_batch=77), model, [source], tmp_path / "out")
     assert calls - 3 == 4, "the last leg costs only what was left"
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
     assert manifest["complete"] is True
     calls = 3
-    embed_files(model, [source], tmp_path / "out", options)
+    run_job(options, model, [source], tmp_path / "out")
     assert calls == 3, "a complete run computes nothing again"
 
 
@@ -71,20 +72,20 @@ def test_another_runs_output_is_refused_and_not_touched(
     changed = str(write_fasta(tmp_path / "changed.fa", [*records[:-1], ("x", "MKV")]))
     renamed = str(write_fasta(tmp_path / "renamed.fa", records))
     out = tmp_path / "out"
-    embed_files(model, [source], out)
+    run_job(Embed(), model, [source], out)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     for arguments, options, reason in (
-        ((model, [source]), EmbedOptions(pool="max"), "--pool mean"),
-        ((model, [source]), EmbedOptions(layer=1), "--layer 2"),
-        ((model, [source]), EmbedOptions(precision="bf16"), "--precision fp32"),
-        ((other, [source]), EmbedOptions(), "another model"),
-        ((model, [changed]), EmbedOptions(), "another input"),
-        ((model, [source, source]), EmbedOptions(), "another input"),
+        ((model, [source]), Embed(pool="max"), "--pool mean"),
+        ((model, [source]), Embed(layer=1), "--layer 2"),
+        ((model, [source]), Embed(precision="bf16"), "--precision fp32"),
+        ((other, [source]), Embed(), "another model"),
+        ((model, [changed]), Embed(), "another input"),
+        ((model, [source, source]), Embed(), "another input"),
     ):
         with pytest.raises(ConfigError, match=reason):
-            embed_files(*arguments, out, options)
+            run_job(options, *arguments, out)
         assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-    embed_files(model, [renamed], out)  # the same records under another name are the same input
+    run_job(Embed(), model, [renamed], out)  # the same records under another name are the same input
 
 
 def test_a_folder_with_something_else_is_refused(
@@ -95,9 +96,9 @@ def test_a_folder_with_something_else_is_refused(
     (tmp_path / "home" / "thesis.tex").write_text("x")
     for output in (tmp_path / "home", tmp_path / "in.fa"):
         with pytest.raises(ConfigError, match="--output"):
-            embed_files(model, [source], output)
+            run_job(Embed(), model, [source], output)
     with pytest.raises(ConfigError, match="--format h5"):
-        embed_files(model, [source], tmp_path / "vectors.h5")
+        run_job(Embed(), model, [source], tmp_path / "vectors.h5")
     assert not (tmp_path / "vectors.h5").exists()
 
 
@@ -122,21 +123,21 @@ def test_standard_input_keeps_what_is_finished(
         from meristem.data.records import ReadOptions
 
         with pytest.raises(DataError, match="<stdin>:82"):
-            embed_files(model, ["-"], tmp_path / "out", EmbedOptions(read=ReadOptions(batch_bytes=64)))
+            run_job(Embed(read=ReadOptions(batch_bytes=64)), model, ["-"], tmp_path / "out")
         stdin.buffer.close()
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (manifest["complete"], manifest["parts"]) == (False, 2)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", stdin := Piped(good))
-        manifest = embed_files(model, ["-"], tmp_path / "out")
+        manifest = run_job(Embed(), model, ["-"], tmp_path / "out")
         stdin.buffer.close()
     assert manifest["complete"] is True
-    embed_files(model, [str(good)], tmp_path / "file")
+    run_job(Embed(), model, [str(good)], tmp_path / "file")
     assert snapshot_values(tmp_path / "out") == snapshot_values(tmp_path / "file")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", stdin := Piped(write_fasta(tmp_path / "o.fa", records_with_repeats(rng, 50))))
         with pytest.raises(ConfigError, match="another input"):
-            embed_files(model, ["-"], tmp_path / "out")
+            run_job(Embed(), model, ["-"], tmp_path / "out")
         stdin.buffer.close()
 
 
@@ -162,15 +163,15 @@ def test_a_full_disk_is_one_line_and_finished_parts_stay(
     with monkeypatch.context() as patch:
         patch.setattr(writer.pq, "write_table", fill)
         with pytest.raises(DataError, match="no space left"):
-            embed_files(model, [source], tmp_path / "out")
+            run_job(Embed(), model, [source], tmp_path / "out")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "manifest.json",
         "part-00000.parquet",
         "part-00001.parquet",
     ]
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"] is False
-    embed_files(model, [source], tmp_path / "out")
-    embed_files(model, [source], tmp_path / "whole")
+    run_job(Embed(), model, [source], tmp_path / "out")
+    run_job(Embed(), model, [source], tmp_path / "whole")
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
@@ -181,6 +182,6 @@ def test_a_second_process_is_kept_out(
     first = writer.OutputDirectory(tmp_path / "out")
     first.claim()
     with pytest.raises(ConfigError, match="another process"):
-        embed_files(model, [source], tmp_path / "out")
+        run_job(Embed(), model, [source], tmp_path / "out")
     first.release()
-    embed_files(model, [source], tmp_path / "out")
+    run_job(Embed(), model, [source], tmp_path / "out")

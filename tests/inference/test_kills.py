@@ -13,12 +13,12 @@ import pytest
 from small_models import READOUTS, random_protein, records_with_repeats, snapshot, write_fasta
 
 from meristem.generation.options import GenerateOptions
-from meristem.inference.embed import EmbedOptions, RunningEmbed, embed_files
-from meristem.inference.generate import Generate, RunningGenerate
-from meristem.inference.job import Running
-from meristem.inference.predict import PredictOptions, RunningPredict, predict_files
+from meristem.inference.embed import Embed
+from meristem.inference.generate import Generate
+from meristem.inference.job import Job, Running
+from meristem.inference.predict import Predict
 from meristem.inference.run import run_job
-from meristem.inference.score import RunningScore, ScoreOptions, score_files
+from meristem.inference.score import Score
 from meristem.model.config import Attention, Causal, Embedding
 from meristem.scoring.likelihood_options import LikelihoodOptions
 
@@ -28,18 +28,14 @@ LONGEST_SECONDS = 0.2
 """Between a part that is finished and the kill, at most."""
 
 
-def generate_files(model: Path, inputs: list[str], output: Path, options: GenerateOptions) -> None:
-    run_job(Generate(options), model, inputs, output)
-
-
-JOBS: dict[str, tuple[type[Running], Callable[..., Any], Any, str]] = {
-    "embed": (RunningEmbed, embed_files, EmbedOptions(), "vectors"),
-    "embed tokens": (RunningEmbed, embed_files, EmbedOptions(pool="none", format="npz"), "vectors"),
-    "predict": (RunningPredict, predict_files, PredictOptions(), "labels.csv"),
-    "predict tokens": (RunningPredict, predict_files, PredictOptions(is_per_token=True), "labels.parquet"),
-    "score": (RunningScore, score_files, ScoreOptions(scorer_options=LikelihoodOptions(one_pass=True)), "scores.csv"),
-    "contacts": (RunningScore, score_files, ScoreOptions(scorer="contacts"), "contacts.npz"),
-    "generate": (RunningGenerate, generate_files, GenerateOptions(max_new_tokens=2), "texts.jsonl"),
+JOBS: dict[str, tuple[Job, str]] = {
+    "embed": (Embed(), "vectors"),
+    "embed tokens": (Embed(pool="none", format="npz"), "vectors"),
+    "predict": (Predict(), "labels.csv"),
+    "predict tokens": (Predict(is_per_token=True), "labels.parquet"),
+    "score": (Score(scorer_options=LikelihoodOptions(one_pass=True)), "scores.csv"),
+    "contacts": (Score(scorer="contacts"), "contacts.npz"),
+    "generate": (Generate(options=GenerateOptions(max_new_tokens=2)), "texts.jsonl"),
 }
 
 
@@ -81,7 +77,7 @@ def test_twenty_kills_at_random_moments_leave_the_output_of_an_unbroken_run(
     name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    running, work, options, output = JOBS[name]
+    job, output = JOBS[name]
     if name == "generate":
         causal = Attention(num_heads=4, pattern=Causal())
         model = make_model_directory(embedding=Embedding(vocab_size=33), attention=causal)
@@ -91,19 +87,19 @@ def test_twenty_kills_at_random_moments_leave_the_output_of_an_unbroken_run(
         model = make_model_directory(readouts=READOUTS)
         records = [(f"{name}-{row}", text) for row, (name, text) in enumerate(records_with_repeats(rng, 4000))]
         source = str(write_fasta(tmp_path / "in.fa", records))
-    work(model, [source], tmp_path / "whole" / output, options)
-    rows = running.rows
+    run_job(job, model, [source], tmp_path / "whole" / output)
+    rows = job.running.rows
 
     def slow(self: Running, *given: Any) -> Any:
         time.sleep(0.02)
         return rows(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "rows", slow)
+        patch.setattr(job.running, "rows", slow)
         broken = tmp_path / "broken" / output
         parts = broken if name.startswith("embed") else broken.with_name(f"{output}.parts")
-        kill_at_random_moments(lambda: work(model, [source], broken, options), parts, NUM_KILLS, rng)
-    work(model, [source], broken, options)
+        kill_at_random_moments(lambda: run_job(job, model, [source], broken), parts, NUM_KILLS, rng)
+    run_job(job, model, [source], broken)
     assert content(broken) == content(tmp_path / "whole" / output)
     left = sorted(item.name for item in broken.parent.iterdir())
     assert left == sorted(item.name for item in (tmp_path / "whole").iterdir())

@@ -10,8 +10,9 @@ from small_models import random_protein, write_fasta
 import meristem
 from meristem.cli.main import main
 from meristem.errors import ConfigError
-from meristem.inference.embed import EmbedOptions, embed_files
+from meristem.inference.embed import Embed
 from meristem.inference.formats import read_embeddings
+from meristem.inference.run import run_job
 
 MakeModel = Callable[..., Path]
 
@@ -37,9 +38,9 @@ def test_a_run_does_not_go_on_with_another_tokenizer(
     tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
 ) -> None:
     model, file = make_model_directory(), write_fasta(tmp_path / "in.fa", [("r", random_protein(rng))])
-    embed_files(model, [str(file)], tmp_path / "out", EmbedOptions())
+    run_job(Embed(), model, [str(file)], tmp_path / "out")
     with pytest.raises(ConfigError, match="tokenizer"):
-        embed_files(model, [str(file)], tmp_path / "out", EmbedOptions(tokenizer={"nonstandard": "x"}))
+        run_job(Embed(tokenizer={"nonstandard": "x"}), model, [str(file)], tmp_path / "out")
 
 
 @pytest.mark.parametrize(

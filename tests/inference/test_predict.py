@@ -13,7 +13,8 @@ from small_models import READOUTS, column_of, random_ids, random_protein, write_
 from meristem.data.pack import pack
 from meristem.errors import ConfigError, DataError
 from meristem.inference.engine import TrunkRunner
-from meristem.inference.predict import PredictOptions, Predictor, predict_files
+from meristem.inference.predict import Predict, Predictor
+from meristem.inference.run import run_job
 from meristem.model.config import Learned
 from meristem.model.heads import Readout
 from meristem.model.model import Model
@@ -50,7 +51,7 @@ def test_each_record_has_its_labels_in_input_order(
 ) -> None:
     model, records = make_model_directory(readouts=READOUTS), random_records(rng)
     output = tmp_path / f"labels{suffix}"
-    done = predict_files(model, [str(write_fasta(tmp_path / "in.fa", records))], output)
+    done = run_job(Predict(), model, [str(write_fasta(tmp_path / "in.fa", records))], output)
     rows = read_rows(output)
     assert done["rows"] == len(rows) == len(records)
     assert [row["id"] for row in rows] == [name for name, _ in records]
@@ -74,7 +75,7 @@ def test_one_row_a_token_names_residue_and_position(
 ) -> None:
     model, records = make_model_directory(readouts=READOUTS), random_records(rng, 20)
     source = str(write_fasta(tmp_path / "in.fa", records))
-    predict_files(model, [source], tmp_path / "t.csv", PredictOptions(is_per_token=True, labels=("ss",)))
+    run_job(Predict(is_per_token=True, labels=("ss",)), model, [source], tmp_path / "t.csv")
     rows = read_rows(tmp_path / "t.csv")
     wanted = [(name, str(at + 1), residue) for name, text in records for at, residue in enumerate(text)]
     assert [(row["id"], row["position"], row["token"]) for row in rows] == wanted
@@ -117,7 +118,7 @@ def test_a_long_sequence_is_labelled_to_its_end(
 ) -> None:
     model = make_model_directory(readouts=READOUTS, position=Learned(max_positions=34, offset=2))
     records = [("long", random_protein(rng, 150, 151)), ("short", random_protein(rng, 20, 21))]
-    predict_files(model, [str(write_fasta(tmp_path / "in.fa", records))], tmp_path / "l.csv")
+    run_job(Predict(), model, [str(write_fasta(tmp_path / "in.fa", records))], tmp_path / "l.csv")
     assert [len(row["ss"]) for row in read_rows(tmp_path / "l.csv")] == [150, 20]
 
 
@@ -128,15 +129,15 @@ def test_what_cannot_work_leaves_no_file(
     source = str(write_fasta(tmp_path / "in.fa", random_records(rng, 5)))
     bad = str(write_fasta(tmp_path / "bad.fa", [*random_records(rng, 40), ("b", "MK1")]))
     with pytest.raises(ConfigError, match="was not trained on any"):
-        predict_files(plain, [source], tmp_path / "o.csv")
+        run_job(Predict(), plain, [source], tmp_path / "o.csv")
     with pytest.raises(ConfigError, match=r"\.csv, \.tsv, \.parquet"):
-        predict_files(model, [source], tmp_path / "o.txt")
+        run_job(Predict(), model, [source], tmp_path / "o.txt")
     with pytest.raises(ConfigError, match="one of ss, disorder, place, fitness"):
-        predict_files(model, [source], tmp_path / "o.csv", PredictOptions(labels=("colour",)))
+        run_job(Predict(labels=("colour",)), model, [source], tmp_path / "o.csv")
     with pytest.raises(ConfigError, match="labels of records only"):
-        predict_files(model, [source], tmp_path / "o.csv", PredictOptions(labels=("place",), is_per_token=True))
+        run_job(Predict(labels=("place",), is_per_token=True), model, [source], tmp_path / "o.csv")
     with pytest.raises(DataError, match=r"bad\.fa:82"):
-        predict_files(model, [bad], tmp_path / "o.csv")
+        run_job(Predict(), model, [bad], tmp_path / "o.csv")
     assert not list(tmp_path.glob("o.*"))
-    done = predict_files(model, [bad], tmp_path / "o.csv", PredictOptions(is_skipping=True))
+    done = run_job(Predict(is_skipping=True), model, [bad], tmp_path / "o.csv")
     assert (done["records"], done["refused"]["count"]) == (40, 1)

@@ -16,12 +16,13 @@ from small_models import READOUTS, RESIDUES, records_with_repeats, snapshot, wri
 
 from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.inference.chunks import ChunkReader
-from meristem.inference.embed import EmbedOptions, embed_files
+from meristem.inference.embed import Embed
 from meristem.inference.encoding import Reading
 from meristem.inference.engine import Embedder, TrunkRunner
 from meristem.inference.formats import read_embeddings
-from meristem.inference.predict import PredictOptions, predict_files
-from meristem.inference.score import ScoreOptions, score_files
+from meristem.inference.predict import Predict
+from meristem.inference.run import run_job
+from meristem.inference.score import Score
 from meristem.model.config import Learned
 from meristem.model_directory import load_model
 from meristem.types import INPUT
@@ -47,8 +48,8 @@ def test_every_record_has_its_vector_in_input_order(
     tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator, pool: str, layer: int
 ) -> None:
     model, records = make_model_directory(), records_with_repeats(rng)
-    manifest = embed_files(
-        model, [str(write_fasta(tmp_path / "in.fa", records))], tmp_path / "out", EmbedOptions(pool=pool, layer=layer)
+    manifest = run_job(
+        Embed(pool=pool, layer=layer), model, [str(write_fasta(tmp_path / "in.fa", records))], tmp_path / "out"
     )
     got = read_embeddings(tmp_path / "out")
     wanted = slow_vectors(model, [text for _, text in records], pool, layer)
@@ -64,11 +65,8 @@ def test_vectors_of_tokens_stand_beside_their_residues(
     tmp_path: Path, make_model_directory: MakeModel, rng: np.random.Generator
 ) -> None:
     records = records_with_repeats(rng, 20)
-    embed_files(
-        make_model_directory(),
-        [str(write_fasta(tmp_path / "in.fa", records))],
-        tmp_path / "out",
-        EmbedOptions(pool="none"),
+    run_job(
+        Embed(pool="none"), make_model_directory(), [str(write_fasta(tmp_path / "in.fa", records))], tmp_path / "out"
     )
     table = pa.concat_tables(pq.read_table(part) for part in sorted((tmp_path / "out").glob("part-*")))
     assert ["".join(tokens) for tokens in table["tokens"].to_pylist()] == [text for _, text in records]
@@ -85,7 +83,9 @@ def test_equal_sequences_are_computed_once(
     monkeypatch.setattr(
         Embedder, "embed", lambda self, column, *a: computed.append(len(column)) or embed(self, column, *a)
     )
-    manifest = embed_files(make_model_directory(), [str(write_fasta(tmp_path / "in.fa", records))], tmp_path / "out")
+    manifest = run_job(
+        Embed(), make_model_directory(), [str(write_fasta(tmp_path / "in.fa", records))], tmp_path / "out"
+    )
     assert sum(computed) == manifest["computed"] == len({text for _, text in records})
 
 
@@ -96,7 +96,7 @@ def test_one_file_holds_what_the_parts_hold(
 ) -> None:
     source = write_fasta(tmp_path / "in.fa", records_with_repeats(rng, 40))
     out = tmp_path / "out"
-    manifest = embed_files(make_model_directory(), [str(source)], out, EmbedOptions(pool=pool, format=form))
+    manifest = run_job(Embed(pool=pool, format=form), make_model_directory(), [str(source)], out)
     parts = read_embeddings(out)
     for path in (out / manifest["file"], out):
         got = read_embeddings(path)
@@ -129,7 +129,7 @@ def test_a_bad_input_leaves_nothing_behind(
     if content is not None:
         (tmp_path / "in.fa").write_text(content)
     with pytest.raises(DataError, match=reason):
-        embed_files(make_model_directory(), [good, str(tmp_path / "in.fa")], tmp_path / "out")
+        run_job(Embed(), make_model_directory(), [good, str(tmp_path / "in.fa")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -140,9 +140,9 @@ def test_refused_records_are_named_and_the_rest_is_unchanged(
     bad = sorted(rng.choice(50, 7, replace=False).tolist())
     spoiled = [(name, text[:-1] + "?" if row in bad else text) for row, (name, text) in enumerate(records)]
     source = str(write_fasta(tmp_path / "in.fa", spoiled))
-    manifest = embed_files(model, [source], tmp_path / "out", EmbedOptions(is_skipping=True))
+    manifest = run_job(Embed(is_skipping=True), model, [source], tmp_path / "out")
     kept = [record for row, record in enumerate(records) if row not in bad]
-    embed_files(model, [str(write_fasta(tmp_path / "kept.fa", kept))], tmp_path / "kept")
+    run_job(Embed(), model, [str(write_fasta(tmp_path / "kept.fa", kept))], tmp_path / "kept")
     got, wanted = read_embeddings(tmp_path / "out"), read_embeddings(tmp_path / "kept")
     assert got.ids.tolist() == wanted.ids.tolist()
     assert np.array_equal(got.values, wanted.values)
@@ -158,11 +158,11 @@ def test_a_part_whose_records_were_all_refused_leaves_no_hole(
     bad = [(f"bad{row}", "MK?") for row in range(16)]  # as many as a chunk holds
     source = str(write_fasta(tmp_path / "in.fa", [*bad, *records[:16], *bad, *records[16:]]))
     wanted = [name for name, _ in records]
-    embed_files(model, [source], tmp_path / "out", EmbedOptions(is_skipping=True))
+    run_job(Embed(is_skipping=True), model, [source], tmp_path / "out")
     assert read_embeddings(tmp_path / "out").ids.tolist() == wanted
     for suffix, read in ((".csv", pa.csv.read_csv), (".parquet", pq.read_table)):
-        predict_files(model, [source], tmp_path / f"o{suffix}", PredictOptions(is_skipping=True))
-        score_files(model, [source], tmp_path / f"s{suffix}", ScoreOptions(is_skipping=True))
+        run_job(Predict(is_skipping=True), model, [source], tmp_path / f"o{suffix}")
+        run_job(Score(is_skipping=True), model, [source], tmp_path / f"s{suffix}")
         for name in "os":
             table = read(tmp_path / f"{name}{suffix}")
             assert table["id"].to_pylist() == wanted
@@ -171,7 +171,7 @@ def test_a_part_whose_records_were_all_refused_leaves_no_hole(
 
 def test_replaced_symbols_are_counted(tmp_path: Path, make_model_directory: MakeModel) -> None:
     source = write_fasta(tmp_path / "in.fa", [("a", "MJJK*"), ("b", "mjk")])
-    manifest = embed_files(make_model_directory(), [str(source)], tmp_path / "out")
+    manifest = run_job(Embed(), make_model_directory(), [str(source)], tmp_path / "out")
     assert manifest["replaced"] == {"J>X": 3, "*>X": 1}
 
 
@@ -180,9 +180,7 @@ def test_a_long_sequence_is_averaged_over_windows_never_truncated(
 ) -> None:
     model = make_model_directory(position=Learned(max_positions=42, offset=2))  # 40 tokens, 38 residues
     records = [(f"p{n}", RESIDUES[rng.integers(0, 20, n)].tobytes().decode()) for n in (38, 39, 76, 200, 3)]
-    manifest = embed_files(
-        model, [str(write_fasta(tmp_path / "in.fa", records))], tmp_path / "out", EmbedOptions(pool="none")
-    )
+    manifest = run_job(Embed(pool="none"), model, [str(write_fasta(tmp_path / "in.fa", records))], tmp_path / "out")
     assert manifest["windowed"]["records"] == 3
     got = read_embeddings(tmp_path / "out")
     assert [len(vectors) for vectors in got] == [38, 39, 76, 200, 3]
@@ -196,8 +194,8 @@ def test_a_long_sequence_is_averaged_over_windows_never_truncated(
     # sums in double here and single there
     assert np.abs(got[1] - total / count).max() < 1e-6
     longer = [(name, text + "W") for name, text in records]
-    embed_files(model, [str(write_fasta(tmp_path / "longer.fa", longer))], tmp_path / "longer", EmbedOptions())
-    embed_files(model, [str(tmp_path / "in.fa")], tmp_path / "pooled", EmbedOptions())
+    run_job(Embed(), model, [str(write_fasta(tmp_path / "longer.fa", longer))], tmp_path / "longer")
+    run_job(Embed(), model, [str(tmp_path / "in.fa")], tmp_path / "pooled")
     changes = np.abs(read_embeddings(tmp_path / "longer").values - read_embeddings(tmp_path / "pooled").values).max(1)
     assert (changes > 0).all(), "a residue at the very end must be seen"
 
@@ -214,7 +212,7 @@ def test_a_vector_that_is_not_finite_is_named(
     records = [(f"p{i}", "".join(rng.choice(list("LAGVSERT"), 20))) for i in range(40)]
     records[29] = ("odd", "MKCK")
     with pytest.raises(DataError, match=r"in\.fa:59: record 'odd'.*not finite"):
-        embed_files(model, [str(write_fasta(tmp_path / "in.fa", records))], tmp_path / "out")
+        run_job(Embed(), model, [str(write_fasta(tmp_path / "in.fa", records))], tmp_path / "out")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"] is False
 
 
@@ -251,10 +249,10 @@ def test_a_wrong_option_leaves_nothing_behind(
 ) -> None:
     source = str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng, 5)))
     with pytest.raises(ConfigError, match=reason):
-        embed_files(make_model_directory(), [source], tmp_path / "out", EmbedOptions(**options))
+        run_job(Embed(**options), make_model_directory(), [source], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError):
-        embed_files(tmp_path / "nowhere", [source], tmp_path / "out")
+        run_job(Embed(), tmp_path / "nowhere", [source], tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -264,6 +262,6 @@ def test_two_worker_processes_give_the_same_rows(
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs two cores")
     model, source = make_model_directory(), str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng)))
-    embed_files(model, [source], tmp_path / "one")
-    embed_files(model, [source], tmp_path / "two", EmbedOptions(devices=2))
+    run_job(Embed(), model, [source], tmp_path / "one")
+    run_job(Embed(devices=2), model, [source], tmp_path / "two")
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")

@@ -10,7 +10,8 @@ import pytest
 from small_models import random_protein, records_with_repeats, write_fasta
 
 from meristem.errors import ConfigError
-from meristem.inference.score import RunningScore, ScoreOptions, score_files
+from meristem.inference.run import run_job
+from meristem.inference.score import RunningScore, Score
 from meristem.scoring.likelihood import LikelihoodOptions
 
 MakeModel = Callable[..., Path]
@@ -43,13 +44,13 @@ def test_a_stopped_run_goes_on_and_writes_what_an_unbroken_one_writes(
         return real(self, *args)
 
     monkeypatch.setattr(RunningScore, "rows", dying)
-    score_files(model, [source], whole, ScoreOptions(scorer=scorer, plots=plots[0]))
+    run_job(Score(scorer=scorer, plots=plots[0]), model, [source], whole)
     num_chunks, calls, dies_at = calls, 0, 3
-    options = ScoreOptions(scorer=scorer, plots=plots[1], tokens_per_batch=77)
+    options = Score(scorer=scorer, plots=plots[1], tokens_per_batch=77)
     with pytest.raises(Killed):
-        score_files(model, [source], out, options)
+        run_job(options, model, [source], out)
     assert not out.exists()
-    manifest = score_files(model, [source], out, options)
+    manifest = run_job(options, model, [source], out)
     assert calls - 3 == num_chunks - 2 > 0, "the last leg costs only what was left"
     assert manifest["complete"] is True
     assert not (tmp_path / f"out{suffix}.parts").exists()
@@ -70,7 +71,7 @@ def test_equal_records_are_scored_once(
     pool = [random_protein(rng) for _ in range(7)]
     records = [(f"p{row}", pool[row % 7]) for row in range(40)]
     output = tmp_path / "o.csv"
-    manifest = score_files(make_model_directory(), [str(write_fasta(tmp_path / "in.fa", records))], output)
+    manifest = run_job(Score(), make_model_directory(), [str(write_fasta(tmp_path / "in.fa", records))], output)
     assert (manifest["records"], manifest["computed"]) == (40, 7)
     found = pa.csv.read_csv(output)
     assert found["id"].to_pylist() == [name for name, _ in records]
@@ -102,8 +103,8 @@ def test_progress_ends_at_what_there_was_to_do(
     model = make_model_directory()
     for number, (one_pass, budget) in enumerate([(False, 128), (True, 128), (False, 4096)]):
         report = Counted()
-        options = ScoreOptions(scorer_options=LikelihoodOptions(one_pass=one_pass), tokens_per_batch=budget)
-        score_files(model, [source], tmp_path / f"{number}.csv", options, report)
+        options = Score(scorer_options=LikelihoodOptions(one_pass=one_pass), tokens_per_batch=budget)
+        run_job(options, model, [source], tmp_path / f"{number}.csv", report)
         assert report.records == 21
         assert report.tokens == report.total == sum(n + 2 if one_pass else n * (n + 2) for n in lengths)
         if budget == 128 and not one_pass:
@@ -115,11 +116,11 @@ def test_another_runs_output_is_refused(
 ) -> None:
     model, source = make_model_directory(), str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng, 5)))
     output = tmp_path / "o.csv"
-    score_files(model, [source], output)
+    run_job(Score(), model, [source], output)
     before = output.read_bytes()
-    other = ScoreOptions(scorer_options=LikelihoodOptions(one_pass=True))
+    other = Score(scorer_options=LikelihoodOptions(one_pass=True))
     with pytest.raises(ConfigError, match="--overwrite"):
-        score_files(model, [source], output, other)
+        run_job(other, model, [source], output)
     assert output.read_bytes() == before
     with pytest.raises(ConfigError, match="--scorer must be one of likelihood"):
-        score_files(model, [source], output, ScoreOptions(scorer="no"))
+        run_job(Score(scorer="no"), model, [source], output)

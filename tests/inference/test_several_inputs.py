@@ -22,11 +22,12 @@ from meristem.data.views import Views
 from meristem.errors import ConfigError, DataError
 from meristem.inference import run
 from meristem.inference.dedupe import Seen
-from meristem.inference.embed import EmbedOptions, embed_files
+from meristem.inference.embed import Embed
 from meristem.inference.encoding import Reading
 from meristem.inference.formats import read_embeddings
-from meristem.inference.predict import PredictOptions, predict_files
-from meristem.inference.score import ScoreOptions, score_files
+from meristem.inference.predict import Predict
+from meristem.inference.run import run_job
+from meristem.inference.score import Score
 from meristem.model.config import Embedding, Learned, Prefix
 from meristem.model.heads import Readout
 from meristem.model.outputs import Wanted
@@ -137,8 +138,8 @@ def test_processes_encode_pairs_as_one_does(tmp_path: Path, next_sentence: Path,
     table.write_text(table.read_text().replace("\nr7,", "\nr7,7", 1))
     done = []
     for workers in (0, 1):
-        options = PredictOptions(column={"first": "a", "second": "b"}, workers=workers, is_skipping=True)
-        done.append(predict_files(next_sentence, [str(table)], tmp_path / f"{workers}.csv", options))
+        options = Predict(column={"first": "a", "second": "b"}, workers=workers, is_skipping=True)
+        done.append(run_job(options, next_sentence, [str(table)], tmp_path / f"{workers}.csv"))
     assert (tmp_path / "0.csv").read_bytes() == (tmp_path / "1.csv").read_bytes()
     assert done[0]["refused"] == done[1]["refused"]
     [refused] = done[0]["refused"]["records"]
@@ -209,12 +210,12 @@ def test_what_is_said_of_all_views_is_averaged(
         if name == "views":
             viewed(BothWays)
         for pool in ("mean", "none"):
-            embed_files(model, [source], tmp_path / f"{name}-{pool}", EmbedOptions(pool=pool))
+            run_job(Embed(pool=pool), model, [source], tmp_path / f"{name}-{pool}")
             vectors[name, pool] = read_embeddings(tmp_path / f"{name}-{pool}").values
-        predict_files(model, [source], tmp_path / f"{name}.parquet")
+        run_job(Predict(), model, [source], tmp_path / f"{name}.parquet")
         predicted.append(pa.parquet.read_table(tmp_path / f"{name}.parquet"))
-        score_files(model, [source], tmp_path / f"{name}.csv")
-        score_files(model, [source], tmp_path / f"{name}.npz", ScoreOptions(scorer="contacts"))
+        run_job(Score(), model, [source], tmp_path / f"{name}.csv")
+        run_job(Score(scorer="contacts"), model, [source], tmp_path / f"{name}.npz")
         with np.load(tmp_path / f"{name}.npz") as arrays:
             maps.append([arrays[one] for one in arrays.files])
     for pool in ("mean", "none"):
@@ -239,12 +240,12 @@ def test_sequences_in_memory_are_seen_in_the_views_of_the_verbs(
     source = str(write_fasta(tmp_path / "in.fa", [(f"p{row}", text) for row, text in enumerate(texts)]))
     viewed(BothWays)
     model = meristem.load(place, device="cpu")
-    embed_files(place, [source], tmp_path / "out", EmbedOptions(precision="fp32"))
+    run_job(Embed(precision="fp32"), place, [source], tmp_path / "out")
     np.testing.assert_array_equal(model.embed(texts), read_embeddings(tmp_path / "out").values)
-    predict_files(place, [source], tmp_path / "out.parquet")
+    run_job(Predict(), place, [source], tmp_path / "out.parquet")
     fitness = pa.parquet.read_table(tmp_path / "out.parquet")["fitness"].to_numpy()
     np.testing.assert_allclose(model.predict(texts)["fitness"].values[:, 0], fitness, rtol=1e-6)
-    score_files(place, [source], tmp_path / "out.csv")
+    run_job(Score(), place, [source], tmp_path / "out.csv")
     likelihoods = pa.csv.read_csv(tmp_path / "out.csv")["log_likelihood"].to_numpy()
     scores = [one["log_likelihood"] for one in model.score(texts)]
     np.testing.assert_allclose(scores, likelihoods, rtol=1e-6)
@@ -268,7 +269,7 @@ def test_views_must_be_equally_many(
     viewed(Uneven)
     source = str(write_fasta(tmp_path / "in.fa", [("a", "MKT"), ("b", "MKTAYIAKQR")]))
     with pytest.raises(ConfigError, match=r"equally many for every record; got 1 and, of .*in\.fa:\d, 2"):
-        embed_files(make_model_directory(), [source], tmp_path / "out")
+        run_job(Embed(), make_model_directory(), [source], tmp_path / "out")
 
 
 def test_one_input_is_read_as_before() -> None:

@@ -79,7 +79,7 @@ def test_the_same_call_gives_the_same_bytes_and_embeds_once(
 ) -> None:
     first = probe(model, table, output="a")
     assert "300 records" in first["progress"]
-    monkeypatch.setattr(vectors_module, "embed_files", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr(vectors_module, "run_job", lambda *_: pytest.fail("embedded again"))
     again = probe(model, table, output="b")
     assert "300 vectors of an earlier call are used again" in again["progress"]
     for name in ("metrics.json", "predictions.csv", "confusion.png"):
@@ -95,7 +95,7 @@ def test_another_label_of_the_same_records_embeds_nothing(
     rows = [row | {"length": len(row["sequence"]) / 7} for row in read_rows(table)]
     write_table(table, rows)
     probe(model, table)
-    monkeypatch.setattr(vectors_module, "embed_files", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr(vectors_module, "run_job", lambda *_: pytest.fail("embedded again"))
     probe(model, table, "--label", "length", output="other")
 
 

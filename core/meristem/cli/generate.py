@@ -23,7 +23,6 @@ from meristem.generation.options import GenerateOptions
 
 if TYPE_CHECKING:  # importing torch takes seconds, and help needs none of it
     from meristem.inference.generate import Generate
-    from meristem.inference.job import JobOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make the texts and show or write them."""
     from meristem.inference.generate import GIVEN, Generate
-    from meristem.inference.job import JobOptions
     from meristem.inference.run import run_job
 
     if bool(args.prompt) == bool(args.prompts):
@@ -74,15 +72,15 @@ def run(args: argparse.Namespace) -> int:
         args.temperature = 1.0 if args.num_beams == 1 else 0.0
     args.stop, args.batch_size = tuple(args.stop), GenerateOptions.batch_size
     options = options_of(args, GenerateOptions)
-    job, how = Generate(options, tuple(args.prompt)), JobOptions(**job_options(args))
+    job = Generate(options=options, prompts=tuple(args.prompt), **job_options(args))
     if not args.output and len(args.prompt) == options.num_sequences == 1 and sys.stdout.isatty():
-        return _stream(args.model, job, how)
+        return _stream(args.model, job)
     inputs = [args.prompts or GIVEN]
     # without a file that was asked for, texts are shown when all are there
     with tempfile.TemporaryDirectory() if not args.output else nullcontext() as folder:
         output = Path(folder) / "texts.jsonl" if folder else Path(args.output)
         with ProgressReport("generate") as report:
-            manifest = run_job(job, args.model, inputs, output, how, report)
+            manifest = run_job(job, args.model, inputs, output, report)
         if folder:
             for row in _rows(output):
                 print(f"{row['prompt']}{row['text']}", flush=True)
@@ -98,12 +96,13 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, stream)
 
 
-def _stream(path: str, job: "Generate", how: "JobOptions") -> int:
+def _stream(path: str, job: "Generate") -> int:
     """Generate one text and print each token as soon as it is generated."""
+    from meristem.inference.generate import RunningGenerate
     from meristem.model_directory import load_any
 
     [prompt] = job.prompts
-    running = job.start(*load_any(path, how.tokenizer), how.engine())
+    running = RunningGenerate(job, *load_any(path, job.tokenizer), job.engine())
     print(prompt, end="", flush=True)
     say = lambda number, sample, piece: print(piece, end="", flush=True)  # noqa: E731
     list(running.generator.generate([prompt], job.options, say))

@@ -30,12 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Label every record, then put the table in its place."""
-    from meristem.inference.predict import PredictOptions, predict_files
+    from meristem.inference.predict import Predict
+    from meristem.inference.run import run_job
 
     labels = tuple(args.labels) if args.labels else None
-    options = PredictOptions(labels=labels, is_per_token=args.per_token, **job_options(args))
+    job = Predict(labels=labels, is_per_token=args.per_token, **job_options(args))
     with ProgressReport("predict") as report:
-        manifest = predict_files(args.model, args.inputs, args.output, options, report)
+        manifest = run_job(job, args.model, args.inputs, args.output, report)
     print_summary(manifest)
     print(f"{manifest['rows']:,} rows for {manifest['records']:,} records in {args.output}")
     return 0

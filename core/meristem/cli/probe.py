@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from meristem.cli.embed import add_vector_arguments, embed_options
+from meristem.cli.embed import add_vector_arguments, embed_job
 from meristem.cli.jobs import ProgressReport, add_engine_arguments
 
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = ProbeOptions(
         missing_labels=tuple(args.missing_label),
-        embed=embed_options(args),
+        embed=embed_job(args),
         cache_dir=Path(args.cache) if args.cache else None,
         **{one.name: getattr(args, one.name) for one in fields(ProbeOptions) if one.name in args},
     )

@@ -43,12 +43,13 @@ def run_argv(argv: list[str], parser: argparse.ArgumentParser) -> int:
         there = ", ".join(flags_of(options)) or "none"
         raise ConfigError(f"{error}; options of the scorer {asked.scorer}: {there}") from error
     args = parser.parse_args(rest, argparse.Namespace(tokenizer=tokenizer))
-    from meristem.inference.score import ScoreOptions, score_files
+    from meristem.inference.run import run_job
+    from meristem.inference.score import Score
 
     given = options_of(args, options)
-    how = ScoreOptions(scorer=asked.scorer, scorer_options=given, plots=args.plots, **job_options(args))
+    job = Score(scorer=asked.scorer, scorer_options=given, plots=args.plots, **job_options(args))
     with ProgressReport("score") as report:
-        manifest = score_files(args.model, args.inputs, args.output, how, report)
+        manifest = run_job(job, args.model, args.inputs, args.output, report)
     print_summary(manifest)
     print(manifest["summary"])
     plots = f", plots in {args.plots}" if args.plots else ""
@@ -69,4 +70,4 @@ def _options_of(scorer: str, domain: str) -> tuple[type, str]:
 
     listed = "\n".join(f"  {name:<14}{one.help}" for name, one in find_scorers(domain).items())
     text = f"scorers (--scorer NAME --help shows the options of one):\n{listed}"
-    return Score(scorer, domain=domain).find().options, text
+    return Score(scorer=scorer, domain=domain).find().options, text

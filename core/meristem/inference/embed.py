@@ -1,6 +1,6 @@
 """Vectors of records, one each or one a token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,8 +13,7 @@ from meristem.files import replacing
 from meristem.inference.encoding import Reading
 from meristem.inference.engine import PLAIN_POOLS, Advance, Embedder
 from meristem.inference.formats import WRITERS
-from meristem.inference.job import Engine, Job, JobOptions, Running
-from meristem.inference.run import Report, run_job
+from meristem.inference.job import Engine, Job, Running
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard
 from meristem.types import TokenColumn
@@ -23,57 +22,10 @@ CHUNK_VALUES = 1 << 24
 """Numbers that the vectors of a chunk hold about, where each token has one: 64 MB."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EmbedOptions(JobOptions):
-    """How to embed: what `Embed` takes, and how a job is run.
-
-    Attributes:
-        pool: mean, cls, max, own (the model's), or none for one vector a token; None for own, and mean where the model
-            has none.
-        layer: whose vectors are wanted: 0 is the embedding, -1 the last.
-        format: parquet, or h5 or npz beside it.
-    """
-
-    pool: str | None = None
-    layer: int = -1
-    format: str = "parquet"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.format not in ("parquet", *WRITERS):
-            raise ConfigError(f"format must be one of parquet, {', '.join(WRITERS)}; got {self.format!r}")
-
-
-@dataclass(frozen=True)
-class Embed(Job):
-    """Embed records; arguments as in `EmbedOptions`."""
-
-    verb: ClassVar[str] = "embed"
-
-    pool: str | None = None
-    layer: int = -1
-    format: str = "parquet"
-
-    @property
-    def is_reused(self) -> bool:  # type: ignore[override]
-        return self.pool != "none"
-
-    def start(self, card: ModelCard, model: Model, engine: Engine) -> "RunningEmbed":
-        return RunningEmbed(self, card, model, engine)
-
-    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
-        if self.format == "parquet":
-            return ""
-        target = parts / f"embeddings.{self.format}"
-        with replacing(target) as temporary:
-            WRITERS[self.format](parts, temporary, manifest["records"], manifest["rows"])
-        return target.name
-
-
 class RunningEmbed(Running):
     """Embeds token columns."""
 
-    def __init__(self, job: Embed, card: ModelCard, model: Model, engine: Engine):
+    def __init__(self, job: "Embed", card: ModelCard, model: Model, engine: Engine):
         pool = job.pool or default_pool(card)
         self.reading = Reading.of(card)
         trunk = engine.trunk(model, job.layer)
@@ -85,7 +37,7 @@ class RunningEmbed(Running):
             f"its vector is not finite (layer {trunk.layer}, {engine.precision}); the model is damaged, or needs "
             "--precision fp32"
         )
-        self._is_pooled = pool != "none"
+        self._is_pooled = self.is_reused = pool != "none"
         self._vocab = pa.array(card.tokenizer.vocab, pa.string())
 
     def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
@@ -110,25 +62,39 @@ class RunningEmbed(Running):
         return most if self._is_pooled else min(most, max(1024, CHUNK_VALUES // self.embedder.width))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Embed(Job):
+    """Embed records.
+
+    Attributes:
+        pool: mean, cls, max, own (the model's), or none for one vector a token; None for own, and mean where the model
+            has none.
+        layer: whose vectors are wanted: 0 is the embedding, -1 the last.
+        format: parquet, or h5 or npz beside it.
+    """
+
+    verb: ClassVar[str] = "embed"
+    running: ClassVar[type[Running]] = RunningEmbed
+
+    pool: str | None = None
+    layer: int = -1
+    format: str = "parquet"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format not in ("parquet", *WRITERS):
+            raise ConfigError(f"format must be one of parquet, {', '.join(WRITERS)}; got {self.format!r}")
+
+    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
+        if self.format == "parquet":
+            return ""
+        target = parts / f"embeddings.{self.format}"
+        with replacing(target) as temporary:
+            WRITERS[self.format](parts, temporary, manifest["records"], manifest["rows"])
+        return target.name
+
+
 def default_pool(card: ModelCard) -> str:
     """The model's own pooling, and mean where it has none."""
     own = card.architecture.pool
     return next((name for name, pool in PLAIN_POOLS.items() if pool == own), "mean" if own is None else "own")
-
-
-def embed_files(
-    model: Path | str,
-    inputs: Sequence[str],
-    output: Path | str,
-    options: EmbedOptions | None = None,
-    report: Report | None = None,
-) -> dict[str, Any]:
-    """Embed files into a folder, or go on where that was stopped; arguments and result as those of `run_job`."""
-    options = options or EmbedOptions()
-    output = Path(output)
-    if output.suffix in (".h5", ".hdf5", ".npz", ".parquet"):
-        raise ConfigError(
-            f"--output must be a directory; got {output}; with --output {output.with_suffix('')} "
-            f"--format {output.suffix[1:]} the file is in it"
-        )
-    return run_job(Embed(options.pool, options.layer, options.format), model, inputs, output, options, report)

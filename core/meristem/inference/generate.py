@@ -45,40 +45,6 @@ SAMPLE = pa.struct(
 """A text in the file of samples."""
 
 
-@dataclass(frozen=True)
-class Generate(Job):
-    """Go on from prompts.
-
-    Args:
-        options: how texts are made; `batch_size` has no effect.
-        prompts: that are read under the name `GIVEN`.
-    """
-
-    verb: ClassVar[str] = "generate"
-    suffixes: ClassVar[tuple[str, ...]] = (".jsonl",)
-    keeps_payloads: ClassVar[bool] = True
-
-    options: GenerateOptions = field(default_factory=GenerateOptions)
-    prompts: tuple[str, ...] = ()
-
-    def reader(self, domain: Domain) -> Reader:
-        return PromptReader(domain.reader, self.prompts)
-
-    def start(self, card: ModelCard, model: Model, engine: Engine) -> "RunningGenerate":
-        return RunningGenerate(self, card, model, engine)
-
-    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
-        with replacing(output, parts) as temporary, temporary.open("w", encoding="utf-8") as file:
-            number = 0
-            for part in parts_of(parts):
-                for row in pq.read_table(part).to_pylist():
-                    for index, sample in enumerate(row["samples"]):
-                        facts = {"id": row["id"], "prompt": row[PAYLOAD], "prompt_number": number, "sample": index}
-                        file.write(json.dumps({**facts, **sample}, ensure_ascii=False) + "\n")
-                    number += 1
-        return ""
-
-
 class RunningGenerate(Running):
     """Goes on from the prompts of a column.
 
@@ -86,7 +52,7 @@ class RunningGenerate(Running):
         generator: makes the texts.
     """
 
-    def __init__(self, job: Generate, card: ModelCard, model: Model, engine: Engine):
+    def __init__(self, job: "Generate", card: ModelCard, model: Model, engine: Engine):
         if engine.is_compiled:
             raise ConfigError("--compile has no effect on generate, whose steps have ever other shapes; leave it out")
         dtype, device = PRECISIONS[engine.precision], torch.device(engine.device)
@@ -137,6 +103,38 @@ class RunningGenerate(Running):
 
     def _prompts(self, column: TokenColumn) -> list[np.ndarray]:
         return [self.generator.open_ids(self._tokenizer.tokens_at(column, row)) for row in range(len(column))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Job):
+    """Go on from prompts.
+
+    Attributes:
+        options: how texts are made; `batch_size` has no effect.
+        prompts: that are read under the name `GIVEN`.
+    """
+
+    verb: ClassVar[str] = "generate"
+    running: ClassVar[type[Running]] = RunningGenerate
+    suffixes: ClassVar[tuple[str, ...]] = (".jsonl",)
+    keeps_payloads: ClassVar[bool] = True
+
+    options: GenerateOptions = field(default_factory=GenerateOptions)
+    prompts: tuple[str, ...] = ()
+
+    def reader(self, domain: Domain) -> Reader:
+        return PromptReader(domain.reader, self.prompts)
+
+    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
+        with replacing(output, parts) as temporary, temporary.open("w", encoding="utf-8") as file:
+            number = 0
+            for part in parts_of(parts):
+                for row in pq.read_table(part).to_pylist():
+                    for index, sample in enumerate(row["samples"]):
+                        facts = {"id": row["id"], "prompt": row[PAYLOAD], "prompt_number": number, "sample": index}
+                        file.write(json.dumps({**facts, **sample}, ensure_ascii=False) + "\n")
+                    number += 1
+        return ""
 
 
 @dataclass(frozen=True)

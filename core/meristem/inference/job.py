@@ -1,4 +1,4 @@
-"""What is computed for each record, as a value; and how it is run, the same for every verb.
+"""What is computed for each record and how it is run, as one value for each verb.
 
 A `Job` says what the rows of its output are. `run.run_job` reads the records, hands them out in chunks, writes the rows
 and goes on where a run was stopped.
@@ -93,12 +93,20 @@ class Engine:
 class Running(ABC):
     """A job with the model that it runs on.
 
+    Args:
+        job: of the class that names this one as its `running`.
+
+    Raises:
+        ConfigError: the model cannot do it.
+
     Attributes:
         reading: what it reads of a record.
         tokens_per_batch: tokens that are run at once at most.
         identity: what decides the rows beside model, input and engine, as plain values by the name of the option.
         facts: what the manifest says of the rows.
         fault: what is wrong where a row is not finite, as messages say it.
+        is_reused: whether the row of a record serves equal records of later parts; rows with a value a token are too
+            large.
     """
 
     reading: Reading
@@ -106,6 +114,10 @@ class Running(ABC):
     identity: Mapping[str, Any]
     facts: Mapping[str, Any]
     fault: str
+    is_reused: bool = True
+
+    @abstractmethod
+    def __init__(self, job: Any, card: ModelCard, model: Model, engine: Engine): ...
 
     @abstractmethod
     def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
@@ -135,18 +147,18 @@ class Running(ABC):
         return most
 
 
-@dataclass(frozen=True)
-class Job(ABC):
-    """What is computed for each record; a plain value, which travels to the processes that share the work."""
+@dataclass(frozen=True, kw_only=True)
+class Job(JobOptions, ABC):
+    """What is computed for each record, and how; a plain value, which travels to the processes that share the work."""
 
     verb: ClassVar[str]
-    """As progress and messages call it."""
+    """As the manifest calls it."""
+
+    running: ClassVar[type[Running]]
+    """Runs the job on a model."""
 
     suffixes: ClassVar[tuple[str, ...]] = ()
     """Endings of the file that is written; none where the output is a folder."""
-
-    is_reused: ClassVar[bool] = True
-    """Whether the row of a record serves equal records of later parts; rows with a value a token are too large."""
 
     keeps_payloads: ClassVar[bool] = False
     """Whether rows also hold the payload of their record, as the column `payload`."""
@@ -154,14 +166,6 @@ class Job(ABC):
     def reader(self, domain: Domain) -> Reader:
         """The reader of the records; by default that of the domain."""
         return domain.reader
-
-    @abstractmethod
-    def start(self, card: ModelCard, model: Model, engine: Engine) -> Running:
-        """The job on a model.
-
-        Raises:
-            ConfigError: the model cannot do it.
-        """
 
     @abstractmethod
     def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:

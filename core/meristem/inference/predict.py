@@ -1,6 +1,6 @@
 """Labels of records from a fine-tuned model: one table, one row a record or a token, in input order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,54 +11,18 @@ import pyarrow as pa
 from meristem.errors import ConfigError
 from meristem.inference.encoding import Reading
 from meristem.inference.engine import Advance
-from meristem.inference.job import Engine, Job, JobOptions, Running
+from meristem.inference.job import Engine, Job, Running
 from meristem.inference.predictor import Predictor, record_columns, token_columns
-from meristem.inference.run import Report, run_job
 from meristem.inference.table_file import SUFFIXES, write_table_file
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard
 from meristem.types import TokenColumn
 
 
-@dataclass(frozen=True, kw_only=True)
-class PredictOptions(JobOptions):
-    """How to predict: what `Predict` takes, and how a job is run.
-
-    Attributes:
-        labels: to predict; None for all that the model predicts.
-        is_per_token: one row a token, of the labels that tokens have.
-    """
-
-    labels: tuple[str, ...] | None = None
-    is_per_token: bool = False
-
-
-@dataclass(frozen=True)
-class Predict(Job):
-    """Predict labels; arguments as in `PredictOptions`."""
-
-    verb: ClassVar[str] = "predict"
-    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
-
-    labels: tuple[str, ...] | None = None
-    is_per_token: bool = False
-
-    @property
-    def is_reused(self) -> bool:  # type: ignore[override]
-        return not self.is_per_token
-
-    def start(self, card: ModelCard, model: Model, engine: Engine) -> "RunningPredict":
-        return RunningPredict(self, card, model, engine)
-
-    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
-        write_table_file(parts, output, is_exploded=self.is_per_token)
-        return ""
-
-
 class RunningPredict(Running):
     """Predicts labels of token columns."""
 
-    def __init__(self, job: Predict, card: ModelCard, model: Model, engine: Engine):
+    def __init__(self, job: "Predict", card: ModelCard, model: Model, engine: Engine):
         trunk = engine.trunk(model)
         self.reading = Reading.of(card)
         self.predictor = Predictor(trunk, job.labels)
@@ -69,6 +33,7 @@ class RunningPredict(Running):
         self.facts = {"labels": self.identity["label"]}
         self.fault = "its prediction is not finite; the model is damaged"
         self._is_per_token, self._tokenizer = job.is_per_token, card.tokenizer
+        self.is_reused = not job.is_per_token
 
     def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
         predictions = self.predictor.predict(column, advance)
@@ -90,19 +55,28 @@ class RunningPredict(Running):
         return column.payload_lengths if self._is_per_token else np.ones(len(column), np.int64)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Predict(Job):
+    """Predict labels.
+
+    Attributes:
+        labels: to predict; None for all that the model predicts.
+        is_per_token: one row a token, of the labels that tokens have.
+    """
+
+    verb: ClassVar[str] = "predict"
+    running: ClassVar[type[Running]] = RunningPredict
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
+
+    labels: tuple[str, ...] | None = None
+    is_per_token: bool = False
+
+    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
+        write_table_file(parts, output, is_exploded=self.is_per_token)
+        return ""
+
+
 def _arrays(columns: Mapping[str, list[object]]) -> dict[str, pa.Array]:
     """Columns as Arrow arrays: numbers in fp32, since predictions are no more exact."""
     kinds = {float: pa.float32(), int: pa.int32()}
     return {name: pa.array(v, kinds.get(type(v[0]), pa.string()) if v else None) for name, v in columns.items()}
-
-
-def predict_files(
-    model: Path | str,
-    inputs: Sequence[str],
-    output: Path | str,
-    options: PredictOptions | None = None,
-    report: Report | None = None,
-) -> dict[str, Any]:
-    """Label the records of files; arguments and result as those of `run_job`."""
-    options = options or PredictOptions()
-    return run_job(Predict(options.labels, options.is_per_token), model, inputs, Path(output), options, report)

@@ -23,7 +23,7 @@ from meristem.files import read_json, write_json
 from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS, Chunk, ChunkReader
 from meristem.inference.dedupe import Seen, Sources
 from meristem.inference.engine import NotFinite
-from meristem.inference.job import Job, JobOptions
+from meristem.inference.job import Job
 from meristem.inference.output import OutputDirectory, PartWriter, run_id
 from meristem.inference.threads import Behind, ahead
 from meristem.inference.windows import OVERLAP_FRAC
@@ -63,12 +63,7 @@ class Silent(Report):
 
 
 def run_job(
-    job: Job,
-    model: Path | str,
-    inputs: Sequence[str],
-    output: Path,
-    options: JobOptions | None = None,
-    report: Report | None = None,
+    job: Job, model: Path | str, inputs: Sequence[str], output: Path | str, report: Report | None = None
 ) -> dict[str, Any]:
     """Run a job over files, or go on where that was stopped.
 
@@ -79,6 +74,7 @@ def run_job(
         model: a run directory, a model directory or a foreign one.
         inputs: files; `-` is standard input.
         output: a folder, new, empty or of the same run; or a file, where the job writes one.
+        report: receives the progress.
 
     Returns:
         The manifest.
@@ -88,21 +84,23 @@ def run_job(
         DataError: an input that cannot be used; nothing is left behind unless it came from standard input.
         CheckpointError: a model that cannot be read.
     """
-    return _Run(job, Path(model), list(inputs), output, options or JobOptions(), report or Silent()).go()
+    return _Run(job, Path(model), list(inputs), Path(output), report or Silent()).go()
 
 
 class _Run:
-    def __init__(
-        self, job: Job, model: Path, inputs: list[str], output: Path, options: JobOptions, report: Report
-    ) -> None:
-        self.job, self.model_path, self.inputs, self.output = job, model, inputs, output
-        self.options, self.report = options, report
+    def __init__(self, job: Job, model: Path, inputs: list[str], output: Path, report: Report) -> None:
+        self.job, self.model_path, self.inputs, self.output, self.report = job, model, inputs, output, report
         if inputs.count("-") > 1:
             raise ConfigError("standard input (-) can be read once; got it twice")
         if job.suffixes and output.suffix not in job.suffixes:
             raise ConfigError(f"--output must end in {', '.join(job.suffixes)}; got {output}")
         if job.suffixes and output.is_dir():
             raise ConfigError(f"--output must be a file; {output} is a directory")
+        if not job.suffixes and output.suffix in (".h5", ".hdf5", ".npz", ".parquet"):
+            raise ConfigError(
+                f"--output must be a directory; got {output}; with --output {output.with_suffix('')} "
+                f"--format {output.suffix[1:]} the file is in it"
+            )
         self.parts = OutputDirectory(output.with_name(f"{output.name}.parts") if job.suffixes else output)
         self.summary = output.with_name(f"{output.name}.manifest.json") if job.suffixes else None
         self.began = time.monotonic()
@@ -112,11 +110,11 @@ class _Run:
         self.parts.check_foreign()
         if self.summary is not None and not self.summary.exists():
             self._refuse_existing()
-        self.card, model = load_any(self.model_path, self.options.tokenizer)
-        self.domain = domain_of_model(self.options.domain, self.card.domain)
+        self.card, model = load_any(self.model_path, self.job.tokenizer)
+        self.domain = domain_of_model(self.job.domain, self.card.domain)
         self.domain = replace(self.domain, reader=self.job.reader(self.domain))
-        self.engine = self.options.engine()
-        self.running = self.job.start(self.card, model, self.engine)
+        self.engine = self.job.engine()
+        self.running = self.job.running(self.job, self.card, model, self.engine)
         self.config = model.config
         self.chunk_symbols = self._chunk_symbols(sum(parameter.numel() for parameter in model.trunk.parameters()))
         counted = work = None
@@ -126,7 +124,7 @@ class _Run:
         identity = {
             "model": hash_weights(self.model_path),
             "input": counted.digest if counted else "<stdin>",
-            **({"tokenizer": self.card.tokenizer.fingerprint} if self.options.tokenizer else {}),
+            **({"tokenizer": self.card.tokenizer.fingerprint} if self.job.tokenizer else {}),
             "job": self.job.verb,
             **self.running.identity,
             "precision": self.engine.precision,
@@ -141,8 +139,8 @@ class _Run:
         if done is not None:
             self.report.skipped(done["records"], done["tokens"])
             return done
-        is_here = self.options.devices == 1
-        workers = InProcess(self.running) if is_here else Workers(self.model_path, self.job, self.engine, self.options)
+        is_here = self.job.devices == 1
+        workers = InProcess(self.running) if is_here else Workers(self.model_path, self.job, self.engine)
         self.parts.claim()
         try:
             return self._work(identity, workers)
@@ -166,7 +164,7 @@ class _Run:
         return None
 
     def _refuse_existing(self) -> None:
-        if self.output.exists() and not self.parts.path.exists() and not self.options.is_overwriting:
+        if self.output.exists() and not self.parts.path.exists() and not self.job.is_overwriting:
             raise ConfigError(
                 f"--output {self.output} is there already, and not by this command; name another file, or --overwrite"
             )
@@ -179,7 +177,7 @@ class _Run:
         return self.running.most_symbols(most)
 
     def _reader(self) -> ChunkReader:
-        options, reading = self.options, self.running.reading
+        options, reading = self.job, self.running.reading
         names = tuple(reading.tokenizers)
         said = options.column or options.read.columns
         if isinstance(said, Mapping) and tuple(said) == (INPUT,):  # a record of one input, whatever its name
@@ -204,8 +202,8 @@ class _Run:
         manifest = lambda is_complete: self._manifest(identity, reader, is_complete, spent)  # noqa: E731
         self.parts.write_manifest(manifest(False))
         writer = PartWriter(self.parts, run, self.job.keeps_payloads)
-        seen = Seen(is_across_parts=self.job.is_reused)
-        behind: Behind[_Piece] = Behind(lambda piece: self._write(writer, piece, spent), ahead=2 * self.options.devices)
+        seen = Seen(is_across_parts=self.running.is_reused)
+        behind: Behind[_Piece] = Behind(lambda piece: self._write(writer, piece, spent), ahead=2 * self.job.devices)
         try:
             with ahead(reader) as chunks:
                 for chunk in chunks:
@@ -285,7 +283,8 @@ class _Run:
     def _manifest(
         self, identity: dict[str, Any], reader: ChunkReader, is_complete: bool, spent: float
     ) -> dict[str, Any]:
-        options, inputs = self.options, zip(self.inputs, reader.per_input)
+        job, inputs = self.job, zip(self.inputs, reader.per_input)
+        values, stated = asdict(job), self.running.identity
         return {
             "format_version": MANIFEST_VERSION,
             "complete": is_complete,
@@ -294,16 +293,17 @@ class _Run:
             "domain": self.domain.name,
             "inputs": [{"path": Source(name).name, "records": count} for name, count in inputs],
             "options": {
-                **self.running.identity,
-                **{name: value for name, value in asdict(self.job).items() if name not in self.running.identity},
+                **stated,
+                # what this class of jobs declares itself, not how every job is run
+                **{name: values[name] for name in type(job).__annotations__ if name in values.keys() - stated.keys()},
                 "precision": self.engine.precision,
                 "device": self.engine.device,
-                "devices": options.devices,
+                "devices": job.devices,
                 "threads": torch.get_num_threads(),
                 "tokens_per_batch": self.running.tokens_per_batch,
-                "on_error": "skip" if options.is_skipping else "refuse",
+                "on_error": "skip" if job.is_skipping else "refuse",
                 "columns": dict(reader.options.columns),
-                "id_column": options.read.id_column,
+                "id_column": job.read.id_column,
             },
             **self.running.facts,
             "parts": self.parts.count_parts(),

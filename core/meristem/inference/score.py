@@ -18,9 +18,8 @@ from meristem.figures.canvas import encode_figure
 from meristem.files import replacing, write_file
 from meristem.inference.encoding import Reading
 from meristem.inference.engine import Advance, NotFinite, views_of
-from meristem.inference.job import Engine, Job, JobOptions, Running, too_long
+from meristem.inference.job import Engine, Job, Running, too_long
 from meristem.inference.output import parts_of
-from meristem.inference.run import Report, run_job
 from meristem.inference.table_file import SUFFIXES, write_table_file
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard
@@ -36,19 +35,8 @@ ARRAY_CHUNK_SYMBOLS = 8192
 MIN_CHUNK_SYMBOLS = 512
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreOptions(JobOptions):
-    """How to score: what `Score` takes, and how a job is run.
-
-    Attributes:
-        scorer: name of the scorer.
-        scorer_options: a value of its `options`; None for its defaults.
-        plots: folder for a PNG of each array; empty for none.
-    """
-
-    scorer: str = "likelihood"
-    scorer_options: Any = None
-    plots: str = ""
+ARRAYS = pa.schema({"shape": pa.list_(pa.int64()), "values": pa.large_list(pa.float32()), "plot": pa.large_binary()})
+"""Columns of a part that holds arrays, and PNGs of them."""
 
 
 def find_scorers(domain: str = "") -> dict[str, Scorer]:
@@ -72,58 +60,12 @@ def find_scorers(domain: str = "") -> dict[str, Scorer]:
     return found
 
 
-@dataclass(frozen=True)
-class Score(Job):
-    """Score records; arguments as in `ScoreOptions`.
-
-    Args:
-        domain: whose scorer it is; empty for any installed one.
-    """
-
-    verb: ClassVar[str] = "score"
-
-    scorer: str = "likelihood"
-    scorer_options: Any = None
-    domain: str = ""
-    plots: str = ""
-
-    def find(self) -> Scorer:
-        """The scorer of that name.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        if self.scorer == "likelihood":  # no domain is imported for it
-            return LIKELIHOOD
-        scorers = find_scorers(self.domain)
-        if self.scorer not in scorers:
-            raise ConfigError(f"--scorer must be one of {', '.join(scorers)}; got {self.scorer!r}")
-        return scorers[self.scorer]
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (".npz",) if self.find().schema is None else SUFFIXES
-
-    @property
-    def is_reused(self) -> bool:  # type: ignore[override]
-        return self.find().schema is not None
-
-    def start(self, card: ModelCard, model: Model, engine: Engine) -> "RunningScore":
-        return RunningScore(self, card, model, engine)
-
-    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
-        if output.suffix == ".npz":
-            _write_arrays(parts, output, self.plots)
-        else:
-            write_table_file(parts, output)
-        return ""
-
-
 class RunningScore(Running):
     """Scores token columns."""
 
-    def __init__(self, job: Score, card: ModelCard, model: Model, engine: Engine):
+    def __init__(self, job: "Score", card: ModelCard, model: Model, engine: Engine):
         self.scorer = job.find()
+        self.is_reused = self.scorer.schema is not None
         if job.plots and self.scorer.draw is None:
             raise ConfigError(f"--plots has no effect on the scorer {job.scorer}, which draws nothing; leave it out")
         self._options = self.scorer.options() if job.scorer_options is None else job.scorer_options
@@ -177,8 +119,48 @@ class RunningScore(Running):
         return {"shape": list(values.shape), "values": values.astype(np.float32).ravel(), "plot": plot}
 
 
-ARRAYS = pa.schema({"shape": pa.list_(pa.int64()), "values": pa.large_list(pa.float32()), "plot": pa.large_binary()})
-"""Columns of a part that holds arrays, and PNGs of them."""
+@dataclass(frozen=True, kw_only=True)
+class Score(Job):
+    """Score records; the manifest says in `summary` what the values are.
+
+    Attributes:
+        scorer: name of the scorer.
+        scorer_options: a value of its `options`; None for its defaults.
+        domain: reads the inputs and has the scorer; empty for the model's own, and a scorer of any installed one.
+        plots: folder for a PNG of each array; empty for none.
+    """
+
+    verb: ClassVar[str] = "score"
+    running: ClassVar[type[Running]] = RunningScore
+
+    scorer: str = "likelihood"
+    scorer_options: Any = None
+    domain: str = ""
+    plots: str = ""
+
+    def find(self) -> Scorer:
+        """The scorer of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.scorer == "likelihood":  # no domain is imported for it
+            return LIKELIHOOD
+        scorers = find_scorers(self.domain)
+        if self.scorer not in scorers:
+            raise ConfigError(f"--scorer must be one of {', '.join(scorers)}; got {self.scorer!r}")
+        return scorers[self.scorer]
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (".npz",) if self.find().schema is None else SUFFIXES
+
+    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
+        if output.suffix == ".npz":
+            _write_arrays(parts, output, self.plots)
+        else:
+            write_table_file(parts, output)
+        return ""
 
 
 def _mean_of(results: Sequence[Any]) -> Any:
@@ -226,16 +208,3 @@ def _named_rows(parts: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 name = f"{id}#{seen[id] + 1}"
             names.add(name)
             yield name, {column: table[column][row] for column in ARRAYS.names}
-
-
-def score_files(
-    model: Path | str,
-    inputs: Sequence[str],
-    output: Path | str,
-    options: ScoreOptions | None = None,
-    report: Report | None = None,
-) -> dict[str, Any]:
-    """Score the records of files; arguments and result as those of `run_job`. `summary` says what the values are."""
-    options = options or ScoreOptions()
-    job = Score(options.scorer, options.scorer_options, options.domain, options.plots)
-    return run_job(job, model, inputs, Path(output), options, report)

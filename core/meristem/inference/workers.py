@@ -4,18 +4,16 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import torch
 
 from meristem.errors import ConfigError
 from meristem.inference.engine import Advance
-from meristem.inference.job import Engine, Job, JobOptions, Running
+from meristem.inference.job import Engine, Job, Running
 from meristem.model_directory import load_any
 from meristem.types import TokenColumn
 
@@ -27,8 +25,8 @@ class Workers:
         ConfigError: more are asked for than there are.
     """
 
-    def __init__(self, model: Path, job: Job, engine: Engine, options: JobOptions):
-        is_cuda, count = engine.device == "cuda", options.devices
+    def __init__(self, model: Path, job: Job, engine: Engine):
+        is_cuda, count = engine.device == "cuda", job.devices
         there = torch.cuda.device_count() if is_cuda else os.cpu_count() or 1
         if count > there:
             what = "GPUs" if is_cuda else "CPU cores"
@@ -38,9 +36,7 @@ class Workers:
         for rank in range(count):
             ranks.put(rank)
         threads = max(1, torch.get_num_threads() // count)
-        self._pool = ProcessPoolExecutor(
-            count, context, _start, (model, options.tokenizer, job, engine, ranks, threads, os.getpid())
-        )
+        self._pool = ProcessPoolExecutor(count, context, _start, (model, job, engine, ranks, threads, os.getpid()))
 
     def submit(self, column: TokenColumn, advance: Advance, num_tokens: int) -> "Future[pa.Table]":
         """Compute the rows of a column; `advance` is told of its tokens when all are done."""
@@ -77,20 +73,14 @@ _running: Running | None = None
 
 
 def _start(
-    model_path: Path,
-    tokenizer: Mapping[str, Any],
-    job: Job,
-    engine: Engine,
-    ranks: "multiprocessing.Queue[int]",
-    threads: int,
-    parent: int,
+    model_path: Path, job: Job, engine: Engine, ranks: "multiprocessing.Queue[int]", threads: int, parent: int
 ) -> None:
     global _running
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
-    card, model = load_any(model_path, tokenizer)
+    card, model = load_any(model_path, job.tokenizer)
     device = f"cuda:{ranks.get()}" if engine.device == "cuda" else engine.device
-    _running = job.start(card, model, replace(engine, device=device))
+    _running = job.running(job, card, model, replace(engine, device=device))
 
 
 def _leave_with(parent: int) -> None:

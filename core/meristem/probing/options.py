@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from meristem.errors import ConfigError
-from meristem.inference.embed import EmbedOptions
+from meristem.inference.embed import Embed
 
 METHODS = {"linear": ("linear",), "knn": ("knn",), "both": ("linear", "knn")}
 """The probes that each value of `method` stands for."""
@@ -46,7 +46,7 @@ class ProbeOptions:
     test_frac: float | None = None
     validation_frac: float = 0.1
     seed: int = 0
-    embed: EmbedOptions = field(default_factory=EmbedOptions)
+    embed: Embed = field(default_factory=Embed)
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from meristem.data.records import ReadOptions
 from meristem.domain import load_domain
-from meristem.inference.embed import EmbedOptions
+from meristem.inference.embed import Embed
 from meristem.probing.options import METHODS, ProbeOptions
 from meristem.probing.run import figure_names, probe_files
 from meristem.train.spec import DataSpec
@@ -80,7 +80,7 @@ class Probe(Suite):
         alike = {one.name: getattr(self, one.name) for one in fields(ProbeOptions) if hasattr(self, one.name)}
         return ProbeOptions(
             **alike | {"missing_labels": tuple(self.missing_labels or ())},
-            embed=EmbedOptions(domain=data.domain, pool=self.pool, read=read),
+            embed=Embed(domain=data.domain, pool=self.pool, read=read),
             cache_dir=Path(data.cache_dir) if data.cache_dir else None,
         )
 

@@ -13,10 +13,11 @@ from meristem.data.records import PAYLOAD, Source
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import column_bytes
 from meristem.errors import DataError
-from meristem.inference.embed import EmbedOptions, embed_files
+from meristem.inference.embed import Embed
 from meristem.inference.engine import best_device, best_precision
 from meristem.inference.formats import read_embeddings
 from meristem.inference.output import MANIFEST, read_manifest
+from meristem.inference.run import run_job
 from meristem.model_directory import hash_weights
 from meristem.probing.fit import Watch
 
@@ -25,7 +26,7 @@ def stored_vectors(
     store: RecordStore,
     model: Path,
     inputs: Sequence[str],
-    options: EmbedOptions,
+    job: Embed,
     cache_dir: Path,
     title: str,
     watch: Watch,
@@ -34,7 +35,7 @@ def stored_vectors(
 
     Args:
         inputs: the files of the store, in its order.
-        options: how to embed; its `read` is that of the store.
+        job: how to embed; its `read` is that of the store.
         cache_dir: folder of the cached vectors.
         title: what `watch` calls the work.
 
@@ -42,13 +43,13 @@ def stored_vectors(
         `[M]` rows of the store that have a vector, which are all but those that the tokenizer refused; `[M, D]`
         vectors; and their manifest.
     """
-    folder = cache_dir / _key(store, model, inputs, options)
+    folder = cache_dir / _key(store, model, inputs, job)
     is_there = (folder / MANIFEST).exists() and bool(read_manifest(folder).get("complete"))
     if is_there:
         manifest = read_manifest(folder)
     else:
         with watch.embedding(title) as report:
-            manifest = embed_files(model, inputs, folder, options, report)
+            manifest = run_job(job, model, inputs, folder, report)
     vectors = read_embeddings(folder)
     ids = np.array(store.column("id").to_pylist(), object)
     rows = np.arange(len(store))
@@ -63,15 +64,15 @@ def stored_vectors(
     return rows, vectors.values, manifest
 
 
-def _key(store: RecordStore, model: Path, inputs: Sequence[str], options: EmbedOptions) -> str:
+def _key(store: RecordStore, model: Path, inputs: Sequence[str], job: Embed) -> str:
     """A hash of everything the vectors depend on, which labels and splits are not."""
     device = best_device()
-    wanted = asdict(replace(options, precision=best_precision(options.precision, device)))
+    wanted = asdict(replace(job, precision=best_precision(job.precision, device)))
     wanted["read"] = {name: wanted["read"][name] for name in ("columns", "id_column")}
     wanted |= {"model": hash_weights(model), "device": device}
     wanted.pop("tokens_per_batch")
     # refused records are known by their files
-    wanted["inputs"] = [Source(name).name for name in inputs] if options.is_skipping else []
+    wanted["inputs"] = [Source(name).name for name in inputs] if job.is_skipping else []
     digest = hashlib.blake2b(json.dumps(wanted, sort_keys=True, default=str).encode(), digest_size=16)
     for name in ("id", PAYLOAD):
         for chunk in store.column(name).chunks:
