@@ -1,11 +1,11 @@
 """A model that is ready for sequences in memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from meristem.model_directory import ModelCard, load_any
 from meristem.registry import installed
 from meristem.scoring.running import RunningModel
 from meristem.types import TokenColumn
+
+Result = TypeVar("Result")
 
 FILES_AHEAD = 256
 """Payloads other than texts that are held in memory at once."""
@@ -92,17 +94,18 @@ class LoadedModel:
         pool = default_pool(self.card) if pool is None else pool
         layers = [layer] if isinstance(layer, int) else list(layer)
         embedders = [Embedder(self._engine(tokens_per_batch, precision).trunk(self.model, one), pool) for one in layers]
-        pieces: list[list[np.ndarray]] = [[] for _ in layers]
-        for first, column in self._columns(sequences, self._viewed(Reading.of(self.card))):
-            for embedder, found in zip(embedders, pieces):
-                with _naming(first):
-                    values = embedder.embed(column)
-                cuts = np.cumsum(embedder.num_vectors(column))[:-1]
-                found += np.split(values, cuts) if pool == "none" else [values]
-        made: list[Any] = pieces
-        if pool != "none":
-            nothing = [np.zeros((0, embedder.width), np.float32) for embedder in embedders]
-            made = [np.concatenate([first, *found]) for first, found in zip(nothing, pieces)]
+
+        def vectors(column: TokenColumn) -> list[Any]:
+            made = [embedder.embed(column) for embedder in embedders]
+            cuts = np.cumsum(column.payload_lengths)[:-1]
+            return [np.split(values, cuts) for values in made] if pool == "none" else made
+
+        pieces = list(self._each(sequences, self._viewed(Reading.of(self.card)), vectors))
+        made: list[Any] = []
+        for place, embedder in enumerate(embedders):
+            found = [piece[place] for piece in pieces]
+            nothing = np.zeros((0, embedder.width), np.float32)
+            made.append(list(chain(*found)) if pool == "none" else np.concatenate([nothing, *found]))
         return made[0] if isinstance(layer, int) else made
 
     def predict(
@@ -118,19 +121,14 @@ class LoadedModel:
             >>> meristem.load("runs/localization").predict(["MKTAYIAKQR"])["location"].classes
         """
         predictor = Predictor(self._engine(tokens_per_batch, precision).trunk(self.model))
-        pieces: dict[str, list[Prediction]] = {readout.name: [] for readout in predictor.readouts}
-        for first, column in self._columns(sequences, self._viewed(Reading.of(self.card))):
-            with _naming(first):
-                for name, piece in predictor.predict(column).items():
-                    pieces[name].append(piece)
+        pieces = list(self._each(sequences, self._viewed(Reading.of(self.card)), predictor.predict))
         return {
-            name: Prediction(
-                parts[0].readout,
-                np.concatenate([part.values for part in parts]),
-                np.concatenate([part.lengths for part in parts]),
+            readout.name: Prediction(
+                readout,
+                np.concatenate([piece[readout.name].values for piece in pieces]),
+                np.concatenate([piece[readout.name].lengths for piece in pieces]),
             )
-            for name, parts in pieces.items()
-            if parts
+            for readout in (predictor.readouts if pieces else ())
         }
 
     def score(
@@ -158,11 +156,8 @@ class LoadedModel:
         chosen = options_by_name("the scorer", Score(scorer=scorer, domain=domain).find().options, options)
         job = Score(scorer=scorer, scorer_options=chosen, domain=domain)
         running = RunningScore(job, self.card, self.model, self._engine(tokens_per_batch, precision))
-        found: list[Any] = []
-        for first, column in self._columns(sequences, self._viewed(running.reading), running.unfit):
-            with _naming(first):
-                found += running.results(column, lambda records, tokens: None)
-        return found
+        results = lambda column: list(running.results(column, lambda records, tokens: None))  # noqa: E731
+        return list(chain(*self._each(sequences, self._viewed(running.reading), results, running.unfit)))
 
     def logits(
         self, sequences: Iterable[Any], tokens_per_batch: int | None = None, precision: str = "auto"
@@ -186,11 +181,8 @@ class LoadedModel:
             raise ConfigError("logits are those of a model of one stack; score an encoder-decoder, or generate with it")
         trunk = self._engine(tokens_per_batch, precision).trunk(self.model)
         running = RunningModel(trunk.runnable, self.card.tokenizer, trunk.budget)
-        found: list[np.ndarray] = []
         unfit = partial(too_long, limit=self.model.config.max_length)
-        for _, column in self._columns(sequences, Reading.of(self.card), unfit):
-            found += running.logits(column)
-        return found
+        return list(chain(*self._each(sequences, Reading.of(self.card), running.logits, unfit)))
 
     def export(self, out: Path | str, to: str = "hf") -> list[str]:
         """Write the model as a directory that another library loads.
@@ -245,16 +237,17 @@ class LoadedModel:
         domain = domain_of_model("", self.card.domain)
         return replace(reading, views=domain.build_verb_views(self.card.tokenizer))
 
-    def _columns(
+    def _each(
         self,
         sequences: Iterable[Any],
         reading: Reading,
+        work: Callable[[TokenColumn], Result],
         unfit: Callable[[TokenColumn], Mapping[int, str]] = lambda column: {},
-    ) -> Iterator[tuple[int, TokenColumn]]:
-        """Columns of the sequences, with the number of the first of each.
+    ) -> Iterator[Result]:
+        """What `work` gives for columns of the sequences; errors name the sequence by its number.
 
         Args:
-            reading: what is read of each.
+            reading: what is read of each sequence.
             unfit: rows of a column that cannot be worked on, and why.
         """
         is_one = isinstance(sequences, str) or hasattr(sequences, "__bytes__") or hasattr(sequences, "seq")
@@ -269,7 +262,11 @@ class LoadedModel:
                 raise DataError(f"sequence {first + error.row}: {error}") from error
             for row, reason in unfit(column).items():
                 raise DataError(f"sequence {first + row}: {reason}")
-            yield first, column
+            try:
+                result = work(column)
+            except NotFinite as error:
+                raise DataError(f"sequence {first + error.row}: the result is not finite") from error
+            yield result
             first += len(held)
 
 
@@ -284,15 +281,6 @@ def _chunks(sequences: Iterable[Any]) -> Iterator[list[Any]]:
             held, size = [], 0
     if held:
         yield held
-
-
-@contextmanager
-def _naming(first: int) -> Iterator[None]:
-    """Number the sequence in a `NotFinite` error from the first sequence of all, not of its column."""
-    try:
-        yield
-    except NotFinite as error:
-        raise DataError(f"sequence {first + error.row}: the result is not finite") from error
 
 
 def load(path: Path | str, device: str | None = None, tokenizer: Mapping[str, Any] | None = None) -> LoadedModel:
