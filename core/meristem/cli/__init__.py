@@ -1,16 +1,15 @@
 """The command line: one thin file a verb, and the only place with YAML and arguments.
 
 `main.py` holds the table `VERBS`, so `meristem --help` imports no verb; a verb's module is imported when it
-is called. There are two kinds:
+is called. It defines one of two things:
 
-* `Verb`: the module has
+* Of a verb with arguments of its own:
 
       def add_arguments(parser: argparse.ArgumentParser) -> None
       def run(args: argparse.Namespace) -> int
 
   `parser` already has the verb's name, its help line and its example; `run` returns the exit code (0).
-* `OpenVerb`: the arguments are the keys of a config (`fit`, `validate`, `test`), or depend on those given (`score`), so
-  the module has
+* Of a verb whose arguments are the keys of a config (`fit`, `validate`, `test`), or depend on those given (`score`):
 
       def run_argv(argv: list[str], parser: argparse.ArgumentParser) -> int
 

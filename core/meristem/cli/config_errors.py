@@ -24,7 +24,10 @@ def explain(text: str, read: ReadConfig) -> str:
     if unknown := re.search(r"Option '([^']+)' is not accepted", text):
         option = unknown.group(1)
         place = read.place(read.key_in_file(f"{key}.{option}"))
-        takes = _parameters_of(class_path) if class_path else _keys_of("")
+        takes = _keys_of("")
+        if class_path:
+            module, _, name = class_path.rpartition(".")
+            takes = ", ".join([*inspect.signature(getattr(import_module(module), name).__init__).parameters][1:])
         option = option if class_path or key else option.partition(".")[0]
         return f"{place}{option} is no key{f' of {key}' if key else ''}; it takes {takes}"
     if missing := re.search(r"required: (.+)", text):
@@ -61,9 +64,3 @@ def _keys_of(group: str) -> str:
             break
         kind = inner
     return ", ".join(one.name for one in fields(kind))
-
-
-def _parameters_of(class_path: str) -> str:
-    module, _, name = class_path.rpartition(".")
-    found = getattr(import_module(module), name)
-    return ", ".join([*inspect.signature(found.__init__).parameters][1:])

@@ -18,37 +18,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carry out one action."""
     if args.action == "list":
-        return _list()
-    return _new(args.name) if args.action == "new" else _check(args.name)
+        from meristem.domain import GROUP
+        from meristem.registry import installed, package_of
 
+        points = [point for same in installed(GROUP).values() for point in same]
+        for point in points:
+            print(f"{point.name:<16}{point.value:<36}{package_of(point)}")
+        if not points:
+            print("no domain is installed; write one with: meristem domains new NAME", file=sys.stderr)
+    elif args.action == "new":
+        from meristem.scaffold import write_domain
 
-def _list() -> int:
-    from meristem.domain import GROUP
-    from meristem.registry import installed, package_of
+        print(f"wrote {write_domain(args.name, Path.cwd()).name}/; next:")
+        print(f"  pip install -e {args.name}")
+        print(f"  meristem domains check {args.name}")
+    else:
+        from meristem.contract import run_contract
 
-    points = [point for same in installed(GROUP).values() for point in same]
-    for point in points:
-        print(f"{point.name:<16}{point.value:<36}{package_of(point)}")
-    if not points:
-        print("no domain is installed; write one with: meristem domains new NAME", file=sys.stderr)
-    return 0
-
-
-def _new(name: str) -> int:
-    from meristem.scaffold import write_domain
-
-    folder = write_domain(name, Path.cwd())
-    print(f"wrote {folder.name}/; next:")
-    print(f"  pip install -e {name}")
-    print(f"  meristem domains check {name}")
-    return 0
-
-
-def _check(name: str) -> int:
-    from meristem.contract import run_contract
-
-    tick = "\u2713" if "utf" in (sys.stdout.encoding or "").lower() else "ok"
-    for stage in run_contract(name):
-        print(f"{tick} {stage.name:<9}{stage.detail:<64}{stage.seconds:7.2f} s", flush=True)
-    print(f"{name} keeps the contract")
+        tick = "\u2713" if "utf" in (sys.stdout.encoding or "").lower() else "ok"
+        for stage in run_contract(args.name):
+            print(f"{tick} {stage.name:<9}{stage.detail:<64}{stage.seconds:7.2f} s", flush=True)
+        print(f"{args.name} keeps the contract")
     return 0

@@ -13,7 +13,6 @@ from meristem.cli.jobs import (
     MODEL_HELP,
     ProgressReport,
     add_engine_arguments,
-    add_overwrite_argument,
     job_options,
     print_summary,
 )
@@ -56,9 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     own = ("temperature", "num_beams", "num_samples", "stop", "batch_size")
     add_options(parser, GenerateOptions, "how tokens are chosen", own)
-    add_engine_arguments(parser)
+    add_engine_arguments(parser, writes_file=True)
     parser.set_defaults(precision="fp32")
-    add_overwrite_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,8 +14,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="files of records; - for standard input")
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """How records are read and the model is run, for every verb that does."""
+def add_engine_arguments(parser: argparse.ArgumentParser, writes_file: bool = False) -> None:
+    """How records are read and the model is run, for every verb that does.
+
+    Args:
+        writes_file: the verb writes one file, which may be there already.
+    """
     parser.add_argument(
         "--tokens-per-batch",
         type=int,
@@ -48,11 +52,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="column of a table that holds the payloads; where records have several inputs, INPUT=COLUMN for each",
     )
     parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
-
-
-def add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
-    """For verbs that write one file."""
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file where there is one")
+    if writes_file:
+        parser.add_argument("--overwrite", action="store_true", help="replace the output file where there is one")
 
 
 def job_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb with arguments of its own; `meristem.cli` says what its module defines.
+    """A verb; `meristem.cli` says what its module defines.
 
     Attributes:
         module: imported when the verb is called, not before.
@@ -60,6 +60,8 @@ class Verb:
     def call(self, name: str, argv: list[str]) -> int:
         """Parse what stands behind the verb and run it."""
         module, parser = importlib.import_module(self.module), self.parser(name)
+        if hasattr(module, "run_argv"):
+            return int(module.run_argv(argv, parser))
         module.add_arguments(parser)
         if not self.reads_model:
             return int(module.run(parser.parse_args(argv)))
@@ -76,29 +78,21 @@ class Verb:
         )
 
 
-@dataclass(frozen=True)
-class OpenVerb(Verb):
-    """A verb whose arguments are the keys of a config, or depend on those given: its module parses them."""
-
-    def call(self, name: str, argv: list[str]) -> int:
-        return int(importlib.import_module(self.module).run_argv(argv, self.parser(name)))
-
-
 SAMPLE = next((name for name in shipped_configs() if name.endswith("/sample")), "config.yaml")
 """A config that trains on the sample of its domain."""
 
 VERBS: dict[str, Verb] = {
-    "fit": OpenVerb(
+    "fit": Verb(
         "meristem.cli.fit",
         "train a model from a config, or go on where the run stopped",
         f"meristem fit --config {SAMPLE} --trainer.max_steps 200",
     ),
-    "validate": OpenVerb(
+    "validate": Verb(
         "meristem.cli.fit",
         "measure a trained model on the validation part of its data",
         "meristem validate --config runs/sample/config.yaml",
     ),
-    "test": OpenVerb(
+    "test": Verb(
         "meristem.cli.fit",
         "measure a trained model on the test part of its data",
         "meristem test --config runs/tuned/config.yaml",
@@ -132,7 +126,7 @@ VERBS: dict[str, Verb] = {
         "meristem generate runs/decoder/model --prompt MKT --temperature 0.8 --top-p 0.95",
         reads_model=True,
     ),
-    "score": OpenVerb(
+    "score": Verb(
         "meristem.cli.score",
         "write how likely records are, or what a scorer of a domain says of them",
         "meristem score runs/sample/model records.csv --output scores.csv",
@@ -182,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and _is_reader_gone():
-            return _leave_pipe()
+            # stdout at nothing, so that the interpreter's last flush does not complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return PIPE_CLOSED
         return _report(error, arguments, is_debug)
 
 
@@ -202,29 +198,24 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = ["usage: meristem VERB ... [--debug]", ""]
-    lines += ["One transformer core; every domain grows from it.", ""]
-    for name, verb in VERBS.items():
-        lines += [f"  {name:<10}{verb.help}", f"  {'':<10}  $ {verb.example}"]
-    lines += [
-        "",
-        "  meristem VERB --help shows the arguments of a verb; --version the version;",
-        "  --debug keeps the traceback of an error on the screen.",
-        "",
-        "exit codes: 0 done, 2 the input or the config is wrong, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM",
-    ]
-    return "\n".join(lines)
+    verbs = "\n".join(f"  {name:<10}{verb.help}\n  {'':<10}  $ {verb.example}" for name, verb in VERBS.items())
+    return f"""usage: meristem VERB ... [--debug]
+
+One transformer core; every domain grows from it.
+
+{verbs}
+
+  meristem VERB --help shows the arguments of a verb; --version the version;
+  --debug keeps the traceback of an error on the screen.
+
+exit codes: 0 done, 2 the input or the config is wrong, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM"""
 
 
 def _report(error: BaseException, arguments: list[str], is_debug: bool) -> int:
     """One line on stderr; the traceback is shown or kept."""
     if is_debug:
         traceback.print_exception(error)
-    if isinstance(error, UserError):
-        _say(f"error: {error}")
-        return WRONG_INPUT
-    trouble = _disk_trouble(error, arguments)
-    if trouble:
+    if trouble := str(error) if isinstance(error, UserError) else _disk_trouble(error, arguments):
         _say(f"error: {trouble}")
         return WRONG_INPUT
     line = f"fault: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -304,12 +295,6 @@ def _is_reader_gone() -> bool:
         return any(event & select.POLLERR for _, event in poll.poll(0))
     except (OSError, ValueError):
         return False
-
-
-def _leave_pipe() -> int:
-    """Point stdout at nothing, so that the interpreter's last flush does not complain."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return PIPE_CLOSED
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from meristem.cli.jobs import (
     ProgressReport,
     add_engine_arguments,
     add_model_arguments,
-    add_overwrite_argument,
     job_options,
     print_summary,
 )
@@ -24,8 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one row a token with its probabilities; by default labels of tokens are one text a record",
     )
-    add_engine_arguments(parser)
-    add_overwrite_argument(parser)
+    add_engine_arguments(parser, writes_file=True)
 
 
 def run(args: argparse.Namespace) -> int:

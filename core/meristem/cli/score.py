@@ -6,7 +6,6 @@ from meristem.cli.jobs import (
     ProgressReport,
     add_engine_arguments,
     add_model_arguments,
-    add_overwrite_argument,
     job_options,
     print_summary,
 )
@@ -33,8 +32,7 @@ def run_argv(argv: list[str], parser: argparse.ArgumentParser) -> int:
     )
     parser.add_argument("--scorer", default="likelihood", metavar="NAME", help="what is scored, likelihood by default")
     parser.add_argument("--plots", default="", metavar="FOLDER", help="folder for a PNG of each array")
-    add_engine_arguments(parser)
-    add_overwrite_argument(parser)
+    add_engine_arguments(parser, writes_file=True)
     add_options(parser, options, f"options of the scorer {asked.scorer}")
     parser.epilog = f"{listed}\n\n{parser.epilog}"
     try:
