@@ -99,11 +99,13 @@ def _iter_parts(path: Path) -> Iterator[Embeddings]:
     for part in parts_of(path):
         columns = pq.read_schema(part).names
         is_pooled = "tokens" not in columns
-        facts = pq.read_table(part, columns=["id", "length"])
-        lengths = np.ones(len(facts), np.int64) if is_pooled else facts["length"].to_numpy()
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        ids = np.array(facts["id"].to_pylist(), object)
+        ids, lengths = np.array(_column(part, "id").to_pylist(), object), _column(part, "length").to_numpy()
+        offsets = np.cumsum([0, *(np.ones_like(lengths) if is_pooled else lengths)], dtype=np.int64)
         yield Embeddings(ids, part_vectors(part), offsets, is_pooled)
+
+
+def _column(part: Path, name: str) -> pa.ChunkedArray:
+    return pq.read_table(part, columns=[name])[name]
 
 
 def _iter_h5(path: Path) -> Iterator[Embeddings]:
@@ -124,9 +126,7 @@ def _iter_h5(path: Path) -> Iterator[Embeddings]:
 
 def _iter_npz(path: Path) -> Iterator[Embeddings]:
     with np.load(path, allow_pickle=False) as file:
-        offsets = file["offsets"]
-        values = file["embeddings"]
-        yield Embeddings(file["ids"].astype(object), values, offsets, bool(file["is_pooled"]))
+        yield Embeddings(file["ids"].astype(object), file["embeddings"], file["offsets"], bool(file["is_pooled"]))
 
 
 def _write_h5(path: Path, target: Path, num_records: int, num_vectors: int) -> None:
@@ -142,30 +142,25 @@ def _write_h5(path: Path, target: Path, num_records: int, num_vectors: int) -> N
 
 
 def _write_npz(path: Path, target: Path, num_records: int, num_vectors: int) -> None:
-    width, id_length, is_pooled = 0, 1, True
-    for part in parts_of(path):
-        schema = pq.read_schema(part)
-        kind = schema.field("embedding").type
-        is_pooled = pa.types.is_fixed_size_list(kind)
-        width = kind.list_size if is_pooled else kind.value_type.list_size
-        ids = pq.read_table(part, columns=["id"])["id"].to_pylist()
-        id_length = max(id_length, *map(len, ids)) if ids else id_length
+    parts = parts_of(path)
+    kind = pq.read_schema(parts[0]).field("embedding").type
+    is_pooled = pa.types.is_fixed_size_list(kind)
+    width = kind.list_size if is_pooled else kind.value_type.list_size
+    id_type = f"<U{max(1, *(len(id) for part in parts for id in _column(part, 'id').to_pylist()))}"
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with _entry(archive, "ids", (num_records,), f"<U{id_length}") as stream:
-            for part in parts_of(path):
-                ids = pq.read_table(part, columns=["id"])["id"].to_pylist()
-                stream.write(np.array(ids, f"<U{id_length}").tobytes())
+        with _entry(archive, "ids", (num_records,), id_type) as stream:
+            for part in parts:
+                stream.write(np.array(_column(part, "id").to_pylist(), id_type).tobytes())
         with _entry(archive, "embeddings", (num_vectors, width), "<f4") as stream:
-            for part in parts_of(path):
+            for part in parts:
                 stream.write(np.ascontiguousarray(part_vectors(part)).data)
         with _entry(archive, "offsets", (num_records + 1,), "<i8") as stream:
-            at = 0
-            stream.write(np.array([0], "<i8").tobytes())
-            for part in parts_of(path):
-                lengths = pq.read_table(part, columns=["length"])["length"].to_numpy().astype("<i8")
-                ends = at + np.cumsum(np.ones_like(lengths) if is_pooled else lengths)
+            ends = np.zeros(1, "<i8")
+            stream.write(ends.tobytes())
+            for part in parts:
+                lengths = _column(part, "length").to_numpy().astype("<i8")
+                ends = ends[-1] + np.cumsum(np.ones_like(lengths) if is_pooled else lengths)
                 stream.write(ends.astype("<i8").tobytes())
-                at = int(ends[-1]) if len(ends) else at
         with _entry(archive, "is_pooled", (), "|b1") as stream:
             stream.write(np.array(is_pooled).tobytes())
 

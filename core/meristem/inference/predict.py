@@ -12,7 +12,7 @@ from meristem.errors import ConfigError
 from meristem.inference.encoding import Reading
 from meristem.inference.engine import Advance
 from meristem.inference.job import Engine, Job, Running
-from meristem.inference.predictor import Predictor, record_columns, token_columns
+from meristem.inference.predictor import Predictor, table_columns
 from meristem.inference.table_file import SUFFIXES, write_table_file
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard
@@ -38,14 +38,14 @@ class RunningPredict(Running):
     def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
         predictions = self.predictor.predict(column, advance)
         if not self._is_per_token:
-            return pa.table(_arrays(record_columns(predictions)))
+            return pa.table(_arrays(table_columns(predictions, is_per_token=False)))
         lengths = self.num_values(column)
         symbols = column.payload_ids
         columns = _arrays(
             {
                 "position": [place for n in lengths for place in range(1, n + 1)],
                 "token": [self._tokenizer.vocab[symbol] if symbol >= 0 else "" for symbol in symbols],
-                **token_columns(predictions),
+                **table_columns(predictions, is_per_token=True),
             }
         )
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())

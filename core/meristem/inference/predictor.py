@@ -109,50 +109,36 @@ def _is_pooled(readout: Readout) -> bool:
     return readout.level == "record"
 
 
-def record_columns(predictions: Mapping[str, Prediction]) -> dict[str, list[object]]:
-    """Columns with one row a record: class and probabilities, or the value; tokens as one text.
+def table_columns(predictions: Mapping[str, Prediction], is_per_token: bool) -> dict[str, list[object]]:
+    """Columns of a table of predictions: class and probabilities, or the value.
 
-    Classes of tokens are one character each where all their names are, else words with spaces between.
+    In a table of records, what is said of tokens is one text for each record. Their classes are one character each
+    where all names are, else words with spaces between.
+
+    Args:
+        is_per_token: one row a token, of the labels that tokens have; else one row a record.
     """
     columns: dict[str, list[object]] = {}
     for name, prediction in predictions.items():
         readout = prediction.readout
-        if _is_pooled(readout):
-            columns |= _row_columns(name, prediction)
-        elif readout.task == "classification":
+        if is_per_token and _is_pooled(readout):
+            continue
+        is_text = not (is_per_token or _is_pooled(readout))
+        is_classes = readout.task == "classification"
+        if is_classes and is_text:
             between = "" if all(len(word) == 1 for word in readout.classes) else " "
             names = iter(prediction.classes)
             columns[name] = [between.join(islice(names, length)) for length in prediction.lengths]
+            continue
+        if is_classes:
+            columns[name] = list(prediction.classes)
+            outputs = [f":{word}" for word in readout.classes]
         else:
-            for suffix, output in _outputs(readout):
-                columns[name + suffix] = [
-                    " ".join(f"{value:.6g}" for value in rows[:, output]) for rows in prediction.split()
-                ]
+            outputs = [f":{output + 1}" for output in range(readout.num_outputs)] if readout.num_outputs > 1 else [""]
+        for output, suffix in enumerate(outputs):
+            columns[name + suffix] = (
+                [" ".join(f"{value:.6g}" for value in rows[:, output]) for rows in prediction.split()]
+                if is_text
+                else prediction.values[:, output].tolist()
+            )
     return columns
-
-
-def token_columns(predictions: Mapping[str, Prediction]) -> dict[str, list[object]]:
-    """Columns with one row a token, of the labels that tokens have."""
-    columns: dict[str, list[object]] = {}
-    for name, prediction in predictions.items():
-        if not _is_pooled(prediction.readout):
-            columns |= _row_columns(name, prediction)
-    return columns
-
-
-def _row_columns(name: str, prediction: Prediction) -> dict[str, list[object]]:
-    readout, values = prediction.readout, prediction.values
-    columns: dict[str, list[object]] = {}
-    if readout.task == "classification":
-        columns[name] = list(prediction.classes)
-        for place, word in enumerate(readout.classes):
-            columns[f"{name}:{word}"] = values[:, place].tolist()
-        return columns
-    for suffix, output in _outputs(readout):
-        columns[name + suffix] = values[:, output].tolist()
-    return columns
-
-
-def _outputs(readout: Readout) -> list[tuple[str, int]]:
-    many = readout.num_outputs > 1
-    return [(f":{output + 1}" if many else "", output) for output in range(readout.num_outputs)]
