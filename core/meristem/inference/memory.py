@@ -45,24 +45,12 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    limits = [_system_bytes(), _group_bytes()]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _system_bytes() -> int | None:
-    """Of the whole machine, as Linux says it."""
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _group_bytes() -> int | None:
-    """Of the control group that a container runs in."""
+    # of the whole machine, as Linux says it, and of the control group that a container runs in
+    found = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
     limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if not limit or not used or limit[0] == "max":
-        return None
-    return max(int(limit[0]) - int(used[0]), 0)
+    if limit and used and limit[0] != "max":
+        found.append(max(int(limit[0]) - int(used[0]), 0))
+    return min(found, default=None)
 
 
 def _lines(path: str) -> list[str]:

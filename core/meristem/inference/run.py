@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,7 +116,12 @@ class _Run:
         self.engine = self.job.engine()
         self.running = self.job.running(self.job, self.card, model, self.engine)
         self.config = model.config
-        self.chunk_symbols = self._chunk_symbols(sum(parameter.numel() for parameter in model.trunk.parameters()))
+        # tokens of a chunk: fewer where they cost much, or where each has a row that must fit in memory
+        most = CHUNK_SYMBOLS
+        if self.engine.device == "cpu":
+            num_parameters = sum(parameter.numel() for parameter in model.trunk.parameters())
+            most = min(most, max(MIN_CHUNK_SYMBOLS, int(CHUNK_WORK / num_parameters)))
+        self.chunk_symbols = self.running.most_symbols(most)
         counted = work = None
         if "-" not in self.inputs:
             counted = self._reader()
@@ -169,13 +174,6 @@ class _Run:
                 f"--output {self.output} is there already, and not by this command; name another file, or --overwrite"
             )
 
-    def _chunk_symbols(self, num_parameters: int) -> int:
-        """Tokens of a chunk: fewer where they cost much, or where each has a row that must fit in memory."""
-        most = CHUNK_SYMBOLS
-        if self.engine.device == "cpu":
-            most = min(most, max(MIN_CHUNK_SYMBOLS, int(CHUNK_WORK / num_parameters)))
-        return self.running.most_symbols(most)
-
     def _reader(self) -> ChunkReader:
         options, reading = self.job, self.running.reading
         names = tuple(reading.tokenizers)
@@ -203,7 +201,9 @@ class _Run:
         self.parts.write_manifest(manifest(False))
         writer = PartWriter(self.parts, run, self.job.keeps_payloads)
         seen = Seen(is_across_parts=self.running.is_reused)
-        behind: Behind[_Piece] = Behind(lambda piece: self._write(writer, piece, spent), ahead=2 * self.job.devices)
+        behind: Behind[tuple[Chunk, Sources, Future[pa.Table] | None]] = Behind(
+            lambda piece: self._write(writer, spent, *piece), ahead=2 * self.job.devices
+        )
         try:
             with ahead(reader) as chunks:
                 for chunk in chunks:
@@ -219,11 +219,17 @@ class _Run:
                     future = workers.submit(column, self.report.advance, size) if len(column) else None
                     if again := len(chunk) - len(column):
                         self.report.advance(again, self._work_of(chunk.column) - size)
-                    behind.put(_Piece(chunk, sources, future))
+                    behind.put((chunk, sources, future))
             behind.close()
         except BaseException:
             behind.close(is_giving_up=True)
-            self._leave(manifest(False))
+            # leave things so that the run can go on, or nothing where there is nothing to go on from
+            with suppress(OSError, DataError):  # a full disk: the manifest that is there says incomplete as well
+                left = manifest(False)
+                if left["parts"]:
+                    self.parts.write_manifest(left)
+                else:
+                    self.parts.remove()
             raise
         num_parts = self.parts.count_parts()
         if chunk.index + 1 != num_parts:
@@ -245,14 +251,6 @@ class _Run:
             self.parts.remove()
         return values
 
-    def _leave(self, manifest: dict[str, Any]) -> None:
-        """Leave things so that the run can go on, or nothing where there is nothing to go on from."""
-        with suppress(OSError, DataError):  # a full disk: the manifest that is there says incomplete as well
-            if manifest["parts"]:
-                self.parts.write_manifest(manifest)
-            else:
-                self.parts.remove()
-
     def _work_of(self, column: TokenColumn) -> int:
         """Tokens of a column as progress counts them."""
         return int(self.running.work(column).sum())
@@ -272,13 +270,16 @@ class _Run:
                 "other records; name another directory, or remove this one"
             )
 
-    def _write(self, writer: PartWriter, piece: "_Piece", spent: float) -> None:
+    def _write(
+        self, writer: PartWriter, spent: float, chunk: Chunk, sources: Sources, rows: "Future[pa.Table] | None"
+    ) -> None:
+        """Write a chunk; `rows` is None if all its records are copies of earlier ones."""
         try:
-            rows = pa.table({}) if piece.rows is None else piece.rows.result()
+            new_rows = pa.table({}) if rows is None else rows.result()
         except NotFinite as error:
-            name = piece.chunk.name(int(piece.sources.new_rows[error.row]))
+            name = chunk.name(int(sources.new_rows[error.row]))
             raise DataError(f"{name}: {self.running.fault}") from error
-        writer.write(piece.chunk, piece.sources, rows, spent + time.monotonic() - self.began)
+        writer.write(chunk, sources, new_rows, spent + time.monotonic() - self.began)
 
     def _manifest(
         self, identity: dict[str, Any], reader: ChunkReader, is_complete: bool, spent: float
@@ -317,12 +318,3 @@ class _Run:
             "seconds": round(spent + time.monotonic() - self.began, 3),
             "versions": {"meristem": __version__, "torch": torch.__version__},
         }
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A chunk and the future of its rows; `rows` is None if all its records are copies of earlier ones."""
-
-    chunk: Chunk
-    sources: Sources
-    rows: "Future[pa.Table] | None"
