@@ -71,7 +71,9 @@ def read_model(folder: Path, family: Family | None = None) -> tuple[Model, list[
     """
     config = read_config_file(folder)
     family = family or find_family(folder / "config.json", config)
-    weights = _spelled(family, open_weights(folder))
+    weights = open_weights(folder).renamed(family.spell)
+    if not any(name.startswith(family.prefix) for name in weights):  # a trunk that was saved alone
+        weights = weights.renamed(lambda name: family.prefix + name)
     with _blamed(folder / "config.json"):
         architecture = family.read_config(config, weights)
         # a second reading checks the type of every value
@@ -153,14 +155,6 @@ def _blamed(file: Path) -> Iterator[None]:
     except (ConfigError, TypeError, KeyError) as error:
         reason = f"must have {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{file}: {reason}") from error
-
-
-def _spelled(family: Family, stored: Weights) -> Weights:
-    """Under the names of the family's plain spelling, also those of a trunk that was saved alone."""
-    stored = stored.renamed(family.spell)
-    if not family.prefix or any(name.startswith(family.prefix) for name in stored):
-        return stored
-    return stored.renamed(lambda name: family.prefix + name)
 
 
 # --- export ------------------------------------------------------------------------------------------------------

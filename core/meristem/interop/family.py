@@ -129,14 +129,6 @@ def symbols_by_class(*classes: str) -> HeadReader:
     return lambda config, names: (SYMBOLS,) if set(classes) & set(config.get("architectures") or ()) else ()
 
 
-def symbols_but_for(trunk: str) -> HeadReader:
-    """A `read_heads` that finds the symbol head unless the config names the class of a trunk alone.
-
-    For decoders: most heads are tied and have no tensor, and files of long ago name no class.
-    """
-    return lambda config, names: () if trunk in (config.get("architectures") or ()) else (SYMBOLS,)
-
-
 def classes_by_head(with_symbols: str, without: str) -> Callable[[Collection[str]], str]:
     """A `name_class` with one class for models with a symbol head and one for trunks alone."""
     return lambda heads: with_symbols if SYMBOLS in heads else without
@@ -152,16 +144,17 @@ def sequence_family(
     write_config: Callable[[TransformerConfig, Tokenizer], dict[str, Any]],
     prefix: str = "transformer.",
     suffix: str = "ForCausalLM",
-    read_heads: HeadReader | None = None,
     variant_of: Family | None = None,
 ) -> Family:
     """Make a family of encoders or decoders of `transformers`; arguments not listed here are fields of `Family`.
+
+    A model has a symbol head unless its config names the class of a trunk alone: most heads of decoders are tied and
+    have no tensor, and files of long ago name no class.
 
     Args:
         model_type: value of `model_type` in its configs.
         stem: beginning of the names of its classes: `<stem>Model` is a trunk alone.
         suffix: end of the name of the class with a symbol head, `<stem><suffix>`.
-        read_heads: by default a model has a symbol head unless its config names the class of a trunk alone.
     """
     return Family(
         name=name,
@@ -170,7 +163,7 @@ def sequence_family(
         read_config=read_config,
         write_config=write_config,
         table=table,
-        read_heads=read_heads or symbols_but_for(f"{stem}Model"),
+        read_heads=lambda config, names: () if f"{stem}Model" in (config.get("architectures") or ()) else (SYMBOLS,),
         prefix=prefix,
         name_class=classes_by_head(stem + suffix, f"{stem}Model"),
         runner=SEQUENCES,

@@ -9,19 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from meristem.errors import ConfigError
-from meristem.model.config import (
-    Activation,
-    Attention,
-    Embedding,
-    FeedForward,
-    Init,
-    LayerNorm,
-    Residual,
-    TokenHead,
-    TransformerConfig,
-)
+from meristem.model import config as arch
 
-ACTIVATIONS: Mapping[str, Activation] = {
+ACTIVATIONS: Mapping[str, arch.Activation] = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -35,13 +25,13 @@ ACTIVATIONS: Mapping[str, Activation] = {
 """Our activations by their names in `transformers`, where several are spellings of one function."""
 
 PARTS: Mapping[str, type] = {
-    "embedding": Embedding,
-    "attention": Attention,
-    "feedforward": FeedForward,
-    "norm": LayerNorm,
-    "residual": Residual,
-    "head": TokenHead,
-    "init": Init,
+    "embedding": arch.Embedding,
+    "attention": arch.Attention,
+    "feedforward": arch.FeedForward,
+    "norm": arch.LayerNorm,
+    "residual": arch.Residual,
+    "head": arch.TokenHead,
+    "init": arch.Init,
 }
 """Classes of the parts of an architecture that a family does not choose otherwise."""
 
@@ -68,7 +58,7 @@ class Field:
     absent: Any = None
     names: Mapping[str, Any] | None = None
 
-    def write(self, architecture: TransformerConfig) -> Any:
+    def write(self, architecture: arch.TransformerConfig) -> Any:
         """The value of the setting for an architecture."""
         value: Any = architecture
         for name in (self.own if isinstance(self.own, str) else self.own[0]).split("."):
@@ -153,7 +143,7 @@ class Settings(dict[str, Any]):
             raise ConfigError(f"{name} must be one of {', '.join(names)} in {self._kind} config; got {value!r}")
         return names[value]
 
-    def build(self, **parts: Any) -> TransformerConfig:
+    def build(self, **parts: Any) -> arch.TransformerConfig:
         """Build the architecture that these settings describe.
 
         Args:
@@ -169,10 +159,10 @@ class Settings(dict[str, Any]):
         given = {**{name: PARTS[name] for name in PARTS if name in values}, **parts}
         assert set(values) <= {"", *given}, f"settings of {sorted(set(values) - set(given))} need a part"
         made = {name: part(**values.get(name, {})) if callable(part) else part for name, part in given.items()}
-        return TransformerConfig(**values[""], **made)
+        return arch.TransformerConfig(**values[""], **made)
 
 
-def write_fields(architecture: TransformerConfig, fields: Sequence[Field]) -> dict[str, Any]:
+def write_fields(architecture: arch.TransformerConfig, fields: Sequence[Field]) -> dict[str, Any]:
     """The settings that express these fields of an architecture."""
     return {field.foreign: field.write(architecture) for field in fields}
 

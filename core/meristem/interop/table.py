@@ -79,12 +79,11 @@ class Row:
         if match is None:
             return None
         *layer, ending = match.groups(default="")
-        names = [
-            name.replace("{expert}", str(expert))
-            for expert in range(_num_experts(config) if any("{expert}" in name for name in self.foreign) else 1)
-            for name in self.foreign
-        ]
-        return tuple(name.format(*layer) + ending for name in names)
+        count = 1
+        if any("{expert}" in name for name in self.foreign):
+            found = [config.experts, *(rule.experts for rule in config.layers)]
+            count = next((experts.count for experts in found if experts is not None), 0)
+        return tuple(name.format(*layer, expert=expert) + ending for expert in range(count) for name in self.foreign)
 
 
 def Rename(own: str, foreign: str) -> Row:
@@ -106,11 +105,6 @@ def Lacking(own: str) -> Row:
         return []
 
     return Row(own, (), Transform(lambda _, config: torch.zeros(config.width), write))
-
-
-def _num_experts(config: TransformerConfig) -> int:
-    parts = [config.experts, *(rule.experts for rule in config.layers)]
-    return next((experts.count for experts in parts if experts is not None), 0)
 
 
 @dataclass(frozen=True)
@@ -166,39 +160,31 @@ class KeyTable:
         rows = {own: self._row_of(own, config) for own in wanted}
         used = {name for _, names in rows.values() for name in names}
         missing = sorted(used - set(weights))
-        extra, notes = self._leave_out(set(weights) - used, weights)
+        unused = set(weights) - used
+        ties = [tie for tie in self.tied if tie.foreign in unused and tie.same_as in weights]
+        extra, notes = unused - {tie.foreign for tie in ties}, []
+        for ignored in self.ignored:
+            found = {name for name in extra if re.fullmatch(ignored.pattern, name)}
+            extra -= found
+            if found and ignored.note:
+                notes.append(ignored.note)
         shapes = []
         for own, (row, names) in rows.items():
             if not set(names) & set(missing) and (wrong := _wrong_shape(row, names, weights, wanted[own], config)):
                 shapes.append(wrong)
         refuse_tensors(weights.file, missing, sorted(extra), shapes)
-        self._check_values(set(weights) - used, weights)
+        for tie in ties:
+            if not torch.equal(weights[tie.foreign], weights[tie.same_as]):
+                raise CheckpointError(
+                    f"{weights.file}: {tie.foreign} must equal {tie.same_as}, to which the config ties it; they differ"
+                )
         # in the order of the files, so that none is opened twice where that can be helped
-        order = sorted(rows, key=lambda own: [weights.file_of(name) for name in rows[own][1]])
+        order = sorted(rows, key=lambda own: [weights.places[name][0].file.name for name in rows[own][1]])
         own_tensors = {}
         for own in order:
             row, names = rows[own]
             own_tensors[own] = row.via.read([weights[name] for name in names], config).contiguous()
         return own_tensors, notes
-
-    def _leave_out(self, extra: set[str], weights: Weights) -> tuple[set[str], list[str]]:
-        """What is left of `extra` without tensors that need no row, and notes about those."""
-        extra = extra - {tie.foreign for tie in self.tied if tie.same_as in weights}
-        notes = []
-        for ignored in self.ignored:
-            found = {name for name in extra if re.fullmatch(ignored.pattern, name)}
-            extra = extra - found
-            if found and ignored.note:
-                notes.append(ignored.note)
-        return extra, notes
-
-    def _check_values(self, unread: set[str], weights: Weights) -> None:
-        for tie in self.tied:
-            is_there = tie.foreign in unread and tie.same_as in weights
-            if is_there and not torch.equal(weights[tie.foreign], weights[tie.same_as]):
-                raise CheckpointError(
-                    f"{weights.file}: {tie.foreign} must equal {tie.same_as}, to which the config ties it; they differ"
-                )
 
     def without_heads(self, heads: Collection[str]) -> "KeyTable":
         """The same table for models without some heads, whose foreign tensors are ignored."""

@@ -12,15 +12,7 @@ from typing import Any
 from meristem.data.subwords import ROLES, SubwordTokenizer
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError, ConfigError
-from meristem.interop.vocabulary_files import (
-    CLASS,
-    DEFINITION,
-    SETTINGS,
-    frame,
-    read_definition,
-    read_object,
-    usual_roles,
-)
+from meristem.interop import vocabulary_files as files
 
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 
@@ -46,8 +38,8 @@ def read_subwords(folder: Path, config: Mapping[str, Any]) -> tuple[SubwordToken
         CheckpointError: no file of a tokenizer, or one that is damaged or does not go with the others.
         ConfigError: the library for it is not installed.
     """
-    settings = read_object(folder / SETTINGS)
-    file, definition, notes = read_definition(folder, settings)
+    settings = files.read_object(folder / files.SETTINGS)
+    file, definition, notes = files.read_definition(folder, settings)
     try:
         vocab = _vocab_of(definition)
         roles = _read_roles(folder, settings, config, definition, vocab)
@@ -60,7 +52,7 @@ def read_subwords(folder: Path, config: Mapping[str, Any]) -> tuple[SubwordToken
     try:
         tokenizer = SubwordTokenizer(json.dumps(definition, ensure_ascii=False), special)
         # a definition says itself what is put around a text, and the other library heeds no setting against it
-        return tokenizer if file.name == DEFINITION else _with_frame(tokenizer, definition, settings), notes
+        return tokenizer if file.name == files.DEFINITION else _with_frame(tokenizer, definition, settings), notes
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
@@ -74,10 +66,10 @@ def write_subwords(tokenizer: Tokenizer) -> dict[str, str]:
     if not isinstance(tokenizer, SubwordTokenizer):
         raise ConfigError(f"a tokenizer must be one of subwords to be written as one; got one of {tokenizer.kind}")
     names = {f"{role}_token": symbol for role, symbol in tokenizer.special.items()}
-    settings = {**names, "clean_up_tokenization_spaces": False, "tokenizer_class": CLASS}
+    settings = {**names, "clean_up_tokenization_spaces": False, "tokenizer_class": files.CLASS}
     return {
-        DEFINITION: json_text(json.loads(tokenizer.definition)),
-        SETTINGS: json_text(settings),
+        files.DEFINITION: json_text(json.loads(tokenizer.definition)),
+        files.SETTINGS: json_text(settings),
         SPECIAL: json_text(names),
     }
 
@@ -100,9 +92,9 @@ def _read_roles(
     vocab: Mapping[str, int],
 ) -> dict[str, dict[str, Any]]:
     """Special symbols by role: as the files name them, else by convention, else as the config numbers them."""
-    stated = {**read_object(folder / SPECIAL), **settings}
+    stated = {**files.read_object(folder / SPECIAL), **settings}
     roles = {role: symbol_of(folder, stated[f"{role}_token"]) for role in ROLES if stated.get(f"{role}_token")}
-    usual = usual_roles(settings, vocab, has_roles=bool(roles))
+    usual = files.usual_roles(settings, vocab, has_roles=bool(roles))
     for role, symbol in usual.items():
         if f"{role}_token" not in stated and symbol in vocab:
             roles[role] = symbol_of(folder, symbol)
@@ -117,7 +109,7 @@ def _read_roles(
 
 def _read_added(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Symbols that files beside the vocabulary add to it, in the order of the ids that they are said to have."""
-    found = {symbol: (number, {"content": symbol}) for symbol, number in read_object(folder / ADDED).items()}
+    found = {symbol: (number, {"content": symbol}) for symbol, number in files.read_object(folder / ADDED).items()}
     for number, token in (settings.get("added_tokens_decoder") or {}).items():
         symbol = symbol_of(folder, token)
         found[symbol["content"]] = (int(number), symbol)
@@ -196,7 +188,7 @@ def _with_frame(tokenizer: SubwordTokenizer, definition: Definition, settings: M
     if tokenizer.encode("").ids.tolist() == wanted:
         return tokenizer
     ids = {symbol: tokenizer.vocab.index(symbol) for symbol in (before, behind) if symbol}
-    framed = {**definition, "post_processor": frame(before, behind, ids)}
+    framed = {**definition, "post_processor": files.frame(before, behind, ids)}
     return SubwordTokenizer(json.dumps(framed, ensure_ascii=False), tokenizer.special)
 
 
@@ -208,7 +200,9 @@ def symbol_of(folder: Path, value: Any) -> dict[str, Any]:
     """
     token = {"content": value} if isinstance(value, str) else value
     if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-        raise CheckpointError(f"{folder / SETTINGS}: a special symbol must be a name or have content; got {value!r}")
+        raise CheckpointError(
+            f"{folder / files.SETTINGS}: a special symbol must be a name or have content; got {value!r}"
+        )
     return token
 
 

@@ -181,18 +181,15 @@ def frame(before: str | None, behind: str | None, ids: Mapping[str, int], is_pai
         is_paired: the second of two texts has nothing before it.
     """
 
-    def symbols(name: str | None, kind: int) -> list[dict[str, Any]]:
-        return [{"SpecialToken": {"id": name, "type_id": kind}}] if name else []
-
-    def text(name: str, kind: int, is_second: bool = False) -> list[dict[str, Any]]:
-        own = [{"Sequence": {"id": name, "type_id": kind}}]
-        return [*symbols(None if is_second and is_paired else before, kind), *own, *symbols(behind, kind)]
+    def text(name: str, kind: int, first: str | None) -> list[dict[str, Any]]:
+        parts = (("SpecialToken", first), ("Sequence", name), ("SpecialToken", behind))
+        return [{part: {"id": id, "type_id": kind}} for part, id in parts if id]
 
     names = sorted({name for name in (before, behind) if name})
     return {
         "type": "TemplateProcessing",
-        "single": text("A", 0),
-        "pair": [*text("A", 0), *text("B", 1, is_second=True)],
+        "single": text("A", 0, before),
+        "pair": [*text("A", 0, before), *text("B", 1, None if is_paired else before)],
         "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in names},
     }
 

@@ -148,10 +148,6 @@ class Weights(Mapping[str, Tensor]):
         part, stored = self.places[name]
         return part.shapes[stored]
 
-    def file_of(self, name: str) -> str:
-        """Name of the file that holds a tensor."""
-        return self.places[name][0].file.name
-
     def renamed(self, change: Callable[[str], str]) -> "Weights":
         """The same tensors under other names.
 

@@ -5,40 +5,33 @@ ESM-2: Lin et al. 2023 (doi:10.1126/science.ade2574); ESM-1b: Rives et al. 2021 
 
 from dataclasses import replace
 
-from meristem.model.config import (
-    Attention,
-    Embedding,
-    FeedForward,
-    LayerNorm,
-    Learned,
-    Rotary,
-    TokenHead,
-    TransformerConfig,
-)
+from meristem.model import config as arch
 from meristem_domains.protein.alphabet import VOCAB
 
 MASK_DROPOUT_FRAC = 0.15 * 0.8
 """Share of masked tokens in the training of ESM: 15 % of the tokens are chosen, 80 % of these are masked."""
 
 
-def esm2(num_layers: int, width: int, num_heads: int) -> TransformerConfig:
+def esm2(num_layers: int, width: int, num_heads: int) -> arch.TransformerConfig:
     """An ESM-2 of any size: pre-norm, rotary positions, exact GELU, biases everywhere."""
-    return TransformerConfig(
+    return arch.TransformerConfig(
         width=width,
         num_layers=num_layers,
-        embedding=Embedding(vocab_size=len(VOCAB), mask_id=VOCAB.index("<mask>"), mask_dropout_frac=MASK_DROPOUT_FRAC),
-        position=Rotary(),
-        attention=Attention(num_heads=num_heads),
-        feedforward=FeedForward(width=4 * width),
-        norm=LayerNorm(),
-        head=TokenHead(),
+        embedding=arch.Embedding(
+            vocab_size=len(VOCAB), mask_id=VOCAB.index("<mask>"), mask_dropout_frac=MASK_DROPOUT_FRAC
+        ),
+        position=arch.Rotary(),
+        attention=arch.Attention(num_heads=num_heads),
+        feedforward=arch.FeedForward(width=4 * width),
+        norm=arch.LayerNorm(),
+        head=arch.TokenHead(),
     )
 
 
-def esm1b(num_layers: int = 33, width: int = 1280, num_heads: int = 20) -> TransformerConfig:
+def esm1b(num_layers: int = 33, width: int = 1280, num_heads: int = 20) -> arch.TransformerConfig:
     """An ESM-1b of any size: an ESM-2 with learned positions (1024 tokens) and a norm after the embedding."""
     config = esm2(num_layers, width, num_heads)
-    embedding, position = replace(config.embedding, is_normed=True), Learned(max_positions=1026, offset=2)
+    embedding, position = replace(config.embedding, is_normed=True), arch.Learned(max_positions=1026, offset=2)
     return replace(config, embedding=embedding, position=position)
 
 

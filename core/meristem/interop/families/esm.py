@@ -246,11 +246,11 @@ def _run_reference(reference: Any, sequences: Sequence[Tokens]) -> Results:
     return found
 
 
-HEADS = heads_by_prefix(tokens="lm_head.", contacts="esm.contact_head.")
 ESM = replace(
     sequence_family(
-        "ESM-1b and ESM-2", "protein", "esm", "Esm", TABLE, read_config, write_config, "esm.", "ForMaskedLM", HEADS
+        "ESM-1b and ESM-2", "protein", "esm", "Esm", TABLE, read_config, write_config, "esm.", "ForMaskedLM"
     ),
+    read_heads=heads_by_prefix(tokens="lm_head.", contacts="esm.contact_head."),
     read_tokenizer=partial(read_residues, published=SYMBOLS, num_rows=len(SYMBOLS), kind="ESM"),
     write_tokenizer=write_tokenizer,
     # transformers 5 writes the names of long ago, and the star of a pattern, when it saves; it reads both

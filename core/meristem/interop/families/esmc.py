@@ -95,11 +95,9 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
     return {WORDS: "\n".join(SYMBOLS), SETTINGS: json_text(settings)}
 
 
-HEADS = heads_by_prefix(tokens="lm_head.")
 ESMC = replace(
-    sequence_family(
-        "ESM-C", "protein", "esmc", "Esmc", TABLE, read_config, write_config, "esmc.", "ForMaskedLM", HEADS
-    ),
+    sequence_family("ESM-C", "protein", "esmc", "Esmc", TABLE, read_config, write_config, "esmc.", "ForMaskedLM"),
+    read_heads=heads_by_prefix(tokens="lm_head."),
     read_tokenizer=partial(read_residues, published=SYMBOLS, num_rows=NUM_ROWS, kind="ESM-C"),
     write_tokenizer=write_tokenizer,
 )

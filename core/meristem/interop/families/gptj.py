@@ -61,21 +61,13 @@ DEFAULTS = {
 }
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Convert a `GPTJConfig` to a `TransformerConfig`."""
-    return _read(Settings("a GPT-J", config, FIELDS, DEFAULTS, ALIASES))
-
-
-def read_codegen_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """Convert a `CodeGenConfig` to a `TransformerConfig`."""
-    found = Settings("a CodeGen", config, FIELDS, DEFAULTS, ALIASES)
-    if found["n_head"] % SHARES:
-        raise ConfigError(f"n_head must be a multiple of {SHARES} in a CodeGen config; got {found['n_head']}")
-    return _read(found)
-
-
-def _read(found: Settings) -> TransformerConfig:
-    """What GPT-J and CodeGen have in common."""
+def read_config(
+    config: ForeignConfig, tensors: Mapping[str, Tensor], kind: str = "a GPT-J", shares: int = 1
+) -> TransformerConfig:
+    """Convert a `GPTJConfig` or a `CodeGenConfig` to a `TransformerConfig`."""
+    found = Settings(kind, config, FIELDS, DEFAULTS, ALIASES)
+    if found["n_head"] % shares:
+        raise ConfigError(f"n_head must be a multiple of {shares} in {kind} config; got {found['n_head']}")
     turned = found["rotary_dim"]
     if not turned:
         raise ConfigError(f"rotary_dim must be positive in a config of rotary positions; got {turned!r}")
@@ -92,24 +84,22 @@ def _read(found: Settings) -> TransformerConfig:
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Convert a `TransformerConfig` to a `GPTJConfig`."""
-    return {"model_type": "gptj", **_write(architecture, tokenizer)}
-
-
-def write_codegen_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `CodeGenConfig`."""
-    return {"model_type": "codegen", **_write(architecture, tokenizer), "n_ctx": MAX_POSITIONS}
-
-
-def _write(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     position = architecture.position
     turned = position.width if isinstance(position, Rotary) else None
     return {
+        "model_type": "gptj",
         **write_gpt(architecture, tokenizer),
         "n_positions": MAX_POSITIONS,
         "rotary_dim": turned or architecture.head_width,
     }
 
 
+def write_codegen_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Convert a `TransformerConfig` to a `CodeGenConfig`."""
+    return {**write_config(architecture, tokenizer), "model_type": "codegen", "n_ctx": MAX_POSITIONS}
+
+
+read_codegen_config = partial(read_config, kind="a CodeGen", shares=SHARES)
 GPTJ = sequence_family("GPT-J", "text", "gptj", "GPTJ", TABLE, read_config, write_config)
 CODEGEN = sequence_family(
     "CodeGen", "code", "codegen", "CodeGen", CODEGEN_TABLE, read_codegen_config, write_codegen_config, variant_of=GPTJ

@@ -18,19 +18,7 @@ from meristem.interop.rotary import read_rotary, write_rotary
 from meristem.interop.rows import block_rows, head_rows
 from meristem.interop.settings import BIASES, COMMON, Field, Settings, activation, special_ids, write_fields
 from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied
-from meristem.model.config import (
-    Attention,
-    Both,
-    Causal,
-    FeedForward,
-    LayerNorm,
-    LayerRule,
-    Pattern,
-    RMSNorm,
-    TokenHead,
-    TransformerConfig,
-    Window,
-)
+from meristem.model import config as arch
 from meristem.model.config.layer import QueryKeyNorm
 from meristem.shapes import Tensor
 
@@ -103,7 +91,7 @@ class Kind:
     fields: tuple[Field, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     qkv_bias: bool = False
-    norm: type[RMSNorm] | type[LayerNorm] = RMSNorm
+    norm: type[arch.RMSNorm] | type[arch.LayerNorm] = arch.RMSNorm
     is_gated: bool = True
     qk_norm: QueryKeyNorm | None = None
     has_window: bool = False
@@ -123,7 +111,7 @@ class Kind:
             name, domain, self.model_type, stem, table, self.read_config, self.write_config, prefix="model."
         )
 
-    def read_config(self, config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    def read_config(self, config: ForeignConfig, tensors: Mapping[str, Tensor]) -> arch.TransformerConfig:
         """Convert a foreign config to a `TransformerConfig`."""
         fields, defaults = (*FIELDS, *self.fields), {**DEFAULTS, **self.defaults}
         found = Settings(f"a {self.model_type}", config, fields, defaults)
@@ -136,20 +124,20 @@ class Kind:
         architecture = found.build(
             position=read_rotary(found),
             attention=partial(
-                Attention,
+                arch.Attention,
                 head_width=None if head_width is None or head_width * heads == width else head_width,
                 qkv_bias=self.qkv_bias,
                 out_bias=False,
                 qk_norm=self.qk_norm,
                 pattern=_pattern(common),
             ),
-            feedforward=partial(FeedForward, is_gated=self.is_gated, in_bias=False, out_bias=False),
+            feedforward=partial(arch.FeedForward, is_gated=self.is_gated, in_bias=False, out_bias=False),
             norm=self.norm,
-            head=partial(TokenHead, activation=None, bias=False),
+            head=partial(arch.TokenHead, activation=None, bias=False),
         )
         starts = [layer for layer, window in enumerate(windows) if layer == 0 or window != windows[layer - 1]]
         rules = [
-            LayerRule(
+            arch.LayerRule(
                 start=start, stop=stop, attention=replace(architecture.attention, pattern=_pattern(windows[start]))
             )
             for start, stop in pairwise([*starts, len(windows)])
@@ -179,7 +167,7 @@ class Kind:
             raise ConfigError(f"layer_types with {WINDOWED} needs sliding_window and use_sliding_window; got neither")
         return [window if kind == WINDOWED else None for kind in kinds]
 
-    def write_config(self, architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    def write_config(self, architecture: arch.TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         """Convert a `TransformerConfig` to a foreign config."""
         return {
             "model_type": self.model_type,
@@ -191,7 +179,7 @@ class Kind:
             **special_ids(tokenizer),
         }
 
-    def _write_windows(self, architecture: TransformerConfig) -> dict[str, Any]:
+    def _write_windows(self, architecture: arch.TransformerConfig) -> dict[str, Any]:
         if not self.has_window:
             return {}
         depth = architecture.num_layers
@@ -205,14 +193,16 @@ class Kind:
         return settings
 
 
-def _pattern(window: int | None) -> Pattern:
+def _pattern(window: int | None) -> arch.Pattern:
     """Of a causal layer that sees `window` tokens, itself included."""
-    return Causal() if window is None else Causal() & Window(left=window - 1)
+    return arch.Causal() if window is None else arch.Causal() & arch.Window(left=window - 1)
 
 
-def _window_of(pattern: Pattern) -> int | None:
+def _window_of(pattern: arch.Pattern) -> int | None:
     """The inverse of `_pattern`; what it never gives is read as no window, and found by reading back."""
-    reaches = [part.left for part in pattern.parts if isinstance(part, Window)] if isinstance(pattern, Both) else []
+    reaches = (
+        [part.left for part in pattern.parts if isinstance(part, arch.Window)] if isinstance(pattern, arch.Both) else []
+    )
     return reaches[0] + 1 if reaches else None
 
 
@@ -261,7 +251,7 @@ STARCODER2 = Kind(
         "sliding_window": None,
         "tie_word_embeddings": True,
     },
-    norm=LayerNorm,
+    norm=arch.LayerNorm,
     is_gated=False,
     has_window=True,
 ).family("StarCoder2", "code", "Starcoder2")

@@ -17,20 +17,7 @@ from meristem.interop.rotary import read_rotary, write_rotary
 from meristem.interop.rows import block_rows, head_rows
 from meristem.interop.settings import BIASES, COMMON, Field, Settings, activation, special_ids, write_fields
 from meristem.interop.table import KeyTable, Rename, Tied
-from meristem.model.config import (
-    Attention,
-    Embedding,
-    FeedForward,
-    Full,
-    Init,
-    LayerRule,
-    NoNorm,
-    NoPosition,
-    Position,
-    Rotary,
-    TransformerConfig,
-    Window,
-)
+from meristem.model import config as arch
 from meristem.shapes import Tensor
 
 FIELDS = (
@@ -72,28 +59,28 @@ TABLE = KeyTable(
 )
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> arch.TransformerConfig:
     """Convert a `ModernBertConfig` to a `TransformerConfig`."""
     found = Settings("a ModernBERT", config, FIELDS, DEFAULTS)
     reach = found["local_attention"] // 2
-    window, local_position = Window(left=reach, right=reach), _position(found, WINDOWED, "local")
+    window, local_position = arch.Window(left=reach, right=reach), _position(found, WINDOWED, "local")
     global_position = _position(found, UNBOUNDED, "global")
     types = _layer_types(found)
     unbounded = [layer for layer, kind in enumerate(types) if kind == UNBOUNDED]
     has_window = len(unbounded) < len(types)
     architecture = found.build(
-        embedding=partial(Embedding, is_normed=True),
+        embedding=partial(arch.Embedding, is_normed=True),
         position=local_position if has_window else global_position,
-        attention=partial(Attention, pattern=window if has_window else Full()),
-        feedforward=partial(FeedForward, is_gated=True),
-        init=partial(Init, is_depth_scaled=True),
+        attention=partial(arch.Attention, pattern=window if has_window else arch.Full()),
+        feedforward=partial(arch.FeedForward, is_gated=True),
+        init=partial(arch.Init, is_depth_scaled=True),
     )
-    sees_all = replace(architecture.attention, pattern=Full())
+    sees_all = replace(architecture.attention, pattern=arch.Full())
     rules = _rules(unbounded, len(types), sees_all, global_position) if has_window else []
-    return replace(architecture, layers=(LayerRule(stop=1, attention_norm=NoNorm()), *rules))
+    return replace(architecture, layers=(arch.LayerRule(stop=1, attention_norm=arch.NoNorm()), *rules))
 
 
-def _position(found: Settings, kind: str, older: str) -> Rotary:
+def _position(found: Settings, kind: str, older: str) -> arch.Rotary:
     """Rotary positions of one kind of layers, in the words of now or of before."""
     values = (found.get("rope_parameters") or {}).get(kind) or {}
     values = {"rope_theta": found[f"{older}_rope_theta"], **(found.get("rope_scaling") or {}), **values}
@@ -109,30 +96,32 @@ def _layer_types(found: Settings) -> list[str]:
     return list(types)
 
 
-def _rules(layers: list[int], num_layers: int, attention: Attention, position: Position) -> list[LayerRule]:
+def _rules(
+    layers: list[int], num_layers: int, attention: arch.Attention, position: arch.Position
+) -> list[arch.LayerRule]:
     """These layers, in one rule where they are every n-th one."""
     if not layers:
         return []
     step = layers[1] - layers[0] if len(layers) > 1 else num_layers
     if layers == list(range(layers[0], num_layers, step)):
-        return [LayerRule(start=layers[0], step=step, attention=attention, position=position)]
-    return [LayerRule(start=layer, stop=layer + 1, attention=attention, position=position) for layer in layers]
+        return [arch.LayerRule(start=layers[0], step=step, attention=attention, position=position)]
+    return [arch.LayerRule(start=layer, stop=layer + 1, attention=attention, position=position) for layer in layers]
 
 
-def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def write_config(architecture: arch.TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Convert a `TransformerConfig` to a `ModernBertConfig`."""
     parts = [architecture.layer(layer) for layer in range(architecture.num_layers)]
-    reach = next((p.attention.pattern.left for p in parts if isinstance(p.attention.pattern, Window)), 64)
-    positions: dict[str, Position] = {
-        WINDOWED if isinstance(part.attention.pattern, Window) else UNBOUNDED: part.position for part in parts
+    reach = next((p.attention.pattern.left for p in parts if isinstance(p.attention.pattern, arch.Window)), 64)
+    positions: dict[str, arch.Position] = {
+        WINDOWED if isinstance(part.attention.pattern, arch.Window) else UNBOUNDED: part.position for part in parts
     }
     return {
         "model_type": "modernbert",
         **write_fields(architecture, FIELDS),
         "max_position_embeddings": 8192,
-        "layer_types": [WINDOWED if isinstance(p.attention.pattern, Window) else UNBOUNDED for p in parts],
+        "layer_types": [WINDOWED if isinstance(p.attention.pattern, arch.Window) else UNBOUNDED for p in parts],
         "rope_parameters": {
-            kind: write_rotary(positions.get(kind, NoPosition())).get("rope_parameters")
+            kind: write_rotary(positions.get(kind, arch.NoPosition())).get("rope_parameters")
             for kind in (WINDOWED, UNBOUNDED)
         },
         "local_attention": 2 * reach,
@@ -140,7 +129,9 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
     }
 
 
-HEADS = heads_by_prefix(tokens="head.")
-MODERNBERT = sequence_family(
-    "ModernBERT", "text", "modernbert", "ModernBert", TABLE, read_config, write_config, "model.", "ForMaskedLM", HEADS
+MODERNBERT = replace(
+    sequence_family(
+        "ModernBERT", "text", "modernbert", "ModernBert", TABLE, read_config, write_config, "model.", "ForMaskedLM"
+    ),
+    read_heads=heads_by_prefix(tokens="head."),
 )

@@ -21,16 +21,7 @@ from meristem.interop.runners import PAIRS, SEQUENCES
 from meristem.interop.settings import Field, Settings, activation, write_fields
 from meristem.interop.table import STACKED, Ignored, KeyTable, Rename, Row, Tied, joined
 from meristem.interop.vocabulary import read_subwords, write_subwords
-from meristem.model.config import (
-    Attention,
-    BucketBias,
-    Causal,
-    FeedForward,
-    LayerRule,
-    RMSNorm,
-    TokenHead,
-    TransformerConfig,
-)
+from meristem.model import config as arch
 from meristem.shapes import Tensor
 
 ALIASES = {
@@ -59,7 +50,7 @@ FIELDS = (
 DEFAULTS = {"num_decoder_layers": None, "is_encoder_decoder": True, "tie_word_embeddings": True}
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> arch.TransformerConfig:
     """Convert a `T5Config` to a `TransformerConfig`.
 
     The reference ties the head whatever `tie_word_embeddings` says, unless the file holds another tensor for it;
@@ -78,25 +69,25 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
     return read_stacks(found, found["is_gated_act"], head)
 
 
-def read_stacks(found: Settings, is_gated: bool, head: TokenHead | None) -> TransformerConfig:
+def read_stacks(found: Settings, is_gated: bool, head: arch.TokenHead | None) -> arch.TransformerConfig:
     """Build one or two stacks from settings with the names of T5."""
     found.require(is_decoder=False)
     num_layers, num_decoder_layers = found["num_layers"], 0
     if not is_encoder(found):
         num_decoder_layers = num_layers if found["num_decoder_layers"] is None else found["num_decoder_layers"]
     architecture = found.build(
-        position=BucketBias,
-        attention=partial(Attention, qkv_bias=False, out_bias=False, scale=1.0),
-        feedforward=partial(FeedForward, is_gated=is_gated, in_bias=False, out_bias=False),
-        norm=RMSNorm,
+        position=arch.BucketBias,
+        attention=partial(arch.Attention, qkv_bias=False, out_bias=False, scale=1.0),
+        feedforward=partial(arch.FeedForward, is_gated=is_gated, in_bias=False, out_bias=False),
+        norm=arch.RMSNorm,
         head=head,
     )
     if not num_decoder_layers:
         return architecture
-    assert isinstance(architecture.position, BucketBias)
-    looks_back = LayerRule(
+    assert isinstance(architecture.position, arch.BucketBias)
+    looks_back = arch.LayerRule(
         start=num_layers,
-        attention=replace(architecture.attention, pattern=Causal()),
+        attention=replace(architecture.attention, pattern=arch.Causal()),
         position=replace(architecture.position, is_two_sided=False),
     )
     return replace(architecture, num_decoder_layers=num_decoder_layers, layers=(looks_back,))
@@ -110,7 +101,7 @@ def is_encoder(config: ForeignConfig) -> bool:
 
 def read_head(
     found: Settings, tensors: Mapping[str, Tensor], is_scaled: bool, is_always_tied: bool
-) -> TokenHead | None:
+) -> arch.TokenHead | None:
     """Read the symbol head, which is a linear map alone; None without a decoder.
 
     Args:
@@ -124,10 +115,10 @@ def read_head(
         own, shared = tensors.get("lm_head.weight"), tensors.get("shared.weight")
         is_tied = own is None or (shared is not None and torch.equal(own, shared))
     scale = float(found["d_model"]) ** -0.5 if is_scaled else 1.0
-    return TokenHead(activation=None, is_tied=is_tied, bias=False, scale=scale)
+    return arch.TokenHead(activation=None, is_tied=is_tied, bias=False, scale=scale)
 
 
-def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, num_stacks: int = 2) -> dict[str, Any]:
+def write_config(architecture: arch.TransformerConfig, tokenizer: Tokenizer, num_stacks: int = 2) -> dict[str, Any]:
     """Convert a `TransformerConfig` to a `T5Config`."""
     feedforward, head = architecture.feedforward, architecture.head
     values = write_stacks(architecture, tokenizer, num_stacks)
@@ -141,12 +132,12 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, num_stac
     }
 
 
-def write_stacks(architecture: TransformerConfig, tokenizer: Tokenizer, num_stacks: int) -> dict[str, Any]:
+def write_stacks(architecture: arch.TransformerConfig, tokenizer: Tokenizer, num_stacks: int) -> dict[str, Any]:
     """Settings of one or two stacks with the names of T5; a model with another number has another foreign class."""
     if (found := 2 if architecture.num_decoder_layers else 1) != num_stacks:
         raise ConfigError(f"a model must have {num_stacks} stacks; got num_decoder_layers={found - 1}")
     head = architecture.head
-    if not isinstance(architecture.position, BucketBias):
+    if not isinstance(architecture.position, arch.BucketBias):
         raise ConfigError(f"positions must be a BucketBias; got {type(architecture.position).__name__}")
     return {
         **write_fields(architecture, FIELDS),
@@ -169,12 +160,12 @@ def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list
     return tokenizer, notes
 
 
-def table(architecture: TransformerConfig, *_: object) -> KeyTable:
+def table(architecture: arch.TransformerConfig, *_: object) -> KeyTable:
     """Key table of a T5."""
     return build_table(architecture, "DenseReluDense", Rename("trunk.embedding.symbols", "shared"))
 
 
-def build_table(architecture: TransformerConfig, feedforward: str, symbols: Row) -> KeyTable:
+def build_table(architecture: arch.TransformerConfig, feedforward: str, symbols: Row) -> KeyTable:
     """Key table of one stack or two.
 
     Args:
@@ -195,7 +186,7 @@ def build_table(architecture: TransformerConfig, feedforward: str, symbols: Row)
     )
 
 
-def _rows_of_stack(architecture: TransformerConfig, own: str, foreign: str, feedforward: str) -> list[Row]:
+def _rows_of_stack(architecture: arch.TransformerConfig, own: str, foreign: str, feedforward: str) -> list[Row]:
     block, layer = f"{own}.blocks.{{}}", f"{foreign}.block.{{}}.layer"
     is_decoder = foreign == "decoder"
     last = f"{layer}.{2 if is_decoder else 1}"

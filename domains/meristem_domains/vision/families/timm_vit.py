@@ -26,36 +26,14 @@ from meristem.interop.rows import block_rows
 from meristem.interop.settings import Settings, write_fields
 from meristem.interop.table import KeyTable, Rename, Row, Transform
 from meristem.interop.weights import open_weights
-from meristem.model.config import (
-    AttentionPool,
-    Embedding,
-    FeedForward,
-    LayerNorm,
-    Learned,
-    Max,
-    Mean,
-    NoPosition,
-    Pool,
-    Position,
-    Prefix,
-    TransformerConfig,
-)
+from meristem.model import config as arch
 from meristem.model.heads import Readout
 from meristem.shapes import Tensor
+from meristem_domains.vision.families import timm_facts
 from meristem_domains.vision.families.labels import LABEL, label_of, require_plain
 from meristem_domains.vision.families.processor import IMAGENET
 from meristem_domains.vision.families.rows import embedding_rows, shaped
 from meristem_domains.vision.families.runners import TIMM_IMAGES
-from meristem_domains.vision.families.timm_facts import (
-    ACTIVATIONS,
-    FIELDS,
-    arguments_of,
-    facts_of,
-    has_mask,
-    image_px_of,
-    named_of,
-    preprocessing_of,
-)
 from meristem_domains.vision.families.timm_library import TIMM
 from meristem_domains.vision.families.vit import patches_of
 from meristem_domains.vision.patches import PatchTokenizer
@@ -67,37 +45,37 @@ NORM = ("layernorm", 1e-6)
 CLASS, DISTILLATION, MASK = "<class>", "<distillation>", "<mask>"
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> arch.TransformerConfig:
     """Convert the config of a model of timm to a `TransformerConfig`.
 
     Raises:
         ConfigError: an architecture or an argument that no part of ours can say.
     """
-    named, facts = named_of(config), facts_of(config, tensors)
+    named, facts = timm_facts.named_of(config), timm_facts.facts_of(config, tensors)
     if facts["is_gated"] != named.is_gated:
         raise ConfigError(f"{config['architecture']} must have gated layers or not; its tensors say otherwise")
     if facts.get("norm_layer") not in (None, NORM[0]):
         raise ConfigError(f"model_args.norm_layer must be {NORM[0]}; got {facts['norm_layer']!r}")
     return facts.build(
         embedding=partial(
-            Embedding,
-            vocab_size=facts["num_prefix"] + has_mask(config, facts),
+            arch.Embedding,
+            vocab_size=facts["num_prefix"] + timm_facts.has_mask(config, facts),
             patch_features=facts["in_chans"] * facts["patch_size"] ** 2,
             feature_bias=not facts["pre_norm"],
         ),
         position=_read_position(config, facts),
-        feedforward=partial(FeedForward, width=facts["hidden"], is_gated=facts["is_gated"]),
-        norm=LayerNorm(eps=NORM[1] if facts.get("norm_layer") else named.eps),
+        feedforward=partial(arch.FeedForward, width=facts["hidden"], is_gated=facts["is_gated"]),
+        norm=arch.LayerNorm(eps=NORM[1] if facts.get("norm_layer") else named.eps),
         final_norm=facts["has_final_norm"],
         pool=_read_pool(config, facts),
     )
 
 
-def _read_position(config: ForeignConfig, facts: Settings) -> Position:
+def _read_position(config: ForeignConfig, facts: Settings) -> arch.Position:
     rows, prefix = facts["num_positions"], facts["num_prefix"]
     if not rows:
-        return NoPosition()
-    height, width = image_px_of(config)
+        return arch.NoPosition()
+    height, width = timm_facts.image_px_of(config)
     grid = (height // facts["patch_size"], width // facts["patch_size"])
     places = math.prod(grid)
     if rows not in (places, places + prefix):
@@ -105,10 +83,10 @@ def _read_position(config: ForeignConfig, facts: Settings) -> Position:
             f"pos_embed must have {places} rows for pictures of {height} x {width} px, or {prefix} more for "
             f"special tokens; got {rows}"
         )
-    return Learned(max_positions=places, grid=grid)
+    return arch.Learned(max_positions=places, grid=grid)
 
 
-def _read_pool(config: ForeignConfig, facts: Settings) -> Pool | None:
+def _read_pool(config: ForeignConfig, facts: Settings) -> arch.Pool | None:
     kind = facts.get("global_pool", config.get("global_pool"))
     sees_prefix = bool(facts.get("pool_include_prefix"))
     if facts["has_pool_norm"] and kind != "avg":
@@ -117,16 +95,16 @@ def _read_pool(config: ForeignConfig, facts: Settings) -> Pool | None:
         raise ConfigError(f"model_args.pool_include_prefix must be false with global_pool {kind!r}; got true")
     match kind:
         case "token":
-            return Prefix(count=2 if facts["is_distilled"] else 1)
+            return arch.Prefix(count=2 if facts["is_distilled"] else 1)
         case "avg":
-            return Mean(is_normed=facts["has_pool_norm"])
+            return arch.Mean(is_normed=facts["has_pool_norm"])
         case "max":
-            return Max()
+            return arch.Max()
         case "map":
-            return AttentionPool(
+            return arch.AttentionPool(
                 num_heads=facts["num_heads"],
                 feedforward_width=facts["hidden"] * (2 if facts["is_gated"] else 1),
-                activation=facts.choice("act_layer", ACTIVATIONS),
+                activation=facts.choice("act_layer", timm_facts.ACTIVATIONS),
                 has_special=sees_prefix or facts["num_prefix"] == 0,
             )
         case "":
@@ -134,9 +112,9 @@ def _read_pool(config: ForeignConfig, facts: Settings) -> Pool | None:
     raise ConfigError(f"global_pool must be one of token, avg, max, map; got {kind!r}")
 
 
-def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
+def table(architecture: arch.TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
     """Key table of a vision transformer of timm."""
-    facts = facts_of(foreign, names if isinstance(names, Mapping) else {})
+    facts = timm_facts.facts_of(foreign, names if isinstance(names, Mapping) else {})
     tokens = {"cls_token": 1} if facts["class_token"] else {}
     if facts["is_distilled"]:
         tokens["dist_token"] = 1
@@ -156,7 +134,7 @@ def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collec
         *block_rows("blocks.{}", feedforward_norm="norm2", up="mlp.fc1", down="mlp.fc2", feedforward_scale="ls2.gamma"),
         Rename("trunk.final_norm", "norm"),
     ]
-    if isinstance(architecture.pool, AttentionPool):
+    if isinstance(architecture.pool, arch.AttentionPool):
         rows.append(Row("pool.query", ("attn_pool.latent",), shaped(1, 1, architecture.width)))
         foreign_names = {"out": "proj", "up": "mlp.fc1", "down": "mlp.fc2"}
         for name in ("q", "kv", "out", "norm", "up", "down"):
@@ -179,17 +157,17 @@ AVERAGED = Transform(
 """Two classifiers that are averaged, as one on both vectors side by side."""
 
 
-def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def write_config(architecture: arch.TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Convert a `TransformerConfig` to the config of a directory of timm that states every argument."""
     patches, pool = patches_of(tokenizer), architecture.pool
-    is_distilled = isinstance(pool, Prefix) and pool.count == 2
+    is_distilled = isinstance(pool, arch.Prefix) and pool.count == 2
     feedforward = architecture.feedforward
-    has_class = isinstance(pool, Prefix) or patches.prefix[:1] == (CLASS,)
-    pool_norm = isinstance(pool, Mean) and pool.is_normed
+    has_class = isinstance(pool, arch.Prefix) or patches.prefix[:1] == (CLASS,)
+    pool_norm = isinstance(pool, arch.Mean) and pool.is_normed
     hidden = feedforward.width * (2 if feedforward.is_gated else 1)
     global_pool = POOLS.get(type(pool), "")
     arguments = {
-        **write_fields(architecture, FIELDS),
+        **write_fields(architecture, timm_facts.FIELDS),
         "img_size": list(patches.fixed_px),
         "patch_size": patches.patch_px,
         "in_chans": patches.num_channels,
@@ -197,12 +175,12 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
         # rounded down there: half a feature more keeps it from falling below
         "mlp_ratio": (hidden + 0.5) / architecture.width,
         "class_token": has_class,
-        "pos_embed": "learn" if isinstance(architecture.position, Learned) else "none",
+        "pos_embed": "learn" if isinstance(architecture.position, arch.Learned) else "none",
         "no_embed_class": not is_distilled,
         "reg_tokens": len(patches.prefix) - has_class - is_distilled,
         "final_norm": architecture.final_norm or pool_norm,
         "fc_norm": pool_norm,
-        "pool_include_prefix": isinstance(pool, AttentionPool) and pool.has_special and len(patches.prefix) > 0,
+        "pool_include_prefix": isinstance(pool, arch.AttentionPool) and pool.has_special and len(patches.prefix) > 0,
     }
     if is_distilled and arguments["reg_tokens"]:
         raise ConfigError(f"a distilled model must have two special tokens; got {', '.join(patches.prefix)}")
@@ -229,7 +207,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
     }
 
 
-POOLS: Mapping[type, str] = {Prefix: "token", Mean: "avg", Max: "max", AttentionPool: "map"}
+POOLS: Mapping[type, str] = {arch.Prefix: "token", arch.Mean: "avg", arch.Max: "max", arch.AttentionPool: "map"}
 
 
 def _base(is_distilled: bool, is_gated: bool, eps: float | None) -> str:
@@ -256,9 +234,9 @@ def _crop_pct(patches: PatchTokenizer) -> float:
 
 def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
     """Read the tokenizer: patches after the special tokens, prepared as timm prepares images."""
-    facts, found = facts_of(config, open_weights(folder)), preprocessing_of(config)
+    facts, found = timm_facts.facts_of(config, open_weights(folder)), timm_facts.preprocessing_of(config)
     tokenizer = PatchTokenizer(
-        image_px=image_px_of(config),
+        image_px=timm_facts.image_px_of(config),
         patch_px=facts["patch_size"],
         num_channels=facts["in_chans"],
         mean=tuple(found.get("mean") or IMAGENET[0]),
@@ -271,7 +249,7 @@ def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list
             *([DISTILLATION] if facts["is_distilled"] else []),
             *(f"<register_{index}>" for index in range(1, facts["reg_tokens"] + 1)),
         ),
-        mask=MASK if has_mask(config, facts) else "",
+        mask=MASK if timm_facts.has_mask(config, facts) else "",
     )
     return tokenizer, []
 
@@ -280,14 +258,15 @@ def read_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, 
     """Read the label of the classifier, if there is one."""
     if "head.weight" not in names:
         return ()
-    count = config.get("num_classes") or preprocessing_of(config).get("num_classes")
+    trained = timm_facts.preprocessing_of(config)
+    count = config.get("num_classes") or trained.get("num_classes")
     if not count:
         raise ConfigError("num_classes must be that of the classifier; the config says none")
-    found = config.get("label_names") or preprocessing_of(config).get("label_names") or [str(i) for i in range(count)]
+    found = config.get("label_names") or trained.get("label_names") or [str(i) for i in range(count)]
     classes = [found[key] for key in sorted(found, key=int)] if isinstance(found, Mapping) else list(found)
     if len(classes) != count:
         raise ConfigError(f"label_names must name num_classes={count} classes; got {len(classes)}")
-    return (replace(label_of(classes), dropout=arguments_of(config).get("drop_rate") or 0.0),)
+    return (replace(label_of(classes), dropout=timm_facts.arguments_of(config).get("drop_rate") or 0.0),)
 
 
 def write_label(readouts: Sequence[Readout]) -> dict[str, Any]:
