@@ -26,6 +26,9 @@ from meristem.shapes import Tensor
 ForeignConfig = Mapping[str, Any]
 """`config.json` of a foreign directory."""
 
+Tensors = Mapping[str, Tensor]
+"""Foreign tensors by name."""
+
 TENSORFLOW_SPELLINGS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 """Names of TensorFlow, which checkpoints from before 2019 have."""
 
@@ -68,7 +71,7 @@ class Family:
     name: str
     domain: str
     recognises: Callable[[ForeignConfig], bool]
-    read_config: Callable[[ForeignConfig, Mapping[str, Tensor]], TransformerConfig]
+    read_config: Callable[[ForeignConfig, Tensors], TransformerConfig]
     write_config: Callable[[TransformerConfig, Tokenizer], dict[str, Any]]
     table: KeyTable | Callable[[TransformerConfig, ForeignConfig, Collection[str]], KeyTable]
     read_heads: HeadReader
@@ -140,7 +143,7 @@ def sequence_family(
     model_type: str,
     stem: str,
     table: KeyTable,
-    read_config: Callable[[ForeignConfig, Mapping[str, Tensor]], TransformerConfig],
+    read_config: Callable[[ForeignConfig, Tensors], TransformerConfig],
     write_config: Callable[[TransformerConfig, Tokenizer], dict[str, Any]],
     prefix: str = "transformer.",
     suffix: str = "ForCausalLM",

@@ -4,18 +4,15 @@ In the layout of its own published code, which no library has: post-norm as BERT
 scores that falls with distance, queries, keys and values in one map, and a feed-forward layer gated by GELU.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.interop.families import bert
-from meristem.interop.family import ForeignConfig, classes_by_head
-from meristem.interop.rows import block_rows
+from meristem.interop.family import ForeignConfig, Tensors, classes_by_head
 from meristem.interop.settings import Settings, special_ids, write_fields
-from meristem.interop.table import Ignored, KeyTable, Tied
+from meristem.interop.table import Ignored, KeyTable, Tied, block_rows
 from meristem.model.config import FeedForward, LinearBias, TokenHead, TransformerConfig
-from meristem.shapes import Tensor
 
 CODE = {
     "AutoConfig": "configuration_bert.BertConfig",
@@ -49,7 +46,7 @@ def recognises(config: ForeignConfig) -> bool:
     return config.get("model_type") == "bert" and ("alibi_starting_size" in config or named)
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     """Convert the config of a MosaicBERT to a `TransformerConfig`."""
     found = Settings("a DNABERT-2", config, bert.FIELDS)
     return bert.read_post_norm(

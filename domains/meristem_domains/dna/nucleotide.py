@@ -4,14 +4,13 @@ v1 is an ESM-1b, which `transformers` has; v2 is an ESM-2 whose feed-forward lay
 v2 is kept in the layout of its own published code, which no library has: many of its configs name no `model_type`.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.interop.families import esm
 from meristem.interop.families.esm import ESM
-from meristem.interop.family import ForeignConfig
+from meristem.interop.family import ForeignConfig, Tensors
 from meristem.model.config import FeedForward, TransformerConfig
 from meristem.shapes import Tensor
 from meristem_domains.dna.vocabulary import read_kmers, write_kmers
@@ -26,7 +25,7 @@ CODE = {
 """The published code that a config names; it is beside the published weights and is not written."""
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     """Convert the config of a v2 to a `TransformerConfig`."""
     bias = bool(config["add_bias_fnn"])
     plain = {name: value for name, value in config.items() if name not in ("add_bias_fnn", "hidden_act")}

@@ -5,7 +5,7 @@ post-norm, biases everywhere, a learned table of positions and one of token type
 pooler is the first row, a linear map and tanh, and BERT's label `next_sentence` is predicted from it.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,18 +16,17 @@ from meristem.interop.family import (
     TENSORFLOW_SPELLINGS,
     Family,
     ForeignConfig,
+    Tensors,
     classes_by_head,
     heads_by_prefix,
     of_type,
 )
-from meristem.interop.rows import block_rows, head_rows, lm_head_rows
 from meristem.interop.runners import SEQUENCES, run_sequences
 from meristem.interop.settings import COMMON, Field, Settings, activation, special_ids, write_fields
-from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied
+from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied, block_rows, head_rows, lm_head_rows
 from meristem.model.config import Embedding, Learned, Prefix, Residual, TokenHead, TransformerConfig
 from meristem.model.heads import Readout
 from meristem.model.model import SYMBOLS
-from meristem.shapes import Tensor
 
 NEXT_SENTENCE = Readout(name="next_sentence", classes=("next", "random"), pool=None)
 """Whether the second sentence follows the first, in the order of the reference's logits."""
@@ -116,7 +115,7 @@ ROBERTA_TABLE = KeyTable(
 )
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     """Convert a `BertConfig` to a `TransformerConfig`."""
     found = Settings("a BERT", config, FIELDS)
     # the head has the activation of the trunk
@@ -124,7 +123,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
     return _read(found, "bert.", tensors, position=Learned, head=head)
 
 
-def read_roberta_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_roberta_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     """Convert a `RobertaConfig` to a `TransformerConfig`."""
     found = Settings("a RoBERTa", config, FIELDS, {"pad_token_id": 1})
     if not isinstance(found["pad_token_id"], int):
@@ -132,7 +131,7 @@ def read_roberta_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) ->
     return _read(found, "roberta.", tensors, position=partial(Learned, offset=found["pad_token_id"] + 1))
 
 
-def _read(found: Settings, prefix: str, tensors: Mapping[str, Tensor], **parts: Any) -> TransformerConfig:
+def _read(found: Settings, prefix: str, tensors: Tensors, **parts: Any) -> TransformerConfig:
     """What both have in common."""
     found.require(is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
     return read_post_norm(found, has_pool=f"{prefix}pooler.dense.weight" in tensors, **parts)

@@ -4,7 +4,7 @@ As Hugging Face keeps them (`EsmModel`, `EsmForMaskedLM`): pre-norm, biases ever
 at inference; rotary positions (ESM-2) or a learned table whose first row is that of the padding symbol plus one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,10 @@ import torch
 
 from meristem.data.tokenizer import AlphabetTokenizer, Tokenizer
 from meristem.errors import CheckpointError, ConfigError
-from meristem.interop.family import TENSORFLOW_SPELLINGS, ForeignConfig, heads_by_prefix, sequence_family
-from meristem.interop.rows import block_rows, lm_head_rows
+from meristem.interop.family import TENSORFLOW_SPELLINGS, ForeignConfig, Tensors, heads_by_prefix, sequence_family
 from meristem.interop.runners import SEQUENCES, Results, padded
 from meristem.interop.settings import IS_TIED, SHAPE, Field, Settings, write_fields
-from meristem.interop.table import Ignored, KeyTable, Rename, Tied
+from meristem.interop.table import Ignored, KeyTable, Rename, Tied, block_rows, lm_head_rows
 from meristem.interop.vocabulary import SPECIAL as SPECIAL_MAP
 from meristem.interop.vocabulary import json_text, symbol_of
 from meristem.interop.vocabulary_files import DEFINITION, SETTINGS, WORDS, read_object
@@ -75,7 +74,7 @@ TABLE = KeyTable(
 )
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     """Convert an `EsmConfig` to a `TransformerConfig`.
 
     Raises:
@@ -102,7 +101,7 @@ def _read_position(found: Settings) -> Position:
     return Rotary(base=float(found.get("rope_theta") or 10000.0))
 
 
-def _with_rounding(architecture: TransformerConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def _with_rounding(architecture: TransformerConfig, tensors: Tensors) -> TransformerConfig:
     """With rotary frequencies rounded as those of the checkpoint, which was trained to them."""
     position = architecture.position
     stored = [tensor for name, tensor in tensors.items() if name.endswith(FREQUENCIES)]

@@ -5,7 +5,6 @@ heads at once, each branch is divided by sqrt(layers / 36), and the head is not 
 queries and keys have no bias, the others have one: ours has one after the last block, which is zero.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,15 +13,13 @@ from meristem.data.tokenizer import AlphabetTokenizer, Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.families.esm import RESIDUES, SPECIAL, ids_of_special, read_residues
 from meristem.interop.families.llama import decoder_rows, gated_rows
-from meristem.interop.family import ForeignConfig, heads_by_prefix, sequence_family
+from meristem.interop.family import ForeignConfig, Tensors, heads_by_prefix, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
-from meristem.interop.rows import lm_head_rows
 from meristem.interop.settings import BIASES, INIT_STD, SHAPE, Field, Settings, activation, write_fields
-from meristem.interop.table import KeyTable, Lacking, Rename
+from meristem.interop.table import KeyTable, Lacking, Rename, lm_head_rows
 from meristem.interop.vocabulary import json_text
 from meristem.interop.vocabulary_files import SETTINGS, WORDS
 from meristem.model.config import Attention, FeedForward, LayerNorm, Residual, TokenHead, TransformerConfig
-from meristem.shapes import Tensor
 
 SYMBOLS = ("<cls>", "<pad>", "<eos>", "<unk>", *RESIDUES, *"XBUZO.-|", "<mask>")
 """The vocabulary of all published models: that of ESM with a symbol between chains."""
@@ -55,7 +52,7 @@ TABLE = KeyTable(
 )
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     """Convert an `EsmcConfig` to a `TransformerConfig`."""
     plain = {**config, "attention_dropout": config.get("attention_dropout") or 0.0}
     found = Settings("an ESM-C", plain, FIELDS, {"max_position_embeddings": 2048})

@@ -5,16 +5,15 @@ everywhere, the tanh form of GELU, a learned table of positions, a head tied to 
 transposed. GPTBigCode with a key head for each query head keeps queries, keys and values of one head together.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.interop.family import ForeignConfig, sequence_family
-from meristem.interop.rows import block_rows, head_rows
+from meristem.interop.family import ForeignConfig, Tensors, sequence_family
 from meristem.interop.settings import INIT_STD, IS_TIED, Field, Settings, activation, special_ids, write_fields
-from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied, Transform, Transposed
+from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied, Transform, Transposed, block_rows, head_rows
 from meristem.model.config import Attention, Causal, FeedForward, Init, LayerRule, Learned, TokenHead, TransformerConfig
 from meristem.shapes import Tensor
 
@@ -90,7 +89,7 @@ FIELDS = (
 DEFAULTS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     """Convert a `GPT2Config` to a `TransformerConfig`.
 
     `reorder_and_upcast_attn` says how scores are computed in half precision, and not what they are.
@@ -109,7 +108,7 @@ def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Transfo
     return replace(architecture, layers=tuple(rules))
 
 
-def read_bigcode(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_bigcode(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     """Convert a `GPTBigCodeConfig` to a `TransformerConfig`."""
     defaults = {**DEFAULTS, "activation_function": "gelu_pytorch_tanh", "multi_query": True}
     found = Settings("a GPTBigCode", config, FIELDS, defaults, ALIASES)

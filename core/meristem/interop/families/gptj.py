@@ -5,7 +5,7 @@ feed-forward read the same norm and are added together; rotary positions turn ne
 of a head; no biases in attention; a head of its own, with a bias.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,9 @@ import torch
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
 from meristem.interop.families.gpt2 import ALIASES, BUFFERS, FIELDS, TIED, read_gpt, write_gpt
-from meristem.interop.family import ForeignConfig, sequence_family
-from meristem.interop.rows import block_rows, head_rows
+from meristem.interop.family import ForeignConfig, Tensors, sequence_family
 from meristem.interop.settings import Settings
-from meristem.interop.table import KeyTable, Rename, Row, Transform
+from meristem.interop.table import KeyTable, Rename, Row, Transform, block_rows, head_rows
 from meristem.model.config import Attention, Residual, Rotary, TokenHead, TransformerConfig
 from meristem.shapes import Tensor
 
@@ -61,9 +60,7 @@ DEFAULTS = {
 }
 
 
-def read_config(
-    config: ForeignConfig, tensors: Mapping[str, Tensor], kind: str = "a GPT-J", shares: int = 1
-) -> TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Tensors, kind: str = "a GPT-J", shares: int = 1) -> TransformerConfig:
     """Convert a `GPTJConfig` or a `CodeGenConfig` to a `TransformerConfig`."""
     found = Settings(kind, config, FIELDS, DEFAULTS, ALIASES)
     if found["n_head"] % shares:

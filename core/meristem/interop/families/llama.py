@@ -13,14 +13,12 @@ from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.family import Family, ForeignConfig, sequence_family
+from meristem.interop.family import Family, ForeignConfig, Tensors, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
-from meristem.interop.rows import block_rows, head_rows
 from meristem.interop.settings import BIASES, COMMON, Field, Settings, activation, special_ids, write_fields
-from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied
+from meristem.interop.table import Ignored, KeyTable, Rename, Row, Tied, block_rows, head_rows
 from meristem.model import config as arch
 from meristem.model.config.layer import QueryKeyNorm
-from meristem.shapes import Tensor
 
 FIELDS = (
     *COMMON,
@@ -111,7 +109,7 @@ class Kind:
             name, domain, self.model_type, stem, table, self.read_config, self.write_config, prefix="model."
         )
 
-    def read_config(self, config: ForeignConfig, tensors: Mapping[str, Tensor]) -> arch.TransformerConfig:
+    def read_config(self, config: ForeignConfig, tensors: Tensors) -> arch.TransformerConfig:
         """Convert a foreign config to a `TransformerConfig`."""
         fields, defaults = (*FIELDS, *self.fields), {**DEFAULTS, **self.defaults}
         found = Settings(f"a {self.model_type}", config, fields, defaults)

@@ -5,20 +5,17 @@ positions of two bases (one for windows, one for layers that see all), a gated f
 norm before the first layer's attention.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.family import ForeignConfig, heads_by_prefix, sequence_family
+from meristem.interop.family import ForeignConfig, Tensors, heads_by_prefix, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
-from meristem.interop.rows import block_rows, head_rows
 from meristem.interop.settings import BIASES, COMMON, Field, Settings, activation, special_ids, write_fields
-from meristem.interop.table import KeyTable, Rename, Tied
+from meristem.interop.table import KeyTable, Rename, Tied, block_rows, head_rows
 from meristem.model import config as arch
-from meristem.shapes import Tensor
 
 FIELDS = (
     *COMMON,
@@ -59,7 +56,7 @@ TABLE = KeyTable(
 )
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> arch.TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Tensors) -> arch.TransformerConfig:
     """Convert a `ModernBertConfig` to a `TransformerConfig`."""
     found = Settings("a ModernBERT", config, FIELDS, DEFAULTS)
     reach = found["local_attention"] // 2

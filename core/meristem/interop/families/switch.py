@@ -4,7 +4,7 @@ As Hugging Face keeps it (`SwitchTransformersForConditionalGeneration`): one exp
 sequence for an expert; a token that finds no room goes on by the residual alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.families import t5
-from meristem.interop.family import ForeignConfig, classes_by_head, symbols_by_class
+from meristem.interop.family import ForeignConfig, Tensors, classes_by_head, symbols_by_class
 from meristem.interop.runners import SEQUENCES
 from meristem.interop.settings import Settings
 from meristem.interop.table import KeyTable, Rename, Row, Transform
@@ -35,7 +35,7 @@ SWITCH_DEFAULTS = {
 }
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     """Convert a `SwitchTransformersConfig` to a `TransformerConfig`.
 
     `router_ignore_padding_tokens` changes nothing in the reference, and a pack has no padding.

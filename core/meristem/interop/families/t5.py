@@ -5,7 +5,6 @@ share an embedding, scores that are not scaled, and a bias by bucket of distance
 ways in the encoder. v1.1 has gated feed-forward layers, and a head of its own.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +14,12 @@ import torch
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.family import Family, ForeignConfig, classes_by_head, symbols_by_class
-from meristem.interop.rows import block_rows
+from meristem.interop.family import Family, ForeignConfig, Tensors, classes_by_head, symbols_by_class
 from meristem.interop.runners import PAIRS, SEQUENCES
 from meristem.interop.settings import Field, Settings, activation, write_fields
-from meristem.interop.table import STACKED, Ignored, KeyTable, Rename, Row, Tied, joined
+from meristem.interop.table import STACKED, Ignored, KeyTable, Rename, Row, Tied, block_rows, joined
 from meristem.interop.vocabulary import read_subwords, write_subwords
 from meristem.model import config as arch
-from meristem.shapes import Tensor
 
 ALIASES = {
     "hidden_size": "d_model",
@@ -50,7 +47,7 @@ FIELDS = (
 DEFAULTS = {"num_decoder_layers": None, "is_encoder_decoder": True, "tie_word_embeddings": True}
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> arch.TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Tensors) -> arch.TransformerConfig:
     """Convert a `T5Config` to a `TransformerConfig`.
 
     The reference ties the head whatever `tie_word_embeddings` says, unless the file holds another tensor for it;
@@ -99,9 +96,7 @@ def is_encoder(config: ForeignConfig) -> bool:
     return not config.get("is_encoder_decoder", True) or any(name.endswith("EncoderModel") for name in classes)
 
 
-def read_head(
-    found: Settings, tensors: Mapping[str, Tensor], is_scaled: bool, is_always_tied: bool
-) -> arch.TokenHead | None:
+def read_head(found: Settings, tensors: Tensors, is_scaled: bool, is_always_tied: bool) -> arch.TokenHead | None:
     """Read the symbol head, which is a linear map alone; None without a decoder.
 
     Args:

@@ -7,7 +7,7 @@ classifier reads the class token and the mean of the patches side by side.
 Drop path is the same in all layers there; here, as in the paper, it grows from 0 to that of the last one.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,11 @@ from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.family import ForeignConfig, of_type
-from meristem.interop.rows import block_rows
+from meristem.interop.family import ForeignConfig, Tensors, of_type
 from meristem.interop.settings import Field, Settings, activation
-from meristem.interop.table import KeyTable
+from meristem.interop.table import KeyTable, block_rows
 from meristem.model.config import FeedForward, Prefix, TransformerConfig
 from meristem.model.heads import Readout
-from meristem.shapes import Tensor
 from meristem_domains.vision.families import vit
 from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
 
@@ -50,7 +48,7 @@ SPELLINGS = (*vit.ATTENTION_SPELLINGS, (r"\.mlp\.down_proj\.", ".mlp.weights_out
 """Names that tensors have in memory since transformers 5; on disk they keep the others."""
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     """Convert a `Dinov2Config` or a `Dinov2WithRegistersConfig` to a `TransformerConfig`."""
     found = _settings(config)
     height, width = vit.pair(found["image_size"])

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from meristem.errors import ConfigError
-from meristem.interop.family import ForeignConfig
+from meristem.interop.family import ForeignConfig, Tensors
 from meristem.interop.settings import Field, Settings
 from meristem.interop.weights import Weights
 from meristem.model.config import Activation
-from meristem.shapes import Tensor
 from meristem_domains.vision.families.timm_names import ARCHITECTURES, Named
 from meristem_domains.vision.families.vit import pair
 
@@ -58,7 +57,7 @@ FIELDS = (
 """Arguments that are fields of ours."""
 
 
-def facts_of(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Settings:
+def facts_of(config: ForeignConfig, tensors: Tensors) -> Settings:
     """Describe a model by arguments of timm. Shapes of tensors take precedence over the config.
 
     Beside arguments of timm there are `hidden` (width of feed-forward layers), `num_positions` (rows of the table of
@@ -81,7 +80,7 @@ def facts_of(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> Settings:
     return Settings("a timm", {**found, **shown, "num_prefix": num_prefix}, FIELDS)
 
 
-def _of_tensors(found: Settings, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _of_tensors(found: Settings, tensors: Tensors) -> dict[str, Any]:
     shape = tensors.shape if isinstance(tensors, Weights) else lambda name: tensors[name].shape
     numbers = [int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))]
     lacking = [name for name in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight") if name not in tensors]

@@ -21,14 +21,12 @@ import torch
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.family import Family, ForeignConfig
-from meristem.interop.rows import block_rows
+from meristem.interop.family import Family, ForeignConfig, Tensors
 from meristem.interop.settings import Settings, write_fields
-from meristem.interop.table import KeyTable, Rename, Row, Transform
+from meristem.interop.table import KeyTable, Rename, Row, Transform, block_rows
 from meristem.interop.weights import open_weights
 from meristem.model import config as arch
 from meristem.model.heads import Readout
-from meristem.shapes import Tensor
 from meristem_domains.vision.families import timm_facts
 from meristem_domains.vision.families.labels import LABEL, label_of, require_plain
 from meristem_domains.vision.families.processor import IMAGENET
@@ -45,7 +43,7 @@ NORM = ("layernorm", 1e-6)
 CLASS, DISTILLATION, MASK = "<class>", "<distillation>", "<mask>"
 
 
-def read_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> arch.TransformerConfig:
+def read_config(config: ForeignConfig, tensors: Tensors) -> arch.TransformerConfig:
     """Convert the config of a model of timm to a `TransformerConfig`.
 
     Raises:

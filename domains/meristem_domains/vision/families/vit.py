@@ -13,13 +13,11 @@ from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.family import Family, ForeignConfig, of_type
-from meristem.interop.rows import block_rows
+from meristem.interop.family import Family, ForeignConfig, Tensors, of_type
 from meristem.interop.settings import INIT_STD, Field, Settings, activation, write_fields
-from meristem.interop.table import Ignored, KeyTable, Rename, Row
+from meristem.interop.table import Ignored, KeyTable, Rename, Row, block_rows
 from meristem.model.config import Attention, Embedding, Learned, Prefix, TransformerConfig
 from meristem.model.heads import Readout
-from meristem.shapes import Tensor
 from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
 from meristem_domains.vision.families.processor import read_processor, write_processor
 from meristem_domains.vision.families.rows import embedding_rows
@@ -49,7 +47,7 @@ LEFT_OUT = (
 )
 
 
-def read_vit_config(config: ForeignConfig, tensors: Mapping[str, Tensor]) -> TransformerConfig:
+def read_vit_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     """Convert a `ViTConfig` to a `TransformerConfig`."""
     found = _settings(config)
     has_pooler = "vit.pooler.dense.weight" in tensors and "classifier.weight" not in tensors

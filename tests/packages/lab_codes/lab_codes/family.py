@@ -8,8 +8,7 @@ from typing import Any
 from lab_codes.tokenizer import PairTokenizer
 from meristem.data.tokenizer import Tokenizer
 from meristem.interop.family import Family, ForeignConfig, heads_by_prefix, of_type
-from meristem.interop.rows import block_rows, head_rows
-from meristem.interop.table import KeyTable, Rename
+from meristem.interop.table import KeyTable, Rename, block_rows, head_rows
 from meristem.model.config import TransformerConfig
 from meristem.model.plain import from_json, to_json
 from meristem.shapes import Tensor
