@@ -5,15 +5,8 @@ A family of models is supported when there are three things: a function that rea
 or for close kin, and make a `Family` value, which a package lists among its entry points. Nothing else asks which
 family a model is of.
 
-* `weights.py`: tensors of a directory, in safetensors or `.bin`, whole or in shards, each read when it is asked for.
-* `table.py`, `rows.py`: rows of a key table, read and written by one engine, strictly both ways.
-* `settings.py`: settings of a foreign config: fields of ours, said once for reading and writing; or refused.
-* `family.py`: what a family is, and how the family of a foreign config is found.
-* `library.py`: libraries that directories are of, and the models that one builds by name.
-* `families/`: families that several domains share; those of one domain lie in its package.
-* `runners.py`: how the same random input goes through our model and through the reference.
-* `directory.py`: a foreign directory to a model, and back.
-* `parity.py`: the largest difference of the two, by layer and output.
+`directory.py` reads and writes directories by the tables and settings of a family, and `parity.py` measures how far a
+model of ours is from that of the other library.
 
 How to add a family
 -------------------

@@ -60,7 +60,6 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to the config of a MosaicBERT."""
     return {
         "model_type": "bert",
         **write_fields(architecture, bert.FIELDS),

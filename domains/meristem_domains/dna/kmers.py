@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes, frozen_symbols
 from meristem.errors import ConfigError
+from meristem.framing import frame_of
 from meristem.types import TokenColumn, Tokens
 
 BASES = "ATCG"
@@ -123,19 +124,15 @@ class KmerTokenizer(Tokenizer):
             value = value * len(BASES) + codes[starts[is_word] + i]
         body[is_word] = self._words[value]
 
-        before, behind = self.num_special
         # tokens before each bound: a run never crosses one
         inner = ends[np.searchsorted(firsts, bounds)]
-        offsets = inner + np.arange(len(bounds)) * (before + behind)
+        offsets = inner + np.arange(len(bounds)) * sum(self.num_special)
+        is_special = frame_of(offsets, self.num_special)
         ids = np.empty(offsets[-1], np.int32)
-        is_payload = np.ones(len(ids), bool)
-        frame = [(offsets[:-1] + i, symbol) for i, symbol in enumerate(self.prefix)]
-        frame += [(offsets[1:] - behind + i, symbol) for i, symbol in enumerate(self.suffix)]
-        for places, symbol in frame:
-            ids[places] = self._index[symbol]
-            is_payload[places] = False
-        ids[is_payload] = body
-        return TokenColumn(ids=ids, offsets=offsets, replaced=self._count_replaced(text), is_special=~is_payload)
+        frame = [self._index[symbol] for symbol in (*self.prefix, *self.suffix)]
+        ids[is_special] = np.tile(frame, len(payloads))
+        ids[~is_special] = body
+        return TokenColumn(ids=ids, offsets=offsets, replaced=self._count_replaced(text), is_special=is_special)
 
     def widths_of(self, ids: np.ndarray) -> np.ndarray:
         return self._widths[ids]

@@ -37,7 +37,6 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to the config of a v2."""
     config = esm.write_config(architecture, tokenizer)
     del config["model_type"], config["hidden_act"]
     return {**config, "add_bias_fnn": architecture.feedforward.in_bias, "auto_map": CODE}

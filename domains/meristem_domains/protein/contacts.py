@@ -9,7 +9,6 @@ import torch
 from meristem.data.pack import pack_column
 from meristem.errors import ConfigError
 from meristem.figures.canvas import new_figure
-from meristem.model.model import Model
 from meristem.model.outputs import Wanted
 from meristem.scoring.running import RunningModel
 from meristem.scoring.scorer import NoOptions, Scorer
@@ -20,7 +19,7 @@ from meristem_domains.protein.contact_head import CONTACTS, correct_average_prod
 def contact_maps(running: RunningModel, column: TokenColumn, options: NoOptions) -> Iterator[np.ndarray]:
     """For each sequence in turn, one symmetric float32 map `[n, n]` over its residues.
 
-    The values are probabilities where the model has a contact head (`has_contact_weights`). Otherwise they are the
+    The values are probabilities where the model has a contact head. Otherwise they are the
     mean of the attention maps, symmetrised and corrected for the average product, which ranks pairs of residues only.
 
     Sequences run one at a time, since the maps of all layers take `4 * L * H * n * n` bytes.
@@ -28,7 +27,7 @@ def contact_maps(running: RunningModel, column: TokenColumn, options: NoOptions)
     for row in range(len(column)):
         with torch.inference_mode():
             batch = pack_column(column, np.array([row]), [row]).to(running.model.device)
-            if has_contact_weights(running.model):
+            if CONTACTS in running.model.heads:
                 [logits] = running.model(batch, Wanted((CONTACTS,))).heads[CONTACTS]
                 values = logits.sigmoid()
             else:
@@ -39,11 +38,6 @@ def contact_maps(running: RunningModel, column: TokenColumn, options: NoOptions)
         yield values.float().cpu().numpy()
 
 
-def has_contact_weights(model: Model) -> bool:
-    """Whether the model has a contact head, with one weight for each attention map."""
-    return CONTACTS in model.heads
-
-
 def describe(running: RunningModel, options: NoOptions) -> str:
     """What the values of `contact_maps` mean, in words.
 
@@ -52,7 +46,7 @@ def describe(running: RunningModel, options: NoOptions) -> str:
     """
     if running.tokenizer.num_features or running.model.config.num_decoder_layers:
         raise ConfigError("contacts need a model of residues with one stack; this one has patches or two stacks")
-    if has_contact_weights(running.model):
+    if CONTACTS in running.model.heads:
         return "probabilities of contact, by the model's own logistic regression"
     return (
         "scores that rank, not probabilities: the model has no weights for contacts, so they are the mean of its "
@@ -62,7 +56,7 @@ def describe(running: RunningModel, options: NoOptions) -> str:
 
 def draw_contacts(values: np.ndarray, running: RunningModel, column: TokenColumn) -> Any:
     """A figure of one map. Residues are counted from 1."""
-    is_probability = has_contact_weights(running.model)
+    is_probability = CONTACTS in running.model.heads
     figure = new_figure(5, 4.4)
     axes = figure.add_subplot()
     end = len(values) + 0.5

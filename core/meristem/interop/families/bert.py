@@ -116,7 +116,6 @@ ROBERTA_TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
-    """Convert a `BertConfig` to a `TransformerConfig`."""
     found = Settings("a BERT", config, FIELDS)
     # the head has the activation of the trunk
     head = partial(TokenHead, activation=found.choice("hidden_act"))
@@ -124,7 +123,6 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
 
 
 def read_roberta_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
-    """Convert a `RobertaConfig` to a `TransformerConfig`."""
     found = Settings("a RoBERTa", config, FIELDS, {"pad_token_id": 1})
     if not isinstance(found["pad_token_id"], int):
         raise ConfigError(f"pad_token_id must be set in a RoBERTa config; got {found['pad_token_id']!r}")
@@ -149,13 +147,12 @@ def read_post_norm(found: Settings, has_pool: bool, **parts: Any) -> Transformer
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `BertConfig`."""
     return {"model_type": "bert", **write_fields(architecture, FIELDS), **special_ids(tokenizer)}
 
 
 def write_roberta_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `RobertaConfig`. Padding stands before the first position."""
     position = architecture.position
+    # padding stands before the first position
     pad = position.offset - 1 if isinstance(position, Learned) else 1
     ids = special_ids(tokenizer)
     if ids["pad_token_id"] not in (None, pad):

@@ -116,7 +116,6 @@ def _with_rounding(architecture: TransformerConfig, tensors: Tensors) -> Transfo
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to an `EsmConfig`."""
     position, mask_id = architecture.position, architecture.embedding.mask_id
     return {
         "model_type": "esm",

@@ -53,7 +53,6 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
-    """Convert an `EsmcConfig` to a `TransformerConfig`."""
     plain = {**config, "attention_dropout": config.get("attention_dropout") or 0.0}
     found = Settings("an ESM-C", plain, FIELDS, {"max_position_embeddings": 2048})
     width, heads, num_layers = found["hidden_size"], found["num_attention_heads"], found["num_hidden_layers"]
@@ -69,7 +68,6 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to an `EsmcConfig`."""
     return {
         "model_type": "esmc",
         **write_fields(architecture, FIELDS),

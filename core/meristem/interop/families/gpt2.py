@@ -109,7 +109,6 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
 
 
 def read_bigcode(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
-    """Convert a `GPTBigCodeConfig` to a `TransformerConfig`."""
     defaults = {**DEFAULTS, "activation_function": "gelu_pytorch_tanh", "multi_query": True}
     found = Settings("a GPTBigCode", config, FIELDS, defaults, ALIASES)
     found.require(scale_attn_by_inverse_layer_idx=False)
@@ -139,7 +138,6 @@ def read_gpt(found: Settings, attention: partial[Attention], **parts: Any) -> Tr
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `GPT2Config`."""
     last = architecture.layer(architecture.num_layers - 1).attention
     is_by_layer = last.scale != architecture.attention.scale
     return {
@@ -151,7 +149,6 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 
 
 def write_bigcode(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `GPTBigCodeConfig`."""
     is_multi_query = architecture.num_kv_heads == 1 and architecture.attention.num_heads > 1
     return {"model_type": "gpt_bigcode", **_write(architecture, tokenizer), "multi_query": is_multi_query}
 

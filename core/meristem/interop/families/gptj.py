@@ -61,7 +61,6 @@ DEFAULTS = {
 
 
 def read_config(config: ForeignConfig, tensors: Tensors, kind: str = "a GPT-J", shares: int = 1) -> TransformerConfig:
-    """Convert a `GPTJConfig` or a `CodeGenConfig` to a `TransformerConfig`."""
     found = Settings(kind, config, FIELDS, DEFAULTS, ALIASES)
     if found["n_head"] % shares:
         raise ConfigError(f"n_head must be a multiple of {shares} in {kind} config; got {found['n_head']}")
@@ -80,7 +79,6 @@ def read_config(config: ForeignConfig, tensors: Tensors, kind: str = "a GPT-J", 
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `GPTJConfig`."""
     position = architecture.position
     turned = position.width if isinstance(position, Rotary) else None
     return {
@@ -92,7 +90,6 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[
 
 
 def write_codegen_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `CodeGenConfig`."""
     return {**write_config(architecture, tokenizer), "model_type": "codegen", "n_ctx": MAX_POSITIONS}
 
 

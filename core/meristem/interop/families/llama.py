@@ -110,7 +110,6 @@ class Kind:
         )
 
     def read_config(self, config: ForeignConfig, tensors: Tensors) -> arch.TransformerConfig:
-        """Convert a foreign config to a `TransformerConfig`."""
         fields, defaults = (*FIELDS, *self.fields), {**DEFAULTS, **self.defaults}
         found = Settings(f"a {self.model_type}", config, fields, defaults)
         width, heads, head_width = found["hidden_size"], found["num_attention_heads"], found["head_dim"]
@@ -166,7 +165,6 @@ class Kind:
         return [window if kind == WINDOWED else None for kind in kinds]
 
     def write_config(self, architecture: arch.TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Convert a `TransformerConfig` to a foreign config."""
         return {
             "model_type": self.model_type,
             **write_fields(architecture, (*FIELDS, *self.fields)),

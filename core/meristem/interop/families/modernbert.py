@@ -57,7 +57,6 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Tensors) -> arch.TransformerConfig:
-    """Convert a `ModernBertConfig` to a `TransformerConfig`."""
     found = Settings("a ModernBERT", config, FIELDS, DEFAULTS)
     reach = found["local_attention"] // 2
     window, local_position = arch.Window(left=reach, right=reach), _position(found, WINDOWED, "local")
@@ -106,7 +105,6 @@ def _rules(
 
 
 def write_config(architecture: arch.TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `ModernBertConfig`."""
     parts = [architecture.layer(layer) for layer in range(architecture.num_layers)]
     reach = next((p.attention.pattern.left for p in parts if isinstance(p.attention.pattern, arch.Window)), 64)
     positions: dict[str, arch.Position] = {

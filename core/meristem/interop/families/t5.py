@@ -114,7 +114,6 @@ def read_head(found: Settings, tensors: Tensors, is_scaled: bool, is_always_tied
 
 
 def write_config(architecture: arch.TransformerConfig, tokenizer: Tokenizer, num_stacks: int = 2) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `T5Config`."""
     feedforward, head = architecture.feedforward, architecture.head
     values = write_stacks(architecture, tokenizer, num_stacks)
     name = values["dense_act_fn"]
@@ -156,7 +155,6 @@ def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list
 
 
 def table(architecture: arch.TransformerConfig, *_: object) -> KeyTable:
-    """Key table of a T5."""
     return build_table(architecture, "DenseReluDense", Rename("trunk.embedding.symbols", "shared"))
 
 

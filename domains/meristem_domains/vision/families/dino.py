@@ -19,9 +19,8 @@ from meristem.interop.family import ForeignConfig, Tensors, of_type
 from meristem.interop.settings import Field, Settings, activation
 from meristem.interop.table import KeyTable, block_rows
 from meristem.model.config import FeedForward, Prefix, TransformerConfig
-from meristem.model.heads import Readout
 from meristem_domains.vision.families import vit
-from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
+from meristem_domains.vision.families.labels import LABEL, read_classifier, write_classes
 
 DINO_FIELDS = (
     *vit.FIELDS,
@@ -49,7 +48,6 @@ SPELLINGS = (*vit.ATTENTION_SPELLINGS, (r"\.mlp\.down_proj\.", ".mlp.weights_out
 
 
 def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
-    """Convert a `Dinov2Config` or a `Dinov2WithRegistersConfig` to a `TransformerConfig`."""
     found = _settings(config)
     height, width = vit.pair(found["image_size"])
     if height != width:
@@ -101,7 +99,6 @@ def table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collec
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, has_registers: bool = False) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `Dinov2Config` or a `Dinov2WithRegistersConfig`."""
     feedforward = architecture.feedforward
     # a whole number: 64 times the width is more than anybody has
     fits = [r for r in range(1, 65) if _width(architecture.width, r, feedforward.is_gated) == feedforward.width]
@@ -123,13 +120,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, has_regi
 
 
 def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """Read the tokenizer: patches after a class token and registers."""
     return vit.read_patches(folder, _settings(config), bool(config.get("use_mask_token", True)))
-
-
-def read_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
-    """Read the label of the classifier on the class token and the mean of the patches, if there is one."""
-    return (label_of(classes_of(config), CLASS_MEAN),) if "classifier.weight" in names else ()
 
 
 DINO = replace(
@@ -139,7 +130,7 @@ DINO = replace(
     read_config=read_config,
     write_config=write_config,
     read_tokenizer=read_tokenizer,
-    read_heads=read_label,
+    read_heads=partial(read_classifier, pool=CLASS_MEAN),
     write_readouts=lambda readouts: write_classes(readouts, (CLASS_MEAN,)),
     table=table,
     spellings=SPELLINGS,

@@ -22,12 +22,18 @@ def label_of(classes: Sequence[str], pool: Pool | None = None) -> Readout:
     return Readout(name=LABEL, classes=tuple(classes), pool=pool)
 
 
-def classes_of(config: Mapping[str, Any]) -> list[str]:
-    """Names of classes in a config of `transformers`, in the order of the logits."""
-    names = config.get("id2label")
-    if not names:
-        return [f"LABEL_{index}" for index in range(config.get("num_labels", 2))]
-    return [str(names[index]) for index in sorted(names, key=int)]
+def read_classifier(config: Mapping[str, Any], names: Collection[str], pool: Pool | None = None) -> tuple[Readout, ...]:
+    """The label of a classifier of `transformers`, if there is one; classes are in the order of the logits.
+
+    Args:
+        pool: as for `label_of`.
+    """
+    if "classifier.weight" not in names:
+        return ()
+    classes = config.get("id2label")
+    if not classes:
+        return (label_of([f"LABEL_{index}" for index in range(config.get("num_labels", 2))], pool),)
+    return (label_of([str(classes[index]) for index in sorted(classes, key=int)], pool),)
 
 
 def write_classes(readouts: Sequence[Readout], pools: Collection[Pool | None]) -> dict[str, Any]:

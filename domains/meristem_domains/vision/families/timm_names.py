@@ -4,11 +4,12 @@
 LayerNorm. A test compares every one of them with the models that timm builds.
 """
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+
+import pyarrow as pa
+from pyarrow.csv import ConvertOptions, read_csv
 
 from meristem.model.config import Activation
 
@@ -32,19 +33,10 @@ class Named:
     is_distilled: bool
 
 
-def _read() -> dict[str, Named]:
-    with Path(__file__).with_name("timm_architectures.csv").open(encoding="utf-8", newline="") as file:
-        return {
-            row["name"]: Named(
-                num_heads=int(row["num_heads"]),
-                activation=cast(Activation, row["activation"]),
-                eps=float(row["eps"]),
-                is_gated=row["is_gated"] == "1",
-                is_distilled=row["is_distilled"] == "1",
-            )
-            for row in csv.DictReader(file)
-        }
+_TYPES = {"is_gated": pa.bool_(), "is_distilled": pa.bool_()}
+_ROWS = read_csv(
+    Path(__file__).with_name("timm_architectures.csv"), convert_options=ConvertOptions(column_types=_TYPES)
+)
 
-
-ARCHITECTURES: Mapping[str, Named] = _read()
+ARCHITECTURES: Mapping[str, Named] = {row.pop("name"): Named(**row) for row in _ROWS.to_pylist()}
 """What each name stands for."""

@@ -111,7 +111,6 @@ def _read_pool(config: ForeignConfig, facts: Settings) -> arch.Pool | None:
 
 
 def table(architecture: arch.TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
-    """Key table of a vision transformer of timm."""
     facts = timm_facts.facts_of(foreign, names if isinstance(names, Mapping) else {})
     tokens = {"cls_token": 1} if facts["class_token"] else {}
     if facts["is_distilled"]:
@@ -156,7 +155,6 @@ AVERAGED = Transform(
 
 
 def write_config(architecture: arch.TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to the config of a directory of timm that states every argument."""
     patches, pool = patches_of(tokenizer), architecture.pool
     is_distilled = isinstance(pool, arch.Prefix) and pool.count == 2
     feedforward = architecture.feedforward
@@ -253,7 +251,6 @@ def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list
 
 
 def read_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
-    """Read the label of the classifier, if there is one."""
     if "head.weight" not in names:
         return ()
     trained = timm_facts.preprocessing_of(config)
@@ -268,7 +265,6 @@ def read_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, 
 
 
 def write_label(readouts: Sequence[Readout]) -> dict[str, Any]:
-    """Settings about the classes of a label."""
     settings: dict[str, Any] = {}
     for readout in readouts:
         require_plain(readout, (None,))

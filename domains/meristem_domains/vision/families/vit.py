@@ -17,8 +17,7 @@ from meristem.interop.family import Family, ForeignConfig, Tensors, of_type
 from meristem.interop.settings import INIT_STD, Field, Settings, activation, write_fields
 from meristem.interop.table import Ignored, KeyTable, Rename, Row, block_rows
 from meristem.model.config import Attention, Embedding, Learned, Prefix, TransformerConfig
-from meristem.model.heads import Readout
-from meristem_domains.vision.families.labels import LABEL, classes_of, label_of, write_classes
+from meristem_domains.vision.families.labels import LABEL, read_classifier, write_classes
 from meristem_domains.vision.families.processor import read_processor, write_processor
 from meristem_domains.vision.families.rows import embedding_rows
 from meristem_domains.vision.families.runners import HF_IMAGES
@@ -48,7 +47,6 @@ LEFT_OUT = (
 
 
 def read_vit_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
-    """Convert a `ViTConfig` to a `TransformerConfig`."""
     found = _settings(config)
     has_pooler = "vit.pooler.dense.weight" in tensors and "classifier.weight" not in tensors
     if has_pooler:
@@ -95,7 +93,6 @@ def side_of(found: Mapping[str, Any]) -> int:
 
 
 def vit_table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
-    """Key table of a `ViTModel` under the names that it has on disk."""
     layer = "vit.encoder.layer.{}"
     rows = (
         *block_rows(layer, attention_norm="layernorm_before", feedforward_norm="layernorm_after"),
@@ -151,7 +148,6 @@ VIT_SPELLINGS = (
 
 
 def write_vit_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `ViTConfig`."""
     return {
         "model_type": "vit",
         **write_trunk(architecture, tokenizer, VIT_FIELDS),
@@ -188,7 +184,6 @@ def patches_of(tokenizer: Tokenizer) -> PatchTokenizer:
 
 
 def read_vit_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    """Read the tokenizer: patches after a class token."""
     return read_patches(folder, _settings(config), _has_mask(config))
 
 
@@ -210,11 +205,6 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
     return {"preprocessor_config.json": write_processor(patches_of(tokenizer))}
 
 
-def read_vit_label(config: ForeignConfig, names: Collection[str]) -> tuple[Readout, ...]:
-    """Read the label of the classifier on the class token, if there is one."""
-    return (label_of(classes_of(config)),) if "classifier.weight" in names else ()
-
-
 VIT = Family(
     name="ViT",
     domain="vision",
@@ -224,7 +214,7 @@ VIT = Family(
     write_config=write_vit_config,
     read_tokenizer=read_vit_tokenizer,
     write_tokenizer=write_tokenizer,
-    read_heads=read_vit_label,
+    read_heads=read_classifier,
     write_readouts=lambda readouts: write_classes(readouts, (None,)),
     spellings=VIT_SPELLINGS,
     prefix="vit.",
