@@ -127,13 +127,12 @@ def write_directory(
     if family is None:
         reader = find("meristem.libraries", library)
         candidates = [other for other in installed_families() if other.library == reader]
-    written = _first_that_can([family] if family else candidates, architecture, tokenizer, model)
+    tensors, files, notes = _first_that_can([family] if family else candidates, architecture, tokenizer, model)
     with replacing_folder(folder) as part:
-        save_file(written.tensors, part / "model.safetensors", metadata={"format": "pt"})
-        for name, text in written.files.items():
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        for name, text in files.items():
             (part / name).write_text(text, encoding="utf-8")
-        (part / "config.json").write_text(json.dumps(written.config, indent=2) + "\n", encoding="utf-8")
-    return written.notes
+    return notes
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
@@ -167,14 +166,8 @@ REFUSED, UNWRITABLE = 2, 100
 """As many differences as a config counts for that a family refuses to read back, or cannot even write."""
 
 
-@dataclass(frozen=True)
-class _Written:
-    """What is written of a model."""
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    files: dict[str, str]
-    notes: list[str]
+Written = tuple[dict[str, Tensor], dict[str, str], list[str]]
+"""What is written of a model: tensors, texts of files by name, and notes for the user."""
 
 
 class _Differs(ConfigError):
@@ -187,7 +180,7 @@ class _Differs(ConfigError):
 
 def _first_that_can(
     candidates: Sequence[Family], architecture: TransformerConfig, tokenizer: Tokenizer, model: Model
-) -> _Written:
+) -> Written:
     reasons: list[tuple[int, str]] = []
     for family in candidates:
         distance = UNWRITABLE
@@ -221,7 +214,7 @@ def refuse_config(family: Family, config: dict[str, Any], architecture: Transfor
 
 def _write(
     family: Family, config: dict[str, Any], architecture: TransformerConfig, tokenizer: Tokenizer, model: Model
-) -> _Written:
+) -> Written:
     """A model as one of the family, which has its config.
 
     Raises:
@@ -249,7 +242,8 @@ def _write(
         notes.append(f"heads of labels stay behind, the other library has no place for them: {', '.join(left)}")
     if lacking := [head for head in family.implied_heads if SYMBOLS in kept and head not in kept]:
         notes.append(f"the other library starts at random the heads that this model lacks: {', '.join(lacking)}")
-    return _Written(config, foreign, family.write_tokenizer(tokenizer), notes)
+    files = {**family.write_tokenizer(tokenizer), "config.json": json.dumps(config, indent=2) + "\n"}
+    return foreign, files, notes
 
 
 def _refuse_differences(ours: TransformerConfig, theirs: TransformerConfig, has_pool: bool) -> list[str]:

@@ -2,15 +2,11 @@
 
 from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import ConfigError
-
-STANDARD = "LAGVSERTIDPKQNFYMHWC"
-"""The 20 amino acids of the genetic code, in the order of the vocabulary."""
+from meristem.interop.families.esm import RESIDUES as STANDARD
+from meristem.interop.families.esm import SYMBOLS as VOCAB
 
 NONSTANDARD = "UZOBJX*-."
 """Selenocysteine, pyrrolysine, ambiguous and unknown residues, stops and gaps."""
-
-VOCAB = ("<cls>", "<pad>", "<eos>", "<unk>", *STANDARD, *"XBUZO", ".", "-", "<null_1>", "<mask>")
-"""33 symbols, in the order of the published checkpoints."""
 
 NOT_IN_VOCAB = "J*"
 """Nonstandard symbols that the published vocabulary lacks; they are read as X."""

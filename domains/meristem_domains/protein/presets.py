@@ -5,11 +5,9 @@ ESM-2: Lin et al. 2023 (doi:10.1126/science.ade2574); ESM-1b: Rives et al. 2021 
 
 from dataclasses import replace
 
+from meristem.interop.families.esm import MASK_DROPOUT_FRAC
 from meristem.model import config as arch
 from meristem_domains.protein.alphabet import VOCAB
-
-MASK_DROPOUT_FRAC = 0.15 * 0.8
-"""Share of masked tokens in the training of ESM: 15 % of the tokens are chosen, 80 % of these are masked."""
 
 
 def esm2(num_layers: int, width: int, num_heads: int) -> arch.TransformerConfig:

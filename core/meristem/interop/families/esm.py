@@ -31,8 +31,10 @@ MASK_DROPOUT_FRAC = 0.15 * 0.8
 """Share of masks in pre-training; a constant of the reference, not of its config."""
 
 RESIDUES = "LAGVSERTIDPKQNFYMHWC"
+"""The 20 amino acids of the genetic code, in the order of the vocabulary."""
+
 SYMBOLS = ("<cls>", "<pad>", "<eos>", "<unk>", *RESIDUES, *"XBUZO.-", "<null_1>", "<mask>")
-"""The vocabulary of all published models, for directories that hold none."""
+"""The vocabulary of all published models."""
 
 SPECIAL = {"cls": "<cls>", "pad": "<pad>", "eos": "<eos>", "unk": "<unk>", "mask": "<mask>"}
 KIND_OF_POSITION = "position_embedding_type"
@@ -156,7 +158,9 @@ def read_residues(
         CheckpointError: a vocabulary that is damaged, or whose ids are not those of the config.
     """
     vocab, notes = _read_vocab(folder, config, published, num_rows, kind)
-    special = {**SPECIAL, **_read_special(folder)}
+    stated = {**read_object(folder / SETTINGS), **read_object(folder / SPECIAL_MAP)}
+    names = {role: stated.get(f"{role}_token") or symbol for role, symbol in SPECIAL.items()}
+    special = {role: symbol_of(folder, name)["content"] for role, name in names.items()}
     if unknown := [symbol for symbol in special.values() if symbol not in vocab]:
         raise CheckpointError(f"{folder}: the vocabulary must hold every special symbol; it lacks {unknown[0]!r}")
     if long := [s for s in vocab if len(s) != 1 and not (s.startswith("<") and s.endswith(">"))]:
@@ -197,13 +201,6 @@ def _read_vocab(
     if config["vocab_size"] != num_rows:
         raise CheckpointError(f"{folder} must hold vocab.txt or tokenizer.json; it holds neither")
     return list(published), [f"no vocab.txt: the {len(published)} symbols of all published {kind} models are taken"]
-
-
-def _read_special(folder: Path) -> dict[str, str]:
-    """Special symbols by role, as the tokenizer's files name them."""
-    stated = {**read_object(folder / SETTINGS), **read_object(folder / SPECIAL_MAP)}
-    names = {role: stated.get(f"{role}_token") for role in SPECIAL}
-    return {role: symbol_of(folder, name)["content"] for role, name in names.items() if name}
 
 
 def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:

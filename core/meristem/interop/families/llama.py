@@ -63,9 +63,8 @@ BUFFERS = (Ignored(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),)
 GATED_TABLE = KeyTable((*ROWS, *gated_rows(LAYER)), TIED, BUFFERS)
 PLAIN_TABLE = KeyTable((*ROWS, *block_rows(LAYER, up="mlp.c_fc", down="mlp.c_proj")), TIED, BUFFERS)
 
-WINDOWED = "sliding_attention"
-UNBOUNDED = "full_attention"
-"""Names of layers that see a window, and that see every earlier token."""
+WINDOWED, UNBOUNDED = "sliding_attention", "full_attention"
+"""Names of layers that see a window, and that have no bound."""
 
 
 @dataclass(frozen=True, kw_only=True)

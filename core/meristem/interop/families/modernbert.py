@@ -11,6 +11,7 @@ from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
+from meristem.interop.families.llama import UNBOUNDED, WINDOWED
 from meristem.interop.family import ForeignConfig, Tensors, heads_by_prefix, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
 from meristem.interop.settings import BIASES, COMMON, Field, Settings, activation, special_ids, write_fields
@@ -37,9 +38,6 @@ DEFAULTS = {
     "global_rope_theta": 160000.0,
     "local_rope_theta": 10000.0,
 }
-
-WINDOWED, UNBOUNDED = "sliding_attention", "full_attention"
-"""Names of layers that see a window, and that see every token."""
 
 LAYER = "model.layers.{}"
 
