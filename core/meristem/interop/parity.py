@@ -1,5 +1,6 @@
 """Run our model and its reference implementation on the same input and measure how far the results differ."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def compare(
         ours, theirs = run_ours(model, tokenizer, sequences), runner.theirs(reference, sequences)
     layers = sorted((name for name in {**ours, **theirs} if is_layer(name)), key=_order)
     outputs = [name for name in ours if not is_layer(name) and name in theirs]
-    return {name: _largest(ours.get(name), theirs.get(name)) for name in (*layers, *outputs)}
+    return {name: _distance(ours.get(name), theirs.get(name)) for name in (*layers, *outputs)}
 
 
 def is_layer(name: str) -> bool:
@@ -38,14 +39,9 @@ def _order(name: str) -> tuple[bool, int]:
     return (not name.startswith("source "), int(name.rpartition(" ")[2]))
 
 
-def _largest(ours: list[Tensor] | None, theirs: list[Tensor] | None) -> float:
-    if ours is None or theirs is None:
-        return float("inf")
-    return max(_distance(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape:
-        return float("inf")
-    distance = (a.double() - b.double()).abs().max().item()
-    return float("inf") if distance != distance else distance
+def _distance(ours: list[Tensor] | None, theirs: list[Tensor] | None) -> float:
+    """The largest difference; infinite where tensors are missing, of another shape, or not numbers."""
+    if ours is None or theirs is None or any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
+        return math.inf
+    worst = torch.stack([(a.double() - b.double()).abs().max() for a, b in zip(ours, theirs)]).max()
+    return worst.nan_to_num(math.inf, math.inf).item()

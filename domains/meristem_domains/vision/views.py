@@ -5,19 +5,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from meristem.data.views import Views
 from meristem.errors import ConfigError
 from meristem.model.config.checks import require, require_frac
 from meristem.types import Record
 from meristem_domains.vision.patches import PatchTokenizer
-from meristem_domains.vision.pictures import StandardImage, read_pixels
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from meristem_domains.vision.pictures import StandardImage, load_pillow, read_pixels
 
 Change = Callable[[Any], Any]
 
@@ -91,14 +89,20 @@ class PictureViews(Views):
         if rng is None:
             return (record,)
         assert isinstance(record.payload, bytes)
-        image = _to_image(read_pixels(record.payload, self.tokenizer.num_channels))
-        return tuple(record.with_payload(self._view(image, rng)) for _ in range(self.repeats))
-
-    def _view(self, image: "Image", rng: np.random.Generator) -> StandardImage:
+        pixels = read_pixels(record.payload, self.tokenizer.num_channels)
+        if pixels.dtype != np.uint8:  # transforms know 8 bits alone
+            pixels = np.rint(pixels * 255).astype(np.uint8)
+        image = load_pillow().fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         change, erase, tokenizer = self._made
-        with drawn_from(rng):
-            view = tokenizer.standardised(np.atleast_3d(np.asarray(change(image))))
-            return view if erase is None else _erased(view, erase)
+        found = []
+        for _ in range(self.repeats):
+            with drawn_from(rng):
+                view = tokenizer.standardised(np.atleast_3d(np.asarray(change(image))))
+                if erase is not None:
+                    values = torch.from_numpy(np.ascontiguousarray(view.values.transpose(2, 0, 1)))
+                    view = StandardImage(erase(values).numpy().transpose(1, 2, 0))
+            found.append(record.with_payload(view))
+        return tuple(found)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the transforms, which each worker builds anew."""
@@ -160,8 +164,6 @@ class PictureViews(Views):
 @contextmanager
 def drawn_from(rng: np.random.Generator) -> Iterator[None]:
     """Seed the global random generators of Python, NumPy and torch from `rng`, and restore their states afterwards."""
-    import torch
-
     seeds = rng.integers(2**32, size=3).tolist()
     of_python, of_torch = random.getstate(), torch.random.get_rng_state()
     of_numpy = np.random.get_state()  # noqa: NPY002 (it is what timm draws from)
@@ -174,19 +176,3 @@ def drawn_from(rng: np.random.Generator) -> Iterator[None]:
         random.setstate(of_python)
         np.random.set_state(of_numpy)  # noqa: NPY002
         torch.random.set_rng_state(of_torch)
-
-
-def _to_image(pixels: np.ndarray) -> "Image":
-    from PIL import Image
-
-    if pixels.dtype != np.uint8:  # transforms know 8 bits alone
-        pixels = np.rint(pixels * 255).astype(np.uint8)
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-
-
-def _erased(image: StandardImage, erase: Change) -> StandardImage:
-    """The image after `erase` has changed its values."""
-    import torch
-
-    values = np.ascontiguousarray(image.values.transpose(2, 0, 1))
-    return StandardImage(erase(torch.from_numpy(values)).numpy().transpose(1, 2, 0))
