@@ -87,13 +87,13 @@ class Case:
         back = tmp_path / "back"
         check_one_most_general(self.family, imported)
         assert self.family.runner is not None
-        write_directory(back, imported.architecture, imported.tokenizer, imported.model, family=self.family)
+        write_directory(back, imported.model.config, imported.tokenizer, imported.model, family=self.family)
         exported = self.family.runner.load(back)
         refuse_distance(self.compare(imported.model, exported, rng), tolerance)
         original = self.reference.state_dict()
         assert set(exported.state_dict()) == set(original)
         again = read_directory(back, self.family)
-        assert again.architecture == imported.architecture
+        assert again.model.config == imported.model.config
         assert again.model.readouts == imported.model.readouts
         for name, tensor in again.model.state_dict().items():
             assert torch.equal(tensor, imported.model.state_dict()[name]), name
@@ -164,8 +164,8 @@ def check_one_most_general(family: Family, imported: Imported) -> None:
     for other in installed_families():
         if other.library == family.library:
             with suppress(UserError, TypeError):
-                config = other.write_config(imported.architecture, imported.tokenizer)
-                refuse_config(other, config, imported.architecture)
+                config = other.write_config(imported.model.config, imported.tokenizer)
+                refuse_config(other, config, imported.model.config)
                 able[other.name] = other
     most_general = [name for name, other in able.items() if not {more.name for more in other.general} & set(able)]
     assert len(most_general) == 1, most_general

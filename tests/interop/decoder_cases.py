@@ -44,7 +44,7 @@ def cases(shapes: Shapes, tmp_path_factory: pytest.TempPathFactory) -> CaseOf:
 
 def row_of(case: Case) -> tuple[str, str]:
     """Family and shape, as the page of parity has them."""
-    config = case.imported.architecture
+    config = case.imported.model.config
     heads, keys, width = config.attention.num_heads, config.num_kv_heads, config.head_width
     words = [f"{config.num_layers} layers of {config.width}", f"{heads} heads of {width}"]
     words += [f"{keys} for keys"] if keys != heads else []

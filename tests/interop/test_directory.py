@@ -117,7 +117,7 @@ def test_every_form_of_a_checkpoint_gives_the_same_model(form: Callable[[Path], 
     form(folder)
     got = read_directory(folder)
     assert same_weights(got.model, wanted.model)
-    assert got.architecture == wanted.architecture
+    assert got.model.config == wanted.model.config
     assert got.notes == wanted.notes == ()
 
 
@@ -125,7 +125,7 @@ def test_half_precision_is_read_as_fp32(model: torch.nn.Module, tmp_path: Path) 
     folder = esm_reference.save(model.half(), tmp_path / "hf")
     imported = read_directory(folder)
     assert all(parameter.dtype == torch.float32 for parameter in imported.model.parameters())
-    assert imported.architecture.position.rounding == "fp16"
+    assert imported.model.config.position.rounding == "fp16"
 
 
 def test_a_trunk_saved_alone_comes_without_a_symbol_head(
@@ -138,13 +138,13 @@ def test_a_trunk_saved_alone_comes_without_a_symbol_head(
     folder = esm_reference.save(trunk.eval(), tmp_path / "hf")
     imported = read_directory(folder)
     assert list(imported.model.heads) == ["contacts"]
-    assert imported.architecture.head is None
+    assert imported.model.config.head is None
     assert imported.notes == ("the pooler is left out: it was never trained",)
     parity = compare(imported.model, imported.tokenizer, load_transformers(folder), rng, ESM.runner)
     assert "logits" not in parity
     refuse_distance(parity)
     # and back
-    write_directory(tmp_path / "back", imported.architecture, imported.tokenizer, imported.model)
+    write_directory(tmp_path / "back", imported.model.config, imported.tokenizer, imported.model)
     assert json.loads((tmp_path / "back/config.json").read_text())["architectures"] == ["EsmModel"]
     assert same_weights(read_directory(tmp_path / "back").model, imported.model)
 
@@ -344,7 +344,7 @@ def test_a_model_that_no_family_can_say_is_not_exported(
     change: dict[str, Any], named: str, folder: Path, tmp_path: Path
 ) -> None:
     imported = read_directory(folder)
-    architecture = replace(imported.architecture, **change)
+    architecture = replace(imported.model.config, **change)
     with pytest.raises(ConfigError, match=named):
         write_directory(tmp_path / "back", architecture, imported.tokenizer, Model(architecture, specs(("tokens",))))
     assert not (tmp_path / "back").exists()
@@ -353,8 +353,8 @@ def test_a_model_that_no_family_can_say_is_not_exported(
 
 def test_what_stays_behind_at_export_is_said(folder: Path, tmp_path: Path) -> None:
     imported = read_directory(folder)
-    embedding = replace(imported.architecture.embedding, dropout=0.1)
-    architecture = replace(imported.architecture, embedding=embedding)
+    embedding = replace(imported.model.config.embedding, dropout=0.1)
+    architecture = replace(imported.model.config, embedding=embedding)
     model = Model(architecture, specs(("tokens",), (Readout(name="place", classes=("in", "out")),)))
     notes = write_directory(tmp_path / "back", architecture, imported.tokenizer, model)
     assert notes == [
@@ -369,7 +369,7 @@ def test_a_tokenizer_without_the_special_symbols_is_not_exported(folder: Path, t
     imported = read_directory(folder)
     with pytest.raises(ConfigError, match="must have <cls>, <pad>"):
         write_directory(
-            tmp_path / "back", imported.architecture, AlphabetTokenizer(vocab=tuple("ACGU")), imported.model
+            tmp_path / "back", imported.model.config, AlphabetTokenizer(vocab=tuple("ACGU")), imported.model
         )
 
 

@@ -69,7 +69,7 @@ def test_exported_models_load_in_transformers_and_give_the_same(
     parity_row: Callable[..., None],
 ) -> None:
     imported = read_directory(reference_folder(shape))
-    notes = write_directory(tmp_path / "back", imported.architecture, imported.tokenizer, imported.model)
+    notes = write_directory(tmp_path / "back", imported.model.config, imported.tokenizer, imported.model)
     assert notes == []
     from transformers import AutoModelForMaskedLM
 
@@ -88,7 +88,7 @@ def test_the_exported_tokenizer_gives_the_same_ids(reference_folder: FolderOf, t
     from transformers import AutoTokenizer
 
     imported = read_directory(reference_folder("small"))
-    write_directory(tmp_path / "back", imported.architecture, imported.tokenizer, imported.model)
+    write_directory(tmp_path / "back", imported.model.config, imported.tokenizer, imported.model)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "back")
     sequence = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
     assert theirs(sequence)["input_ids"] == imported.tokenizer.encode(sequence).ids.tolist()
@@ -313,7 +313,7 @@ def test_rounded_frequencies_of_a_checkpoint_are_kept(rounding: str, rng: np.ran
     frequencies.copy_(frequencies.to(dtype).float())
     folder = esm_reference.save(model, tmp_path / "hf")
     imported = read_directory(folder)
-    assert imported.architecture.position.rounding == rounding
+    assert imported.model.config.position.rounding == rounding
     refuse_distance(compare(imported.model, imported.tokenizer, load_transformers(folder), rng, ESM.runner))
 
 
@@ -322,7 +322,7 @@ def test_an_untied_head_is_kept(rng: np.random.Generator, tmp_path: Path) -> Non
         esm_reference.redrawn(esm_reference.esm2(2, 32, 4, tie_word_embeddings=False), rng), tmp_path / "hf"
     )
     imported = read_directory(folder)
-    assert not imported.architecture.head.is_tied
+    assert not imported.model.config.head.is_tied
     refuse_distance(compare(imported.model, imported.tokenizer, load_transformers(folder), rng, ESM.runner))
 
 

@@ -73,7 +73,7 @@ def test_ids_are_those_of_the_reference_s_tokenizer(tmp_path: Path, rng: np.rand
     for sequence in ("MKTAYIAKQRX", "ACDE|FGHIK", "LAGVSERTIDPKQNFYMHWCXBUZO.-"):
         assert imported.tokenizer.encode(sequence).ids.tolist() == theirs(sequence)["input_ids"]
     # and of a directory that we wrote
-    write_directory(tmp_path / "back", imported.architecture, imported.tokenizer, imported.model)
+    write_directory(tmp_path / "back", imported.model.config, imported.tokenizer, imported.model)
     back = EsmcTokenizer.from_pretrained(tmp_path / "back")
     assert back("MKT|A")["input_ids"] == theirs("MKT|A")["input_ids"]
     assert read_directory(tmp_path / "back").tokenizer == imported.tokenizer
@@ -84,7 +84,7 @@ def test_a_last_norm_with_a_bias_is_not_exported(tmp_path: Path, rng: np.random.
     imported = esmc(FIRST, tmp_path, rng).imported
     imported.model.trunk.final_norm.bias.data[3] = 0.1
     with pytest.raises(ConfigError, match=r"no place for trunk\.final_norm\.bias, which must be zero"):
-        write_directory(tmp_path / "back", imported.architecture, imported.tokenizer, imported.model)
+        write_directory(tmp_path / "back", imported.model.config, imported.tokenizer, imported.model)
 
 
 class HeadNorm(nn.Module):

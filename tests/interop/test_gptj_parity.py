@@ -144,11 +144,11 @@ def test_codegen_is_gpt_j_with_its_maps_in_shares(case_of: CaseOf, tmp_path: Pat
     """One architecture: a model of the one can be written as the other."""
     imported = case_of("CodeGen").imported
     tensors = imported.model.state_dict()
-    foreign = TABLE.write(tensors, imported.architecture)
+    foreign = TABLE.write(tensors, imported.model.config)
     assert {name for name in foreign if ".attn." in name and ".0." in name} == {
         f"transformer.h.0.attn.{name}_proj.weight" for name in ("q", "k", "v", "out")
     }
-    assert GPTJ.read_config(GPTJ.write_config(imported.architecture, None), {}) == imported.architecture
+    assert GPTJ.read_config(GPTJ.write_config(imported.model.config, None), {}) == imported.model.config
 
 
 @every_shape

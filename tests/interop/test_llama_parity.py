@@ -239,7 +239,7 @@ def test_frequencies_that_old_files_hold_are_left_out(case_of: CaseOf, tmp_path:
     (tmp_path / "old/config.json").write_text((case.folder / "config.json").read_text())
     again = read_directory(tmp_path / "old", case.family)
     assert again.notes == ()
-    assert again.architecture == case.imported.architecture
+    assert again.model.config == case.imported.model.config
 
 
 @pytest.mark.parametrize("shape", ["Llama", "Qwen2 odd", "Qwen3", "StarCoder2"])
@@ -252,7 +252,7 @@ def test_a_trunk_saved_alone_has_no_head(shape: str, case_of: CaseOf, rng: np.ra
 
 
 def test_norms_are_those_of_the_family(case_of: CaseOf) -> None:
-    assert isinstance(case_of("StarCoder2").imported.architecture.norm, LayerNorm)
+    assert isinstance(case_of("StarCoder2").imported.model.config.norm, LayerNorm)
     model = case_of("Qwen3 odd").imported.model
     # one norm for all heads, of the width of one
     assert model.trunk.blocks[0].attention.q_norm.weight.shape == (10,)

@@ -190,8 +190,8 @@ def test_an_untied_head_unties_the_copies_of_the_embedding_there(rng: np.random.
     save_file({**tensors, **copies}, folder / "model.safetensors", metadata={"format": "pt"})
     family = replace(SWITCH, runner=off_the_edge(PAIRS))
     case = Case.of(folder, family, PlainIds(64, suffix=(1,), reserved=(0,)))
-    assert case.imported.architecture.head is not None
-    assert not case.imported.architecture.head.is_tied
+    assert case.imported.model.config.head is not None
+    assert not case.imported.model.config.head.is_tied
     case.check_forward(rng)
     case.check_export(rng, tmp_path)
 

@@ -177,7 +177,7 @@ def test_a_directory_comes_and_goes_with_its_tokenizer(rng: np.random.Generator,
     imported = read_directory(folder)
     assert imported.family is T5
     assert imported.notes == ()
-    write_directory(tmp_path / "back", imported.architecture, imported.tokenizer, imported.model)
+    write_directory(tmp_path / "back", imported.model.config, imported.tokenizer, imported.model)
     for directory in (folder, tmp_path / "back"):
         theirs = AutoTokenizer.from_pretrained(directory)
         for text in ("the thing is here", "a q", "what?", ""):

@@ -104,7 +104,7 @@ def test_layers_pooled_features_and_logits_are_those_of_timm(
 def test_every_output_is_compared(shape: str, case_of: CaseOf, rng: np.random.Generator) -> None:
     case = case_of(shape)
     parity = case.compare(case.imported.model, case.reference, rng)
-    assert len(parity) - len(outputs_of(parity)) == case.imported.architecture.num_layers + 1
+    assert len(parity) - len(outputs_of(parity)) == case.imported.model.config.num_layers + 1
     assert set(outputs_of(parity)) == {"pooled", *(["label"] if SHAPES[shape][1]["num_classes"] else [])}
 
 
@@ -212,7 +212,7 @@ def test_a_directory_is_read_without_timm(case_of: CaseOf, monkeypatch: pytest.M
     case = case_of(PLAIN)
     again = read_directory(case.folder)
     assert again.family is TIMM_VIT
-    assert again.architecture == case.imported.architecture
+    assert again.model.config == case.imported.model.config
 
 
 def test_arguments_that_were_changed_behind_the_name_are_read(
@@ -222,7 +222,7 @@ def test_arguments_that_were_changed_behind_the_name_are_read(
     model = images.redraw_image_model(timm.create_model("vit_base_patch16_clip_224", **{**SMALL, **changed}), rng)
     save_for_hf(model, tmp_path / "hf", safe_serialization=True)
     case = Case.of(tmp_path / "hf", TIMM_VIT)
-    assert case.imported.architecture.norm == LayerNorm(eps=1e-6)
+    assert case.imported.model.config.norm == LayerNorm(eps=1e-6)
     case.check_forward(rng)
     case.check_export(rng, tmp_path)
     case.check_mutant(rng, images.take_erf_gelu)
@@ -236,7 +236,7 @@ def test_a_published_directory_that_says_a_name_alone_is_read(rng: np.random.Gen
     del config["model_args"]
     file.write_text(json.dumps(config))
     case = Case.of(tmp_path / "hf", TIMM_VIT)
-    assert case.imported.architecture.attention.num_heads == 3
+    assert case.imported.model.config.attention.num_heads == 3
     # 12 layers of sharp attention
     case.check_forward(rng, tolerance=5e-4)
 
@@ -325,7 +325,7 @@ def test_class_names_come_along(case_of: CaseOf, rng: np.random.Generator, tmp_p
     imported = read_directory(folder)
     (readout,) = imported.model.readouts
     assert readout.classes == tuple(names)
-    write_directory(tmp_path / "back", imported.architecture, imported.tokenizer, imported.model, "timm")
+    write_directory(tmp_path / "back", imported.model.config, imported.tokenizer, imported.model, "timm")
     assert json.loads((tmp_path / "back/config.json").read_text())["label_names"] == names
     assert timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True).num_classes == 5
 
@@ -345,7 +345,7 @@ UNSAYABLE = {
 def test_what_timm_cannot_say_is_not_exported(what: str, case_of: CaseOf, tmp_path: Path) -> None:
     change, message = UNSAYABLE[what]
     imported = case_of(PLAIN).imported
-    architecture = change(imported.architecture)
+    architecture = change(imported.model.config)
     model = Model(architecture, specs((), imported.model.readouts))
     with pytest.raises(ConfigError, match=message):
         write_directory(tmp_path / "back", architecture, imported.tokenizer, model, "timm")
@@ -355,6 +355,6 @@ def test_what_timm_cannot_say_is_not_exported(what: str, case_of: CaseOf, tmp_pa
 def test_a_label_with_a_pool_of_its_own_is_not_exported(case_of: CaseOf, tmp_path: Path) -> None:
     imported = case_of(PLAIN).imported
     (readout,) = imported.model.readouts
-    model = Model(imported.architecture, specs((), [replace(readout, pool=Mean())]))
+    model = Model(imported.model.config, specs((), [replace(readout, pool=Mean())]))
     with pytest.raises(ConfigError, match="label 'label' must read the model's own to be exported; its pool is Mean"):
-        write_directory(tmp_path / "back", imported.architecture, imported.tokenizer, model, "timm")
+        write_directory(tmp_path / "back", imported.model.config, imported.tokenizer, model, "timm")

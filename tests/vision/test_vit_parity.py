@@ -146,7 +146,7 @@ def test_layers_pooled_features_and_logits_are_those_of_the_reference(
 def test_every_output_is_compared(shape: str, case_of: CaseOf, rng: np.random.Generator) -> None:
     case = case_of(shape)
     parity = case.compare(case.imported.model, case.reference, rng)
-    assert len(parity) - len(outputs_of(parity)) == case.imported.architecture.num_layers + 1
+    assert len(parity) - len(outputs_of(parity)) == case.imported.model.config.num_layers + 1
     assert set(outputs_of(parity)) == ({"label"} if case.imported.model.readouts else {"pooled"})
 
 
@@ -293,7 +293,7 @@ def test_a_picture_is_prepared_as_transformers_prepares_it(
         assert tokenizer.crop == name
         ours = torch.from_numpy(tokenizer.encode(stream.getvalue()).features[1:])
         back = tmp_path / f"{name} back"
-        write_directory(back, case.imported.architecture, tokenizer, case.imported.model)
+        write_directory(back, case.imported.model.config, tokenizer, case.imported.model)
         for place in (folder, back):
             processor = AutoImageProcessor.from_pretrained(place, backend="pil")
             pixels = processor(picture, return_tensors="pt").pixel_values[0]
@@ -353,7 +353,7 @@ UNSAYABLE = {
 def test_what_transformers_cannot_say_is_not_exported(what: str, case_of: CaseOf, tmp_path: Path) -> None:
     shape, change, message = UNSAYABLE[what]
     case = case_of(shape)
-    architecture = change(case.imported.architecture)
+    architecture = change(case.imported.model.config)
     model = Model(architecture, specs((), case.imported.model.readouts))
     with pytest.raises(ConfigError, match=message):
         write_directory(tmp_path / "back", architecture, case.imported.tokenizer, model, family=case.family)
@@ -368,4 +368,4 @@ def test_a_classifier_beside_a_pooler_it_does_not_read_is_told(case_of: CaseOf, 
     save_file(tensors, folder / "model.safetensors")
     imported = read_directory(folder)
     assert imported.notes == ("the pooler is left out: the classifier does not read it",)
-    assert imported.architecture == case_of(PLAIN).imported.architecture
+    assert imported.model.config == case_of(PLAIN).imported.model.config

@@ -39,11 +39,6 @@ class Imported:
     model: Model
     notes: tuple[str, ...]
 
-    @property
-    def architecture(self) -> TransformerConfig:
-        """Architecture of the trunk and the symbol head."""
-        return self.model.config
-
 
 def read_directory(folder: Path, family: Family | None = None) -> Imported:
     """Read model and tokenizer from a directory of another library; every tensor must have its place.
@@ -148,7 +143,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _blamed(file: Path) -> Iterator[None]:
-    """Names the file in an error that a reader of it raises."""
+    """Name the file in an error that a reader of it raises."""
     try:
         yield
     except (ConfigError, TypeError, KeyError) as error:
@@ -208,18 +203,13 @@ def refuse_config(family: Family, config: dict[str, Any], architecture: Transfor
     Raises:
         ConfigError: the family cannot say the architecture; names what differs.
     """
-    back = family.read_config(config, family.derived(architecture))
-    _refuse_differences(architecture, back, has_pool=False)
+    _refuse_differences(architecture, family.read_config(config, family.derived(architecture)), has_pool=False)
 
 
 def _write(
     family: Family, config: dict[str, Any], architecture: TransformerConfig, tokenizer: Tokenizer, model: Model
 ) -> Written:
-    """A model as one of the family, which has its config.
-
-    Raises:
-        ConfigError: the family cannot have it all the same; says why.
-    """
+    """A model as one of the family, whose tensors or tokenizer may refuse it even though its config can say it."""
     table = family.table_of(architecture, config)
     tensors = model.state_dict()
     heads = {head: [name for name in tensors if name.startswith(f"heads.{head}.")] for head in model.heads}
@@ -247,14 +237,7 @@ def _write(
 
 
 def _refuse_differences(ours: TransformerConfig, theirs: TransformerConfig, has_pool: bool) -> list[str]:
-    """Compare our config with what the other library makes of it.
-
-    Returns:
-        Names of dropouts that are lost: the numbers of the model do not depend on them.
-
-    Raises:
-        ConfigError: a difference that they depend on.
-    """
+    """Refuse what the other library makes of our config, unless it differs in `TRAINING_ONLY` alone; returns those."""
     if ours.head is None:
         theirs = replace(theirs, head=None)
     differences = _differences(_of_model(ours, has_pool), _of_model(theirs, has_pool))
@@ -275,23 +258,20 @@ TRAINING_ONLY = {"dropout", "drop_path", "jitter", "balance_weight", "z_weight"}
 def _of_model(config: TransformerConfig, has_pool: bool) -> dict[str, Any]:
     """What a config says of the whole model, without what has no part in a forward pass."""
     by_layer = ("attention", "feedforward", "experts", "position", "layers", "init")
-    plain: dict[str, Any] = to_json(replace(config, pool=config.pool if has_pool else None))
+    plain = to_json(replace(config, pool=config.pool if has_pool else None))
     return {name: value for name, value in plain.items() if name not in by_layer}
 
 
-def _of_layer(config: TransformerConfig, layer: int) -> dict[str, Any]:
+def _of_layer(config: TransformerConfig, layer: int) -> Any:
     """What a config says of one layer, with implied values written out."""
     parts = config.layer(layer)
     attention = replace(parts.attention, num_kv_heads=parts.attention.kv_heads, head_width=parts.head_width)
-    plain: dict[str, Any] = to_json(replace(parts, attention=attention))
-    return plain
+    return to_json(replace(parts, attention=attention))
 
 
 def _differences(ours: Any, theirs: Any, where: str = "") -> dict[str, Any]:
     """Our values that theirs lack, by dotted name."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        found: dict[str, Any] = {}
-        for name, value in ours.items():
-            found.update(_differences(value, theirs.get(name), f"{where}.{name}" if where else name))
-        return found
-    return {} if ours == theirs else {where: ours}
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return {} if ours == theirs else {where.removeprefix("."): ours}
+    found = (_differences(value, theirs.get(name), f"{where}.{name}") for name, value in ours.items())
+    return {name: value for part in found for name, value in part.items()}
