@@ -167,12 +167,8 @@ def turn_hue(values: np.ndarray, turn: float) -> np.ndarray:
 
 def blur(values: np.ndarray, sigma: float) -> np.ndarray:
     """A Gaussian blur over rows and columns. Beyond the edges there is nothing; the weights within sum to 1."""
-    rows, columns = (_bells(extent, sigma) for extent in values.shape[:2])
+    places = (np.arange(extent) for extent in values.shape[:2])
+    bells = [np.exp(-0.5 * ((place[:, None] - place) / sigma) ** 2) for place in places]
+    rows, columns = ((bell / bell.sum(1, keepdims=True)).astype(np.float32) for bell in bells)
     # one matrix over the rows of all columns, one over the columns of all rows
     return columns @ (rows @ values.reshape(len(rows), -1)).reshape(values.shape)
-
-
-def _bells(extent: int, sigma: float) -> np.ndarray:
-    places = np.arange(extent)
-    bells = np.exp(-0.5 * ((places[:, None] - places) / sigma) ** 2)
-    return (bells / bells.sum(1, keepdims=True)).astype(np.float32)

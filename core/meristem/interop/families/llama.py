@@ -178,7 +178,10 @@ class Kind:
         if not self.has_window:
             return {}
         depth = architecture.num_layers
-        windows = [_window_of(architecture.layer(layer).attention.pattern) for layer in range(depth)]
+        patterns = [architecture.layer(layer).attention.pattern for layer in range(depth)]
+        # a pattern that `_pattern` never gives is read as no window, and found by reading back
+        parts = [pattern.parts if isinstance(pattern, arch.Both) else () for pattern in patterns]
+        windows = [next((one.left + 1 for one in both if isinstance(one, arch.Window)), None) for both in parts]
         widths = [window for window in windows if window is not None]
         settings: dict[str, Any] = {"sliding_window": widths[0] if widths else None}
         if self.has_layer_types:
@@ -191,14 +194,6 @@ class Kind:
 def _pattern(window: int | None) -> arch.Pattern:
     """Of a causal layer that sees `window` tokens, itself included."""
     return arch.Causal() if window is None else arch.Causal() & arch.Window(left=window - 1)
-
-
-def _window_of(pattern: arch.Pattern) -> int | None:
-    """The inverse of `_pattern`; what it never gives is read as no window, and found by reading back."""
-    reaches = (
-        [part.left for part in pattern.parts if isinstance(part, arch.Window)] if isinstance(pattern, arch.Both) else []
-    )
-    return reaches[0] + 1 if reaches else None
 
 
 RMS_EPS = Field("rms_norm_eps", "norm.eps", 1e-6)

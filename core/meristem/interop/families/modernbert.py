@@ -59,7 +59,10 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> arch.TransformerConf
     reach = found["local_attention"] // 2
     window, local_position = arch.Window(left=reach, right=reach), _position(found, WINDOWED, "local")
     global_position = _position(found, UNBOUNDED, "global")
-    types = _layer_types(found)
+    num_layers, step = found["num_hidden_layers"], found["global_attn_every_n_layers"]
+    types = found.get("layer_types") or [WINDOWED if layer % step else UNBOUNDED for layer in range(num_layers)]
+    if len(types) != num_layers or not set(types) <= {WINDOWED, UNBOUNDED}:
+        raise ConfigError(f"layer_types must name {num_layers} layers, {WINDOWED} or {UNBOUNDED}; got {types}")
     unbounded = [layer for layer, kind in enumerate(types) if kind == UNBOUNDED]
     has_window = len(unbounded) < len(types)
     architecture = found.build(
@@ -80,14 +83,6 @@ def _position(found: Settings, kind: str, older: str) -> arch.Rotary:
     values = {"rope_theta": found[f"{older}_rope_theta"], **(found.get("rope_scaling") or {}), **values}
     length = found["max_position_embeddings"]
     return read_rotary(Settings("a ModernBERT", {"rope_parameters": values, "max_position_embeddings": length}))
-
-
-def _layer_types(found: Settings) -> list[str]:
-    num_layers, step = found["num_hidden_layers"], found["global_attn_every_n_layers"]
-    types = found.get("layer_types") or [WINDOWED if layer % step else UNBOUNDED for layer in range(num_layers)]
-    if len(types) != num_layers or not set(types) <= {WINDOWED, UNBOUNDED}:
-        raise ConfigError(f"layer_types must name {num_layers} layers, {WINDOWED} or {UNBOUNDED}; got {types}")
-    return list(types)
 
 
 def _rules(

@@ -93,7 +93,10 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, num_stac
     ):
         places = [layer for layer in range(depth) if layers[first + layer] is not None]
         values[f"num_sparse_{side}_layers"] = len(places)
-        values[f"{side}_sparse_step"] = _step_of(places, depth)
+        steps = [step for step in range(depth + 1) if places == _places(step, depth)]
+        if not steps:
+            raise ConfigError(f"layers with experts must be all, or the second and every n-th after it; got {places}")
+        values[f"{side}_sparse_step"] = steps[0]
     return {
         "model_type": "switch_transformers",
         **t5.write_stacks(architecture, tokenizer, num_stacks),
@@ -111,14 +114,6 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, num_stac
 def _places(step: int, depth: int) -> list[int]:
     """Layers with experts of one stack."""
     return [layer for layer in range(depth) if step > 0 and (step == 1 or layer % step == 1)]
-
-
-def _step_of(places: list[int], depth: int) -> int:
-    """Layers from one with experts to the next."""
-    for step in (0, *range(1, depth + 1)):
-        if places == _places(step, depth):
-            return step
-    raise ConfigError(f"layers with experts must be all, or the second and every n-th after it; got {places}")
 
 
 def _read_repeated(tensors: Sequence[Tensor], _: TransformerConfig) -> Tensor:

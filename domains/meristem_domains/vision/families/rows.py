@@ -6,7 +6,6 @@ which is added to a constant: here both are one row. Written back, such rows of 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -37,67 +36,45 @@ def embedding_rows(
         mask: name of the tensor that hides a patch; None for none: our symbol is zero then, and stays behind.
         mask_axes: number of axes of that tensor.
     """
-    prefix = _Prefix(list(tokens.values()), folded, mask_axes if mask else 0)
-    has_table = _num_places(config) > 0
-    # the last one tells where the rows of the prefix end; with no positions it tells the device alone
-    foreign = (*tokens, *([mask] if mask else []), positions if has_table else f"{patches}.weight")
-    rows = [
-        Row("trunk.embedding.symbols.weight", foreign, Transform(prefix.read_symbols, prefix.write_symbols)),
-        Row("trunk.embedding.patches", (patches,), _cut(*patch)),
-    ]
-    if has_table:
-        places = Transform(prefix.read_places, prefix.write_places)
-        rows.append(Row("trunk.embedding.position.table.weight", (positions,), places))
-    return tuple(rows)
+    counts = list(tokens.values())
+    num_places = math.prod(config.position.grid) if isinstance(config.position, Learned) else 0
 
-
-def _num_places(config: TransformerConfig) -> int:
-    """Places of patches in the table of positions; 0 without one."""
-    return math.prod(config.position.grid) if isinstance(config.position, Learned) else 0
-
-
-@dataclass(frozen=True)
-class _Prefix:
-    """Special tokens before the patches.
-
-    Attributes:
-        counts: tokens in each foreign tensor of the prefix.
-        folded: rows for the prefix that the table of positions may begin with; the first number is written.
-        mask_axes: number of axes of the tensor that hides a patch; 0 for none.
-    """
-
-    counts: Sequence[int]
-    folded: Sequence[int]
-    mask_axes: int
-
-    def num_folded(self, table: Tensor, config: TransformerConfig) -> int:
-        count = table.shape[1] - _num_places(config)
-        if count not in self.folded:
-            raise ValueError(f"the table of positions must have {_num_places(config)} places")
+    def num_folded(table: Tensor) -> int:
+        count = table.shape[1] - num_places
+        if count not in folded:
+            raise ValueError(f"the table of positions must have {num_places} places")
         return count
 
-    def read_symbols(self, found: Sequence[Tensor], config: TransformerConfig) -> Tensor:
+    def read_symbols(found: Sequence[Tensor], _: TransformerConfig) -> Tensor:
         *parts, last = found
-        if [part.shape[1] for part in parts[: len(self.counts)]] != list(self.counts):
+        if [part.shape[1] for part in parts[: len(counts)]] != counts:
             raise ValueError("special tokens of another number")
         given = [part.reshape(-1, config.width) for part in parts]
         lacking = config.embedding.vocab_size - sum(map(len, given))
         rows = torch.cat([*given, last.new_zeros(lacking, config.width)])
-        if _num_places(config) and (count := self.num_folded(last, config)):
+        if num_places and (count := num_folded(last)):
             rows = torch.cat([rows[:count] + last[0, :count], rows[count:]])
         return rows
 
-    def write_symbols(self, tensor: Tensor, config: TransformerConfig) -> list[Tensor | None]:
-        *parts, rest = tensor.split([*self.counts, len(tensor) - sum(self.counts)])
+    def write_symbols(tensor: Tensor, _: TransformerConfig) -> list[Tensor | None]:
+        *parts, rest = tensor.split([*counts, len(tensor) - sum(counts)])
         hides = rest[0] if len(rest) else tensor.new_zeros(config.width)
-        hidden = [hides.view(*[1] * (self.mask_axes - 1), -1)] if self.mask_axes else []
+        hidden = [hides.view(*[1] * (mask_axes - 1), -1)] if mask else []
         return [*(part[None] for part in parts), *hidden, None]
 
-    def read_places(self, found: Sequence[Tensor], config: TransformerConfig) -> Tensor:
-        return found[0][0, self.num_folded(found[0], config) :]
-
-    def write_places(self, tensor: Tensor, config: TransformerConfig) -> list[Tensor | None]:
-        return [torch.cat([tensor.new_zeros(self.folded[0], config.width), tensor])[None]]
+    # the last one tells where the rows of the prefix end; with no positions it tells the device alone
+    foreign = (*tokens, *([mask] if mask else []), positions if num_places else f"{patches}.weight")
+    rows = [
+        Row("trunk.embedding.symbols.weight", foreign, Transform(read_symbols, write_symbols)),
+        Row("trunk.embedding.patches", (patches,), _cut(*patch)),
+    ]
+    if num_places:
+        places = Transform(
+            lambda found, _: found[0][0, num_folded(found[0]) :],
+            lambda tensor, _: [torch.cat([tensor.new_zeros(folded[0], config.width), tensor])[None]],
+        )
+        rows.append(Row("trunk.embedding.position.table.weight", (positions,), places))
+    return tuple(rows)
 
 
 def _cut(channels: int, side: int) -> Transform:
