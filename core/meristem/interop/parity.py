@@ -31,7 +31,6 @@ def compare(
 
 
 def is_layer(name: str) -> bool:
-    """Whether a result is a hidden state."""
     return name.removeprefix("source ").startswith("layer ")
 
 

@@ -55,7 +55,6 @@ class Runner:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the package of the reference is installed."""
         return importlib.util.find_spec(self.library) is not None
 
 
@@ -139,7 +138,6 @@ def draw_pairs(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> 
 
 
 def load_transformers(folder: Path) -> Any:
-    """Load a directory with `transformers`."""
     transformers = importlib.import_module("transformers")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = (config.get("architectures") or ["AutoModelForMaskedLM"])[0]

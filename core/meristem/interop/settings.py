@@ -59,7 +59,6 @@ class Field:
     names: Mapping[str, Any] | None = None
 
     def write(self, architecture: arch.TransformerConfig) -> Any:
-        """The value of the setting for an architecture."""
         value: Any = architecture
         for name in (self.own if isinstance(self.own, str) else self.own[0]).split("."):
             value = getattr(value, name, None)
@@ -87,7 +86,6 @@ BIASES = (
 
 
 def activation(foreign: str, default: Any = REQUIRED, own: str = "feedforward.activation", absent: Any = None) -> Field:
-    """A field for a setting that names an activation."""
     return Field(foreign, own, default, absent, ACTIVATIONS)
 
 
@@ -163,7 +161,6 @@ class Settings(dict[str, Any]):
 
 
 def write_fields(architecture: arch.TransformerConfig, fields: Sequence[Field]) -> dict[str, Any]:
-    """The settings that express these fields of an architecture."""
     return {field.foreign: field.write(architecture) for field in fields}
 
 

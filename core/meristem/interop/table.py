@@ -87,7 +87,6 @@ class Row:
 
 
 def Rename(own: str, foreign: str) -> Row:
-    """A row for a tensor that only has another name."""
     return Row(own, (foreign,))
 
 
@@ -130,13 +129,7 @@ class Ignored:
 
 @dataclass(frozen=True)
 class KeyTable:
-    """Names and conversions of all tensors of a family; no tensor may be left over on either side.
-
-    Attributes:
-        rows: one for each tensor of ours.
-        tied: foreign tensors that repeat others.
-        ignored: foreign tensors that are dropped.
-    """
+    """Names and conversions of all tensors of a family; no tensor may be left over on either side."""
 
     rows: tuple[Row, ...]
     tied: tuple[Tied, ...] = ()
@@ -209,7 +202,6 @@ class KeyTable:
         return foreign
 
     def has(self, own: str, config: TransformerConfig) -> bool:
-        """Whether a row is about our tensor."""
         return any(row.names(own, config) is not None for row in self.rows)
 
     def _row_of(self, own: str, config: TransformerConfig) -> tuple[Row, tuple[str, ...]]:
@@ -275,9 +267,5 @@ def head_rows(**modules: str) -> tuple[Row, ...]:
 
 
 def lm_head_rows(bias: str) -> tuple[Row, ...]:
-    """Rows for a symbol head whose modules are named as those of RoBERTa.
-
-    Args:
-        bias: name of the tensor that holds one bias for each symbol.
-    """
+    """Rows for a symbol head whose modules are named as those of RoBERTa; `bias` is the tensor of its last bias."""
     return head_rows(dense="lm_head.dense", norm="lm_head.layer_norm", out="lm_head.decoder", bias=bias)

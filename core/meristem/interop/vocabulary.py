@@ -27,9 +27,8 @@ def read_subwords(folder: Path, config: Mapping[str, Any]) -> tuple[SubwordToken
     """Read a subword tokenizer from a directory of another library.
 
     Args:
-        folder: the directory.
-        config: its `config.json`; `vocab_size` bounds the ids, and `pad_token_id` and its like name special symbols
-            that no file of the tokenizer names.
+        config: the directory's `config.json`; `vocab_size` bounds the ids, and `pad_token_id` and its like name special
+            symbols that no file of the tokenizer names.
 
     Returns:
         The tokenizer, and notes for the user.
@@ -207,5 +206,4 @@ def symbol_of(folder: Path, value: Any) -> dict[str, Any]:
 
 
 def json_text(values: Mapping[str, Any]) -> str:
-    """The text of a JSON file."""
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

@@ -48,10 +48,6 @@ USUAL_ROLES: dict[str, Mapping[str, str]] = {
 def read_definition(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, dict[str, Any], list[str]]:
     """Read or build the definition of a tokenizer; returns the file it comes from, the definition and notes.
 
-    Args:
-        folder: the directory.
-        settings: its `tokenizer_config.json`.
-
     Raises:
         CheckpointError: no file of a tokenizer, or one that is damaged, or of a class that cannot be built from it.
     """
@@ -92,8 +88,6 @@ def usual_roles(settings: Mapping[str, Any], vocab: Mapping[str, int], has_roles
     """Usual special symbols by role, for the class that the settings name or that the vocabulary suggests.
 
     Args:
-        settings: `tokenizer_config.json`.
-        vocab: ids by symbol.
         has_roles: whether files name some; those of a directory without a class are all there are.
     """
     if name := settings.get("tokenizer_class"):
@@ -151,7 +145,6 @@ def unigrams(read: Pieces, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Definition of a unigram tokenizer (T5, Raffel et al. 2020): sentinels after the pieces, the last one first.
 
     Args:
-        read: pieces of a model of sentencepiece.
         settings: `tokenizer_config.json`; `extra_ids` is the number of sentinels.
     """
     sentinels = [f"<extra_id_{i}>" for i in reversed(range(settings.get("extra_ids", 100)))]
@@ -175,9 +168,6 @@ def frame(before: str | None, behind: str | None, ids: Mapping[str, int], is_pai
     """The post-processor that puts special symbols around a text.
 
     Args:
-        before: symbol before a text; None for none.
-        behind: symbol behind a text; None for none.
-        ids: of these symbols, and of others.
         is_paired: the second of two texts has nothing before it.
     """
 

@@ -207,7 +207,6 @@ def refuse_tensors(where: Path, missing: Sequence[str], extra: Sequence[str], sh
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names, which must lie beside it."""
     try:
         values: Any = json.loads(index.read_text(encoding="utf-8"))
         names = sorted(set(values["weight_map"].values()))

@@ -51,7 +51,7 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     found = Settings("a DNABERT-2", config, bert.FIELDS)
     return bert.read_post_norm(
         found,
-        has_pool="bert.pooler.dense.weight" in tensors,
+        tensors,
         position=LinearBias(),
         # whatever the config says, the feed-forward layer is gated by the exact GELU
         feedforward=FeedForward(width=found["intermediate_size"], is_gated=True, in_bias=False),

@@ -13,14 +13,7 @@ from meristem_domains.dna.kmers import KmerTokenizer
 
 
 def read_kmers(folder: Path, config: Mapping[str, Any]) -> tuple[KmerTokenizer, list[str]]:
-    """Read a k-mer tokenizer from `vocab.txt` of a directory of another library.
-
-    Args:
-        folder: the directory.
-        config: its `config.json`; `vocab_size` bounds the ids.
-
-    Returns:
-        The tokenizer, and notes for the user.
+    """Read a k-mer tokenizer from `vocab.txt` of a directory of another library; also returns notes for the user.
 
     Raises:
         CheckpointError: no vocabulary, or one that is damaged or larger than `vocab_size`.

@@ -12,7 +12,6 @@ from meristem_domains.vision.views import PictureViews
 
 
 def classify_digits() -> Objective:
-    """The objective that a model of the sample is trained for."""
     from meristem.objectives.supervised import Supervised, Target  # imports torchmetrics, which takes seconds
 
     return Supervised([Target(name="label")])

@@ -62,7 +62,6 @@ def is_hidden(path: str) -> bool:
 
 
 def is_picture_name(path: str) -> bool:
-    """Whether a file name has the ending of a picture."""
     return path.lower().endswith(SUFFIXES)
 
 

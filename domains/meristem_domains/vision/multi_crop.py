@@ -84,7 +84,6 @@ class MultiCrop:
 
     @property
     def num_views(self) -> int:
-        """Number of crops of a picture."""
         return NUM_GLOBAL + self.num_local
 
     def draw(self, pixels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
@@ -112,7 +111,6 @@ class MultiCrop:
         return np.ascontiguousarray(values, np.float32)
 
     def _recolour(self, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Change brightness, contrast, saturation and hue, in random order."""
         factors = (1 + np.array(self.jitter[:3]) * rng.uniform(-1, 1, 3)).astype(np.float32)
         turn = self.jitter[3] * rng.uniform(-1, 1)
         is_coloured = values.shape[2] == 3

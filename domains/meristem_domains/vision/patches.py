@@ -304,7 +304,6 @@ class PatchTokenizer(Tokenizer):
             )
 
     def _grid_of_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        """Number of rows and columns of patches of an image of this size."""
         if self.max_patches is None:
             return self.grid
         return tuple(side // self.patch_px for side in native_px(size, self.patch_px, self.max_patches))
@@ -351,6 +350,5 @@ class PatchTokenizer(Tokenizer):
 
 
 def _encoded(payloads: pa.Array) -> Iterator[bytes]:
-    """The payloads of a column of bytes."""
     column_bytes(payloads)  # refuses what is no column of bytes
     return (payload.as_buffer().to_pybytes() for payload in payloads)

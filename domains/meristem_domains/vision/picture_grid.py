@@ -36,7 +36,6 @@ def picture_grid(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
 
 
 def _shown(picture: np.ndarray) -> np.ndarray:
-    """A picture as uint8 in three channels, enlarged."""
     colours = picture[..., :3] if picture.shape[2] >= 3 else picture[..., :1].repeat(3, axis=2)
     values = np.rint(np.clip(colours, 0, 1) * 255).astype(np.uint8)
     factor = max(1, LEAST_PX // max(values.shape[:2]))

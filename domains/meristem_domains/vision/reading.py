@@ -129,7 +129,6 @@ def _load(path: Path) -> bytes | str:
 
 
 def _fault(payload: bytes | str, is_checking: bool) -> str:
-    """What is wrong with a picture; empty for nothing."""
     if isinstance(payload, str):
         return payload
     try:

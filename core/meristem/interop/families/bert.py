@@ -43,17 +43,12 @@ FIELDS = (
     Field("layer_norm_eps", "norm.eps", 1e-12),
 )
 
-ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
-"""Kinds that differ in their vocabulary alone."""
+PLAIN = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
+"""Settings that must have these values."""
 
 
 def trunk_rows(prefix: str, positions: bool = True) -> tuple[Row, ...]:
-    """Rows for embedding and pooler, which BERT and its relatives share.
-
-    Args:
-        prefix: prefix of the foreign names of the trunk.
-        positions: whether there is a table of positions.
-    """
+    """Rows for embedding and pooler, which BERT and its relatives share; `prefix` is that of the trunk's names."""
     table = (Rename("trunk.embedding.position.table", f"{prefix}embeddings.position_embeddings"),)
     return (
         Rename("trunk.embedding.symbols", f"{prefix}embeddings.word_embeddings"),
@@ -79,11 +74,7 @@ def _rows(prefix: str) -> tuple[Row, ...]:
 
 
 def prediction_rows(bias: str) -> tuple[Row, ...]:
-    """Rows for BERT's symbol head.
-
-    Args:
-        bias: name of the tensor that is kept; another one repeats it.
-    """
+    """Rows for BERT's symbol head; `bias` is the tensor that is kept, another one repeats it."""
     head = "cls.predictions"
     return head_rows(
         dense=f"{head}.transform.dense", norm=f"{head}.transform.LayerNorm", out=f"{head}.decoder", bias=bias
@@ -119,29 +110,26 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     found = Settings("a BERT", config, FIELDS)
     # the head has the activation of the trunk
     head = partial(TokenHead, activation=found.choice("hidden_act"))
-    return _read(found, "bert.", tensors, position=Learned, head=head)
+    found.require(**PLAIN)
+    return read_post_norm(found, tensors, position=Learned, head=head)
 
 
 def read_roberta_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     found = Settings("a RoBERTa", config, FIELDS, {"pad_token_id": 1})
     if not isinstance(found["pad_token_id"], int):
         raise ConfigError(f"pad_token_id must be set in a RoBERTa config; got {found['pad_token_id']!r}")
-    return _read(found, "roberta.", tensors, position=partial(Learned, offset=found["pad_token_id"] + 1))
+    found.require(**PLAIN)
+    position = partial(Learned, offset=found["pad_token_id"] + 1)
+    return read_post_norm(found, tensors, "roberta.", position=position)
 
 
-def _read(found: Settings, prefix: str, tensors: Tensors, **parts: Any) -> TransformerConfig:
-    """What both have in common."""
-    found.require(is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
-    return read_post_norm(found, has_pool=f"{prefix}pooler.dense.weight" in tensors, **parts)
-
-
-def read_post_norm(found: Settings, has_pool: bool, **parts: Any) -> TransformerConfig:
+def read_post_norm(found: Settings, tensors: Tensors, prefix: str = "bert.", **parts: Any) -> TransformerConfig:
     """Build a post-norm encoder from the settings of BERT; `parts` as in `Settings.build`."""
     return found.build(
         embedding=partial(Embedding, is_normed=True),
         residual=partial(Residual, placement="after"),
         final_norm=False,
-        pool=Prefix(is_dense=True) if has_pool else None,
+        pool=Prefix(is_dense=True) if f"{prefix}pooler.dense.weight" in tensors else None,
         **parts,
     )
 
@@ -194,7 +182,7 @@ BERT = Family(
 
 ROBERTA = BERT.variant(
     name="RoBERTa",
-    recognises=of_type(*ROBERTA_TYPES),
+    recognises=of_type("roberta", "xlm-roberta", "camembert"),  # they differ in their vocabulary alone
     read_config=read_roberta_config,
     write_config=write_roberta_config,
     table=ROBERTA_TABLE,

@@ -32,11 +32,7 @@ LAYER = "model.layers.{}"
 
 
 def decoder_rows(model: str) -> tuple[Row, ...]:
-    """Rows for the embedding, and for attention and norms of blocks.
-
-    Args:
-        model: foreign name of the trunk.
-    """
+    """Rows for the embedding, and for attention and norms of blocks; `model` is the foreign name of the trunk."""
     return (
         Rename("trunk.embedding.symbols", f"{model}.embed_tokens"),
         *block_rows(
@@ -52,7 +48,6 @@ def decoder_rows(model: str) -> tuple[Row, ...]:
 
 
 def gated_rows(layer: str) -> tuple[Row, ...]:
-    """Rows for a gated feed-forward layer."""
     return block_rows(layer, up=("mlp.gate_proj", "mlp.up_proj"), down="mlp.down_proj")
 
 
@@ -96,13 +91,7 @@ class Kind:
     must_divide: bool = False
 
     def family(self, name: str, domain: str, stem: str) -> Family:
-        """Make the family of this kind.
-
-        Args:
-            name: as reports call it.
-            domain: that reads its inputs.
-            stem: of the names of its foreign classes.
-        """
+        """Make the family of this kind; arguments as of `sequence_family`."""
         table = GATED_TABLE if self.is_gated else PLAIN_TABLE
         return sequence_family(
             name, domain, self.model_type, stem, table, self.read_config, self.write_config, prefix="model."

@@ -112,7 +112,6 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, num_stac
 
 
 def _places(step: int, depth: int) -> list[int]:
-    """Layers with experts of one stack."""
     return [layer for layer in range(depth) if step > 0 and (step == 1 or layer % step == 1)]
 
 

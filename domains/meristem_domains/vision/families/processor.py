@@ -105,7 +105,6 @@ def write_processor(tokenizer: PatchTokenizer) -> str:
 
 
 def _read_size(values: Mapping[str, Any], image_px: tuple[int, int]) -> tuple[tuple[int, int] | None, str]:
-    """What a picture is resized to, and how it meets that."""
     size = values.get("size", values.get("shortest_edge"))
     shortest = size.get("shortest_edge") if isinstance(size, Mapping) else None
     if not values.get("do_center_crop", False):

@@ -50,7 +50,6 @@ def run_transformers(reference: Any, sequences: Sequence[Tokens]) -> Results:
 
 
 def load_timm(folder: Path) -> Any:
-    """Load a directory with timm."""
     timm = importlib.import_module("timm")
     level = logging.getLogger("timm").level
     logging.getLogger("timm").setLevel(logging.ERROR)

@@ -173,5 +173,4 @@ def image_px_of(config: ForeignConfig) -> tuple[int, int]:
 
 
 def preprocessing_of(config: ForeignConfig) -> Mapping[str, Any]:
-    """Settings of image preprocessing."""
     return config.get("pretrained_cfg") or {}

@@ -201,7 +201,6 @@ def read_patches(folder: Path, found: Settings, has_mask: bool) -> tuple[Tokeniz
 
 
 def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
-    """Text of the file of an image processor, by file name."""
     return {"preprocessor_config.json": write_processor(patches_of(tokenizer))}
 
 

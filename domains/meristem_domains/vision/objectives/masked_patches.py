@@ -110,7 +110,6 @@ class MaskedPatches(Objective):
         return source, replace(tokens, targets={**tokens.targets, PIXELS: asked})
 
     def _num_hidden(self, num_patches: np.ndarray) -> np.ndarray:
-        """Number of patches that are hidden of `num_patches`."""
         most = np.maximum(num_patches - 1, 0)  # of a single patch, none
         return np.clip(np.rint(self.rate * num_patches).astype(np.int64), np.minimum(1, most), most)
 

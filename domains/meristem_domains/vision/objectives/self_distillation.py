@@ -127,7 +127,6 @@ class SelfDistillation(Objective):
 
     @property
     def tokenizers(self) -> tuple[PatchTokenizer, PatchTokenizer]:
-        """The tokenizers of large views and of small views."""
         assert self._tokenizers is not None, "bind comes first"
         return self._tokenizers
 
