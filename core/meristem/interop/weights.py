@@ -7,7 +7,6 @@ model with them needs the memory of one model and not of two.
 import json
 import pickle
 import zipfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,26 +37,7 @@ DTYPES = {
 """Types of safetensors that are read."""
 
 
-class Part(ABC):
-    """A file of tensors.
-
-    Attributes:
-        file: path of the file.
-        shapes: shapes of its tensors by name.
-    """
-
-    file: Path
-    shapes: Mapping[str, torch.Size]
-
-    @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """Read one tensor from the file into newly allocated memory."""
-
-    def close(self) -> None:
-        """Free what is held open between two reads."""
-
-
-class SafePart(Part):
+class SafePart:
     """A safetensors file, read by offsets, because a mapped file counts as memory while it is open."""
 
     def __init__(self, file: Path):
@@ -83,8 +63,11 @@ class SafePart(Part):
             raise CheckpointError(f"{self.file} was cut short while it was read")
         return torch.from_numpy(data).view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
+    def close(self) -> None:
+        """Nothing is held open between two reads."""
 
-class BinPart(Part):
+
+class BinPart:
     """A file that `torch.save` wrote; held open while tensors are read from it, and mapped where possible."""
 
     def __init__(self, file: Path):
@@ -115,6 +98,10 @@ class BinPart(Part):
             raise CheckpointError(f"{self.file} must map names to tensors; got {type(tensors).__name__}")
         self._tensors = tensors
         return tensors
+
+
+Part = SafePart | BinPart
+"""A file of tensors: their `shapes` by name; `read` copies one into new memory, `close` frees what is held between."""
 
 
 @dataclass(frozen=True)

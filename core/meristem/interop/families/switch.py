@@ -52,10 +52,7 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
         z_weight=found["router_z_loss_coef"],
     )
     rules = list(architecture.layers)
-    stacks = [("encoder", 0, architecture.num_layers)]
-    if architecture.num_decoder_layers:
-        stacks.append(("decoder", architecture.num_layers, architecture.num_decoder_layers))
-    for side, first, depth in stacks:
+    for side, first, depth in _stacks(architecture):
         step = _sparse_step(found, side, depth)
         places = _places(step, depth)
         if places:
@@ -87,10 +84,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, num_stac
     if experts is None:
         raise ConfigError("a Switch model must have experts; got none")
     values: dict[str, Any] = {}
-    for side, first, depth in (
-        ("encoder", 0, architecture.num_layers),
-        ("decoder", architecture.num_layers, architecture.num_decoder_layers),
-    ):
+    for side, first, depth in _stacks(architecture):
         places = [layer for layer in range(depth) if layers[first + layer] is not None]
         values[f"num_sparse_{side}_layers"] = len(places)
         steps = [step for step in range(depth + 1) if places == _places(step, depth)]
@@ -109,6 +103,12 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, num_stac
         "router_aux_loss_coef": experts.balance_weight,
         "router_z_loss_coef": experts.z_weight,
     }
+
+
+def _stacks(architecture: TransformerConfig) -> list[tuple[str, int, int]]:
+    """Name, first layer and depth of each stack."""
+    depth = architecture.num_layers
+    return [("encoder", 0, depth), ("decoder", depth, architecture.num_decoder_layers)]
 
 
 def _places(step: int, depth: int) -> list[int]:

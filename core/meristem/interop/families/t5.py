@@ -166,11 +166,10 @@ def build_table(architecture: arch.TransformerConfig, feedforward: str, symbols:
         symbols: row of the embedding.
     """
     rows = [symbols, Rename("heads.tokens.out", "lm_head")]
-    if architecture.num_decoder_layers:
-        rows += _rows_of_stack(architecture, "trunk.encoder", "encoder", feedforward)
-        rows += _rows_of_stack(architecture, "trunk.decoder", "decoder", feedforward)
-    else:
-        rows += _rows_of_stack(architecture, "trunk", "encoder", feedforward)
+    is_pair = architecture.num_decoder_layers > 0
+    stacks = {"trunk.encoder": "encoder", "trunk.decoder": "decoder"} if is_pair else {"trunk": "encoder"}
+    for own, foreign in stacks.items():
+        rows += _rows_of_stack(architecture, own, foreign, feedforward)
     return KeyTable(
         rows=tuple(rows),
         tied=tuple(Tied(f"{name}.weight", "shared.weight") for name in COPIES),

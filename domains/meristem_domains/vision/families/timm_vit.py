@@ -112,11 +112,8 @@ def _read_pool(config: ForeignConfig, facts: Settings) -> arch.Pool | None:
 
 def table(architecture: arch.TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
     facts = timm_facts.facts_of(foreign, names if isinstance(names, Mapping) else {})
-    tokens = {"cls_token": 1} if facts["class_token"] else {}
-    if facts["is_distilled"]:
-        tokens["dist_token"] = 1
-    if facts["reg_tokens"]:
-        tokens["reg_token"] = facts["reg_tokens"]
+    counts = {"cls_token": facts["class_token"], "dist_token": facts["is_distilled"], "reg_token": facts["reg_tokens"]}
+    tokens = {name: int(count) for name, count in counts.items() if count}
     rows: list[Row] = [
         *embedding_rows(
             architecture,
@@ -133,15 +130,12 @@ def table(architecture: arch.TransformerConfig, foreign: ForeignConfig, names: C
     ]
     if isinstance(architecture.pool, arch.AttentionPool):
         rows.append(Row("pool.query", ("attn_pool.latent",), shaped(1, 1, architecture.width)))
-        foreign_names = {"out": "proj", "up": "mlp.fc1", "down": "mlp.fc2"}
-        for name in ("q", "kv", "out", "norm", "up", "down"):
-            rows.append(Rename(f"pool.{name}", f"attn_pool.{foreign_names.get(name, name)}"))
+        modules = {"q": "q", "kv": "kv", "norm": "norm", "out": "proj", "up": "mlp.fc1", "down": "mlp.fc2"}
+        rows += [Rename(f"pool.{own}", f"attn_pool.{module}") for own, module in modules.items()]
     else:
         rows.append(Rename("pool.norm", "fc_norm"))
-    if facts["is_distilled"]:
-        rows.append(Row(f"heads.{LABEL}.out", ("head", "head_dist"), AVERAGED))
-    else:
-        rows.append(Rename(f"heads.{LABEL}.out", "head"))
+    label = f"heads.{LABEL}.out"
+    rows.append(Row(label, ("head", "head_dist"), AVERAGED) if facts["is_distilled"] else Rename(label, "head"))
     return KeyTable(tuple(rows))
 
 

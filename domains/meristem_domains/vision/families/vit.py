@@ -89,9 +89,6 @@ def side_of(found: Mapping[str, Any]) -> int:
     return height
 
 
-# --- tensors -----------------------------------------------------------------------------------------------------
-
-
 def vit_table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
     layer = "vit.encoder.layer.{}"
     rows = (
@@ -144,9 +141,6 @@ VIT_SPELLINGS = (
 """Names that tensors have in memory since transformers 5; on disk they keep the others."""
 
 
-# --- writing -----------------------------------------------------------------------------------------------------
-
-
 def write_vit_config(architecture: TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "model_type": "vit",
@@ -178,9 +172,6 @@ def patches_of(tokenizer: Tokenizer) -> PatchTokenizer:
     if not isinstance(tokenizer, PatchTokenizer):
         raise ConfigError(f"a model of images must have a tokenizer of patches; got {tokenizer.kind}")
     return tokenizer
-
-
-# --- tokenizers and labels ---------------------------------------------------------------------------------------
 
 
 def read_vit_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:

@@ -20,7 +20,6 @@ from meristem.objectives.teacher import PrototypeHead, Teacher
 from meristem.shapes import Float, Tensor
 from meristem.types import INPUT, Layout, LossOut, PackedBatch, Record, Term, Tokens
 from meristem_domains.vision.multi_crop import NUM_GLOBAL, MultiCrop
-from meristem_domains.vision.objectives.teacher_metrics import FigureMean, UsedEntropy
 from meristem_domains.vision.patches import PatchTokenizer
 from meristem_domains.vision.pictures import StandardImage
 
@@ -267,3 +266,50 @@ def spread_term(vectors: Float[Tensor, "N G D"], weight: float) -> Term:
     logs_GN = 0.5 * (squares_GN + KOLEO_EPS).log()
     count = torch.tensor(float(num_records * num_large), device=vectors.device)
     return Term(-logs_GN.sum(), count, weight)
+
+
+class FigureMean(Metric):
+    """The mean of one of the figures of the large views over an evaluation.
+
+    If the teacher's output is uniform for every picture, its mean entropy is log K, the highest value.
+
+    Args:
+        column: 0 for the entropy (nats) of the teacher's distribution; 1 for the divergence (nats) of the student's
+            distributions from it, which is the loss minus the entropy.
+    """
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self, column: int) -> None:
+        super().__init__()
+        self.column = column
+        # not torchmetrics' MeanMetric, which falls back to single precision when a model is moved
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, figures: torch.Tensor, distributions: torch.Tensor) -> None:
+        self.total += figures[:, self.column].double().sum()
+        self.count += len(figures)
+
+    def compute(self) -> torch.Tensor:
+        return self.total / self.count
+
+
+class UsedEntropy(Metric):
+    """The entropy (nats) of the teacher's mean distribution; log K where all prototypes are used alike.
+
+    It is low if the teacher's output is the same for all pictures.
+    """
+
+    total: torch.Tensor
+
+    def __init__(self, num_prototypes: int) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(num_prototypes, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, figures: torch.Tensor, distributions: torch.Tensor) -> None:
+        self.total += distributions.double().sum(0)
+
+    def compute(self) -> torch.Tensor:
+        return torch.special.entr(self.total / self.total.sum()).sum()
