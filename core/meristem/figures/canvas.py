@@ -15,12 +15,7 @@ DPI = 120
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure that needs neither a window system nor global state.
-
-    Args:
-        width: in inches.
-        height: in inches.
-    """
+    """An empty figure, its sides in inches, that needs neither a window system nor global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -21,7 +21,6 @@ def draw_confusion(path: Path, confusions: Mapping[str, np.ndarray], names: Sequ
     """Draw confusion matrices side by side: true classes in rows, predicted ones in columns, coloured by row shares.
 
     Args:
-        path: the PNG file to write.
         confusions: `[C, C]` counts by title.
         names: names of the classes.
     """
@@ -56,7 +55,6 @@ def draw_values(path: Path, true: np.ndarray, predicted: Mapping[str, np.ndarray
     """Draw predicted against true values, a panel for each method, with the line on which they are equal.
 
     Args:
-        path: the PNG file to write.
         true: `[N]` true values.
         predicted: `[N]` predicted values by title.
         name: name of the label.

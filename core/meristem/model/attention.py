@@ -88,14 +88,10 @@ class Context:
 
 
 class AttentionLayer(nn.Module):
-    """Multi-head self-attention over packed sequences.
+    """Multi-head self-attention over packed sequences; `layer` and `position` are as in `Block`.
 
     Queries, keys and values come from one product; the rows of its weight are queries, keys, values in
     this order, each head after head.
-
-    Args:
-        layer: number of the layer, counted through both stacks.
-        position: index of its position among those of the stack.
     """
 
     def __init__(self, parts: LayerParts, layer: int = 0, position: int = 0):

@@ -20,10 +20,6 @@ def compile_blocks(trunk: nn.Module, device: torch.device | str) -> bool:
 
     Norms, maps, rotations and activations are fused. Names of parameters do not change.
 
-    Args:
-        trunk: its blocks are changed in place.
-        device: where it will run.
-
     Returns:
         Whether the blocks are compiled.
     """

@@ -33,9 +33,6 @@ class ExpertsLayer(nn.Module):
 
     Jitter disturbs the input of the router alone, as in the paper; deviation from `transformers`, which in fp32
     training disturbs what the experts read as well.
-
-    Args:
-        parts: config of the layer; its `experts` must be set.
     """
 
     def __init__(self, parts: LayerParts):

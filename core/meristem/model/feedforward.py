@@ -32,10 +32,6 @@ class FeedForwardLayer(nn.Module):
     """A linear map up, an activation, a linear map down.
 
     If gated, the rows of the map up are those of the gate, then those of the value.
-
-    Args:
-        width: width of the trunk.
-        part: config of the layer.
     """
 
     def __init__(self, width: int, part: FeedForward):

@@ -24,10 +24,7 @@ class Model(nn.Module):
 
     Args:
         config: config of the trunk, the pool and the symbol head.
-        heads: spec of each head by name; the head that predicts a label has the name of the label.
-
-    Attributes:
-        specs: spec of each head by name.
+        heads: spec of each head by name; the head that predicts a label has the name of the label. Kept as `specs`.
     """
 
     def __init__(self, config: TransformerConfig, heads: Mapping[str, HeadSpec] | None = None):

@@ -53,12 +53,7 @@ def _num_rows(pool: Prefix) -> int:
 
 
 class PoolLayer(nn.Module):
-    """Pools each sequence into one vector. This class serves pools without weights; the others are subclasses.
-
-    Attributes:
-        config: config of the pool.
-        width: width of the vectors.
-    """
+    """Pools each sequence into one vector of `width`. This class serves pools without weights."""
 
     def __init__(self, pool: Pool, width: int):
         super().__init__()

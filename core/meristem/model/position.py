@@ -25,7 +25,6 @@ class ScoreBias:
 
     Args:
         at: gives the bias `[H, m, n]` for queries at places `[m, 1]` and keys at places `[1, n]`.
-        device: where it is computed.
     """
 
     def __init__(self, at: Callable[[Tensor, Tensor], Tensor], device: torch.device):
@@ -258,8 +257,7 @@ def resample_grid(table: Float[Tensor, "N D"], old: tuple[int, int], new: tuple[
 
     Args:
         table: one row for each place, in row-major order of the old grid.
-        old: rows and columns of the old grid.
-        new: rows and columns of the new grid.
+        old, new: rows and columns of the grids.
     """
     assert len(table) == old[0] * old[1], f"{len(table)} rows for a grid of {old}"
     if tuple(old) == tuple(new):

@@ -34,13 +34,7 @@ FUSED: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
 
 
 class ReorderedLinear(nn.Module):
-    """A linear layer of reordered weights, and an activation behind it.
-
-    Args:
-        weight: of the layer it stands for, in fp32 or bf16, on a CPU.
-        bias: of that layer, shared.
-        activation: a value of `FUSED`.
-    """
+    """A linear layer of reordered weights, in fp32 or bf16 on a CPU, with an activation of `FUSED` behind it."""
 
     def __init__(
         self,

@@ -69,11 +69,7 @@ def _fill_in(values: dict[str, Any], tokenizer: Tokenizer, said: dict[str, Any])
 
 
 def _check_fit(config: TransformerConfig, tokenizer: Tokenizer, domain: str) -> None:
-    """Refuse an architecture that cannot read what the tokenizer gives.
-
-    Raises:
-        ConfigError: says what must be equal.
-    """
+    """Refuse an architecture that cannot read what the tokenizer gives."""
     got, wanted = config.embedding.vocab_size, len(tokenizer.vocab)
     rule = f"architecture.embedding.vocab_size must be {wanted} or more, as {domain} has so many symbols"
     require(got >= wanted, rule, got)

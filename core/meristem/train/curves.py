@@ -8,12 +8,7 @@ from meristem.figures.canvas import new_figure, save_figure
 
 
 def draw_curves(metrics: Path, out: Path) -> None:
-    """Draw the loss of training and validation, and each other figure of the validation, over the steps.
-
-    Args:
-        metrics: the file that `Recorder` writes.
-        out: a PNG; replaced as a whole.
-    """
+    """Draw the loss of training and validation, and each other figure of the validation, over the steps, as a PNG."""
     with metrics.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:

@@ -31,7 +31,6 @@ class DataModule(L.LightningDataModule):
     """Reads the records, deals them to parts, and makes packs.
 
     Args:
-        spec: what is read, and how.
         seed: random seed of order and corruption.
     """
 
@@ -137,11 +136,7 @@ class DataModule(L.LightningDataModule):
         return {name: one.tokenizer for name, one in self.input_cards.items() if one.tokenizer is not None}
 
     def read_options(self, objective: Objective, split_column: str = "") -> ReadOptions:
-        """How the sources are read for an objective.
-
-        Args:
-            split_column: column that names the part of each record; empty for none.
-        """
+        """How the sources are read for an objective; `split_column` names the part of each record, or is empty."""
         return ReadOptions(
             columns=columns_of(self.spec.column, objective.inputs),
             foreign=tuple(name for name, one in self.input_cards.items() if one.domain != self.domain.name),
@@ -163,11 +158,7 @@ class DataModule(L.LightningDataModule):
         )
 
     def _usable(self, store: RecordStore, rows: np.ndarray) -> np.ndarray:
-        """The rows whose inputs their tokenizers take.
-
-        Raises:
-            DataError: one that is not taken, where none is to be skipped.
-        """
+        """The rows whose inputs their tokenizers take; one that is not taken is an error, unless it may be skipped."""
         for name in store.inputs:
             lengths = store.token_lengths(self.others.get(name, self.tokenizer), rows, self._skip, name)
             rows = rows[np.asarray(lengths) >= 0]

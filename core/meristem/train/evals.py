@@ -17,9 +17,6 @@ from meristem.train.task import Task
 class Evals:
     """The evaluation suites of a run; their data is read and checked when the object is made.
 
-    Args:
-        data: what the run is trained on.
-
     Raises:
         ConfigError: a suite's options cannot be.
         DataError: a record that a suite cannot use.

@@ -62,14 +62,7 @@ class Stopped(BaseException):
 
 
 class Keeper(L.Callback):
-    """Saves at whole steps, after the validation that belongs to them.
-
-    Args:
-        run: where to.
-        watch: when, and what is better.
-        recorder: has the figures.
-        say: takes a line for the user.
-    """
+    """Saves at whole steps, after the validation that belongs to them."""
 
     def __init__(self, run: RunDirectory, watch: Watch, recorder: Recorder, say: Callable[[str], None]):
         self.run, self.watch, self.recorder, self.say = run, watch, recorder, say

@@ -94,8 +94,6 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     """Trainable parameters in groups: linear maps are decayed; biases, norms and tables are not.
 
     Args:
-        model: trunk and heads, and whatever else is trained.
-        weight_decay: of the first kind.
         layer_decay: below 1, each depth is a group of its own, with the factor of its learning rate as `lr_scale`.
     """
     is_map: dict[nn.Parameter, bool] = {}

@@ -13,11 +13,7 @@ from meristem.train.recorder import Recorder
 
 
 class TrainingProgress(L.Callback):
-    """Shows steps, loss, learning rate, tokens per second and the time left, and the figures of each validation.
-
-    Args:
-        recorder: has the figures.
-    """
+    """Shows steps, loss, learning rate, tokens per second and the time left, and the figures of each validation."""
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder

@@ -22,11 +22,7 @@ VALIDATION = "val/"
 
 
 class MetricsFile:
-    """A CSV file that rows are added to. Going on cuts off what will be computed again, and nothing else.
-
-    Args:
-        path: of the file.
-    """
+    """A CSV file that rows are added to. Going on cuts off what will be computed again, and nothing else."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -65,10 +61,7 @@ class Recorder(L.Callback):
     Figures stay on the device until `every_n_steps` of them are there, so that a GPU does not wait each step.
 
     Args:
-        run: where to write.
-        watch: when validation is due.
         every_n_steps: how often loggers get the figures of a step.
-        evals: what is measured at a validation beside the loss.
     """
 
     def __init__(self, run: RunDirectory, watch: Watch, every_n_steps: int, evals: Evals):

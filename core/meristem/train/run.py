@@ -107,28 +107,14 @@ def _finished(spec: RunSpec, run: RunDirectory) -> str:
 
 
 def build(spec: RunSpec) -> tuple[Task, DataModule]:
-    """The task and the data of a run; nothing is read yet.
-
-    The objective is copied, so that a spec can be run again.
-
-    Raises:
-        ConfigError: what is said cannot be.
-    """
+    """The task and the data of a run; nothing is read yet. The objective is copied, so that a spec can be run again."""
     architecture = values_of(spec)["model"]["architecture"]
     model = replace(spec.model, architecture=architecture, objective=copy.deepcopy(spec.model.objective))
     return Task(model, spec.seed), DataModule(spec.data, spec.seed)
 
 
 def _train(task: Task, data: DataModule, evals: Evals, run: RunDirectory, spec: RunSpec, say: Say) -> None:
-    """Run the training loop from the last checkpoint, or from the start.
-
-    Args:
-        run: exists, with its config.
-        data: bound to the task.
-
-    Raises:
-        Stopped: a signal asked for it.
-    """
+    """Run the training loop from the last checkpoint, or from the start; `Stopped` where a signal asked for it."""
     checkpoint = run.checkpoint_to_go_on_from()
     recorder = Recorder(run, spec.watch, spec.trainer.log_every_n_steps or 1, evals)
     keeper = Keeper(run, spec.watch, recorder, say)
@@ -227,11 +213,7 @@ def _check_monitor(task: Task, data: DataModule, watch: Watch, evals: Evals) -> 
 
 
 def _is_measured_by_checkpoint(task: Task) -> bool:
-    """Whether the objective has parameters beside the model (a decoder, a teacher), which no model directory holds.
-
-    Args:
-        task: bound to its data.
-    """
+    """Whether the objective has parameters beside the model (a decoder, a teacher), which no model directory holds."""
     with torch.device("meta"):
         beside = task.objective.build(task.architecture)
     return any(True for _ in beside.parameters())

@@ -29,11 +29,7 @@ from meristem.train.spec import FREE_KEYS, fill_in
 
 
 class RunDirectory:
-    """Where a run keeps its things.
-
-    Args:
-        path: of the run.
-    """
+    """Where a run keeps its things."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -57,11 +53,7 @@ class RunDirectory:
         write_file(self.config, yaml.safe_dump(dict(values), sort_keys=False).encode())
 
     def require_same(self, values: Mapping[str, Any], objective: type[Objective]) -> None:
-        """Refuse to go on with a run that was started with another config; `FREE_KEYS` may differ.
-
-        Args:
-            values: as `spec.values_of` gives them.
-            objective: class of the objective.
+        """Refuse to go on with a run that was started with other `values_of` a config; `FREE_KEYS` may differ.
 
         Raises:
             ConfigError: names what differs, and the command that goes on.

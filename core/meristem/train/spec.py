@@ -333,11 +333,7 @@ def values_of(spec: RunSpec) -> dict[str, Any]:
 
 
 def fill_in(values: dict[str, Any], objective: type[Objective]) -> None:
-    """Fill in the architecture and the numbers of the split, which a domain decides with what the values say.
-
-    Args:
-        values: of a whole run, which are changed.
-        objective: class of its objective.
+    """Fill in, in the values of a whole run, the architecture and the numbers of the split, which a domain decides.
 
     Raises:
         ConfigError: as `values_of`.

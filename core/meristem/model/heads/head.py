@@ -28,22 +28,14 @@ class HeadSpec(ABC):
 
     @abstractmethod
     def build(self, config: TransformerConfig) -> "Head":
-        """The head with initial weights.
-
-        Args:
-            config: config of the model that the head is a part of.
+        """The head with initial weights, in a model of this config.
 
         Raises:
             ConfigError: a model of this config cannot have the head.
         """
 
     def by_sequence(self, outputs: Any, layout: Layout) -> Sequence[Tensor]:
-        """The outputs of each sequence of a pack, in its order; by default, those of its rows.
-
-        Args:
-            outputs: outputs of the head for all rows of the pack.
-            layout: where the sequences lie.
-        """
+        """Of outputs for all rows of a pack, those of each sequence, in its order; by default, those of its rows."""
         rows: Tensor = outputs
         return rows[: layout.num_tokens].split(list(layout.lengths))
 
@@ -73,10 +65,6 @@ class Head(nn.Module):
         An attribute of its own would register a shared module, and its weights would be in the state of the model
         twice; a bare parameter would be out of date once weights are loaded. Copies of the whole model copy the tuple
         too, and with the right modules.
-
-        Args:
-            embedding: embedding of the model.
-            pool: pool of the model; None where it has none.
         """
 
     @abstractmethod
@@ -86,5 +74,4 @@ class Head(nn.Module):
         Args:
             hidden: rows of the pack, or of its first rows where `num_first` says that they suffice.
             batch: what the trunk read.
-            request: what is asked for.
         """
