@@ -22,7 +22,7 @@ class Filled:
         k_TKE = torch.zeros(layout.num_rows, 1, 2)
         k_TKE[: len(rows), 0] = torch.tensor(rows, dtype=torch.float32).reshape(-1, 2)
         self.cache.begin(layout)
-        self.layer = self.cache.add(0, k_TKE, -k_TKE, layout)
+        self.cache.add(0, k_TKE, -k_TKE, layout)
         self.cache.end(layout)
 
     def select(self, sequences: list[int]) -> None:
@@ -31,13 +31,14 @@ class Filled:
 
     @property
     def where(self) -> int:
-        return self.layer.keys.data_ptr()
+        return self.cache._layers[0][0].data_ptr()
 
     def check(self) -> None:
+        keys, values = self.cache._layers[0]
         for owner, slot, length in zip(self.owners, self.cache.slots, self.cache.lengths, strict=True):
             wanted = torch.tensor([[owner, place] for place in range(length)], dtype=torch.float32)
-            assert torch.equal(self.layer.keys[slot, :length, 0], wanted)
-            assert torch.equal(self.layer.values[slot, :length, 0], -wanted)
+            assert torch.equal(keys[slot, :length, 0], wanted)
+            assert torch.equal(values[slot, :length, 0], -wanted)
 
 
 def test_tokens_that_have_room_move_nothing() -> None:
@@ -61,7 +62,7 @@ def test_sequences_that_leave_move_nothing_until_half_of_the_slots_are_free() ->
     assert filled.where == where
     filled.select([0, 1, 3])
     assert filled.where != where
-    assert len(filled.layer.keys) == 3
+    assert len(filled.cache._layers[0][0]) == 3
     filled.check()
 
 

@@ -147,11 +147,10 @@ class AttentionLayer(nn.Module):
         layout, cache = context.layout, context.cache
         scoring = Scoring(self.config.pattern, bias, self.config.scale, self.config.dropout if self.training else 0.0)
         if cache is not None:
-            slots = cache.add(self.layer, k_TKE, v_TKE, layout)
+            k_RUKE, v_RUKE = cache.add(self.layer, k_TKE, v_TKE, layout)
             if not cache.is_empty:
                 lengths = tuple(n + more for n, more in zip(cache.lengths, layout.lengths))
-                slotted = Slotted(q_THE, slots.keys, slots.values, layout, lengths, cache.slots)
-                return attend_cached(slotted, scoring)
+                return attend_cached(Slotted(q_THE, k_RUKE, v_RUKE, layout, lengths, cache.slots), scoring)
         packed = Packed(q_THE, k_TKE, v_TKE, layout if kept is None else kept.layout, layout)
         if self.layer not in context.maps:
             return attend(packed, scoring)

@@ -11,25 +11,12 @@ from meristem.types import Hidden, Layout
 
 
 @dataclass
-class LayerCache:
-    """Keys and values of one layer, with a slot for each sequence.
-
-    Attributes:
-        keys: `[R, capacity, K, E]`. `Cache.slots` says which slot belongs to which sequence; places beyond the length
-            of that sequence hold arbitrary numbers.
-        values: the same of values.
-    """
-
-    keys: Float[Tensor, "R capacity K E"]
-    values: Float[Tensor, "R capacity K E"]
-
-
-@dataclass
 class Cache:
     """Keys and values of the tokens that a decoder has read; it grows as tokens are added.
 
     Empty at first; the first batch says how many sequences there are. Each batch adds tokens to every sequence, with
-    the sequences in the same order.
+    the sequences in the same order. Both are `[R, capacity, K, E]` in each layer, a slot for each sequence, and places
+    beyond the length of a sequence hold arbitrary numbers.
 
     Attributes:
         room_tokens: places that slots have beyond the tokens of the first batch, so that they seldom need to grow.
@@ -44,7 +31,7 @@ class Cache:
     slots: list[int] = field(default_factory=list)
     source: Hidden | None = None
     cross: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _layers: dict[int, LayerCache] = field(default_factory=dict)
+    _layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _places: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -63,20 +50,19 @@ class Cache:
 
     def add(
         self, layer: int, k_TKE: Float[Tensor, "T K E"], v_TKE: Float[Tensor, "T K E"], layout: Layout
-    ) -> LayerCache:
+    ) -> tuple[Float[Tensor, "R capacity K E"], Float[Tensor, "R capacity K E"]]:
         """Append the keys and values of a layer to those of each sequence, and return all of them."""
         assert self._places is not None, "begin comes first"
         needed = max(n + more for n, more in zip(self.lengths, layout.lengths))
-        kept = self._layers.get(layer)
-        if kept is None:
-            shape = (layout.num_sequences, needed + self.room_tokens, *k_TKE.shape[1:])
-            kept = self._layers[layer] = LayerCache(_slots(k_TKE, shape), _slots(v_TKE, shape))
-        if kept.keys.shape[1] < needed:  # by half, so that growing is rare
-            more = max(needed, kept.keys.shape[1] * 3 // 2) - kept.keys.shape[1]
-            kept.keys, kept.values = (F.pad(slots, (0, 0, 0, 0, 0, more)) for slots in (kept.keys, kept.values))
-        kept.keys[self._places] = k_TKE[: layout.num_tokens]
-        kept.values[self._places] = v_TKE[: layout.num_tokens]
-        return kept
+        shape = (layout.num_sequences, needed + self.room_tokens, *k_TKE.shape[1:])
+        keys, values = self._layers.get(layer) or (_slots(k_TKE, shape), _slots(v_TKE, shape))
+        if keys.shape[1] < needed:  # by half, so that growing is rare
+            more = max(needed, keys.shape[1] * 3 // 2) - keys.shape[1]
+            keys, values = (F.pad(slots, (0, 0, 0, 0, 0, more)) for slots in (keys, values))
+        keys[self._places] = k_TKE[: layout.num_tokens]
+        values[self._places] = v_TKE[: layout.num_tokens]
+        self._layers[layer] = keys, values
+        return keys, values
 
     def end(self, layout: Layout) -> None:
         """Count the tokens of a batch, once every layer has added them."""
@@ -95,11 +81,11 @@ class Cache:
         if is_same:
             return
         num_slots = len(self.slots)
-        is_idle = any(kept.keys.is_cuda or len(kept.keys) >= 2 * num_slots for kept in self._layers.values())
+        is_idle = any(keys.is_cuda or len(keys) >= 2 * num_slots for keys, _ in self._layers.values())
         if is_idle or len(set(self.slots)) < num_slots:
-            for kept in self._layers.values():
-                index = torch.tensor(self.slots, device=kept.keys.device)
-                kept.keys, kept.values = kept.keys.index_select(0, index), kept.values.index_select(0, index)
+            for layer, (keys, values) in self._layers.items():
+                index = torch.tensor(self.slots, device=keys.device)
+                self._layers[layer] = keys.index_select(0, index), values.index_select(0, index)
             self.slots = list(range(len(sequences)))
         if self.source is not None:
             self._select_source(sequences, self.source)

@@ -48,11 +48,8 @@ def from_json(part_type: type[ConfigPart], values: Mapping[str, Any], where: str
     known = {f.name: f for f in fields(chosen)}
     unknown = sorted(set(values) - set(known))
     require(not unknown, f"{where} takes {', '.join(known)}", ", ".join(unknown))
-    missing = [
-        name
-        for name, f in known.items()
-        if name not in values and f.default is MISSING and f.default_factory is MISSING
-    ]
+    needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in needed if name not in values]
     require(not missing, f"{where} needs {', '.join(missing)}", "no value")
     return chosen(**{name: _read_value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 

@@ -125,8 +125,6 @@ class Keeper(L.Callback):
             raise Stopped(number, self._saved_step)
 
     def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
         assert isinstance(task, Task)
         value = self.recorder.last_validation.get(self.watch.monitor, float("nan"))
         ranks = Ranks.of(trainer)

@@ -35,7 +35,7 @@ class TrainingProgress(L.Callback):
             self._step = step
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if self._shown is not None and trainer.state.fn == "fit":
+        if self._shown is not None:
             figures = ", ".join(f"{name} {value:.4g}" for name, value in self.recorder.last_validation.items())
             self._shown.say(f"step {trainer.global_step:,}: validation: {figures}")
 

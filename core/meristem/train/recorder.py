@@ -119,8 +119,6 @@ class Recorder(L.Callback):
                 self._write(trainer, row)
 
     def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
         assert isinstance(task, Task)
         values = evaluation_values(task) | self.evals.values(task)
         self.last_validation = values

@@ -28,7 +28,7 @@ from meristem.train.keeper import AtomicCheckpointIO, Keeper, Stopped
 from meristem.train.progress import TrainingProgress, shown_reading
 from meristem.train.ranks import Ranks
 from meristem.train.recorder import Recorder, evaluation_values
-from meristem.train.run_directory import RunDirectory, refusals_as_csv
+from meristem.train.run_directory import RunDirectory, csv_text
 from meristem.train.spec import RunSpec, TrainerSpec, Watch, values_of
 from meristem.train.task import Task
 
@@ -76,7 +76,8 @@ def fit(spec: RunSpec, say: Say = say) -> RunDirectory:
         run.path.mkdir(parents=True, exist_ok=True)
         run.write_config(values)
         if data.refused:
-            write_file(run.refused, refusals_as_csv(data.refused))
+            refused = [["where", "id", "reason"], *([one.where, one.id, one.reason] for one in data.refused)]
+            write_file(run.refused, csv_text(refused).encode())
         _train(task, data, evals, run, spec, say)
     except UserError:
         if is_new and not run.last_checkpoint.exists():

@@ -21,7 +21,6 @@ from typing import Any
 
 import yaml
 
-from meristem.data.records import Refusal
 from meristem.errors import CheckpointError, ConfigError, DataError
 from meristem.files import read_json, write_file, write_json
 from meristem.objectives.objective import Objective
@@ -111,11 +110,6 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
         for name, inner in values.items()
         for key, value in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()
     }
-
-
-def refusals_as_csv(refused: Sequence[Refusal]) -> bytes:
-    """A line for each record that was left out."""
-    return csv_text([["where", "id", "reason"], *([one.where, one.id, one.reason] for one in refused)]).encode()
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:

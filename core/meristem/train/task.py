@@ -158,7 +158,7 @@ class Task(L.LightningModule):
         if self.model.pool is not None:  # the architecture is the given one's, pool and all
             assert given.pool is not None
             self.model.pool.load_state_dict(given.pool.state_dict(), strict=True)
-        taken, fresh = [], []
+        taken = []
         for name, head in self.model.heads.items():
             old = given.heads[name].state_dict() if name in given.heads else {}
             shapes = {key: value.shape for key, value in head.state_dict().items()}
@@ -167,13 +167,11 @@ class Task(L.LightningModule):
             if shapes == {key: value.shape for key, value in old.items()} and same_classes:
                 head.load_state_dict(old, strict=True)
                 taken.append(name)
-            else:
-                fresh.append(name)
-        self.fresh_heads = tuple(fresh)
+        self.fresh_heads = tuple(name for name in self.model.heads if name not in taken)
         self.remarks.append(
             f"{path}: trunk taken over{' and frozen' if self.spec.freeze_trunk else ''}"
             + (f", heads taken over: {', '.join(taken)}" if taken else "")
-            + (f", new heads: {', '.join(fresh)}" if fresh else "")
+            + (f", new heads: {', '.join(self.fresh_heads)}" if self.fresh_heads else "")
         )
 
     def train(self, mode: bool = True) -> "Task":

@@ -31,7 +31,6 @@ from meristem.model.config.pattern import (
     sees_the_future,
 )
 from meristem.model.config.position import (
-    AddedPosition,
     BandScaling,
     BucketBias,
     Learned,

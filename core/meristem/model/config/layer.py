@@ -69,12 +69,9 @@ class Attention:
     def __post_init__(self) -> None:
         require_all(self, "attention.", "positive", "num_heads", "head_width", "scale")
         require_all(self, "attention.", "in [0, 1)", "dropout")
-        if self.num_kv_heads is not None:
-            require(
-                self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
-                "attention.num_kv_heads must divide num_heads",
-                f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}",
-            )
+        is_right = self.num_kv_heads is None or (self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0)
+        got = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
+        require(is_right, "attention.num_kv_heads must divide num_heads", got)
         if self.qk_norm is not None:
             require_one_of(self.qk_norm, QueryKeyNorm, "attention.qk_norm")
 

@@ -103,11 +103,9 @@ class Learned(Position):
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
         require(0 <= self.offset < self.max_positions, "position.offset must be within the table", self.offset)
-        require(
-            self.offset + math.prod(self.grid) <= self.max_positions,
-            "position.max_positions must hold the grid behind the offset",
-            f"max_positions={self.max_positions}, offset={self.offset}, grid={list(self.grid)}",
-        )
+        is_held = self.offset + math.prod(self.grid) <= self.max_positions
+        got = f"max_positions={self.max_positions}, offset={self.offset}, grid={list(self.grid)}"
+        require(is_held, "position.max_positions must hold the grid behind the offset", got)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,17 +168,12 @@ class BucketBias(Position):
     is_two_sided: bool = True
 
     def __post_init__(self) -> None:
-        sides = 2 if self.is_two_sided else 1
-        require(
-            self.num_buckets >= 2 * sides and self.num_buckets % (2 * sides) == 0,
-            f"position.num_buckets must be a multiple of {2 * sides}",
-            self.num_buckets,
-        )
-        require(
-            self.max_distance > self.num_buckets // (2 * sides),
-            "position.max_distance must reach beyond the buckets of one distance each",
-            f"max_distance={self.max_distance}, num_buckets={self.num_buckets}",
-        )
+        unit = 4 if self.is_two_sided else 2  # on each side half of the buckets hold one distance each
+        is_multiple = self.num_buckets >= unit and self.num_buckets % unit == 0
+        require(is_multiple, f"position.num_buckets must be a multiple of {unit}", self.num_buckets)
+        rule = "position.max_distance must reach beyond the buckets of one distance each"
+        got = f"max_distance={self.max_distance}, num_buckets={self.num_buckets}"
+        require(self.max_distance > self.num_buckets // unit, rule, got)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ of its own.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -30,34 +30,23 @@ CLASS_MULTIPLE = 64
 of logits that begin at a multiple of 16 bytes."""
 
 
-class CrossEntropy(NamedTuple):
-    """The loss of each row.
-
-    Attributes:
-        total: sum of the losses (nats), with gradient.
-        nats: loss of each row, without smoothing and without gradient.
-        is_hit: whether the target is the likeliest class of the row.
-    """
-
-    total: Float[Tensor, ""]
-    nats: Float[Tensor, "M"]
-    is_hit: Bool[Tensor, "M"]
-
-
 def linear_cross_entropy(
     rows: Float[Tensor, "M D"],
     weight: Float[Tensor, "C D"],
     bias: Float[Tensor, "C"] | None,
     targets: Int[Tensor, "M"],
     label_smoothing: float = 0.0,
-) -> CrossEntropy:
+) -> tuple[Float[Tensor, ""], Float[Tensor, "M"], Bool[Tensor, "M"]]:
     """Cross-entropy of a linear map of `rows` onto classes; logits are fp32 whatever precision the product has.
 
     Args:
         targets: class of each row.
         label_smoothing: share of each target's probability that is spread evenly over all classes.
+
+    Returns:
+        `total`, `nats` and `is_hit` as in `SymbolLoss`.
     """
-    return CrossEntropy(*_LinearCrossEntropy.apply(rows, weight, bias, targets, label_smoothing))
+    return _LinearCrossEntropy.apply(rows, weight, bias, targets, label_smoothing)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -70,10 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kind = rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
         is_trained = any(ctx.needs_input_grad[:3])
-        losses: list[Tensor] = []
-        nats: list[Tensor] = []
-        hits: list[Tensor] = []
-        row_grads = []
+        losses, row_grads = [], []
         weight_grad: Tensor | None = None
         bias_grad: Tensor | None = None
         num_classes = len(weight)
@@ -91,8 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for part_mD, wanted_m in zip(rows.to(dtype).split(num_rows), targets.split(num_rows)):
                 logits_mP = F.linear(part_mD, map_PD, shift_P)
                 *found, grad_mP = differentiate(logits_mP, wanted_m, num_classes, smoothing)
-                for values, more in zip((losses, nats, hits), found):
-                    values.append(more)
+                losses.append(found)
                 if not is_trained:
                     continue
                 row_grads.append(grad_mP @ map_PD)
@@ -104,9 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if is_trained:
             grads = [torch.cat(row_grads).to(rows.dtype), weight_grad, bias_grad]
             ctx.save_for_backward(*(grad for grad in grads if grad is not None))
-        nats_M, is_hit_M = torch.cat(nats), torch.cat(hits)
+        losses_M, nats_M, is_hit_M = map(torch.cat, zip(*losses))
         ctx.mark_non_differentiable(nats_M, is_hit_M)
-        return torch.cat(losses).sum(), nats_M, is_hit_M
+        return losses_M.sum(), nats_M, is_hit_M
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
