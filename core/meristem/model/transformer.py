@@ -1,22 +1,13 @@
 """Trunks, made of stacks of `Block`: an encoder, a decoder, or both with cross-attention."""
 
-from collections.abc import Collection
-
 from torch import nn
 
 from meristem.errors import ConfigError, DataError
 from meristem.model.attention import Context, KeptRows, Placed
 from meristem.model.block import Block
 from meristem.model.cache import Cache
-from meristem.model.config import (
-    BlockSparse,
-    BucketBias,
-    Full,
-    LinearBias,
-    Position,
-    TransformerConfig,
-    sees_the_future,
-)
+from meristem.model.config import BlockSparse, BucketBias, Full, LinearBias, Position, TransformerConfig
+from meristem.model.config.pattern import sees_the_future
 from meristem.model.embed import EmbeddingLayer
 from meristem.model.init import init_weights
 from meristem.model.norm import build_norm
@@ -54,28 +45,21 @@ class Stack(nn.Module):
         self,
         x_TD: Float[Tensor, "T D"],
         batch: PackedBatch,
-        layers: Collection[int] = (),
-        attentions: Collection[int] = (),
+        wanted: Wanted = ROWS_ALONE,
         source: Hidden | None = None,
-        cache: Cache | None = None,
         last_rows: KeptRows | None = None,
     ) -> Hidden:
         """Run the blocks over embedded rows.
 
         Args:
-            layers, attentions, cache: as in `Wanted`.
+            wanted: layers, attention maps and the cache of these are read here.
             source: hidden rows that a decoder attends to.
             last_rows: rows of the last block that are computed; None for all.
         """
-        resolved = {layer: self.resolve_layer(layer) for layer in layers}
-        layout = batch.layout
-        context = Context(
-            layout,
-            tuple(_place(position, batch) for position in self.positions),
-            source,
-            cache,
-            [self.first + block for block in attentions],
-        )
+        resolved = {layer: self.resolve_layer(layer) for layer in wanted.layers}
+        layout, cache = batch.layout, wanted.cache
+        placed = tuple(_place(position, batch) for position in self.positions)
+        context = Context(layout, placed, source, cache, [self.first + block for block in wanted.attentions])
         if cache is not None:
             cache.begin(layout)
         kept: dict[int, Tensor] = {0: x_TD}
@@ -128,7 +112,6 @@ class Encoder(Stack):
         """Run the model.
 
         Args:
-            wanted: layers, attention maps and the cache of these are read here.
             last_rows: rows of the last block that will be used, where `may_leave_rows_of` allows it.
 
         Raises:
@@ -139,7 +122,7 @@ class Encoder(Stack):
         if wanted.cache is not None:
             self._check_cached()
         assert last_rows is None or self.may_leave_rows_of(wanted)
-        return self.run(self.embedding(batch), batch, wanted.layers, wanted.attentions, None, wanted.cache, last_rows)
+        return self.run(self.embedding(batch), batch, wanted, last_rows=last_rows)
 
     def may_leave_rows_of(self, wanted: Wanted) -> bool:
         """Whether the last block may compute some rows and not others in a run."""
@@ -189,21 +172,21 @@ class EncoderDecoder(nn.Module):
             DataError: a sequence is longer than positions allow.
         """
         if wanted.is_source_only:
-            return self._read(batch, wanted, wanted.layers)
+            return self._read(batch, wanted)
         cache = wanted.cache
         check_lengths(self.config, batch.layout, cache)
         source = cache.source if cache is not None else None
         if source is None:
             assert batch.source is not None, "an encoder-decoder needs a source side"
             layers = wanted.layers if wanted.source_layers is None else wanted.source_layers
-            source = self._read(batch.source, wanted, layers)
+            source = self._read(batch.source, wanted.but(layers=layers))
             if cache is not None:
                 cache.source = source
-        return self.decoder.run(self.embedding(batch), batch, wanted.layers, wanted.attentions, source, cache)
+        return self.decoder.run(self.embedding(batch), batch, wanted, source)
 
-    def _read(self, batch: PackedBatch, wanted: Wanted, layers: Collection[int]) -> Hidden:
+    def _read(self, batch: PackedBatch, wanted: Wanted) -> Hidden:
         check_lengths(self.config, batch.layout)
-        return self.encoder.run(self.embedding(batch), batch, layers, wanted.attentions)
+        return self.encoder.run(self.embedding(batch), batch, wanted.but(cache=None))
 
     def resolve_layer(self, layer: int) -> int:
         """As `Stack.resolve_layer`, of the encoder."""

@@ -4,7 +4,6 @@ Queries are cut into tiles. For each it is asked which tiles of keys it may see;
 for just these places goes into one SDPA call for many tiles that see as many others.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -67,9 +66,7 @@ class TilePlan:
 def plan_tiles(pattern: Pattern, q_length: int, kv_length: int, prefix_length: int, has_bias: bool) -> TilePlan | None:
     """Plan how to run the pattern on tiles; None where a dense mask, or no mask, is as fast."""
     needs_mask = has_bias or not (isinstance(pattern, Full) or (isinstance(pattern, Causal) and q_length == kv_length))
-    if not needs_mask:
-        return None
-    if kv_length <= MIN_KEYS or q_length < TILES[0] or q_length > kv_length:
+    if not needs_mask or kv_length <= MIN_KEYS or q_length < TILES[0] or q_length > kv_length:
         return None
     for tile in TILES:
         groups, seen_frac = _group_tiles(pattern, q_length, kv_length, prefix_length, tile)
@@ -120,14 +117,14 @@ def attend_tiles(
     """
     q_length, kv_length, prefix_length = lengths
     count, device = q_RHE.shape[0] // q_length, q_RHE.device
-    chunks = tuple(
-        _Chunk.of(queries, keys, plan.tile, q_length, kv_length, count)
-        for group in plan.groups
-        for queries, keys in _cut(group, max(1, ROWS_AT_ONCE // (group.keys.shape[1] * plan.tile * count)))
-    )
+    chunks = []
+    for group in plan.groups:
+        size = max(1, ROWS_AT_ONCE // (group.keys.shape[1] * plan.tile * count))
+        for part in (slice(start, start + size) for start in range(0, len(group.queries), size)):
+            chunks.append(_Chunk.of(group.queries[part], group.keys[part], plan.tile, q_length, kv_length, count))
     sequence, bias = Sequence.of(scoring.pattern, kv_length, prefix_length, device), scoring.bias
     by_distance = None if bias is None else scores_by_distance(bias, kv_length, device).to(q_RHE.dtype)
-    work = _Work(scoring, sequence, count, chunks)
+    work = _Work(scoring, sequence, count, tuple(chunks))
     o_RHE: Tensor = _Tiled.apply(q_RHE, k_RKE, v_RKE, by_distance, work)
     return o_RHE
 
@@ -171,11 +168,6 @@ class _Chunk:
             kv_rows=(kv_places[:, None, :] + sequences * kv_length).reshape(-1),
             kept=np.flatnonzero(np.broadcast_to(is_kept[:, None, :], (len(queries), count, tile))),
         )
-
-
-def _cut(group: TileGroup, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for start in range(0, len(group.queries), size):
-        yield group.queries[start : start + size], group.keys[start : start + size]
 
 
 @dataclass(frozen=True)
