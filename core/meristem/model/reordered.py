@@ -51,10 +51,6 @@ class ReorderedLinear(nn.Module):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._reordered, self.bias, kind, [], way)
         return y
 
-    def rounds_alike(self) -> bool:
-        """Whether rows come out the same, bit for bit, whatever their number."""
-        return rounds_alike(self, self.num_inputs, self._reordered.dtype)
-
 
 class ReorderedFeedForward(nn.Module):
     """A feed-forward layer without a gate, its activation computed within the product of the map up."""
@@ -184,7 +180,8 @@ def reordered(
             stand_ins[id(layer)] = ReorderedLinear(layer.weight, layer.bias)
     products = [part for made in stand_ins.values() for part in made.modules() if isinstance(part, ReorderedLinear)]
     by_shape = {(part._reordered.shape, part.activation): part for part in products}
-    if not products or (must_round_alike and not all(part.rounds_alike() for part in by_shape.values())):
+    are_alike = (rounds_alike(part, part.num_inputs, part._reordered.dtype) for part in by_shape.values())
+    if not products or (must_round_alike and not all(are_alike)):
         return None
     copied: AnyModule = _copy_around(module, stand_ins, {id(layer) for layer in kept})  # type: ignore[assignment]
     return copied

@@ -19,11 +19,9 @@ def draw_curves(metrics: Path, out: Path) -> None:
     num_rows = math.ceil((1 + len(validated)) / num_columns)
     figure = new_figure(5 * num_columns, 3.6 * num_rows)
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
-    steps, losses = _curve(rows, "loss")
-    axes[0].plot(steps, losses, linewidth=1, label="training", alpha=0.7)
-    steps, losses = _curve(rows, "val/loss")
-    if steps:
-        axes[0].plot(steps, losses, marker=".", label="validation")
+    axes[0].plot(*_curve(rows, "loss"), linewidth=1, label="training", alpha=0.7)
+    if (validation := _curve(rows, "val/loss"))[0]:
+        axes[0].plot(*validation, marker=".", label="validation")
     axes[0].legend()
     axes[0].set_ylabel("loss (nats)")
     for axis, name in zip(axes[1:], validated):

@@ -105,14 +105,12 @@ class Recorder(L.Callback):
             result = task.result_of(flat)
             grad_norm = float(norm)
             _check_finite(step, result, grad_norm)
-            row: dict[str, Any] = {"step": step, "loss": result.loss, "lr": lr, "grad_norm": grad_norm}
-            row |= _terms(result)
+            row: dict[str, Any] = {"step": step, **result.losses, "lr": lr, "grad_norm": grad_norm}
             row["tokens_per_second"] = round(result.num_tokens / max(seconds, 1e-9), 1)
-            if not self._columns:
-                losses = [name for name in row if name.startswith("loss")]
-                evaluated = [VALIDATION + name for name in [*losses, *task.metrics, *self.evals.names]]
-                self._columns = ["step", *losses, "lr", "grad_norm", "tokens_per_second", *evaluated]
             self.last = row
+            if not self._columns:
+                evaluated = [*result.losses, *task.metrics, *self.evals.names]
+                self._columns = [*row, *(VALIDATION + name for name in evaluated)]
             if step % self.every_n_steps == 0 or step == 1:
                 _log(trainer, {key: value for key, value in row.items() if key != "step"}, step)
             if not (hold_last and at == len(waiting) - 1):
@@ -134,13 +132,7 @@ class Recorder(L.Callback):
 
 def evaluation_values(task: Task) -> dict[str, float]:
     """Exact means and metrics of the part just evaluated."""
-    result = task.result_of(task.summed())
-    return {"loss": result.loss, **_terms(result), **task.metric_values()}
-
-
-def _terms(result: StepResult) -> dict[str, float]:
-    """Each term by name, where there are several."""
-    return {f"loss/{name}": value for name, value in result.terms.items()} if len(result.terms) > 1 else {}
+    return {**task.result_of(task.summed()).losses, **task.metric_values()}
 
 
 def _check_finite(step: int, result: StepResult, grad_norm: float) -> None:

@@ -327,7 +327,7 @@ def values_of(spec: RunSpec) -> dict[str, Any]:
     Raises:
         ConfigError: no such domain, or an architecture that cannot be.
     """
-    values: dict[str, Any] = plain({one.name: getattr(spec, one.name) for one in fields(spec)})
+    values: dict[str, Any] = plain(spec)
     fill_in(values, type(spec.model.objective))
     return values | {"run_dir": spec.folder}
 

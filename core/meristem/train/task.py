@@ -47,6 +47,12 @@ class StepResult:
     num_tokens: int
     is_scored: bool = True
 
+    @property
+    def losses(self) -> dict[str, float]:
+        """The loss, and each term by its name where there are several."""
+        terms = {f"loss/{name}": value for name, value in self.terms.items()}
+        return {"loss": self.loss, **(terms if len(terms) > 1 else {})}
+
 
 class NotFinite(ConfigError):
     """The loss is no number any more; nothing was saved after it."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from meristem.errors import ConfigError
-from meristem.model.config import Mean, Pool, Prefix, TransformerConfig
+from meristem.model.config import Mean, Pool, TransformerConfig
 from meristem.model.embed import EmbeddingLayer
 from meristem.model.exact import with_spare_rows
 from meristem.model.heads.head import Head, HeadSpec
@@ -87,12 +87,9 @@ class LabelHead(Head):
         super().__init__()
         self.readout = readout
         is_pooled = readout.level == "record"
-        pool = readout.pool if is_pooled else None
-        self.pool = None if pool is None else build_pool(pool, config)
-        own = config.pool if is_pooled and pool is None else None
-        width = config.width
-        if is_pooled and isinstance(pool or own, Prefix):
-            width = PoolLayer(pool or own, width).width  # type: ignore[arg-type]
+        self.pool = build_pool(readout.pool, config) if is_pooled and readout.pool is not None else None
+        pool = (readout.pool or config.pool) if is_pooled else None
+        width = config.width if pool is None else PoolLayer(pool, config.width).width
         self.standardise = Standardise(width) if readout.is_standardised else None
         self.hidden = nn.Linear(width, readout.hidden_width) if readout.hidden_width else None
         self.dropout = nn.Dropout(readout.dropout)
