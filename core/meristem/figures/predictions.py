@@ -22,7 +22,6 @@ def draw_confusion(path: Path, confusions: Mapping[str, np.ndarray], names: Sequ
 
     Args:
         confusions: `[C, C]` counts by title.
-        names: names of the classes.
     """
     from matplotlib.colors import PowerNorm
 
@@ -57,7 +56,6 @@ def draw_values(path: Path, true: np.ndarray, predicted: Mapping[str, np.ndarray
     Args:
         true: `[N]` true values.
         predicted: `[N]` predicted values by title.
-        name: name of the label.
     """
     figure = new_figure(4.6 * len(predicted), 4.4)
     panels = figure.subplots(1, len(predicted), squeeze=False)[0]

@@ -18,13 +18,7 @@ from meristem.types import Hidden, Layout, Routing
 
 @dataclass(frozen=True)
 class Placed:
-    """A kind of position, with what it computed once for the rows of a batch.
-
-    Attributes:
-        layer: module that rotates queries and keys.
-        tables: cosines and sines for these rows; empty where nothing is rotated.
-        bias: what is added to the scores; None for nothing.
-    """
+    """A kind of position, with the tables and the bias that it computed once for the rows of a batch."""
 
     layer: BetweenLayer
     tables: Tables

@@ -28,11 +28,7 @@ SAMPLE = "@sample"
 
 
 class DataModule(L.LightningDataModule):
-    """Reads the records, deals them to parts, and makes packs.
-
-    Args:
-        seed: random seed of order and corruption.
-    """
+    """Reads the records, deals them to parts, and makes packs; `seed` is that of their order and corruption."""
 
     def __init__(self, spec: DataSpec, seed: int = 0):
         super().__init__()

@@ -7,11 +7,7 @@ from meristem.errors import ConfigError
 
 
 def require(condition: bool, rule: str, got: object) -> None:
-    """Refuse unless `condition` holds.
-
-    Raises:
-        ConfigError: says the rule and what was got.
-    """
+    """Raise a `ConfigError` that says the rule and what was got, unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{rule}; got {got}")
 
@@ -30,7 +26,6 @@ def require_all(part: object, where: str, expected: str, *names: str) -> None:
     Args:
         where: what the part is called in a config, with the dot behind it.
         expected: one of `RANGES`.
-        names: fields of the part.
     """
     for name in names:
         value = getattr(part, name)

@@ -78,9 +78,6 @@ class LabelHead(Head):
     """Predicts the label that a `Readout` describes, from one vector for each record or from each row.
 
     Outputs are logits or standardised values: `[S, C]` for records, `[T, C]` for tokens.
-
-    Attributes:
-        pool: pool of this head; None at token level, and where the model's own pool is used.
     """
 
     def __init__(self, config: TransformerConfig, readout: Readout):
@@ -165,11 +162,7 @@ class Standardise(nn.Module):
 
     @torch.no_grad()
     def take_in(self, gather: Callable[[Tensor], list[Tensor]]) -> None:
-        """Update the running figures with the packs seen since the last call.
-
-        Args:
-            gather: returns the tensors of all processes, by rank.
-        """
+        """Update the running figures with the packs seen since the last call; `gather` returns those of all ranks."""
         seen, self._seen = self._seen, []
         for part in (part for rows in seen for part in gather(rows) if len(part) > 1):
             F.batch_norm(part, self.mean, self.var, None, None, True, self.momentum, STANDARDISE_EPS)

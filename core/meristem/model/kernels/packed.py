@@ -13,9 +13,7 @@ class Packed:
     """Queries, keys and values of packed sequences, for self- and cross-attention alike.
 
     Attributes:
-        q_THE: queries.
         k_UKE: keys; with fewer heads than queries, each serves H / K of their heads.
-        v_UKE: values.
         q_layout: where the sequences of the queries lie.
         kv_layout: where those of the keys lie. Sequence i of the queries sees sequence i of the keys, and spare rows
             see spare rows. The prefix that a pattern may name is that of the keys.
@@ -34,8 +32,7 @@ class Slotted:
 
     Attributes:
         q_THE: one or more new tokens of each sequence. They are its last places, and their keys are in its slot.
-        k_RUKE: keys, with a slot for each sequence.
-        v_RUKE: values, likewise.
+        k_RUKE, v_RUKE: keys and values, with a slot for each sequence.
         q_layout: where the sequences of the queries lie; the prefix that a pattern may name is theirs.
         kv_lengths: number of filled places in the slot of each sequence.
         slots: index of the slot of each sequence; on a GPU slots lie in the order of the sequences.
