@@ -79,7 +79,7 @@ class Block(nn.Module):
     def _join(
         self, branch: Float[Tensor, "T D"], scale: Tensor | None, rows: Context | KeptRows
     ) -> Float[Tensor, "T D"]:
-        """The output of a branch, of these rows, as it is added to the residual stream: dropped out, scaled, left out."""
+        """The output of a branch as it is added to the residual stream: dropped out, scaled, or left out."""
         branch = self.dropout(branch)
         if scale is not None:
             branch = branch * scale
