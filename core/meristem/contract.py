@@ -27,6 +27,7 @@ from meristem.inference.embed import Embed
 from meristem.inference.formats import read_embeddings
 from meristem.inference.run import run_job
 from meristem.model.config import TransformerConfig
+from meristem.model.config.checks import require
 from meristem.model.model import Model
 from meristem.model.transformer import build_trunk
 from meristem.model_directory import ModelCard, save_model
@@ -40,16 +41,11 @@ from meristem.train.spec import DataSpec, ModelSpec
 from meristem.train.task import Task
 from meristem.types import INPUT, Record, Slice, Tokens
 
-NUM_TRAINED = 16
-"""Number of records of the sample in the training steps."""
-
-MAX_TOKENS = 128
-"""Longer records are cropped to this many tokens in the training steps, which would take long otherwise."""
+NUM_TRAINED, NUM_STEPS, MAX_TOKENS = 16, 3, 128
+"""Records of the sample that are trained on, training steps, and tokens that longer records are cropped to there."""
 
 NUM_SCORED = 4
-"""Number of records of the sample that each scorer scores."""
-
-NUM_STEPS = 3
+"""Records of the sample that each scorer scores."""
 
 STAGES = ("sample", "records", "tokens", "decode", "views", "presets", "pack", "train", "embed", "scorers")
 """The stages in their order; each is a method of the contract."""
@@ -98,11 +94,6 @@ def run_contract(name: str) -> Iterator[Stage]:
             yield Stage(stage.__name__, detail, time.perf_counter() - began)
 
 
-def _require(condition: bool, rule: str, got: object) -> None:
-    if not condition:
-        raise BrokenContract(f"{rule}; got {got}")
-
-
 def _differing(some: Tokens, others: Tokens) -> str:
     """The first field in which two sequences of tokens differ by more than rounding; empty for none."""
     for name in ("ids", "positions", "features", "is_special"):
@@ -120,6 +111,7 @@ class _Contract:
     def __init__(self, name: str, domain: Domain, folder: Path):
         self.name, self.domain, self.folder = name, domain, folder
         self.data: DataModule
+        self.tokenizer: Tokenizer
         self.objective: Objective
         self.rows: list[Record] = []
         self.payloads: list[tuple[str, Any]] = []
@@ -128,66 +120,61 @@ class _Contract:
         self.architecture: TransformerConfig
         self.card: ModelCard
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The domain's tokenizer, as it suits the sample."""
-        return self.data.tokenizer
-
     def sample(self) -> str:
         """The sample is a file with something in it; its options and its objective can be made."""
         path = Path(self.domain.sample)
-        _require(path.is_file() and path.stat().st_size > 0, "sample must be a file with something in it", path)
+        require(path.is_file() and path.stat().st_size > 0, "sample must be a file with something in it", path)
         options = {"cache_dir": str(self.folder), **self.domain.sample_options}
         self.data = DataModule(DataSpec(domain=self.name, sources=SAMPLE, **options))
+        self.tokenizer = self.data.tokenizer
         self.objective = self.domain.sample_objective()
-        _require(isinstance(self.objective, Objective), "sample_objective must make an objective", self.objective)
+        require(isinstance(self.objective, Objective), "sample_objective must make an objective", self.objective)
         return f"{path.name}, {path.stat().st_size:,} bytes, for {type(self.objective).__name__}"
 
     def records(self) -> str:
         """Reading gives the inputs and labels that the objective reads, the same ones each time."""
         rows, again = self._read(), self._read()
-        _require(len(rows) >= 8, "the sample must hold 8 records or more", len(rows))
-        _require(rows == again, "reading twice must give the same records", "others")
+        require(len(rows) >= 8, "the sample must hold 8 records or more", len(rows))
+        require(rows == again, "reading twice must give the same records", "others")
         self.rows, reader = rows, self.domain.reader
         self.payloads, copies = (
             [(f"{row.source}, {name}", payload) for row in some for name, payload in row.inputs.items()]
             for some in (rows, again)
         )
         is_filled = all(row.id for row in rows) and all(payload for _, payload in self.payloads)
-        _require(is_filled, "every record needs an id and payloads", "an empty one")
+        require(is_filled, "every record needs an id and payloads", "an empty one")
         known: set[bytes] = set()
         for (where, payload), (_, copy) in zip(self.payloads, copies):
-            canonical = reader.canonical(payload)  # type: ignore[arg-type]
-            _require(isinstance(canonical, bytes), "canonical must give bytes", type(canonical).__name__)
-            is_same = canonical == reader.canonical(copy)  # type: ignore[arg-type]
-            _require(is_same, "canonical must give equal bytes for equal payloads", f"others for {where}")
-            known.add(canonical)
-        _require(len(known) > 1, "canonical must tell payloads apart", "one value for all of the sample")
+            one, other = (reader.canonical(each) for each in (payload, copy))  # type: ignore[arg-type]
+            require(isinstance(one, bytes), "canonical must give bytes", type(one).__name__)
+            require(one == other, "canonical must give equal bytes for equal payloads", f"others for {where}")
+            known.add(one)
+        require(len(known) > 1, "canonical must tell payloads apart", "one value for all of the sample")
         if self.domain.similarity is not None:
             clusters = similarity_clusters(RecordStore.of(rows, reader), self.domain.similarity)
-            _require(len(np.unique(clusters)) > 1, "similarity must tell records of the sample apart", "one cluster")
+            require(len(np.unique(clusters)) > 1, "similarity must tell records of the sample apart", "one cluster")
         return f"{len(rows):,} records of {', '.join(self.objective.inputs)}"
 
     def _read(self) -> list[Record]:
-        """Read the sample; payloads that are slices of files are replaced by their content."""
+        """The sample's records; payloads that are slices of files are replaced by their content."""
         source, options = Source(str(self.domain.sample)), self.data.read_options(self.objective)
         for file in self.domain.reader.files(source, options):
-            _require(Path(file).exists(), "files must name files that are there", file)
+            require(Path(file).exists(), "files must name files that are there", file)
         rows = []
         for batch in self.domain.reader.read(source, options):
             names = batch.schema.names
             wanted = [*SCHEMA.names, *(INPUT_PREFIX + name for name in self.objective.inputs)]
-            _require(not set(wanted) - set(names), f"a batch must have the columns {wanted}", names)
+            require(not set(wanted) - set(names), f"a batch must have the columns {wanted}", names)
             for column in wanted:
-                _require(not batch.column(column).null_count, f"column {column} must have no missing value", "some")
+                require(not batch.column(column).null_count, f"column {column} must have no missing value", "some")
             for row in range(batch.num_rows):
                 record = record_at(batch, row)
-                inputs = dict(record.inputs)
+                inputs: dict[str, Any] = dict(record.inputs)
                 for name, payload in inputs.items():
                     if isinstance(payload, Slice):
                         [inputs[name]] = self.domain.reader.fetch([payload]).to_pylist()
                         got = len(inputs[name])
-                        _require(got == len(payload), f"fetch must give the {len(payload)} symbols of a slice", got)
+                        require(got == len(payload), f"fetch must give the {len(payload)} symbols of a slice", got)
                 rows.append(replace(record, inputs=inputs))
         return rows
 
@@ -197,23 +184,22 @@ class _Contract:
         self.encoded = [tokenizer.encode(payload) for _, payload in self.payloads]
         for (_, payload), tokens in zip(self.payloads, self.encoded):
             lengths = {len(tokens.ids), len(tokens.positions), *(() if tokens.spans is None else [len(tokens.spans)])}
-            _require(len(lengths) == 1, "ids, positions and spans must have one row a token", sorted(lengths))
+            require(len(lengths) == 1, "ids, positions and spans must have one row a token", sorted(lengths))
             wanted = tokenizer.num_special
             got = (0, 0) if tokens.is_special is None else tokens.frame
-            _require(got == wanted, f"is_special must mark {wanted} rows around a payload, as num_special says", got)
+            require(got == wanted, f"is_special must mark {wanted} rows around a payload, as num_special says", got)
             if tokens.spans is not None:
                 spans = np.asarray(tokens.spans)
                 is_within = (spans >= 0).all() and (spans <= len(payload)).all() and (spans[:, 0] <= spans[:, 1]).all()
-                _require(bool(is_within), "spans must be parts of the payload", f"others, of {len(payload)} symbols")
+                require(bool(is_within), "spans must be parts of the payload", f"others, of {len(payload)} symbols")
         column = tokenizer.encode_column(pa.array([payload for _, payload in self.payloads]))
         for row, ((where, _), tokens) in enumerate(zip(self.payloads, self.encoded)):
-            ids = column.ids[column.offsets[row] : column.offsets[row + 1]]
-            is_same = np.array_equal(ids, tokens.ids)
-            _require(is_same, "encode_column must give what encode gives", f"others for {where}")
-            same = _differing(tokenizer.tokens_at(column, row), tokens)
-            _require(not same, "tokens_at must give what encode gives", f"other {same} for {where}")
+            is_same = np.array_equal(column.ids[column.offsets[row] : column.offsets[row + 1]], tokens.ids)
+            require(is_same, "encode_column must give what encode gives", f"others for {where}")
+            other = _differing(tokenizer.tokens_at(column, row), tokens)
+            require(not other, "tokens_at must give what encode gives", f"other {other} for {where}")
         written = find("meristem.tokenizers", tokenizer.kind).from_json(tokenizer.to_json())
-        _require(written.fingerprint == tokenizer.fingerprint, "from_json must undo to_json", "another fingerprint")
+        require(written.fingerprint == tokenizer.fingerprint, "from_json must undo to_json", "another fingerprint")
         return f"{sum(map(len, self.encoded)):,} tokens, {len(tokenizer.vocab)} symbols"
 
     def decode(self) -> str:
@@ -228,12 +214,12 @@ class _Contract:
                 for start, stop in tokens.spans:
                     covered[start:stop] = True
                 rule = f"every part of {where}, which comes back whole, must be in the span of a token"
-                _require(bool(covered.all()), rule, f"{int((~covered).sum())} symbols in none")
+                require(bool(covered.all()), rule, f"{int((~covered).sum())} symbols in none")
                 continue
             num_changed += 1
-            differing = _differing(tokenizer.encode(back), tokens)
+            other = _differing(tokenizer.encode(back), tokens)
             rule = f"what decoding gives must be the payload of {where}, or have the same tokens"
-            _require(not differing, rule, f"other {differing}: {str(back)[:40]!r}")
+            require(not other, rule, f"other {other}: {str(back)[:40]!r}")
         if not num_changed:
             return f"{len(self.payloads):,} payloads come back"
         return f"lossy: {num_changed:,} of {len(self.payloads):,} payloads come back changed, with the same tokens"
@@ -247,17 +233,17 @@ class _Contract:
         num_changed = 0
         for row, record in enumerate(self.rows[:NUM_TRAINED]):
             seen = [one.views(record, np.random.default_rng(row)) for one in copies]
-            _require(len(seen[0]) == views.num_views, f"views must be {views.num_views} a record", len(seen[0]))
+            require(len(seen[0]) == views.num_views, f"views must be {views.num_views} a record", len(seen[0]))
             alone = [one.views(record, None) for one in copies]
-            _require(len(alone[0]) > 0, "without a generator there must be a view or more", "none")
+            require(len(alone[0]) > 0, "without a generator there must be a view or more", "none")
             drawn, whole = ([self._tokens_of(some) for some in both] for both in (seen, alone))
             for first, again in (drawn, whole):
                 differing = [name for one, other in zip(first, again) if (name := _differing(one, other))]
-                _require(not differing, f"views of {record.source} must be the same twice", f"other {differing}")
+                require(not differing, f"views of {record.source} must be the same twice", f"other {differing}")
             plain = self._tokens_of((record,))
             if views.is_training_only:
                 is_same = not any(map(_differing, whole[0], plain))
-                _require(is_same, "without a generator, views for training only must be the record", "another")
+                require(is_same, "without a generator, views for training only must be the record", "another")
             num_changed += any(_differing(one, own) for one, own in zip(drawn[0], plain * views.num_views))
         return f"{views.num_views} a record, {num_changed} of {row + 1} records changed"
 
@@ -268,7 +254,7 @@ class _Contract:
 
     def presets(self) -> str:
         """Every preset can be built, and fits the tokenizer; the smallest is trained."""
-        _require(len(self.domain.presets) > 0, "a domain needs a preset", "none")
+        require(len(self.domain.presets) > 0, "a domain needs a preset", "none")
         sizes = {}
         for name in self.domain.presets:
             config = resolve_architecture({"preset": name}, self.domain, self.tokenizer)
@@ -281,15 +267,14 @@ class _Contract:
         """Sequences lie end to end, and none is lost."""
         batch = pack(self.encoded, range(len(self.encoded)))
         wanted = sorted(len(tokens) for tokens in self.encoded)
-        _require(sorted(batch.layout.lengths) == wanted, "a pack must hold every sequence whole", "other lengths")
+        require(sorted(batch.layout.lengths) == wanted, "a pack must hold every sequence whole", "other lengths")
         return f"{batch.layout.num_rows:,} rows in one pack"
 
     def train(self) -> str:
         """Three steps of the sample's objective on the same pack: the loss is finite and falls."""
         task, objective = Task(ModelSpec(architecture=self.architecture, objective=self.objective)), self.objective
         self.data.bind(task)
-        train = self.data.parts["train"]
-        most = self.data.max_tokens_per_record
+        train, most = self.data.parts["train"], self.data.max_tokens_per_record
         maker = PackMaker(
             train.store,
             train.rows[:NUM_TRAINED],
@@ -314,9 +299,9 @@ class _Contract:
                 torch.manual_seed(0)  # the same dropout in each step
                 terms = objective.loss_of(self.model, extra, batch).terms
                 got = {name: float(term.count) for name, term in terms.items()}
-                _require(got == counts, f"the counts of the loss must be those announced, {counts}", got)
+                require(got == counts, f"the counts of the loss must be those announced, {counts}", got)
                 known = [term.weight * term.sum / term.count for term in terms.values() if term.count]
-                _require(bool(known), "the objective must score something of the sample", "no target")
+                require(bool(known), "the objective must score something of the sample", "no target")
                 loss = torch.stack(known).sum()
                 optimizer.zero_grad()
                 loss.backward()
@@ -324,7 +309,7 @@ class _Contract:
                 objective.after_step(self.model, extra, Ranks())
                 losses.append(loss.item())
         shown = " > ".join(f"{loss:.3f}" for loss in losses)
-        _require(all(np.isfinite(losses)) and losses[-1] < losses[0], "the loss must be finite and fall", shown)
+        require(all(np.isfinite(losses)) and losses[-1] < losses[0], "the loss must be finite and fall", shown)
         return f"loss {shown}"
 
     def embed(self) -> str:
@@ -339,22 +324,21 @@ class _Contract:
             run_job(job, model, [str(self.domain.sample)], self.folder / name)
             found.append(read_embeddings(self.folder / name))
         packed, alone = (np.asarray(embeddings.values) for embeddings in found)
-        are_same = list(found[0].ids) == [row.id for row in self.rows]
-        _require(are_same, "ids must be those of the sample, in order", "others")
-        _require(bool(np.isfinite(packed).all()), "vectors must be finite", "some that are not")
+        ids = [row.id for row in self.rows]
+        require(list(found[0].ids) == ids, "ids must be those of the sample, in order", "others")
+        require(bool(np.isfinite(packed).all()), "vectors must be finite", "some that are not")
         # looser than what core promises: here a leak between records is to be seen, not rounding on some device
         error = float(np.abs(packed - alone).max() / np.sqrt((alone**2).mean()))
-        _require(error < 1e-4, "a vector must not depend on its batch mates", f"a difference of {error:.1e}")
+        require(error < 1e-4, "a vector must not depend on its batch mates", f"a difference of {error:.1e}")
         return f"{packed.shape[0]:,} vectors of {packed.shape[1]}, in files and back"
 
     def scorers(self) -> str:
         """Each scorer gives a result for every record, with the options that it has by default."""
         running = RunningModel(self.model.eval(), self.tokenizer)
-        payloads = [next(iter(row.inputs.values())) for row in self.rows[:NUM_SCORED]]
-        column = self.tokenizer.encode_values(payloads)
+        column = self.tokenizer.encode_values([next(iter(row.inputs.values())) for row in self.rows[:NUM_SCORED]])
         for name, scorer in self.domain.scorers.items():
             options = scorer.options()
             scorer.describe(running, options)
             got = len(list(scorer.score(running, column, options)))
-            _require(got == len(payloads), f"scorer {name} must give a result for each of {len(payloads)} records", got)
+            require(got == len(column), f"scorer {name} must give a result for each of {len(column)} records", got)
         return ", ".join(self.domain.scorers) or "none"

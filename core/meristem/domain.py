@@ -6,7 +6,7 @@ A domain is one folder and one value: a `Domain`. It is found through the entry-
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,7 @@ class Domain:
             raise ConfigError(f"{owner} does not take that: {error}; its options: {known}") from error
 
     def build_views(self, tokenizer: Tokenizer, **options: Any) -> Views:
-        """The domain's views of records with these options.
-
-        Args:
-            tokenizer: reads the views.
+        """The domain's views of records with these options, read by this tokenizer.
 
         Raises:
             ConfigError: an option that they do not take, or the domain has no views.
@@ -107,11 +104,7 @@ class Domain:
         return None if views.is_training_only else views
 
     def similarity_with(self, k: int | None = None, threshold: float | None = None) -> Similarity:
-        """When two payloads are similar.
-
-        Args:
-            k: length of a k-mer that a user asks for; None for the domain's.
-            threshold: share of the sketch that a user asks for; None for the domain's.
+        """When two payloads are similar, with the numbers of `Similarity` that a user asks for; None for the domain's.
 
         Raises:
             ConfigError: payloads of the domain cannot be compared, or a number is out of range.
@@ -121,8 +114,8 @@ class Domain:
                 f"a split by similarity needs a domain whose payloads can be compared; {self.name} has none "
                 "(Domain.similarity): use hash or a column"
             )
-        own = self.similarity
-        return Similarity(k=own.k if k is None else k, threshold=own.threshold if threshold is None else threshold)
+        asked: dict[str, Any] = {"k": k, "threshold": threshold}
+        return replace(self.similarity, **{name: one for name, one in asked.items() if one is not None})
 
 
 def load_domain(name: str) -> Domain:
