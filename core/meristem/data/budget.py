@@ -78,16 +78,10 @@ class Budget:
         give_back_memory()
         tokens = int(lengths.sum())
         self.tokens = max(min(tokens, self.tokens) // 2, 1)
-        logger.warning(
-            "out of memory with %s tokens at once on %s; going on with %s",
-            f"{tokens:,}",
-            self.device,
-            f"{self.tokens:,}",
-        )
+        logger.warning(f"out of memory with {tokens:,} tokens at once on {self.device}; going on with {self.tokens:,}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether something could not be made for want of memory."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in WORDS_OF_A_CPU)
 
 

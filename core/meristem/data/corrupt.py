@@ -29,9 +29,7 @@ def mask_tokens(
     Args:
         ids: `[n]` symbols; not changed.
         is_maskable: `[n]` whether a token may become a target: not the special ones, as a rule.
-        rng: the only source of randomness.
         rate: fraction of the maskable tokens that become targets, in (0, 1].
-        mask_id: the symbol that hides a token.
         random_ids: symbols to replace a token by, drawn uniformly; the token's own is among them.
         mask_frac: fraction of the targets that are hidden.
         random_frac: fraction of the targets that are replaced; the rest stays as it is.
@@ -51,7 +49,7 @@ def mask_tokens(
     maskable = np.flatnonzero(is_maskable)
     if not len(maskable):
         return ids, targets
-    count = min(len(maskable), max(1, int(rate * len(maskable) + rng.random())))
+    count = min(len(maskable), max(1, _rounded_at_random(rate * len(maskable), rng)))
     if mean_span > 1:
         chosen = _choose_spans(maskable, count, mean_span, rng)
     else:
@@ -75,7 +73,6 @@ def draw_spans(length: int, rng: np.random.Generator, *, rate: float, mean_span:
     always keeps the first token and cuts the last one; here no token is special.)
 
     Args:
-        length: tokens of the sequence.
         rate: fraction of the tokens that lie in spans, in (0, 1].
         mean_span: tokens of a span on average; 1 or more.
         most: spans at most, as each needs a symbol of its own; they are then longer.
@@ -135,7 +132,6 @@ def infill_tokens(
         ids: `[n]` symbols; not changed.
         rate: fraction of the tokens that are hidden, in [0, 1]; their number is rounded up or down at random.
         mean_span: mean of the Poisson distribution, in tokens.
-        mask_id: the symbol that stands for a span.
     """
     assert 0 <= rate <= 1
     assert mean_span > 0
@@ -195,14 +191,9 @@ def crop_at(tokens: Tokens, max_tokens: int, first: int) -> Tokens:
     start = before + min(first, len(tokens) - max_tokens)
     stop = start + max_tokens - before - behind
     kept = np.r_[:before, start:stop, len(tokens) - behind : len(tokens)]
-    return replace(
-        tokens,
-        positions=tokens.positions[:max_tokens],
-        ids=tokens.ids[kept],
-        features=None if tokens.features is None else tokens.features[kept],
-        spans=None if tokens.spans is None else tokens.spans[kept],
-        is_special=None if tokens.is_special is None else tokens.is_special[kept],
-    )
+    own = {name: getattr(tokens, name) for name in ("ids", "features", "spans", "is_special")}
+    changed: Any = {name: None if values is None else values[kept] for name, values in own.items()}
+    return replace(tokens, positions=tokens.positions[:max_tokens], **changed)
 
 
 def _rounded_at_random(number: float, rng: np.random.Generator) -> int:

@@ -56,33 +56,29 @@ class Cuts:
         rngs: Sequence[np.random.Generator],
         name: str,
     ) -> "Cuts":
-        """Windows of the records that are too long, where they can be cut.
+        """Windows of an input of the records that are too long, where they can be cut.
 
         Args:
             is_long: `[N]` which of `rows` have more than `max_tokens` tokens.
-            tokenizer: of the input.
             rngs: one for each of `rows`, which is drawn from where its record is cut.
-            name: of the input.
         """
         cuts, per_token = cls.none(len(rows), name), tokenizer.symbols_per_token
         if per_token is None or not is_long.any():
             return cuts
         has_characters = per_token > 1 and store.is_text(name)
         cuts = replace(cuts, max_tokens=max_tokens, has_characters=has_characters)
-        room = max_tokens - sum(tokenizer.num_special)
-        width = room * per_token + (CONTEXT_BYTES if per_token > 1 else 0)
+        room, context = max_tokens - sum(tokenizer.num_special), CONTEXT_BYTES if per_token > 1 else 0
+        width = room * per_token + context
         long = np.flatnonzero(is_long)
         for i, size in zip(long.tolist(), store.sizes(rows[long], name).tolist()):
             if size > width or per_token == 1:
                 cuts.places[i] = rngs[i].integers(size - room + 1)
-                context = CONTEXT_BYTES if per_token > 1 else 0
                 cuts.starts[i] = min(max(cuts.places[i] - context, 0), size - width)
                 cuts.stops[i] = cuts.starts[i] + width
         return cuts
 
     @property
     def is_cut(self) -> np.ndarray:
-        """`[N]` which records are cut."""
         return self.stops >= 0
 
     def payloads(self, store: RecordStore, rows: np.ndarray) -> pa.Array:

@@ -57,12 +57,6 @@ def plan_epoch(lengths: np.ndarray, *, tokens_per_batch: int, seed: int, epoch: 
     """Every record once, in packs of like lengths, records and packs in an order of their own each epoch.
 
     A record longer than `tokens_per_batch` is a pack of its own.
-
-    Args:
-        lengths: `[N]` tokens of each record.
-        tokens_per_batch: tokens that a pack holds at most, but for a single longer record.
-        seed: of the run.
-        epoch: from 0.
     """
     num = len(lengths)
     order = _generator(seed, _RECORD_ORDER, epoch).permutation(num)
@@ -114,7 +108,6 @@ class PackStream(Stream):
         lengths: `[N]` tokens of each record.
         tokens_per_batch: as in `plan_epoch`.
         packs_per_step: packs of a step over all ranks and accumulation.
-        seed: of the run.
 
     Raises:
         ConfigError: there is no record, or a number that must be positive is not.
@@ -161,9 +154,6 @@ class MixedStream(Stream):
         lengths: `[N]` tokens of each record.
         source_of: `[N]` source of each record, counted from 0.
         weights: share of the tokens of each source; they need not add up to 1.
-        tokens_per_batch: as in `plan_epoch`.
-        packs_per_step: packs of a step over all ranks and accumulation.
-        seed: random seed of the run.
 
     Raises:
         ConfigError: a source without a record, or a weight that is not above 0; or as `PackStream`.

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from meristem.data.records import Refusal
 from meristem.data.store import RecordStore
+from meristem.data.stretches import is_text
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import DataError
 from meristem.types import Payload, Record, Tokens
@@ -22,7 +23,6 @@ class Part:
     """Rows of a store that make one part of a split: training, validation or test.
 
     Attributes:
-        store: of the records.
         rows: `[N]` rows of the store.
     """
 
@@ -41,8 +41,7 @@ class Part:
         """A label of each record as text; None where it is missing."""
         if name not in self.store.label_columns:  # of records in memory that have none
             return [None] * len(self)
-        found: list[str | list[str | None] | None] = self.store.labels(name, self.rows).to_pylist()
-        return found
+        return self.store.labels(name, self.rows).to_pylist()
 
     def inputs(self, name: str) -> Iterator[Payload]:
         """The payloads of an input, in order."""
@@ -51,9 +50,7 @@ class Part:
 
     def payload_lengths(self) -> np.ndarray:
         """`[N]` characters of each payload of the first input, or bytes where payloads are bytes."""
-        return np.concatenate(
-            [np.zeros(0, np.int64), *(_lengths(block) for block in self._payloads(self.store.inputs[0]))]
-        )
+        return np.concatenate([np.zeros(0, np.int64), *map(_lengths, self._payloads(self.store.inputs[0]))])
 
     def where(self, row: int) -> str:
         """`file:line` of a record by its place in this part, for messages."""
@@ -65,8 +62,8 @@ class Part:
 
 
 def _lengths(payloads: pa.Array) -> np.ndarray:
-    is_bytes = pa.types.is_large_binary(payloads.type) or pa.types.is_binary(payloads.type)
-    return (pc.binary_length if is_bytes else pc.utf8_length)(payloads).to_numpy(zero_copy_only=False).astype(np.int64)
+    count = pc.utf8_length if is_text(payloads.type) else pc.binary_length
+    return count(payloads).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +86,6 @@ class RunData:
     _refused: dict[str, dict[int, str]] = field(default_factory=dict, init=False)
 
     def tokenizer_of(self, name: str) -> Tokenizer:
-        """The tokenizer that reads an input."""
         return self.others.get(name, self.tokenizer)
 
     def refuse(self, part: str, place: int, reason: str) -> None:
@@ -107,7 +103,7 @@ class RunData:
 
     def leave_out(self) -> bool:
         """Remove the refused records from `parts` and report each; return whether there were any."""
-        refused, found = dict(self._refused), bool(self._refused)
+        refused = dict(self._refused)
         self._refused.clear()
         for name, reasons in refused.items():
             part = self.parts[name]
@@ -118,7 +114,7 @@ class RunData:
                     f"{part.where(0)}: no record of the {name} part is left; all were refused: {reasons[0]}"
                 )
             self.parts[name] = Part(part.store, np.delete(part.rows, list(reasons)))
-        return found
+        return bool(refused)
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,11 +54,7 @@ class Similarity:
 
 
 class Clusters:
-    """Numbers from 0 on, each at first a cluster of its own.
-
-    Args:
-        count: of the numbers.
-    """
+    """Numbers from 0 on, each at first a cluster of its own."""
 
     def __init__(self, count: int):
         self._parents = np.arange(count)
@@ -84,7 +80,6 @@ def similarity_clusters(store: RecordStore, similarity: Similarity, progress: Pr
 
     Args:
         store: of records whose canonical payloads (`Reader.canonical`) are compared.
-        similarity: when two records join.
         progress: called with records done and records in all, now and then.
     """
     clusters = Clusters(len(store))
@@ -93,14 +88,10 @@ def similarity_clusters(store: RecordStore, similarity: Similarity, progress: Pr
     for row, sketch in enumerate(_sketches(store, similarity.k)):
         met: list[int] = []
         for value in sketch:
-            known = postings.get(value)
-            if isinstance(known, list):
-                met += known
-            elif known is not None:
-                met.append(known)
-        shared = Counter(met)
+            known = postings.get(value, [])
+            met += known if isinstance(known, list) else [known]
         is_new, least = True, similarity.threshold * len(sketch)
-        for other, count in shared.items():
+        for other, count in Counter(met).items():
             if count >= least:
                 clusters.join(other, row)
                 is_new &= count < REDUNDANT * len(sketch)

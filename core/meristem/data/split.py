@@ -33,9 +33,7 @@ def split_by_hash(store: RecordStore, fractions: Mapping[str, float], seed: int)
     or go.
 
     Args:
-        store: of the records.
         fractions: of the records that each part gets, about; they add up to 1.
-        seed: another one, other parts.
 
     Returns:
         Rows of each part, ascending.
@@ -59,18 +57,11 @@ def split_by_similarity(
     """Keep records that share many k-mers together: whole clusters, and those that a group joins, go to one part.
 
     Args:
-        store: of the records.
         fractions: of the records that each part gets, as near as whole clusters allow; they add up to 1.
         seed: decides which cluster goes where.
-        similarity: when two records join.
         progress: called with records done and records in all, now and then.
 
-    Returns:
-        Rows of each part, ascending.
-
-    Raises:
-        ConfigError: the fractions are none.
-        DataError: a part would be empty.
+    Returns and raises what `split_by_hash` does.
     """
     shares = _checked(fractions)
     clusters = _joined(similarity_clusters(store, similarity, progress), store.groups())
@@ -111,11 +102,8 @@ def split_by_column(store: RecordStore) -> dict[str, np.ndarray]:
                 f"{store.where(row)}: the split column must be one of {', '.join(PART_NAMES)}; got {value or ''!r}"
             )
         parts.setdefault(part, []).append(code)
-    found = {
-        part: np.flatnonzero(np.isin(codes, parts[part]))
-        for part in dict.fromkeys(PART_NAMES.values())
-        if part in parts
-    }
+    order = [part for part in dict.fromkeys(PART_NAMES.values()) if part in parts]
+    found = {part: np.flatnonzero(np.isin(codes, parts[part])) for part in order}
     require_whole_groups([(part, store, rows) for part, rows in found.items()])
     return found
 
@@ -131,12 +119,9 @@ def require_whole_groups(parts: Sequence[tuple[str, RecordStore, np.ndarray]]) -
     """
     seen: dict[str, tuple[str, RecordStore, int]] = {}
     for part, store, rows in parts:
-        if GROUP not in store.column_names:
-            continue
         groups = store.groups()
-        for row in rows.tolist():
-            group = groups[row]
-            if group is None:
+        for row in rows.tolist() if GROUP in store.column_names else ():
+            if (group := groups[row]) is None:
                 continue
             other, its_store, its_row = seen.setdefault(group, (part, store, row))
             if other != part:

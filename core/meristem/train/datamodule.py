@@ -43,6 +43,10 @@ class DataModule(L.LightningDataModule):
             for name, owner in self.owners.items()
         }
         self.views: Views | None = self._build_views()
+        split = spec.split  # what cannot be compared is refused before anything is read
+        self.similarity = (
+            self.domain.similarity_with(split.k, split.threshold) if split.method == "similarity" else None
+        )
         self.max_tokens_per_record = spec.max_tokens_per_record
         self.remarks: list[str] = []
         self.refused: list[Refusal] = []
@@ -172,8 +176,8 @@ class DataModule(L.LightningDataModule):
             if split.method == "hash":
                 parts = split_by_hash(store, fractions, split.seed)
             else:
-                similarity = self.domain.similarity_with(split.k, split.threshold)
-                parts = split_by_similarity(store, fractions, split.seed, similarity, self.build_progress)
+                assert self.similarity is not None
+                parts = split_by_similarity(store, fractions, split.seed, self.similarity, self.build_progress)
         return {name: rows for name, rows in parts.items() if len(rows)}
 
     def _require_sources(self, store: RecordStore) -> None:
