@@ -58,7 +58,6 @@ class Source:
 
     @property
     def name(self) -> str:
-        """As messages call it."""
         return "<stdin>" if self.is_stdin else self.path
 
     @property
@@ -81,7 +80,6 @@ class Refusal:
 
     @property
     def where(self) -> str:
-        """Where it stands, as messages say it."""
         return place_of(self.file, self.line, self.id)
 
 
@@ -125,14 +123,7 @@ class ReadOptions:
         return tuple(name for name in (*self.columns.values(), *extra) if name)
 
     def require_bare(self, where: str, reason: str) -> None:
-        """Refuse to read labels, splits, groups or a second input from a file that has no columns.
-
-        Args:
-            reason: why there are none, for the message.
-
-        Raises:
-            DataError: one of them is asked for.
-        """
+        """Raise a `DataError` where labels, splits, groups or a second input are wanted of a file without columns."""
         for name in (*self.label_columns, self.split_column, self.group_column):
             if name:
                 raise DataError(f"{where}: no column {name!r}: {reason}")
@@ -140,22 +131,14 @@ class ReadOptions:
             raise DataError(f"{where}: no column for the input {list(self.columns)[1]!r}: {reason}")
 
     def refuse(self, refusal: Refusal) -> None:
-        """Report a refused record to `on_error`.
-
-        Raises:
-            DataError: there is no `on_error`.
-        """
+        """Report a refused record to `on_error`, or raise it as a `DataError` where there is none."""
         if self.on_error is None:
             raise DataError(str(refusal))
         self.on_error(refusal)
 
 
 def labels_of(batch: pa.RecordBatch, column: str) -> pa.Array:
-    """A label column of a record batch as text, whatever type the reader gave it.
-
-    Raises:
-        DataError: names the file and the column that has no labels.
-    """
+    """A label column of a record batch as text; a `DataError` names the file and the column that has no labels."""
     try:
         return as_text(batch.column(column))
     except DataError as error:
@@ -174,8 +157,8 @@ def columns_of(said: str | Mapping[str, str] | Sequence[str], inputs: Sequence[s
     Raises:
         ConfigError: an unknown input, an input twice, or a column of no input where there are several.
     """
-    words = [said] if isinstance(said, str) else [] if isinstance(said, Mapping) else list(said)
     pairs = list(said.items()) if isinstance(said, Mapping) else []
+    words = [said] if isinstance(said, str) else () if pairs else said
     for word in filter(None, words):
         name, is_pair, column = word.partition("=")
         if is_pair and name in inputs:
@@ -214,7 +197,6 @@ def batch_of(
     """A record batch of one file.
 
     Args:
-        ids: names of the records.
         inputs: payloads by the name of the input, or those of the one input.
         file: column `file`.
         lines: `[N]` line of each record.
@@ -228,14 +210,9 @@ def batch_of(
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema([*SCHEMA, *fields]))
 
 
-def input_names(schema: pa.Schema) -> tuple[str, ...]:
-    """Names of the inputs that records of a batch have, in their order."""
-    return tuple(name.removeprefix(INPUT_PREFIX) for name in schema.names if name.startswith(INPUT_PREFIX))
-
-
-def label_names(schema: pa.Schema) -> tuple[str, ...]:
-    """Names of the label columns of a record batch, in the order of its columns."""
-    return tuple(name.removeprefix(LABEL_PREFIX) for name in schema.names if name.startswith(LABEL_PREFIX))
+def names_of(schema: pa.Schema, prefix: str) -> tuple[str, ...]:
+    """Names of the inputs (`INPUT_PREFIX`) or labels (`LABEL_PREFIX`) of a record batch, in their order."""
+    return tuple(name.removeprefix(prefix) for name in schema.names if name.startswith(prefix))
 
 
 def record_at(batch: pa.RecordBatch, row: int) -> Record:

@@ -26,8 +26,7 @@ from meristem.data.records import (
     Refusal,
     Source,
     batch_of,
-    input_names,
-    label_names,
+    names_of,
     records_of,
 )
 from meristem.data.store_cache import default_cache_dir, locked, store_key
@@ -43,8 +42,6 @@ class RecordStore:
     """Records by number, read where they lie in a file. Travels to other processes as a path.
 
     Attributes:
-        path: the Arrow file.
-        reader: of the domain.
         refused: records that were refused when the store was built with `on_error` set.
     """
 
@@ -72,7 +69,6 @@ class RecordStore:
         """Open the store of these sources, after building it where there is none.
 
         Args:
-            reader: of the domain.
             sources: files; standard input can be read only once and is no source of a store.
             options: how to read. `on_error` is called with each refused record, also when the store was there.
             name: of the domain, and whatever else changes what the reader gives.
@@ -98,14 +94,12 @@ class RecordStore:
                 write_store(path, reader, sources, options, progress, sizes)
                 store = cls.open(path, reader)
         # the same content may lie elsewhere by now; messages shall name the file that the user named
-        before = [Source(file) for file in store._files[: len(sources)]]
-        names = {old.name: source.name for old, source in zip(before, sources)}
-        names |= {old.within: source.within for old, source in zip(before, sources)}
+        pairs = [(Source(file), source) for file, source in zip(store._files, sources)]
+        names = {old.name: new.name for old, new in pairs} | {old.within: new.within for old, new in pairs}
         store._files = [names.get(file, file) for file in store._files]
         store.refused = [replace(one, file=names.get(one.file, one.file)) for one in store.refused]
-        if options.on_error is not None:
-            for refusal in store.refused:
-                options.on_error(refusal)
+        for refusal in store.refused if options.on_error is not None else ():
+            options.refuse(refusal)
         return store
 
     @classmethod
@@ -158,12 +152,12 @@ class RecordStore:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs of each record."""
-        return input_names(self._schema)
+        return names_of(self._schema, INPUT_PREFIX)
 
     @property
     def label_columns(self) -> tuple[str, ...]:
         """Names of the labels, as the user's file has them."""
-        return label_names(self._schema)
+        return names_of(self._schema, LABEL_PREFIX)
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -261,12 +255,11 @@ class RecordStore:
         on_error: Callable[[Refusal], None] | None = None,
         name: str = INPUT,
     ) -> np.ndarray:
-        """`[N]` tokens of an input of each record, computed once a store and tokenizer and kept beside the store.
+        """`[N]` tokens of an input of `rows`, computed once a store and tokenizer and kept beside the store.
 
         Args:
-            rows: that are asked for; None for all.
+            rows: None for all.
             on_error: called with each record of `rows` that the tokenizer refuses; it gets -1 tokens.
-            name: of the input.
 
         Raises:
             DataError: a payload that the tokenizer refuses and no `on_error`; names where it stands.

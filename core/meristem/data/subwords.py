@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pyarrow as pa
 
+from meristem.data.stretches import is_text
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
 from meristem.errors import CheckpointError, ConfigError
 from meristem.framing import frame_of
@@ -100,7 +101,6 @@ class SubwordTokenizer(Tokenizer):
         return 0, 0
 
     def id_of(self, role: str) -> int | None:
-        """The special symbol of a role (`ROLES`); None where there is none."""
         symbol = self.special.get(role)
         return None if symbol is None else self._backend.token_to_id(symbol)
 
@@ -189,20 +189,12 @@ class SubwordTokenizer(Tokenizer):
         return None if i is None else (i, symbol)
 
     def _count_unknown(self, ids: np.ndarray) -> dict[str, int]:
-        if self._unknown is None:
-            return {}
-        i, symbol = self._unknown
+        i, symbol = self._unknown or (-1, "")
         count = int((ids == i).sum())
         return {f"unknown text>{symbol}": count} if count else {}
 
 
 def _open_backend(definition: str) -> Any:
-    """The library's tokenizer of this definition.
-
-    Raises:
-        ConfigError: the library is not installed.
-        CheckpointError: it does not take the definition.
-    """
     try:
         from tokenizers import Tokenizer as Backend
     except ImportError as error:
@@ -217,24 +209,18 @@ def _open_backend(definition: str) -> Any:
 
 
 def _as_texts(payloads: pa.Array) -> pa.Array:
-    """A column of strings, of one of strings or of bytes in UTF-8.
-
-    Raises:
-        DataError: not a column of strings or bytes, one with missing values, or bytes that are no UTF-8.
-    """
+    """A column of strings, of one of strings or of bytes; refuses what is neither, is missing, or is no UTF-8."""
     if isinstance(payloads, pa.ChunkedArray):
         payloads = payloads.combine_chunks()
     column_bytes(payloads)  # refuses what is no column of text
-    if pa.types.is_string(payloads.type) or pa.types.is_large_string(payloads.type):
-        return payloads
     try:
-        return payloads.cast(pa.large_string())
+        return payloads if is_text(payloads.type) else payloads.cast(pa.large_string())
     except pa.ArrowInvalid as error:
-        for row, payload in enumerate(payloads):
+        for row, payload in enumerate(payloads.to_pylist()):
             try:
-                payload.as_py().decode("utf-8")
+                payload.decode("utf-8")
             except UnicodeDecodeError as wrong:
-                symbol = payload.as_py()[wrong.start : wrong.start + 1]
+                symbol = payload[wrong.start : wrong.start + 1]
                 raise RefusedSymbol(row, wrong.start, repr(symbol), f"{symbol!r} is not UTF-8") from error
         raise
 

@@ -42,13 +42,13 @@ class Tokenizer(ABC):
     vocab: tuple[str, ...]
     """Symbols in the order of their ids."""
 
-    @abstractmethod
     def encode(self, payload: Any) -> Tokens:
-        """Encode one payload.
+        """Encode one payload, here a text.
 
         Raises:
             DataError: a symbol that the tokenizer refuses; the message says where in the payload.
         """
+        return self.tokens_at(self.encode_column(pa.array([payload], pa.large_string())), 0)
 
     @abstractmethod
     def encode_column(self, payloads: pa.Array) -> TokenColumn:
@@ -142,8 +142,7 @@ class Tokenizer(ABC):
 
         Args:
             build: makes a tokenizer of the domain from options.
-            options: options of the domain's tokenizer that were asked for, by name. The tokenizer that they make must
-                have the model's vocabulary.
+            options: that were asked for, by name. The tokenizer that they make must have the model's vocabulary.
 
         Raises:
             ConfigError: the model cannot be used with what is asked for.
@@ -223,10 +222,7 @@ class Tokenizer(ABC):
 
 
 def frozen_symbols(tokenizer: Any) -> dict[str, int]:
-    """Make tuples of a tokenizer's `vocab`, `prefix` and `suffix`, which JSON gives as lists, and number the symbols.
-
-    Returns:
-        Ids by symbol.
+    """Make tuples of a tokenizer's `vocab`, `prefix` and `suffix`, which JSON gives as lists; ids by symbol.
 
     Raises:
         ConfigError: a symbol that stands twice in the vocabulary.
@@ -316,9 +312,6 @@ class AlphabetTokenizer(Tokenizer):
                 self._raise_refused(text, bounds, first + refused)
         return self.length_of(np.diff(bounds))
 
-    def encode(self, payload: str) -> Tokens:
-        return self.tokens_at(self.encode_column(pa.array([payload], pa.large_string())), 0)
-
     def encode_column(self, payloads: pa.Array) -> TokenColumn:
         text, bounds = column_bytes(payloads)
         # a bytearray's look-up is 1.3 times as fast as that of bytes, and 15 times as fast as numpy's
@@ -351,10 +344,8 @@ class AlphabetTokenizer(Tokenizer):
         counts = {}
         for old, new in self.replace.items():
             spelled = {old} if self.is_case_sensitive else {old, old.lower()}
-            count = sum(_count(letters, ord(symbol)) for symbol in spelled)
-            if count:
-                counts[f"{old}>{new}"] = count
-        return counts
+            counts[f"{old}>{new}"] = sum(_count(letters, ord(symbol)) for symbol in spelled)
+        return {name: count for name, count in counts.items() if count}
 
     def _raise_refused(self, text: np.ndarray, bounds: np.ndarray, at: int) -> None:
         row = int(np.searchsorted(bounds, at, side="right")) - 1

@@ -101,9 +101,6 @@ class KmerTokenizer(Tokenizer):
     def random_ids(self) -> np.ndarray:
         return np.unique(np.concatenate([self._words, self._singles[: len(BASES)]])).astype(np.int64)
 
-    def encode(self, payload: str) -> Tokens:
-        return self.tokens_at(self.encode_column(pa.array([payload], pa.large_string())), 0)
-
     def encode_column(self, payloads: pa.Array) -> TokenColumn:
         text, bounds = column_bytes(payloads)
         codes = self._codes[text]
