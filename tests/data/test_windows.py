@@ -11,17 +11,17 @@ import pytest
 from harness import peak_bytes
 from lines import RESIDUES, TOKENIZER, LinesReader, random_payloads
 
-import meristem.data.stretches as stretches
+import meristem.data.payloads as payloads
 from labelled import ready
 from meristem.data.corrupt import crop_at, crop_window
 from meristem.data.cuts import Cuts
 from meristem.data.order import record_rng
 from meristem.data.pack import pack
 from meristem.data.pack_maker import PackMaker
+from meristem.data.payloads import SLICES
 from meristem.data.reading.reader import Reader
 from meristem.data.records import ReadOptions, Source, batch_of
 from meristem.data.store import RecordStore
-from meristem.data.stretches import SLICES
 from meristem.data.subwords import SubwordTokenizer
 from meristem.data.tokenizer import AlphabetTokenizer, RefusedSymbol
 from meristem.errors import ConfigError, DataError
@@ -140,7 +140,7 @@ MUTANTS = {
 def test_a_window_that_is_cut_elsewhere_would_be_noticed(rng, make_store, monkeypatch, name):
     store = make_store(["".join(rng.choice(list(RESIDUES), 200)) for _ in range(6)])
     function, mutant = MUTANTS[name]
-    monkeypatch.setattr("meristem.data.store." + function, mutant(getattr(stretches, function)))
+    monkeypatch.setattr("meristem.data.store." + function, mutant(getattr(payloads, function)))
     made, objective = maker(store, 40)
     try:
         made.make(1, np.arange(6))

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from meristem.data.payloads import is_text
 from meristem.data.records import Refusal
 from meristem.data.store import RecordStore
-from meristem.data.stretches import is_text
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import DataError
 from meristem.types import Payload, Record, Tokens

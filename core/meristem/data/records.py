@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.data.labels import as_text
-from meristem.data.stretches import values_of
+from meristem.data.payloads import values_of
 from meristem.errors import ConfigError, DataError
 from meristem.types import INPUT, Record
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from meristem.data.labels import text_column
+from meristem.data.payloads import bytes_at, characters_before, is_sliced, is_text, size_at, slice_sizes, values_of
 from meristem.data.reading.reader import Reader
 from meristem.data.records import (
     GROUP,
@@ -29,9 +30,7 @@ from meristem.data.records import (
     names_of,
     records_of,
 )
-from meristem.data.store_cache import default_cache_dir, locked, store_key
-from meristem.data.store_writer import END, Progress, write_store
-from meristem.data.stretches import bytes_at, characters_before, is_sliced, is_text, size_at, slice_sizes, values_of
+from meristem.data.store_writer import END, Progress, default_cache_dir, locked, store_key, write_store
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer
 from meristem.errors import ConfigError, DataError
 from meristem.files import replacing

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pyarrow as pa
 
-from meristem.data.stretches import is_text
+from meristem.data.payloads import is_text
 from meristem.data.tokenizer import RefusedSymbol, Tokenizer, column_bytes
 from meristem.errors import CheckpointError, ConfigError
 from meristem.framing import frame_of

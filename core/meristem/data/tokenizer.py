@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from meristem.data.given import RefusedSymbol, texts_of
-from meristem.errors import CheckpointError, ConfigError, DataError
+from meristem.data.payloads import RefusedSymbol, column_bytes
+from meristem.errors import CheckpointError, ConfigError
 from meristem.framing import frame_of
 from meristem.types import TokenColumn, Tokens
 
@@ -76,8 +76,21 @@ class Tokenizer(ABC):
         return np.ones(len(ids), np.int64)
 
     def encode_values(self, values: Sequence[Any]) -> TokenColumn:
-        """Encode payloads that a program hands over: texts, or objects that are (`__bytes__`) or hold one (`seq`)."""
-        payloads = pa.array(texts_of(values), pa.large_binary())
+        """Encode payloads that a program hands over: texts, or objects that are (`__bytes__`) or hold one (`seq`).
+
+        Raises:
+            RefusedSymbol: a value that is neither, or empty; or as `encode_column`.
+        """
+        found = []
+        for row, value in enumerate(values):
+            text = getattr(value, "seq", value)
+            if not isinstance(text, str) and not hasattr(text, "__bytes__"):
+                got = type(value).__name__
+                raise RefusedSymbol(row, 0, "", f"must be a text, or an object that is or holds one; got {got}")
+            found.append(text.encode() if isinstance(text, str) else bytes(text))
+            if not found[-1]:
+                raise RefusedSymbol(row, 0, "", "empty")
+        payloads = pa.array(found, pa.large_binary())
         with suppress(pa.ArrowInvalid):  # bytes that are no text stay bytes, for the tokenizer to refuse
             payloads = payloads.cast(pa.large_string())
         return self.encode_column(payloads)
@@ -359,25 +372,3 @@ def _count(text: bytearray, byte: int) -> int:
     """How often a byte occurs; seeing that it never does costs next to nothing."""
     first = text.find(byte)
     return 0 if first < 0 else int(np.count_nonzero(np.frombuffer(text, np.uint8)[first:] == byte))
-
-
-_OFFSET_TYPES = {pa.string(): np.int32, pa.binary(): np.int32, pa.large_string(): np.int64, pa.large_binary(): np.int64}
-
-
-def column_bytes(payloads: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes of a string or binary column and the `[N + 1]` bounds of its rows, without a copy.
-
-    Raises:
-        DataError: not a column of strings or bytes, or one with missing values.
-    """
-    if isinstance(payloads, pa.ChunkedArray):
-        payloads = payloads.combine_chunks()
-    width = _OFFSET_TYPES.get(payloads.type)
-    if width is None or payloads.null_count:
-        got = payloads.type if width is None else f"{payloads.null_count} missing values"
-        raise DataError(f"payloads must be an Arrow column of strings or bytes; got {got}")
-    _, offsets, data = payloads.buffers()
-    bounds = np.frombuffer(offsets, dtype=width)[payloads.offset : payloads.offset + len(payloads) + 1]
-    bounds = bounds.astype(np.int64) if len(bounds) else np.zeros(1, np.int64)
-    text = np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, np.uint8)
-    return text[bounds[0] : bounds[-1]], bounds - bounds[0]

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
+from meristem.data.payloads import is_sliced, values_of
 from meristem.data.records import INPUT_PREFIX, SCHEMA, ReadOptions, Refusal, Source, place_of
-from meristem.data.stretches import is_sliced, values_of
 from meristem.data.tokenizer import column_bytes
 from meristem.domain import Domain
 from meristem.errors import DataError

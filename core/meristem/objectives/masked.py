@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import nn
 from torchmetrics import Metric
 
@@ -14,7 +15,7 @@ from meristem.model.heads.symbols import SymbolLoss
 from meristem.model.model import SYMBOLS
 from meristem.model.outputs import Outputs
 from meristem.objectives.objective import Objective
-from meristem.objectives.symbols import HitRate, Perplexity, SymbolObjective, require_fractions
+from meristem.objectives.symbols import HITS, NATS, MeanFigure, SymbolObjective, require_fractions
 from meristem.types import LossOut, PackedBatch, Record, Tokens
 
 HIDDEN = "hidden"
@@ -88,5 +89,5 @@ class MaskedTokens(SymbolObjective):
 
     def metrics(self) -> dict[str, Metric]:
         # of all scored tokens a perplexity would say little: some show what is asked for
-        own = {f"{SYMBOLS}/accuracy": HitRate(), f"{HIDDEN}/perplexity": Perplexity()}
+        own = {f"{SYMBOLS}/accuracy": MeanFigure(HITS), f"{HIDDEN}/perplexity": MeanFigure(NATS, torch.exp)}
         return {**Objective.metrics(self), **own}

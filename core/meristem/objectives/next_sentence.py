@@ -16,7 +16,7 @@ from meristem.model.config.checks import require
 from meristem.model.heads import HeadSpec, Readout
 from meristem.model.outputs import HeadRequest, Outputs, Wanted
 from meristem.objectives.masked import MaskedTokens
-from meristem.objectives.symbols import HitRate, require_fractions
+from meristem.objectives.symbols import HITS, MeanFigure, require_fractions
 from meristem.types import LossOut, PackedBatch, Payload, Record, Term, Tokens
 
 NEXT_SENTENCE = "next_sentence"
@@ -142,7 +142,7 @@ class NextSentence(MaskedTokens):
         )
 
     def metrics(self) -> dict[str, Metric]:
-        return {**super().metrics(), f"{NEXT_SENTENCE}/accuracy": HitRate()}
+        return {**super().metrics(), f"{NEXT_SENTENCE}/accuracy": MeanFigure(HITS)}
 
 
 def _shorten(ids: np.ndarray, length: int, num_closing: int) -> np.ndarray:

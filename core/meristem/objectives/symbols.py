@@ -1,7 +1,7 @@
 """What objectives that predict symbols share: the loss over scored rows, and its figures."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -56,9 +56,9 @@ class SymbolObjective(Objective):
     def metrics(self) -> dict[str, Metric]:
         return {
             **super().metrics(),
-            f"{SYMBOLS}/accuracy": HitRate(),
-            f"{SYMBOLS}/perplexity": Perplexity(),
-            f"{SYMBOLS}/bits": BitsPerToken(),
+            f"{SYMBOLS}/accuracy": MeanFigure(HITS),
+            f"{SYMBOLS}/perplexity": MeanFigure(NATS, torch.exp),
+            f"{SYMBOLS}/bits": MeanFigure(NATS, bits),
         }
 
 
@@ -75,15 +75,24 @@ def require_fractions(fractions: Mapping[str, float], above_zero: Sequence[str] 
         require(is_right, f"objective.{name} must be {low} and at most 1", value)
 
 
-class _MeanFigure(Metric):
-    """The mean of one column of `SymbolLoss.figures`, over all scored rows at once: no logits are kept."""
+HITS, NATS = 0, 1
+"""Columns of `SymbolLoss.figures`."""
 
-    column: int
+
+class MeanFigure(Metric):
+    """The mean of a column of `SymbolLoss.figures`, over all scored rows at once: no logits are kept.
+
+    Args:
+        column: `HITS` or `NATS`.
+        then: what becomes of the mean.
+    """
+
     total: Tensor
     count: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, column: int, then: Callable[[Tensor], Tensor] = Tensor.clone) -> None:
         super().__init__()
+        self.column, self.then = column, then
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -92,28 +101,9 @@ class _MeanFigure(Metric):
         self.count += len(targets)
 
     def compute(self) -> Tensor:
-        return self.total / self.count
+        return self.then(self.total / self.count)
 
 
-class HitRate(_MeanFigure):
-    """The share of hits."""
-
-    column = 0
-
-
-class Perplexity(_MeanFigure):
-    """The exponential of the mean loss."""
-
-    column = 1
-
-    def compute(self) -> Tensor:
-        return super().compute().exp()
-
-
-class BitsPerToken(_MeanFigure):
-    """The mean loss in bits."""
-
-    column = 1
-
-    def compute(self) -> Tensor:
-        return super().compute() / math.log(2)
+def bits(nats: Tensor) -> Tensor:
+    """Nats in bits."""
+    return nats / math.log(2)

@@ -1,4 +1,4 @@
-"""Parts of payloads, cut out of a column of a record batch without reading what lies beside them."""
+"""Columns of payloads: their bytes where they lie, texts, and slices of files that are read later."""
 
 from typing import Any
 
@@ -6,18 +6,48 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from meristem.data.tokenizer import column_bytes
+from meristem.errors import DataError
 from meristem.types import Slice
 
-SLICES = pa.struct(
-    [
-        pa.field("file", pa.string(), nullable=False),
-        pa.field("start", pa.int64(), nullable=False),
-        pa.field("stop", pa.int64(), nullable=False),
-        pa.field("strand", pa.int8(), nullable=False),
-    ]
-)
+_SLICE_TYPES = {"file": pa.string(), "start": pa.int64(), "stop": pa.int64(), "strand": pa.int8()}
+SLICES = pa.struct([pa.field(name, kind, nullable=False) for name, kind in _SLICE_TYPES.items()])
 """Type of a column of payloads that are slices of files: the fields of `Slice`."""
+
+_OFFSET_TYPES = {pa.string(): np.int32, pa.binary(): np.int32, pa.large_string(): np.int64, pa.large_binary(): np.int64}
+
+
+class RefusedSymbol(DataError):
+    """A symbol that the tokenizer does not take.
+
+    Attributes:
+        row: row of the column it stands in (0 for a single payload).
+        offset: byte of the payload.
+        symbol: what was found; empty where the whole payload is refused.
+        reason: why it is refused.
+    """
+
+    def __init__(self, row: int, offset: int, symbol: str, reason: str):
+        super().__init__(f"{reason} at position {offset + 1}" if symbol else reason)
+        self.row, self.offset, self.symbol, self.reason = row, offset, symbol, reason
+
+
+def column_bytes(payloads: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of a string or binary column and the `[N + 1]` bounds of its rows, without a copy.
+
+    Raises:
+        DataError: not a column of strings or bytes, or one with missing values.
+    """
+    if isinstance(payloads, pa.ChunkedArray):
+        payloads = payloads.combine_chunks()
+    width = _OFFSET_TYPES.get(payloads.type)
+    if width is None or payloads.null_count:
+        got = payloads.type if width is None else f"{payloads.null_count} missing values"
+        raise DataError(f"payloads must be an Arrow column of strings or bytes; got {got}")
+    _, offsets, data = payloads.buffers()
+    bounds = np.frombuffer(offsets, dtype=width)[payloads.offset : payloads.offset + len(payloads) + 1]
+    bounds = bounds.astype(np.int64) if len(bounds) else np.zeros(1, np.int64)
+    text = np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, np.uint8)
+    return text[bounds[0] : bounds[-1]], bounds - bounds[0]
 
 
 def is_sliced(kind: pa.DataType) -> bool:
