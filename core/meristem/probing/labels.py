@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,31 +11,10 @@ from meristem.data.labels import Label, LabelColumn, named, number_of, placed, s
 from meristem.data.store import RecordStore
 from meristem.errors import ConfigError, DataError
 
+Read = TypeVar("Read")
+
 MISSING_OPTION = "--missing-label {}"
 """The option that declares a word to mean a missing label."""
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Classes of the training records, followed by those that only test records have.
-
-    Attributes:
-        names: names of the classes.
-        num_known: number of classes among the training records; only these can be predicted.
-    """
-
-    names: tuple[str, ...]
-    num_known: int
-
-    def codes(self, labels: Sequence[str]) -> np.ndarray:
-        """`[N]` index of the class of each label."""
-        code = {name: number for number, name in enumerate(self.names)}
-        return np.array([code[label] for label in labels], np.int64)
-
-    def unknown(self, codes: np.ndarray) -> dict[str, int]:
-        """Number of records of each class that training lacks."""
-        unknown = Counter(codes[codes >= self.num_known].tolist())
-        return {self.names[code]: count for code, count in sorted(unknown.items())}
 
 
 def read_labels(store: RecordStore, name: str, missing: Sequence[str]) -> list[str | None]:
@@ -48,13 +27,8 @@ def read_labels(store: RecordStore, name: str, missing: Sequence[str]) -> list[s
         DataError: a record has a label for each token.
     """
     column = LabelColumn(name, missing=tuple(missing), option=MISSING_OPTION)
-    labels: list[Label] = store.column(name).to_pylist()
-    found = []
-    for row, label in enumerate(labels):
-        with placed(partial(store.where, row)):
-            words = column.entries(label)
-        found.append(words[0] if words else None)
-    return found
+    words = _each(store.column(name).to_pylist(), store.where, column.entries)
+    return [first[0] if first else None for first in words]
 
 
 def task_of(labels: Sequence[str], asked: str, name: str) -> str:
@@ -91,16 +65,23 @@ def find_numbers(labels: Sequence[str], name: str, where: Callable[[int], str]) 
     Raises:
         DataError: a label is not a number.
     """
-    column = LabelColumn(name, option=MISSING_OPTION)
+    return np.array(_each(labels, where, LabelColumn(name, option=MISSING_OPTION).number))
+
+
+def _each(labels: Sequence[Label], where: Callable[[int], str], read: Callable[[Any], Read]) -> list[Read]:
+    """What `read` makes of each label; errors say where the label stands."""
     found = []
     for row, label in enumerate(labels):
         with placed(partial(where, row)):
-            found.append(column.number(label))
-    return np.array(found)
+            found.append(read(label))
+    return found
 
 
-def find_classes(train: Sequence[str], test: Sequence[str], name: str) -> Classes:
-    """The classes of training and test labels.
+def find_classes(train: Sequence[str], test: Sequence[str], name: str) -> tuple[tuple[str, ...], int]:
+    """Names of the classes of training labels, and behind them those that only test labels have.
+
+    Returns:
+        The names, and how many are of training labels; only these can be predicted.
 
     Raises:
         DataError: the training records are of one class only.
@@ -110,4 +91,4 @@ def find_classes(train: Sequence[str], test: Sequence[str], name: str) -> Classe
         got = f"only {known[0]!r}" if known else "no label"
         raise DataError(f"label {name!r} must have two classes or more among the training records; got {got}")
     more = sort_classes(set(test) - set(known))
-    return Classes((*known, *more), len(known))
+    return (*known, *more), len(known)

@@ -1,7 +1,5 @@
 """Which labelled records are for training, for validation and for the test."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from meristem.data.split import split_by_column, split_by_hash, split_by_similarity
@@ -13,24 +11,9 @@ from meristem.probing.options import ProbeOptions
 DEFAULT_TEST_FRAC = 0.2
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Rows of a store, each in ascending order.
-
-    Attributes:
-        train: rows that probes are fitted to.
-        validation: rows that the penalty is chosen by; the last fit takes them as well.
-        test: rows that probes are evaluated on; empty where the test has files of its own.
-    """
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-
-
 def deal(
     store: RecordStore, domain: Domain, has_label: np.ndarray, options: ProbeOptions, has_test_files: bool
-) -> Parts:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Deal the records that have a label.
 
     Args:
@@ -38,6 +21,10 @@ def deal(
         has_label: `[N]` which records have one.
         options: how to split. A split column that names no validation part leaves it to be taken from training.
         has_test_files: no record of the store is for the test.
+
+    Returns:
+        Rows of the store, each in ascending order: those that probes are fitted to; those that the penalty is chosen
+        by, which the last fit takes as well; and those that probes are evaluated on.
 
     Raises:
         ConfigError: a method that does not suit the records.
@@ -57,15 +44,14 @@ def deal(
     else:
         parts = split_by_hash(store, {"train": 1 - test_frac, "test": test_frac}, seed)
     labelled = {name: rows[has_label[rows]] for name, rows in parts.items()}
-    train, none = labelled.get("train", np.zeros(0, np.int64)), np.zeros(0, np.int64)
-    validation = labelled.get("validation", none)
+    train, validation, test = (labelled.get(name, np.zeros(0, np.int64)) for name in ("train", "validation", "test"))
     if not len(validation):
         train, validation = _held_out(store, train, validation_frac, seed)
     if not len(train):
         raise DataError("no record with a label is left for training; see the split, or give more records")
-    if test_frac and not len(labelled.get("test", none)):
+    if test_frac and not len(test):
         raise DataError("no record with a label is left for the test; see the split, or give files with --test")
-    return Parts(train, validation, labelled.get("test", none))
+    return train, validation, test
 
 
 def _held_out(store: RecordStore, rows: np.ndarray, frac: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from meristem.probing.fit import Fit, Unwatched, Watch
 from meristem.probing.labels import find_classes, find_numbers, read_labels, task_of
 from meristem.probing.measures import class_figures, confusion_matrix, top_k_accuracy, value_figures
 from meristem.probing.options import METHODS, ProbeOptions
-from meristem.probing.parts import Parts, count_shared, deal
+from meristem.probing.parts import count_shared, deal
 from meristem.probing.vectors import stored_vectors
 
 METRICS, PREDICTIONS, CONFUSION, VALUES = "metrics.json", "predictions.csv", "confusion.png", "values.png"
@@ -62,13 +62,13 @@ def probe_files(
     vectors_dir = vectors_dir or (options.cache_dir or default_cache_dir()) / "vectors"
 
     # labels and split are looked at before the hours of embedding
-    main, test, parts, test_rows = _dealt(inputs, tests, domain, options)
-    _check_task(main, np.concatenate([parts.train, parts.validation]), test, test_rows, options)
+    main, test, train, validation, test_rows = _dealt(inputs, tests, domain, options)
+    _check_task(main, np.concatenate([train, validation]), test, test_rows, options)
 
     facts = _embed(main, model, options, vectors_dir, "embed", watch)
     if tests:
         _embed(test, model, options, vectors_dir, "embed test", watch)
-    train, validation = (some[main.places[some] >= 0] for some in (parts.train, parts.validation))
+    train, validation = (some[main.places[some] >= 0] for some in (train, validation))
     test_rows = test_rows[test.places[test_rows] >= 0]
     if not len(test_rows) or not len(train):
         raise DataError("no record is left, since the model's tokenizer refused the others")
@@ -94,7 +94,12 @@ def probe_files(
     metrics |= figures
     if output:
         ids = test.store.column("id").take(test_rows).to_pylist()
-        _write_csv(output / PREDICTIONS, {"id": ids} | columns)
+        table = {"id": ids} | columns
+        with replacing(output / PREDICTIONS) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(table)
+            for row in zip(*table.values()):
+                writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row)
         write_json(output / METRICS, metrics)
     return metrics
 
@@ -138,8 +143,8 @@ def figure_names(inputs: Sequence[str], options: ProbeOptions, domain: Domain, t
     Raises:
         ConfigError, DataError: as `probe_files`, but for what only the model can tell.
     """
-    main, test, parts, test_rows = _dealt(inputs, tests, domain, options)
-    rows = np.concatenate([parts.train, parts.validation])
+    main, test, train, validation, test_rows = _dealt(inputs, tests, domain, options)
+    rows = np.concatenate([train, validation])
     if _check_task(main, rows, test, test_rows, options) == "classification":
         num_classes = len(set(main.labels[rows]))
         names = [*class_figures(np.eye(2)), *(["top5_accuracy"] if num_classes > 5 else [])]
@@ -175,8 +180,8 @@ class _Records:
 
 def _dealt(
     inputs: Sequence[str], tests: Sequence[str], domain: Domain, options: ProbeOptions
-) -> tuple[_Records, _Records, Parts, np.ndarray]:
-    """Records of the inputs and of the test (which may be the same), their parts, and the rows of the test."""
+) -> tuple[_Records, _Records, np.ndarray, np.ndarray, np.ndarray]:
+    """Records of the inputs and of the test (which may be the same), and rows for training, validation and test."""
     if tests and (options.split != "hash" or options.test_frac is not None):
         raise ConfigError("split and test_frac have no effect with files for the test; leave them out")
     cache_dir = options.cache_dir or default_cache_dir()
@@ -185,8 +190,8 @@ def _dealt(
     if tests:
         stores = (("training", main.store), ("test", test.store))
         require_whole_groups([(name, store, np.arange(len(store))) for name, store in stores])
-    parts = deal(main.store, domain, main.has_label, options, has_test_files=bool(tests))
-    return main, test, parts, np.flatnonzero(test.has_label) if tests else parts.test
+    train, validation, test_rows = deal(main.store, domain, main.has_label, options, has_test_files=bool(tests))
+    return main, test, train, validation, np.flatnonzero(test.has_label) if tests else test_rows
 
 
 def _read(
@@ -245,22 +250,24 @@ def _evaluate_classes(
     fit: Fit, labels: list[str], true_labels: list[str], output: Path | None
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """Figures of each method, and the columns of its predictions; the confusion of classes is drawn."""
-    classes = find_classes(labels, true_labels, fit.options.label)
-    names, (codes, true) = classes.names, (classes.codes(labels), classes.codes(true_labels))
+    names, num_known = find_classes(labels, true_labels, fit.options.label)
+    code = {name: number for number, name in enumerate(names)}
+    codes, true = (np.array([code[label] for label in some], np.int64) for some in (labels, true_labels))
     most = int(np.argmax(np.bincount(codes)))
+    counts_true = np.bincount(true, minlength=len(names))
     metrics: dict[str, Any] = {
-        "classes": list(names[: classes.num_known]),
-        "unknown_classes": classes.unknown(true),
+        "classes": list(names[:num_known]),
+        "unknown_classes": dict(zip(names[num_known:], counts_true[num_known:].tolist())),
         "most_frequent_class": {"class": names[most], "accuracy": float((true == most).mean())},
     }
     columns: dict[str, list[Any]] = {"label": true_labels}
     confusions = {}
     for method in METHODS[fit.options.method]:
-        scores, facts = fit.class_scores(method, codes, classes.num_known)
+        scores, facts = fit.class_scores(method, codes, num_known)
         predicted = scores.argmax(1)
         counts = confusion_matrix(true, predicted, len(names))
         figures = class_figures(counts)
-        if classes.num_known > 5:
+        if num_known > 5:
             figures["top5_accuracy"] = top_k_accuracy(scores, true, 5)
         metrics[method] = figures | facts
         confusions[f"{method}: {figures['accuracy']:.1%} right"] = counts
@@ -286,12 +293,3 @@ def _evaluate_values(
         draw_values(output / VALUES, true, predictions, fit.options.label)
         (output / CONFUSION).unlink(missing_ok=True)
     return metrics, {"label": true.tolist()} | {name: some.tolist() for name, some in predictions.items()}
-
-
-def _write_csv(path: Path, columns: dict[str, list[Any]]) -> None:
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(
-            [f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in zip(*columns.values())
-        )
