@@ -1,9 +1,15 @@
 """`meristem config --print [--config FILE]`: every key of a config, with its type, its default and its help."""
 
 import argparse
+import inspect
+import json
+import re
 from abc import ABC
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import MISSING, fields, is_dataclass
+from shutil import get_terminal_size
+from textwrap import fill
+from typing import Any, get_type_hints
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,9 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the keys by part, as wide as the terminal."""
-    from shutil import get_terminal_size
-    from textwrap import fill
-
     from meristem.cli.run_config import parse
     from meristem.model.config import TransformerConfig
     from meristem.train.spec import RunSpec
@@ -42,9 +45,6 @@ def _keys(kind: type, prefix: str, value: Any) -> Iterator[tuple[str, str, str, 
     Args:
         value: of that class; None where no config is shown.
     """
-    from dataclasses import MISSING, fields, is_dataclass
-    from typing import get_type_hints
-
     from docstring_parser import parse
 
     from meristem.objectives.objective import Objective
@@ -73,8 +73,6 @@ def _keys(kind: type, prefix: str, value: Any) -> Iterator[tuple[str, str, str, 
 
 def _arguments(objective: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:
     """Key, type, default and help of each argument of an objective."""
-    import inspect
-
     from docstring_parser import parse
 
     from meristem.train.spec import plain
@@ -91,15 +89,11 @@ def _arguments(objective: Any, prefix: str) -> Iterator[tuple[str, str, str, str
 
 
 def _shown(value: Any) -> str:
-    import json
-
     return json.dumps(value, default=str)
 
 
 def _type(hint: Any) -> str:
     """A type as a user would name it."""
-    import re
-
     if ABC in getattr(hint, "__bases__", ()):
         return f"kind {' | '.join(kind.__name__ for kind in hint.__subclasses__())}"
     named = hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)

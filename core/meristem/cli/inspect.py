@@ -1,7 +1,7 @@
 """`meristem inspect MODEL|CONFIG`: what a model is, or what a config would make."""
 
 import argparse
-from collections.abc import Callable
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Collect the facts and print them."""
-    import json
-
     from meristem.errors import ConfigError
 
     if args.length < 1:
@@ -168,6 +166,7 @@ def _part(name: str) -> str:
 
 def _print_tables(facts: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
@@ -177,7 +176,7 @@ def _print_tables(facts: dict[str, Any]) -> None:
         grid.add_column()
         grid.add_column(justify="left", overflow="fold")
         for name, value in rows.items():
-            grid.add_row(name, _text(value))
+            grid.add_row(name, escape("none" if value is None else str(value)))
         console.print(grid)
         console.print()
 
@@ -193,8 +192,21 @@ def _print_tables(facts: dict[str, Any]) -> None:
             "memory of weights": f"{memory['fp32'] / 2**20:,.1f} MiB in fp32, {memory['bf16'] / 2**20:,.1f} in bf16",
         },
     )
-    if "throughput" in facts:
-        _print_throughput(table, facts["throughput"])
+    if measured := facts.get("throughput"):
+        chosen = (measured[name] for name in ("device", "threads", "precision", "tokens_per_batch"))
+        rows = {"measured": describe_engine(*chosen)}
+        for length, rate in measured["tokens_per_second"].items():
+            rows[f"at {length} tokens a sequence"] = f"{rate:,} tokens/s, {rate / int(length):,.1f} sequences/s"
+        table("throughput", rows)
+        if found := measured.get("input"):
+            table(
+                "embedding the input",
+                {
+                    "records": f"{found['records']:,}, {found['tokens']:,} tokens",
+                    "time": f"about {duration(found['seconds'])}",
+                    "output": f"about {found['bytes'] / 1e6:,.1f} MB, {found['vectors']:,} vectors of {found['width']}",
+                },
+            )
     if "vocabulary" not in facts:
         return
     vocabulary = facts["vocabulary"]
@@ -210,25 +222,6 @@ def _print_tables(facts: dict[str, Any]) -> None:
     table("heads", {name: _describe_head(head) for name, head in facts["heads"].items()})
     if facts["facts"]:
         table("facts", facts["facts"])
-
-
-def _print_throughput(table: Callable[[str, dict[str, Any]], None], facts: dict[str, Any]) -> None:
-    chosen = (facts[name] for name in ("device", "threads", "precision", "tokens_per_batch"))
-    rows = {"measured": describe_engine(*chosen)}
-    for length, rate in facts["tokens_per_second"].items():
-        rows[f"at {length} tokens a sequence"] = f"{rate:,} tokens/s, {rate / int(length):,.1f} sequences/s"
-    table("throughput", rows)
-    if "input" not in facts:
-        return
-    found = facts["input"]
-    table(
-        "embedding the input",
-        {
-            "records": f"{found['records']:,}, {found['tokens']:,} tokens",
-            "time": f"about {duration(found['seconds'])}",
-            "output": f"about {found['bytes'] / 1e6:,.1f} MB, {found['vectors']:,} vectors of {found['width']}",
-        },
-    )
 
 
 def _describe_head(head: dict[str, Any]) -> str:
@@ -249,9 +242,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = value
     return found
-
-
-def _text(value: Any) -> str:
-    from rich.markup import escape
-
-    return escape("none" if value is None else str(value))

@@ -50,7 +50,13 @@ def take_tokenizer_options(parser: argparse.ArgumentParser, argv: list[str]) -> 
             rest.append(word)
             continue
         option = name[2:].replace("-", "_")
-        _require_known(option, name, parser.prog, argv)
+        there = tokenizer_options(argv)
+        if not any(option in names for names in there.values()):
+            listed = "; ".join(f"{domain} {' '.join(map(as_flag, names))}" for domain, names in there.items() if names)
+            raise ConfigError(
+                f"unrecognized option {name}: neither {parser.prog} has it (see {parser.prog} --help) "
+                "nor the tokenizer of a domain" + (f" ({listed})" if listed else "")
+            )
         values = [joined] if is_joined else []
         while not is_joined and left and _is_number(left[0]):
             values.append(left.pop(0))
@@ -58,7 +64,7 @@ def take_tokenizer_options(parser: argparse.ArgumentParser, argv: list[str]) -> 
             values.append(left.pop(0))
         if not values:
             raise ConfigError(f"{name} needs a value (see {parser.prog} --help)")
-        read = [_value(value) for value in values]
+        read = [_value(one) for one in values]
         found[option] = read[0] if len(read) == 1 else read
     return rest, found
 
@@ -86,16 +92,6 @@ def _domain_named_by(word: str) -> str:
 def as_flag(option: str) -> str:
     """A name, such as that of an option of a tokenizer or a scorer, as the command line says it."""
     return f"--{option.replace('_', '-')}"
-
-
-def _require_known(option: str, said: str, verb: str, argv: Sequence[str]) -> None:
-    options = tokenizer_options(argv)
-    if not any(option in names for names in options.values()):
-        listed = "; ".join(f"{name} {' '.join(map(as_flag, names))}" for name, names in options.items() if names)
-        raise ConfigError(
-            f"unrecognized option {said}: neither {verb} has it (see {verb} --help) nor the tokenizer of a domain"
-            + (f" ({listed})" if listed else "")
-        )
 
 
 def _is_number(word: str) -> bool:
