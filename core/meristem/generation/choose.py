@@ -21,10 +21,7 @@ def narrow(
         penalty = options.repetition_penalty
         punished = torch.where(logits_SV > 0, logits_SV / penalty, logits_SV * penalty)
         logits_SV = torch.where(is_seen_SV, punished, logits_SV)
-    if options.temperature in (0.0, 1.0):
-        scaled = logits_SV
-    else:
-        scaled = logits_SV / options.temperature
+    scaled = logits_SV if options.temperature in (0.0, 1.0) else logits_SV / options.temperature
     if options.top_k is not None and options.top_k < scaled.shape[1]:
         least = scaled.topk(options.top_k).values[:, -1:]
         scaled = scaled.masked_fill(scaled < least, -torch.inf)

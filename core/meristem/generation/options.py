@@ -14,7 +14,6 @@ class GenerateOptions:
     """How sequences are made.
 
     Attributes:
-        max_new_tokens: tokens made for each prompt at most.
         temperature: of the softmax that tokens are drawn from; 0 takes the likeliest token (greedy).
         top_k: tokens are drawn from the k likeliest; None for all.
         top_p: ... from the smallest set whose probability reaches p (Holtzman 2020, arXiv 1904.09751); None for all.
@@ -23,7 +22,6 @@ class GenerateOptions:
             (Keskar 2019, arXiv 1909.05858).
         num_samples: sequences for each prompt.
         num_beams: beams of a beam search; 1 for none.
-        length_penalty: scores of beams are divided by their length to this power.
         stop: texts that end a sequence; they are kept in it.
         seed: what is drawn for a prompt depends on it, the prompt and the number of the sample alone.
         batch_size: sequences that are run at once.
@@ -57,15 +55,7 @@ class GenerateOptions:
             raise ConfigError(f"repetition_penalty must be positive; got {self.repetition_penalty}")
         if "" in self.stop:
             raise ConfigError("stop must be texts with something in them; got an empty one")
-        self._check_combinations()
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences that are run at once for a prompt."""
-        return max(self.num_samples, self.num_beams)
-
-    def _check_combinations(self) -> None:
-        """Refuse options that would have no effect together."""
+        # options that would have no effect together
         narrowing = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.num_beams > 1:
             if self.temperature not in (0.0, 1.0) or narrowing or self.repetition_penalty != 1.0 or self.stop:
@@ -83,6 +73,11 @@ class GenerateOptions:
         if self.temperature == 0 and (narrowing or self.num_samples > 1):
             what = narrowing[0] if narrowing else "num_samples"
             raise ConfigError(f"{what} has no effect at temperature 0, which always takes the likeliest token")
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are run at once for a prompt."""
+        return max(self.num_samples, self.num_beams)
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,7 @@ class Chunk:
     """Records that are worked on together.
 
     Attributes:
-        index: from 0.
-        ids: names of the records.
-        column: what the model reads of them.
         payloads: of their last input.
-        files: that they come from.
         lines: where each stands in its file.
         digest: of all records up to the last of this chunk.
     """
@@ -65,9 +61,7 @@ class ChunkReader:
     """Reads inputs once, in order, as chunks; counts as it goes.
 
     Args:
-        domain: reads the inputs.
         reading: what the model reads of a record.
-        inputs: read one after another.
         options: how to read; its `on_error` is replaced, and its `columns` are those of the inputs in `reading`.
         is_skipping: refused records are counted and left out; else they are errors.
         max_symbols: payload symbols of a chunk at most.
@@ -75,12 +69,10 @@ class ChunkReader:
         unfit: says which rows of a column are to be refused, and why.
 
     Attributes:
-        options: how the inputs are read.
         num_records: read so far, refused ones left out.
         num_symbols: payload tokens of these, of all that is read of them.
         replaced: symbols that the tokenizer replaced, by `"old>new"`.
         refused: the first refused records.
-        num_refused: how many were refused.
         per_input: records read from each input, in their order.
     """
 
@@ -108,11 +100,7 @@ class ChunkReader:
         self.per_input = [0] * len(self._inputs)
 
     def __iter__(self) -> Iterator[Chunk]:
-        """Read all inputs.
-
-        Raises:
-            DataError: an input or a record that cannot be used, or no record at all.
-        """
+        """Read all inputs; raises DataError for an input or a record that cannot be used, and where there is none."""
         tables = encode_tables(self._cut(), self._reading, self._is_skipping, self._num_workers)
         for index, (table, (column, refused)) in enumerate(tables):
             self._digest.add(table)
@@ -174,11 +162,7 @@ class ChunkReader:
                 yield pa.RecordBatch.from_pydict(columns)
 
     def _without(self, table: pa.RecordBatch, refused: Mapping[int, str]) -> pa.RecordBatch:
-        """A table without the rows that are refused, for the reasons given.
-
-        Raises:
-            DataError: there are some, and none is to be skipped.
-        """
+        """A table without the rows that are refused, for the reasons given; DataError where none is to be skipped."""
         for row, reason in refused.items():
             file, line, id = (table[name][row].as_py() for name in ("file", "line", "id"))
             refusal = Refusal(file, line, id, reason)

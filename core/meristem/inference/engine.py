@@ -86,7 +86,6 @@ class Rows:
     """What a model gave for whole sequences.
 
     Attributes:
-        outputs: of the model.
         records: row of the column that each sequence is.
     """
 
@@ -228,7 +227,6 @@ class Embedder:
     """Vectors of the sequences of a column, in its order.
 
     Args:
-        trunk: runs the model.
         pool: how the rows of a sequence become one vector, one of `POOLS`.
 
     Raises:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from meristem.model.config import LayerParts, TransformerConfig
+from meristem.model.config import TransformerConfig
 
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens of a pack where memory allows. More gains nothing on a CPU and takes memory: at the width of ESM-2 8M,
@@ -28,16 +28,14 @@ def fitting_tokens(config: TransformerConfig, device: torch.device, dtype: torch
 
 def bytes_per_token(config: TransformerConfig, dtype: torch.dtype) -> int:
     """What a token of a pack takes at most while a layer runs, weights and a bias of scores left out."""
-    layers = map(config.layer, range(config.total_layers))
-    return dtype.itemsize * max(_values_per_token(parts) for parts in layers)
-
-
-def _values_per_token(parts: LayerParts) -> int:
-    """Numbers alive at once: trunk, norm, kept layer; queries, keys and values as made, turned, and cut into groups."""
-    heads = parts.attention.num_heads + 2 * parts.attention.kv_heads
-    attention = 3 * heads * parts.head_width + 2 * parts.attention.num_heads * parts.head_width
-    up = parts.feedforward.width * (2 if parts.feedforward.is_gated else 1)
-    return 4 * parts.width + max(attention, up + 2 * parts.feedforward.width)
+    # numbers alive at once: trunk, norm, kept layer; queries, keys and values as made, turned, and cut into groups
+    most = 0
+    for parts in map(config.layer, range(config.total_layers)):
+        heads = parts.attention.num_heads + 2 * parts.attention.kv_heads
+        attention = 3 * heads * parts.head_width + 2 * parts.attention.num_heads * parts.head_width
+        up = parts.feedforward.width * (2 if parts.feedforward.is_gated else 1)
+        most = max(most, 4 * parts.width + max(attention, up + 2 * parts.feedforward.width))
+    return dtype.itemsize * most
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -173,8 +173,6 @@ class PartWriter:
     """Assembles parts in order: rows that are new, and those of equal sequences that stand in earlier parts.
 
     Args:
-        output: where to.
-        run: short name of the run, put into each part.
         keeps_payloads: the payload of each record is put beside its id.
     """
 
@@ -187,7 +185,6 @@ class PartWriter:
 
         Args:
             new_rows: of the sequences in `sources.new_rows`.
-            seconds: of work up to here.
 
         Raises:
             DataError: the disk is full.

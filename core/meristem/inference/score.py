@@ -97,10 +97,16 @@ class RunningScore(Running):
 
     def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
         results = enumerate(self.results(column, advance or (lambda records, tokens: None)))
-        is_table = self.scorer.schema is not None
-        found = [result if is_table else self._array(result, column, row) for row, result in results]
-        schema = ARRAYS if self.scorer.schema is None else self.scorer.schema(self.model, self._options)
-        return pa.Table.from_pylist(found, schema)
+        if self.scorer.schema is not None:
+            schema = self.scorer.schema(self.model, self._options)
+            return pa.Table.from_pylist([result for _, result in results], schema)
+        found = []
+        for row, values in results:
+            plot = b""
+            if self._has_plots and self.scorer.draw is not None:
+                plot = encode_figure(self.scorer.draw(values, self.model, column.take(np.array([row]))))
+            found.append({"shape": list(values.shape), "values": values.astype(np.float32).ravel(), "plot": plot})
+        return pa.Table.from_pylist(found, ARRAYS)
 
     def unfit(self, column: TokenColumn) -> Mapping[int, str]:
         return too_long(column, self._max_tokens)
@@ -111,12 +117,6 @@ class RunningScore(Running):
     def most_symbols(self, most: int) -> int:
         most = most // max(1, self.scorer.num_runs(self.model, self._options))
         return max(MIN_CHUNK_SYMBOLS, most if self.scorer.schema is not None else min(most, ARRAY_CHUNK_SYMBOLS))
-
-    def _array(self, values: np.ndarray, column: TokenColumn, row: int) -> dict[str, Any]:
-        plot = b""
-        if self._has_plots and self.scorer.draw is not None:
-            plot = encode_figure(self.scorer.draw(values, self.model, column.take(np.array([row]))))
-        return {"shape": list(values.shape), "values": values.astype(np.float32).ravel(), "plot": plot}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +156,17 @@ class Score(Job):
         return (".npz",) if self.find().schema is None else SUFFIXES
 
     def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
-        if output.suffix == ".npz":
-            _write_arrays(parts, output, self.plots)
-        else:
+        if output.suffix != ".npz":
             write_table_file(parts, output)
+            return ""
+        # numpy's format, each array by the id of its record
+        with replacing(output, parts) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
+            for number, (name, row) in enumerate(_named_rows(parts), start=1):
+                with file.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                    np.lib.format.write_array(stream, row["values"].values.to_numpy().reshape(row["shape"].as_py()))
+                if self.plots:
+                    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80]
+                    write_file(Path(self.plots) / f"{number:05}_{safe}.png", row["plot"].as_py())
         return ""
 
 
@@ -182,17 +189,6 @@ def _is_finite(result: Any) -> bool:
     if isinstance(result, np.ndarray):
         return bool(np.isfinite(result).any(axis=tuple(range(1, result.ndim))).all())
     return all(np.isfinite(value) for value in result.values() if isinstance(value, float))
-
-
-def _write_arrays(parts: Path, output: Path, plots: str) -> None:
-    """Write the arrays of all parts as numpy's `.npz`, each by the id of its record, and their PNGs into a folder."""
-    with replacing(output, parts) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
-        for number, (name, row) in enumerate(_named_rows(parts), start=1):
-            with file.open(f"{name}.npy", "w", force_zip64=True) as stream:
-                np.lib.format.write_array(stream, row["values"].values.to_numpy().reshape(row["shape"].as_py()))
-            if plots:
-                safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80]
-                write_file(Path(plots) / f"{number:05}_{safe}.png", row["plot"].as_py())
 
 
 def _named_rows(parts: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -196,7 +196,8 @@ def score_column(running: RunningModel, column: TokenColumn, options: Likelihood
     lengths = column.payload_lengths
     scores = token_log_likelihoods(running, scored_rows(running, column, options))
     for length, values in zip(lengths, scores, strict=True):
-        perplexity = _exp(-values.mean()) if len(values) else None
+        with np.errstate(over="ignore"):  # infinity is the right answer then
+            perplexity = float(np.exp(-values.mean())) if len(values) else None
         yield dict(zip(names, (int(length), len(values), float(values.sum()), perplexity), strict=True))
 
 
@@ -235,11 +236,6 @@ def describe(running: RunningModel, options: LikelihoodOptions) -> str:
         "encoder-decoder": "each token of the target given those before it and the source",
     }
     return f"log_likelihood in nats, {means[kind]}"
-
-
-def _exp(value: float) -> float:
-    with np.errstate(over="ignore"):  # infinity is the right answer then
-        return float(np.exp(value))
 
 
 def token_log_likelihoods(running: RunningModel, scored: ScoredRows) -> list[np.ndarray]:
