@@ -1,12 +1,8 @@
 """`meristem embed MODEL INPUT... --output OUT`: one vector a record, or one a token, in input order."""
 
 import argparse
-from typing import TYPE_CHECKING
 
-from meristem.cli.jobs import ProgressReport, add_engine_arguments, add_model_arguments, job_options, print_summary
-
-if TYPE_CHECKING:  # importing torch takes seconds, and help needs none of it
-    from meristem.inference.embed import Embed
+from meristem.cli.jobs import ProgressReport, add_engine_arguments, add_model_arguments, job_of, print_summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,20 +34,13 @@ def add_vector_arguments(parser: argparse.ArgumentParser, pools: list[str], more
     )
 
 
-def embed_job(args: argparse.Namespace) -> "Embed":
-    """What the arguments of `add_vector_arguments` and `add_engine_arguments` say."""
-    from meristem.inference.embed import Embed
-
-    form = getattr(args, "format", "parquet")
-    return Embed(pool=args.pool, layer=args.layer, format=form, **job_options(args))
-
-
 def run(args: argparse.Namespace) -> int:
     """Embed, and say what came of it."""
+    from meristem.inference.embed import Embed
     from meristem.inference.run import run_job
 
     with ProgressReport("embed") as report:
-        manifest = run_job(embed_job(args), args.model, args.inputs, args.output, report)
+        manifest = run_job(job_of(Embed, args), args.model, args.inputs, args.output, report)
     print_summary(manifest)
     file = f"/{manifest['file']}" if "file" in manifest else ""
     per = "one a token" if manifest["options"]["pool"] == "none" else "one a record"

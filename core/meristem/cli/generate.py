@@ -13,7 +13,7 @@ from meristem.cli.jobs import (
     MODEL_HELP,
     ProgressReport,
     add_engine_arguments,
-    job_options,
+    job_of,
     print_summary,
 )
 from meristem.cli.options import add_options, options_of
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         args.temperature = 1.0 if args.num_beams == 1 else 0.0
     args.stop, args.batch_size = tuple(args.stop), GenerateOptions.batch_size
     options = options_of(args, GenerateOptions)
-    job = Generate(options=options, prompts=tuple(args.prompt), **job_options(args))
+    job = job_of(Generate, args, options=options, prompts=tuple(args.prompt))
     if not args.output and len(args.prompt) == options.num_sequences == 1 and sys.stdout.isatty():
         return _stream(args.model, job)
     inputs = [args.prompts or GIVEN]

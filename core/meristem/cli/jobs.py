@@ -3,7 +3,13 @@
 import argparse
 import sys
 import time
-from typing import Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:  # importing torch takes seconds, and help needs none of it
+    from meristem.inference.job import Job
+
+AnyJob = TypeVar("AnyJob", bound="Job")
 
 MODEL_HELP = "a run directory, a model directory or one of another library"
 
@@ -34,6 +40,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, writes_file: bool = Fa
     )
     parser.add_argument(
         "--compile",
+        dest="is_compiled",
         action="store_true",
         help="let torch compile the blocks (a minute at the start; worth it on a GPU and long inputs), where it can",
     )
@@ -53,26 +60,21 @@ def add_engine_arguments(parser: argparse.ArgumentParser, writes_file: bool = Fa
     )
     parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
     if writes_file:
-        parser.add_argument("--overwrite", action="store_true", help="replace the output file where there is one")
+        overwrite = "replace the output file where there is one"
+        parser.add_argument("--overwrite", dest="is_overwriting", action="store_true", help=overwrite)
 
 
-def job_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments of `add_engine_arguments` say, as fields of `JobOptions`."""
+def job_of(kind: type[AnyJob], args: argparse.Namespace, **more: Any) -> AnyJob:
+    """The job that arguments say: those of `add_engine_arguments`, and others that are named like a field.
+
+    Args:
+        more: fields that arguments of another name or form say.
+    """
     from meristem.data.records import ReadOptions
 
-    return {
-        "tokens_per_batch": args.tokens_per_batch,
-        "precision": args.precision,
-        "devices": args.devices,
-        "workers": args.workers,
-        "is_compiled": args.compile,
-        "domain": args.domain,
-        "tokenizer": args.tokenizer,
-        "is_skipping": args.on_error == "skip",
-        "is_overwriting": getattr(args, "overwrite", False),
-        "column": args.column,
-        "read": ReadOptions(id_column=args.id_column),
-    }
+    given = {one.name: getattr(args, one.name) for one in fields(kind) if one.name in args}
+    read = {"is_skipping": args.on_error == "skip", "read": ReadOptions(id_column=args.id_column)}
+    return kind(**given | read | more)
 
 
 def print_summary(manifest: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ def add_options(parser: argparse.ArgumentParser, options: type, title: str, but:
 
     Args:
         options: a dataclass whose fields have defaults and metadata `help`; types as `Scorer.options` lists them.
-        title: of the group.
         but: fields that get no option here.
 
     Raises:

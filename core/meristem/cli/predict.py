@@ -6,7 +6,7 @@ from meristem.cli.jobs import (
     ProgressReport,
     add_engine_arguments,
     add_model_arguments,
-    job_options,
+    job_of,
     print_summary,
 )
 
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--per-token",
+        dest="is_per_token",
         action="store_true",
         help="one row a token with its probabilities; by default labels of tokens are one text a record",
     )
@@ -31,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from meristem.inference.predict import Predict
     from meristem.inference.run import run_job
 
-    labels = tuple(args.labels) if args.labels else None
-    job = Predict(labels=labels, is_per_token=args.per_token, **job_options(args))
+    job = job_of(Predict, args, labels=tuple(args.labels) if args.labels else None)
     with ProgressReport("predict") as report:
         manifest = run_job(job, args.model, args.inputs, args.output, report)
     print_summary(manifest)

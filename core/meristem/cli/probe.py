@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from meristem.cli.embed import add_vector_arguments, embed_job
-from meristem.cli.jobs import ProgressReport, add_engine_arguments
+from meristem.cli.embed import add_vector_arguments
+from meristem.cli.jobs import ProgressReport, add_engine_arguments, job_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,12 +75,13 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import fields
     from pathlib import Path
 
+    from meristem.inference.embed import Embed
     from meristem.probing.options import ProbeOptions
     from meristem.probing.run import probe_files
 
     options = ProbeOptions(
         missing_labels=tuple(args.missing_label),
-        embed=embed_job(args),
+        embed=job_of(Embed, args),
         cache_dir=Path(args.cache) if args.cache else None,
         **{one.name: getattr(args, one.name) for one in fields(ProbeOptions) if one.name in args},
     )
@@ -110,7 +111,9 @@ def _print_summary(metrics: dict[str, Any]) -> None:
         print(f"classes of the test that training lacks, counted as wrong: {listed}")
     for method in ("linear", "knn"):
         if method in metrics:
-            print(f"{method}: {_class_line(metrics[method]) if is_classes else _value_line(metrics[method])}")
+            figures = metrics[method]
+            how = f"k {figures['k']}" if "k" in figures else f"L2 {figures['l2']:g}"
+            print(f"{method}: {_class_line(figures) if is_classes else _value_line(figures)} ({how})")
     if is_classes:
         most = metrics["most_frequent_class"]
         print(f"always {most['class']!r}, the most frequent class: accuracy {most['accuracy']:.2%}")
@@ -118,23 +121,15 @@ def _print_summary(metrics: dict[str, Any]) -> None:
 
 def _class_line(figures: dict[str, Any]) -> str:
     top5 = f"top-5 {figures['top5_accuracy']:.2%}, " if "top5_accuracy" in figures else ""
-    return (
-        f"accuracy {figures['accuracy']:.2%}, {top5}macro F1 {figures['macro_f1']:.4f}, MCC {figures['mcc']:.4f} "
-        f"({_how(figures)})"
-    )
+    return f"accuracy {figures['accuracy']:.2%}, {top5}macro F1 {figures['macro_f1']:.4f}, MCC {figures['mcc']:.4f}"
 
 
 def _value_line(figures: dict[str, Any]) -> str:
     names = {"spearman": "Spearman", "r2": "R2", "rmse": "RMSE"}
-    shown = [
+    return ", ".join(
         f"{text} {figures[key]:.4g}" if figures[key] is not None else f"{text} none (all equal)"
         for key, text in names.items()
-    ]
-    return f"{', '.join(shown)} ({_how(figures)})"
-
-
-def _how(figures: dict[str, Any]) -> str:
-    return f"k {figures['k']}" if "k" in figures else f"L2 {figures['l2']:g}"
+    )
 
 
 class _Shown:

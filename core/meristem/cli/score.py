@@ -6,7 +6,7 @@ from meristem.cli.jobs import (
     ProgressReport,
     add_engine_arguments,
     add_model_arguments,
-    job_options,
+    job_of,
     print_summary,
 )
 from meristem.cli.main import Parser
@@ -44,8 +44,7 @@ def run_argv(argv: list[str], parser: argparse.ArgumentParser) -> int:
     from meristem.inference.run import run_job
     from meristem.inference.score import Score
 
-    given = options_of(args, options)
-    job = Score(scorer=asked.scorer, scorer_options=given, plots=args.plots, **job_options(args))
+    job = job_of(Score, args, scorer_options=options_of(args, options))
     with ProgressReport("score") as report:
         manifest = run_job(job, args.model, args.inputs, args.output, report)
     print_summary(manifest)
