@@ -69,7 +69,6 @@ def predict(
 
     Args:
         output: a .csv, .tsv or .parquet file.
-        report: receives the progress.
         options: as of `embed`, with fields of `meristem.inference.predict.Predict`: labels, is_per_token ...
 
     Raises:
@@ -97,7 +96,6 @@ def score(
         output: a .csv, .tsv or .parquet file; an .npz where the scorer gives arrays.
         scorer: `likelihood`, or one of a domain.
         scorer_options: options of the scorer, by name.
-        report: receives the progress.
         options: as of `embed`, with `plots` (a folder).
 
     Raises:

@@ -47,8 +47,6 @@ class LoadedModel:
 
     Attributes:
         card: architecture, tokenizer, labels.
-        model: the torch module.
-        device: where it runs.
     """
 
     def __init__(self, card: ModelCard, model: Model, device: str):

@@ -114,7 +114,21 @@ def save_model(path: Path | str, card: ModelCard, model: Model, tensors: Mapping
                 if one.tokenizer is not None:
                     _write_tokenizer(part / TOKENIZERS / f"{name}.json", one.tokenizer)
             (part / README).write_text(_readme(card, model), encoding="utf-8")
-            write_json(part / CONFIG, card_to_json(card))
+            values = {
+                "format_version": FORMAT_VERSION,
+                "architecture": to_json(card.architecture),
+                "heads": {name: to_json(spec) for name, spec in card.heads.items()},
+                "changes": [to_json(change) for change in card.changes],
+                "domain": card.domain,
+                "tokenizer": _stated(card.tokenizer),
+                "inputs": {
+                    name: {"domain": one.domain, "tokenizer": one.tokenizer and _stated(one.tokenizer)}
+                    for name, one in card.inputs.items()
+                },
+                **({"joined_by": card.joined_by} if card.joined_by else {}),
+                "facts": dict(card.facts),
+            }
+            write_json(part / CONFIG, values)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -278,24 +292,6 @@ def hash_weights(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def card_to_json(card: ModelCard) -> dict[str, Any]:
-    """`config.json` of a card."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "architecture": to_json(card.architecture),
-        "heads": {name: to_json(spec) for name, spec in card.heads.items()},
-        "changes": [to_json(change) for change in card.changes],
-        "domain": card.domain,
-        "tokenizer": _stated(card.tokenizer),
-        "inputs": {
-            name: {"domain": one.domain, "tokenizer": one.tokenizer and _stated(one.tokenizer)}
-            for name, one in card.inputs.items()
-        },
-        **({"joined_by": card.joined_by} if card.joined_by else {}),
-        "facts": dict(card.facts),
-    }
-
-
 def _stated(tokenizer: Tokenizer) -> dict[str, str]:
     """What `config.json` says of a tokenizer."""
     return {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
@@ -324,27 +320,20 @@ def _heads_of_format_2(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"heads": {**heads, **labels}, "changes": []}
 
 
-def _command(card: ModelCard) -> str:
-    """A shell command that works on the directory: `embed` if an installed domain reads its inputs, else `inspect`."""
-    if card.domain not in installed("meristem.domains"):
-        return "meristem inspect THIS_DIRECTORY"
-    read = list(card.inputs) if card.joined_by else [*card.inputs][:1]
-    columns = "".join(f" --column {name}=COLUMN" for name in read if len(card.inputs) > 1)
-    return f"meristem embed THIS_DIRECTORY INPUT{columns} --output vectors"
-
-
 def _readme(card: ModelCard, model: Model) -> str:
-    config = card.architecture
+    config, facts = card.architecture, "".join(f"* {name}: {value}\n" for name, value in card.facts.items())
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    lines = [
-        f"# A {card.domain or 'Meristem'} model",
-        "",
-        f"{num_parameters:,} parameters: {config.num_layers} layers of width {config.width}, "
-        f"{config.attention.num_heads} heads.",
-        f"Heads: {', '.join(model.heads) or 'none'}.",
-        "",
-        f"    {_command(card)}",
-        "",
-    ]
-    lines += [f"* {name}: {value}" for name, value in card.facts.items()]
-    return "\n".join(lines) + "\n"
+    # `embed` if an installed domain reads the inputs, else `inspect`
+    command = "meristem inspect THIS_DIRECTORY"
+    if card.domain in installed("meristem.domains"):
+        read = list(card.inputs) if card.joined_by else [*card.inputs][:1]
+        columns = "".join(f" --column {name}=COLUMN" for name in read if len(card.inputs) > 1)
+        command = f"meristem embed THIS_DIRECTORY INPUT{columns} --output vectors"
+    return f"""# A {card.domain or "Meristem"} model
+
+{num_parameters:,} parameters: {config.num_layers} layers of width {config.width}, {config.attention.num_heads} heads.
+Heads: {", ".join(model.heads) or "none"}.
+
+    {command}
+
+{facts}"""

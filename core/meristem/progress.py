@@ -17,9 +17,6 @@ class Progress:
         title: what is being done, shown before the figures.
         stream: where to write; a terminal gets a bar, anything else a line every ten seconds.
 
-    Attributes:
-        done: number of units that are done.
-
     Example:
         >>> with Progress(2, "records", title="embed") as progress:
         ...     progress.advance(2)
@@ -36,7 +33,19 @@ class Progress:
     def __enter__(self) -> Self:
         self._began = self._last_line = time.monotonic()
         if self._stream.isatty():
-            self._start_bar()
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                console=Console(file=self._stream),
+            )
+            self._task = self._bar.add_task(self._title, total=self._total, rate="")
+            self._bar.start()
         return self
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -80,21 +89,6 @@ class Progress:
         per_second = self._speed()
         rate = f"{per_second:,.0f} {self._unit}/s" if per_second >= 10 else f"{per_second:.2g} {self._unit}/s"
         return f"{rate}, {self._note}" if self._note else rate
-
-    def _start_bar(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=Console(file=self._stream),
-        )
-        self._task = self._bar.add_task(self._title, total=self._total, rate="")
-        self._bar.start()
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()

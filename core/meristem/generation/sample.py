@@ -44,8 +44,6 @@ def sample(
 
     Args:
         model: in evaluation mode; a decoder or an encoder-decoder.
-        prompts: ids of each.
-        stop_ids: tokens that end a sequence.
         start_id: first token of an encoder-decoder's output.
     """
     steps = Steps(model, prompts, start_id, options.max_new_tokens)

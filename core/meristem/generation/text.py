@@ -28,7 +28,6 @@ class Sample:
     """A text made from a prompt.
 
     Attributes:
-        prompt: as it was given.
         text: what was made, without the prompt and without special symbols.
         generated: its tokens, their log-probabilities, and why it ended.
     """
@@ -43,7 +42,6 @@ class Generator:
 
     Args:
         model: in evaluation mode, on its device, with the parameters that it will have.
-        tokenizer: that the model was trained with.
 
     Raises:
         ConfigError: the model cannot generate.

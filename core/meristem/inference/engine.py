@@ -143,7 +143,6 @@ class TrunkRunner:
         tokens_per_batch: tokens that a pack holds at most, but for a single longer sequence; None for as many as
             suit the device and the memory at hand. It is halved when a pack does not fit after all.
         dtype: of the trunk's weights and activations.
-        device: to run on.
         is_compiled: blocks are compiled, where the machine has a compiler.
 
     Raises:

@@ -75,8 +75,6 @@ class Engine:
     Attributes:
         precision: fp32 or bf16.
         device: cpu or cuda, or one of several GPUs (`cuda:1`).
-        tokens_per_batch: budget of a pack; None for what suits the device.
-        is_compiled: blocks are compiled, where the machine has a compiler.
     """
 
     precision: str
@@ -172,8 +170,6 @@ class Job(JobOptions, ABC):
         """Make what was asked for of finished parts.
 
         Args:
-            parts: folder of the parts.
-            output: what the user named.
             manifest: counts of records and values among others.
 
         Returns:

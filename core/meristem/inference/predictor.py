@@ -20,7 +20,6 @@ class Prediction:
     """What one head says of the sequences of a column.
 
     Attributes:
-        readout: what it predicts.
         values: `[N, C]` probabilities of the classes, or values in the unit of the labels; `[sum of payload
             tokens, C]` for a readout of tokens.
         lengths: `[N]` rows that each sequence has in `values`.

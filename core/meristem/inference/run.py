@@ -65,7 +65,7 @@ class Silent(Report):
 def run_job(
     job: Job, model: Path | str, inputs: Sequence[str], output: Path | str, report: Report | None = None
 ) -> dict[str, Any]:
-    """Run a job over files, or go on where that was stopped.
+    """Run a job over files, or go on where that was stopped; gives the manifest.
 
     Rows lie in the order of the input. Equal records are computed once. A job that writes one file keeps its parts in
     the folder `<output>.parts` until the file is whole; what the run did then stands in `<output>.manifest.json`.
@@ -75,9 +75,6 @@ def run_job(
         inputs: files; `-` is standard input.
         output: a folder, new, empty or of the same run; or a file, where the job writes one.
         report: receives the progress.
-
-    Returns:
-        The manifest.
 
     Raises:
         ConfigError: options that cannot work, or an output that belongs to another run or to the user.

@@ -19,7 +19,6 @@ def write_table_file(parts: Path, output: Path, is_exploded: bool = False) -> No
     """Write the rows of all parts to one file, which is there when it is whole.
 
     Args:
-        parts: folder of the parts.
         output: its ending, one of `SUFFIXES`, says how; fp32 numbers in text have six digits, fp64 ones all.
         is_exploded: each entry of the lists in a row becomes a row of its own.
     """

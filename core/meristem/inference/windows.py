@@ -60,7 +60,6 @@ def cut(tokens: Tokens, max_length: int) -> Windows:
 
     Args:
         tokens: more than `max_length`, special ones included.
-        max_length: tokens that positions allow.
 
     Raises:
         ConfigError: positions allow nothing beside the special rows.

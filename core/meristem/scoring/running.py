@@ -45,7 +45,6 @@ class RunningModel:
         """Log-probability (nats) that the symbol head gives one symbol at each of some rows.
 
         Args:
-            batch: on any device.
             rows: of the batch; of the decoder's side where there are two.
             symbols: the id asked for at each row.
         """
