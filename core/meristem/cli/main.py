@@ -46,20 +46,20 @@ class Verb:
     """A verb; `meristem.cli` says what its module defines.
 
     Attributes:
+        module: imported when the verb is called, not before.
         help: one line.
         example: a command that works as typed, but for file names.
         reads_model: it takes options of the tokenizer of the model's domain as well.
-        module: in `meristem.cli`, if it is not called like the verb; imported when the verb is called, not before.
     """
 
+    module: str
     help: str
     example: str
     reads_model: bool = False
-    module: str = ""
 
     def call(self, name: str, argv: list[str]) -> int:
         """Parse what stands behind the verb and run it."""
-        module, parser = importlib.import_module(f"meristem.cli.{self.module or name}"), self.parser(name)
+        module, parser = importlib.import_module(self.module), self.parser(name)
         if hasattr(module, "run_argv"):
             return int(module.run_argv(argv, parser))
         module.add_arguments(parser)
@@ -83,64 +83,73 @@ SAMPLE = next((name for name in shipped_configs() if name.endswith("/sample")), 
 
 VERBS: dict[str, Verb] = {
     "fit": Verb(
+        "meristem.cli.fit",
         "train a model from a config, or go on where the run stopped",
         f"meristem fit --config {SAMPLE} --trainer.max_steps 200",
     ),
     "validate": Verb(
+        "meristem.cli.fit",
         "measure a trained model on the validation part of its data",
         "meristem validate --config runs/sample/config.yaml",
-        module="fit",
     ),
     "test": Verb(
+        "meristem.cli.fit",
         "measure a trained model on the test part of its data",
         "meristem test --config runs/tuned/config.yaml",
-        module="fit",
     ),
     "config": Verb(
+        "meristem.cli.config",
         "list every key of a config with its type, its default and its meaning",
         f"meristem config --print --config {SAMPLE}",
     ),
     "embed": Verb(
+        "meristem.cli.embed",
         "write one vector a record, or one a token, in input order",
         "meristem embed runs/sample/model records.csv --output vectors",
         reads_model=True,
     ),
     "predict": Verb(
+        "meristem.cli.predict",
         "write labels, probabilities or values from a fine-tuned model",
         "meristem predict runs/tuned/model records.csv --output labels.csv",
         reads_model=True,
     ),
     "probe": Verb(
+        "meristem.cli.probe",
         "measure what the vectors of a model tell about a label: linear map and nearest neighbours",
         "meristem probe runs/sample/model records.csv --label kind --output probe",
         reads_model=True,
     ),
     "generate": Verb(
+        "meristem.cli.generate",
         "go on from prompts: greedy, drawn, or by beam search",
         "meristem generate runs/decoder/model --prompt MKT --temperature 0.8 --top-p 0.95",
         reads_model=True,
     ),
     "score": Verb(
+        "meristem.cli.score",
         "write how likely records are, or what a scorer of a domain says of them",
         "meristem score runs/sample/model records.csv --output scores.csv",
         reads_model=True,
     ),
     "import": Verb(
+        "meristem.cli.import_model",
         "turn a foreign checkpoint into a model directory, with a parity report",
         "meristem import path/to/esm2_t6_8M_UR50D esm2_8m",
         reads_model=True,
-        module="import_model",
     ),
     "export": Verb(
+        "meristem.cli.export_model",
         "turn a model directory into one that another library loads",
         "meristem export runs/sample/model exported --to hf",
-        module="export_model",
     ),
     "inspect": Verb(
+        "meristem.cli.inspect",
         "show architecture, parameters, FLOPs a token, memory and vocabulary",
         "meristem inspect runs/sample/model",
     ),
     "domains": Verb(
+        "meristem.cli.domains",
         "list the installed domains, write a new one, or check one",
         "meristem domains new lab_rna && pip install -e lab_rna && meristem domains check lab_rna",
     ),
