@@ -48,11 +48,7 @@ PARTNER, SHARE = "mixed.partner", "mixed.share"
 
 
 def mix(batch: PackedBatch, mixing: Mixing, grid: tuple[int, ...], may_S: Bool[Tensor, "S"]) -> PackedBatch:
-    """Mix sequences of patches, all of one grid.
-
-    Args:
-        grid: rows and columns of patches.
-        may_S: what may be mixed: only two that both may are.
+    """Mix sequences of patches, all of one grid; only two that both may be mixed (`may_S`) are.
 
     Returns:
         The pack with other features, and two more labels, both `[S]`: the sequence that each is mixed with (`PARTNER`),

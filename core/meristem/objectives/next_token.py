@@ -44,15 +44,14 @@ class NextToken(SymbolObjective):
 
     def _next_symbols(self, tokens: Tokens) -> np.ndarray:
         """`[n]` the symbol behind each row, where it is asked for."""
-        before, behind = tokens.frame
+        (before, behind), spans = tokens.frame, tokens.spans
         symbols = np.array(tokens.ids, np.int64)
         symbols[symbols < 0] = IGNORE  # patches
         symbols[:before] = IGNORE
-        first, stop = before, len(tokens) - behind
-        if tokens.spans is not None and first < stop:
-            spans = tokens.spans
-            if before and spans[first, 0] > spans[0, 1]:
-                symbols[first] = IGNORE
+        stop = len(tokens) - behind
+        if spans is not None and before < stop:
+            if before and spans[before, 0] > spans[0, 1]:
+                symbols[before] = IGNORE
             if behind and spans[stop - 1, 1] < spans[stop, 0]:
                 symbols[stop:] = IGNORE
         return np.append(symbols[1:], IGNORE)

@@ -90,9 +90,6 @@ class Objective(ABC):
     def bind(self, data: RunData) -> None:
         """Learn from the training records what the objective must know, and check what it reads of every part.
 
-        Args:
-            data: the tokenizer, and the records of each part of the split.
-
         Raises:
             ConfigError: the objective cannot be trained on these records.
             DataError: a label is not what the objective needs.
@@ -131,11 +128,8 @@ class Objective(ABC):
     def join(cls, inputs: Mapping[str, Tokens], config: TransformerConfig) -> Tokens:
         """The one sequence that a trained model reads of the inputs of a record, nothing of it hidden.
 
-        Called where `joined_inputs` names inputs; then it must agree with what `prepare` makes of them.
-
-        Args:
-            inputs: tokens of the inputs by name, each as its tokenizer gives it.
-            config: of the model, which may bound the length.
+        Called where `joined_inputs` names inputs, with the tokens of each as its tokenizer gives it; then it must agree
+        with what `prepare` makes of them. The model's config may bound the length.
         """
         raise NotImplementedError
 
@@ -166,18 +160,11 @@ class Objective(ABC):
     def start(self, model: Model, extra: nn.ModuleDict, total_steps: int) -> None:
         """Called once when the model has its first weights: a teacher begins as its student is.
 
-        A run that goes on loads its state after this.
-
-        Args:
-            total_steps: steps that the run takes; where what rises or falls over a run ends.
+        A run that goes on loads its state after this. What rises or falls over a run ends at `total_steps`.
         """
 
     def loss_of(self, model: Model, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
-        """Run a model over a pack and give its loss, with the terms of its expert layers.
-
-        Args:
-            extra: what `build` gave.
-        """
+        """Run a model over a pack and give its loss, with the terms of its expert layers; `extra` is as in `loss`."""
         seen = self.seen(batch, model.training)
         outputs = model(seen, self.wanted(seen))
         out = self.loss(outputs, extra, seen)
@@ -197,20 +184,13 @@ class Objective(ABC):
 
     @abstractmethod
     def wanted(self, batch: PackedBatch) -> Wanted:
-        """What the model is asked for.
-
-        Args:
-            batch: as `seen` gave it.
-        """
+        """What the model is asked for of a pack, which is as `seen` gave it."""
 
     @abstractmethod
     def loss(self, outputs: Outputs, extra: nn.ModuleDict, batch: PackedBatch) -> LossOut:
         """Loss terms as sums and counts; each count equals that of `counts`. Those of expert layers are added later.
 
-        Args:
-            outputs: what the model gave for `wanted`.
-            extra: what `build` gave.
-            batch: as `seen` gave it.
+        `outputs` is what the model gave for `wanted`, `extra` what `build` gave, and the pack is as `seen` gave it.
         """
 
     def metrics(self) -> "dict[str, Metric]":
@@ -236,8 +216,4 @@ class Objective(ABC):
         return {}
 
     def after_step(self, model: Model, extra: nn.ModuleDict, processes: Processes) -> None:
-        """Called after each optimiser step, in every process: a teacher's moving average lives here.
-
-        Args:
-            processes: those that train together; what was seen in a step is seen by all of them.
-        """
+        """Called after each optimiser step, in every process: a teacher's moving average lives here."""

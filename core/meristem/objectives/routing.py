@@ -11,7 +11,7 @@ import torch
 
 from meristem.model.config import TransformerConfig
 from meristem.shapes import Float, Tensor
-from meristem.types import Hidden, Layout, PackedBatch, Routing, Term
+from meristem.types import SOURCE, Hidden, Layout, PackedBatch, Routing, Term
 
 BALANCE = "router/balance"
 Z = "router/z"
@@ -106,10 +106,8 @@ def _routings(hidden: Hidden, config: TransformerConfig) -> Mapping[int, Routing
 
 def _layout(batch: PackedBatch, config: TransformerConfig, layer: int) -> Layout:
     """The layout of the rows that a layer sees."""
-    if config.num_decoder_layers and layer < config.num_layers:
-        assert batch.source is not None
-        return batch.source.layout
-    return batch.layout
+    is_encoder = config.num_decoder_layers and layer < config.num_layers
+    return batch.sides[SOURCE].layout if is_encoder else batch.layout
 
 
 def _count(name: str, layout: Layout) -> int:
@@ -133,5 +131,4 @@ def _balance_sum(routing: Routing) -> Float[Tensor, ""]:
 
 
 def _z_sum(routing: Routing) -> Float[Tensor, ""]:
-    """The squared log-sum-exp of the logits, added up over tokens."""
     return routing.logits[: routing.layout.num_tokens].logsumexp(-1).square().sum()

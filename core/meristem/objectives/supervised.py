@@ -58,17 +58,15 @@ class Supervised(Objective):
                 )
 
     def bind(self, data: RunData) -> None:
-        tokenizer = data.tokenizer
-        self._grid = tokenizer.grid
+        self._grid = data.tokenizer.grid
         if self.mixing.is_on and not self._grid:
             raise ConfigError(
                 "objective.mixing needs records that are patches on one grid, as data.tokenizer makes them; "
                 "otherwise set mixing.rate: 0"
             )
-        is_bound = False
-        while not is_bound:  # once more where records were left out: classes and scales are those of the others
+        self._bound = {target.name: learn(target, data) for target in self.targets}
+        while data.leave_out():  # once more: classes and scales are those of the records that are left
             self._bound = {target.name: learn(target, data) for target in self.targets}
-            is_bound = not data.leave_out()
         self.remarks = tuple(bound.remark for bound in self._bound.values())
 
     @property
@@ -149,12 +147,7 @@ class Supervised(Objective):
         return LossOut(terms, predictions, targets)
 
     def more_terms(self, batch: PackedBatch, outputs: Outputs) -> dict[str, Term]:
-        """What else training asks of the heads' outputs: nothing here.
-
-        Args:
-            batch: as the model read it.
-            outputs: of the model, those of each target among them.
-        """
+        """What else training asks of the outputs of a pack, as the model read it: nothing here."""
         return {}
 
     def after_step(self, model: Model, extra: nn.ModuleDict, processes: Processes) -> None:

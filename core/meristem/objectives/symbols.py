@@ -30,11 +30,7 @@ def request_symbols(batch: PackedBatch, label_smoothing: float = 0.0) -> HeadReq
 
 
 class SymbolObjective(Objective):
-    """An objective whose loss is the cross-entropy of symbols; how they are chosen is left to `prepare`.
-
-    Args:
-        label_smoothing: share of each target's probability that is spread evenly over all symbols.
-    """
+    """An objective whose loss is the cross-entropy of symbols; how they are chosen is left to `prepare`."""
 
     predicts_symbols = True
 
@@ -63,12 +59,7 @@ class SymbolObjective(Objective):
 
 
 def require_fractions(fractions: Mapping[str, float], above_zero: Sequence[str] = ()) -> None:
-    """Refuse options of an objective that are no fractions.
-
-    Args:
-        fractions: options by name.
-        above_zero: those that must not be 0.
-    """
+    """Refuse options of an objective, by name, that are no fractions; those named in `above_zero` must not be 0."""
     for name, value in fractions.items():
         low = "above 0" if name in above_zero else "0 or more"
         is_right = 0 <= value <= 1 and (value > 0 or name not in above_zero)

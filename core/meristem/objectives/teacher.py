@@ -21,11 +21,9 @@ class PrototypeHead(nn.Module):
     The last layer is weight-normalised with the norm fixed to 1.
 
     Args:
-        width: of the vectors.
         hidden_width: of the first two layers.
         bottleneck_width: of the third.
         num_prototypes: scores that come out.
-        init: of the layers.
     """
 
     def __init__(self, width: int, hidden_width: int, bottleneck_width: int, num_prototypes: int, init: Init):
@@ -96,17 +94,11 @@ class Teacher(nn.Module):
     def _pairs(self, model: Model, head: PrototypeHead) -> Iterator[tuple[Tensor, Tensor]]:
         """Its parameters, each beside the student's."""
         for own, other in ((self.model.trunk, model.trunk), (self.model.pool, model.pool), (self.head, head)):
-            assert own is not None
-            assert other is not None
-            yield from zip(own.parameters(), other.parameters(), strict=True)
+            yield from zip(own.parameters(), other.parameters(), strict=True)  # type: ignore[union-attr]
 
     @torch.no_grad()
     def begin_as(self, model: Model, head: PrototypeHead, total_steps: int) -> None:
-        """Take over the student's weights.
-
-        Args:
-            total_steps: of the run.
-        """
+        """Take over the student's weights, for a run of so many steps."""
         self.total_steps = max(1, total_steps)
         for own, other in self._pairs(model, head):
             own.copy_(other)

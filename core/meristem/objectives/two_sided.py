@@ -1,6 +1,7 @@
 """What encoder-decoders are trained for: to write a target, given a source that is made of the same text or another."""
 
 from abc import abstractmethod
+from itertools import count, takewhile
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,6 @@ class TwoSided(SymbolObjective):
     The decoder reads a start symbol and then the target, one row behind what it is to predict; every symbol of the
     target is scored, the special rows that close it as well. Those that a tokenizer puts before a payload are no part
     of a target: the start symbol stands for them.
-
-    Args:
-        start_id: symbol that the decoder reads first; null for the tokenizer's padding, or 0 where it has none.
-        label_smoothing: share of each target's probability that is spread evenly over all symbols.
     """
 
     def __init__(self, start_id: int | None = None, label_smoothing: float = 0.0):
@@ -78,7 +75,6 @@ class TwoSided(SymbolObjective):
         """The source without its special rows, and the target with the rows that close it; neither is empty.
 
         Args:
-            encode: gives the tokens of other inputs.
             payload: `[n]` symbols of the first input, without special rows.
             closing: the special rows behind them.
         """
@@ -123,10 +119,8 @@ class SpanCorruption(TwoSided):
         for symbol in self.sentinels:
             require(symbol in index, rule, symbol)
         require(len(set(self.sentinels)) == len(self.sentinels), rule, "one twice")
-        names = list(self.sentinels)
-        if not names:
-            while (name := f"<extra_id_{len(names)}>") in index:
-                names.append(name)
+        extra = takewhile(index.__contains__, (f"<extra_id_{i}>" for i in count()))
+        names = self.sentinels or tuple(extra)
         if len(names) < 2:
             raise ConfigError(
                 "objective SpanCorruption needs a vocabulary with two sentinels or more, <extra_id_0>, <extra_id_1> "
