@@ -57,12 +57,7 @@ class BrokenContract(UserError):
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the contract that has passed.
-
-    Attributes:
-        detail: what the stage has found, in words.
-        seconds: duration of the stage.
-    """
+    """A stage of the contract that has passed, with what it has found in words, and its duration."""
 
     name: str
     detail: str
@@ -70,10 +65,7 @@ class Stage:
 
 
 def run_contract(name: str) -> Iterator[Stage]:
-    """Run a domain through the contract; each stage is yielded when it has passed.
-
-    Args:
-        name: name of an installed domain, or a dotted path.
+    """Run a domain, by name or dotted path, through the contract; each stage is yielded when it has passed.
 
     Raises:
         ConfigError: there is no such domain.

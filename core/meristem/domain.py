@@ -37,7 +37,6 @@ class Domain:
 
     Attributes:
         name: as `--domain` and configs say it.
-        reader: turns files into record batches.
         tokenizer: makes the tokenizer; its keyword arguments are the domain's tokenizer options.
         presets: architectures by name.
         sample: a small file of real records that ships with the domain.

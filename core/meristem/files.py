@@ -81,12 +81,7 @@ def write_json(path: Path, values: Any, folder: Path | None = None) -> None:
 
 
 def read_json(path: Path, error: type[UserError] = DataError) -> dict[str, Any]:
-    """The JSON object that a file holds.
-
-    Args:
-        path: of the file.
-        error: what is raised where the file is missing, cannot be read or holds something else.
-    """
+    """The JSON object that a file holds; raises `error` where it is missing, cannot be read or holds something else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as missing:

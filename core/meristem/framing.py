@@ -6,12 +6,7 @@ from meristem.types import Layout
 
 
 def frame_of(offsets: np.ndarray, num_special: tuple[int, int]) -> np.ndarray:
-    """`[sum of n]` whether a row is special, where each sequence of a column has so many before and behind its payload.
-
-    Args:
-        offsets: `[N + 1]` where each sequence begins.
-        num_special: special rows before and behind each payload.
-    """
+    """`[sum of n]` whether a row is special, where sequences have so many before and behind their payloads."""
     before, behind = num_special
     is_special = np.zeros(int(offsets[-1]), bool)
     for i in range(before):

@@ -28,16 +28,13 @@ GROUPS: Mapping[str, str] = {
     "meristem.objectives": "objective",
     "meristem.suites": "suite",
 }
-"""Groups of entry points, and what a piece of each is called in messages."""
+"""Groups of entry points, one of which each function here asks for, and what a piece is called in messages."""
 
 
 def installed(group: str) -> dict[str, tuple[EntryPoint, ...]]:
     """Entry points of a group by name, in the order of the names; none is imported.
 
     There is one entry point for a name, unless packages collide.
-
-    Args:
-        group: one of `GROUPS`.
     """
     assert group in GROUPS, f"{group} is no group of entry points"
     found: dict[str, tuple[EntryPoint, ...]] = {}
@@ -48,9 +45,6 @@ def installed(group: str) -> dict[str, tuple[EntryPoint, ...]]:
 
 def find(group: str, name: str) -> Any:
     """The piece that an installed package offers under a name.
-
-    Args:
-        group: one of `GROUPS`.
 
     Raises:
         ConfigError: no installed package offers it, several do, or the package that does cannot be imported.
@@ -65,21 +59,13 @@ def find(group: str, name: str) -> Any:
 
 
 def name_of(group: str, piece: type) -> str:
-    """The name that an installed package offers a class under; the path of its import where none does.
-
-    Args:
-        group: one of `GROUPS`.
-    """
+    """The name that an installed package offers a class under; the path of its import where none does."""
     path = f"{piece.__module__}:{piece.__qualname__}"
     return next((name for name, points in installed(group).items() if points[0].value == path), path)
 
 
 def find_all(group: str) -> dict[str, Any]:
-    """Every piece of a group by name. What cannot be imported is left out with a `PackageWarning`.
-
-    Args:
-        group: one of `GROUPS`.
-    """
+    """Every piece of a group by name. What cannot be imported is left out with a `PackageWarning`."""
     found = {}
     for name, points in installed(group).items():
         try:

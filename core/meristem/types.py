@@ -28,7 +28,6 @@ class Slice:
     """A part of a file that is read when it is needed, such as a stretch of a long sequence.
 
     Attributes:
-        file: path of the file.
         start: first symbol; what a symbol is (a byte, a letter of a sequence in the file) the domain's reader knows.
         stop: the symbol behind the last.
         strand: 1 to read as the file has it, -1 to read from the end, as the reader of the domain does that.
@@ -289,7 +288,6 @@ class PackedBatch:
     """Many `Tokens` end to end.
 
     Attributes:
-        layout: where each sequence lies.
         positions: `[T, A]` coordinates of each row.
         ids: `[T]` symbol of each row, -1 for a patch.
         features: `[T, P]` features of patches; None without patches.
@@ -352,7 +350,6 @@ class Hidden:
         layers: `[T, D]` by layer where asked for: 0 is the input of the first block, k the output of
             the k-th block; the last one is `final`, as in other libraries.
         attentions: by layer where asked for, one `[H, n, n]` map of post-softmax weights a sequence.
-        layout: of the rows.
         routing: what the routers of expert layers did, by layer (counted from 0 through both stacks).
         source: the source side of an encoder-decoder.
     """
@@ -373,7 +370,6 @@ class Routing:
         logits: `[T, X]` of every expert, fp32, with gradient.
         chosen: `[T, k]` experts that each token was sent to, the likeliest first.
         is_taken: `[T, k]` whether the expert had room; a token that it had none for is dropped there.
-        layout: of the rows.
     """
 
     logits: Float[Tensor, "T X"]

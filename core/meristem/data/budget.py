@@ -41,7 +41,6 @@ class Budget:
         From a pack that does not fit on, packs are half as large; nothing is lost.
 
         Args:
-            lengths: `[N]` tokens of each sequence.
             run: runs a pack, given the numbers of its sequences.
 
         Raises:

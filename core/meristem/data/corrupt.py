@@ -100,7 +100,6 @@ def cut_spans(ids: np.ndarray, spans: np.ndarray, sentinels: np.ndarray) -> tupl
     """What an encoder reads and a decoder writes: each is the other's sentinels filled in.
 
     Args:
-        ids: `[n]` symbols.
         spans: `[k, 2]` as `draw_spans` gives them.
         sentinels: `[k + 1]` or more symbols; the i-th stands for the i-th span, one more ends the target.
 
@@ -165,12 +164,11 @@ def crop_window(tokens: Tokens, max_tokens: int, rng: np.random.Generator) -> To
     """A random window of a sequence that is too long; the special tokens before and behind the payload stay.
 
     Positions count from 0 again, as if the window were all there is; spans still point into the whole
-    payload. The generator is drawn from only where something is cut.
+    payload. Each place is equally likely. The generator is drawn from only where something is cut.
 
     Args:
         tokens: before corruption: without targets.
         max_tokens: special tokens included; more than those.
-        rng: decides where the window begins; each place is equally likely.
     """
     if len(tokens) <= max_tokens:
         return tokens

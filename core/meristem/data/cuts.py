@@ -91,11 +91,10 @@ class Cuts:
         return pa.concat_arrays([whole, cut.cast(whole.type)]).take(pa.array(order))
 
     def window(self, tokens: Tokens, i: int, store: RecordStore, row: int) -> Tokens:
-        """The window of record `i`, with the places that its tokens have in the whole record.
+        """The window of record `i`, which is this row of the store, with the places of its tokens in the whole record.
 
         Args:
             tokens: of what `payloads` gave for it; returned as they are where the record is taken whole.
-            row: of the record in the store.
         """
         if self.stops[i] < 0:
             return tokens

@@ -110,7 +110,6 @@ class LabelColumn:
     """How the labels of a column are read.
 
     Attributes:
-        name: of the column.
         is_per_token: each record has one label a token: a list, or a text with one character a token.
         missing: words that mean "no label", beside the empty one.
         option: what a user writes to declare a word missing, for messages; `{}` stands for the word.

@@ -30,7 +30,6 @@ class TrainLoader:
         maker: makes the packs, for training; its random seed is that of the order of records too.
         tokens_per_batch: tokens that a pack holds at most, but for a single longer record.
         packs_per_step: packs of an optimiser step over all ranks and accumulation.
-        rank: of this process.
         world_size: processes that share each step.
         workers: processes that prepare steps ahead; 0 prepares in this one. Without effect on what comes.
         weights: share of the tokens of each source of the store (`MixedStream`); None: records come in random order,
@@ -84,12 +83,8 @@ class EvalLoader:
     Every process has equally many packs, since running a model may be collective: where the packs do not come out even,
     some get one that another process has, marked as `is_repeat`.
 
-    Args:
-        maker: makes the packs, for evaluation.
-        tokens_per_batch: tokens that a pack holds at most, but for a single longer record.
+    Args (others as in `TrainLoader`):
         rank: takes each `world_size`-th pack, from its own number on.
-        world_size: processes that share the pass.
-        workers: processes that prepare packs ahead; without effect on what comes.
         limit: packs to take, the first ones, over all processes: a number, or (a float) a share of them.
 
     Raises:
@@ -183,7 +178,6 @@ def _in_workers(make: Callable[[int, int], Iterator[Any]], workers: int) -> Iter
 
 
 def _first_packs(plan: Plan, limit: int | float) -> Plan:
-    """The packs that a limit leaves of an evaluation."""
     is_share = isinstance(limit, float)
     count = int(limit * len(plan)) if is_share else min(int(limit), len(plan))
     if limit < 0 or (is_share and limit > 1) or (len(plan) and limit and not count):

@@ -43,19 +43,13 @@ def pack(sequences: Sequence[Tokens], records: Sequence[int], min_rows: int = MI
 
 
 def pack_column(
-    column: TokenColumn,
-    rows: np.ndarray,
-    records: Sequence[int],
-    min_rows: int = MIN_ROWS,
-    is_pinned: bool = False,
+    column: TokenColumn, rows: np.ndarray, records: Sequence[int], min_rows: int = MIN_ROWS, is_pinned: bool = False
 ) -> PackedBatch:
     """The pack of `rows` of a column, equal to `pack` of the same sequences, without a loop over them.
 
     Args:
-        column: of symbols or patches.
         rows: rows of the column, in any order; at least one.
         records: index of the record that each of `rows` came from.
-        min_rows: rows that the pack holds at least.
         is_pinned: made in pinned memory, from which a GPU fetches while others work.
     """
     assert len(rows), "a pack holds at least one sequence"
@@ -97,11 +91,7 @@ def pack_column(
 
 
 def column_of(sequences: Sequence[Tokens], replaced: Mapping[str, int] | None = None) -> TokenColumn:
-    """Sequences end to end, all of symbols or all of patches.
-
-    Args:
-        replaced: as in `TokenColumn`.
-    """
+    """Sequences end to end, all of symbols or all of patches."""
     named = {name: [getattr(tokens, name) for tokens in sequences] for name in TokenColumn.ROW_FIELDS}
     joined: dict[str, Any] = {
         name: np.concatenate(values) for name, values in named.items() if values and values[0] is not None

@@ -37,16 +37,13 @@ class PackMaker:
     """Reads, tokenises, crops and prepares the records of a pack.
 
     Attributes:
-        store: of the records.
         rows: `[N]` rows of the store that take part, as in one part of a split.
         tokenizer: of every input that is not in `others`.
-        objective: corrupts and labels.
         seed: what happens to a record depends on (seed, epoch, row) alone.
         max_tokens_per_record: longer records are cropped to a random window, another one each epoch;
             special tokens are counted and kept. None crops nothing.
         views: of the records; None for the records as they are.
         is_training: views are drawn anew each epoch; else each record has one, the same each time.
-        others: tokenizers of inputs.
     """
 
     store: RecordStore
@@ -69,11 +66,7 @@ class PackMaker:
 
     @cached_property
     def full_lengths(self) -> np.ndarray:
-        """`[N]` tokens of the first input of each record, before cropping.
-
-        Raises:
-            DataError: a payload that the tokenizer refuses, by file and line.
-        """
+        """`[N]` tokens of the first input of each record, before cropping; refuses as `RecordStore.token_lengths`."""
         return self._lengths_of(self.main)
 
     def _lengths_of(self, name: str) -> np.ndarray:
@@ -98,7 +91,6 @@ class PackMaker:
 
     @property
     def _has_views(self) -> bool:
-        """Records are not taken as they are."""
         return self.views is not None and (self.is_training or not self.views.is_training_only)
 
     def make(self, epoch: int, members: np.ndarray) -> PackedBatch:

@@ -89,10 +89,7 @@ class RunData:
         return self.others.get(name, self.tokenizer)
 
     def refuse(self, part: str, place: int, reason: str) -> None:
-        """Say that a record cannot be used; the next `leave_out` takes it out of its part.
-
-        Args:
-            place: of the record in its part.
+        """Say that the record at a place of a part cannot be used; the next `leave_out` takes it out of the part.
 
         Raises:
             DataError: no record is to be left out.
@@ -130,10 +127,7 @@ class Encoder:
     tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
 
     def __call__(self, name: str, payload: Payload | None = None) -> Tokens:
-        """The tokens of an input.
-
-        Args:
-            payload: read by the tokenizer of that input, whole; None for the record's own.
+        """The tokens of an input: of the record's own, or of another payload as a whole.
 
         Raises:
             DataError: the tokenizer refuses the payload.

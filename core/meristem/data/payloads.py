@@ -72,13 +72,7 @@ def size_at(column: pa.Array, row: int) -> int:
 
 
 def bytes_at(column: pa.Array, row: int, start: int, stop: int) -> memoryview:
-    """A part of the payload of a row, where it lies; of a text, whole characters alone.
-
-    Args:
-        column: of strings or bytes.
-        start: first byte.
-        stop: the byte behind the last.
-    """
+    """Bytes `start` to `stop` of the payload of a row, where they lie; of a text, whole characters alone."""
     data = _bytes_of(column, row).data
     if is_text(column.type):
         while start < stop and data[start] & 0xC0 == 0x80:  # inside a character

@@ -109,10 +109,7 @@ def split_by_column(store: RecordStore) -> dict[str, np.ndarray]:
 
 
 def require_whole_groups(parts: Sequence[tuple[str, RecordStore, np.ndarray]]) -> None:
-    """Refuse parts that share a group.
-
-    Args:
-        parts: name, store and rows of each.
+    """Refuse parts (name, store and rows of each) that share a group.
 
     Raises:
         DataError: names two records of the group, by file and line.

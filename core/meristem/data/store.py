@@ -71,7 +71,6 @@ class RecordStore:
             sources: files; standard input can be read only once and is no source of a store.
             options: how to read. `on_error` is called with each refused record, also when the store was there.
             name: of the domain, and whatever else changes what the reader gives.
-            cache_dir: folder of the stores; None for the default one.
             progress: called with bytes done and bytes in all while a store is built. Bytes done follow
                 from the records, so they are an estimate within a file, and exact at its end.
 
@@ -150,7 +149,6 @@ class RecordStore:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs of each record."""
         return names_of(self._schema, INPUT_PREFIX)
 
     @property
@@ -183,12 +181,7 @@ class RecordStore:
         return np.array([size_at(self._chunks[i].column(INPUT_PREFIX + name), row) for i, row in places], np.int64)
 
     def stretches(self, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, name: str = INPUT) -> pa.Array:
-        """Parts of an input of `rows`, in their order; of each payload no other bytes are read.
-
-        Args:
-            starts: `[N]` first byte of each part (first symbol, of a slice).
-            stops: `[N]` the byte behind the last.
-        """
+        """Parts of an input of `rows` between two bytes (symbols, of a slice) of each; no other bytes are read."""
         kind = self._schema.field(INPUT_PREFIX + name).type
         parts = list(zip(starts.tolist(), stops.tolist()))
         if is_sliced(kind):
@@ -352,8 +345,6 @@ class RecordStore:
 
 
 class _Memory(Reader):
-    """Of records that no file holds."""
-
     def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
         raise DataError(f"{source.name}: records in memory are read from no file")
 

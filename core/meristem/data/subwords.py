@@ -28,11 +28,7 @@ BATCH_BYTES = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class TextColumn(TokenColumn):
-    """A column that still has its texts, since where a subword lies in one cannot be told from ids.
-
-    Attributes:
-        texts: one a sequence.
-    """
+    """A column that still has its texts, since where a subword lies in one cannot be told from ids."""
 
     texts: pa.Array | None = None
 

@@ -105,13 +105,11 @@ def _routings(hidden: Hidden, config: TransformerConfig) -> Mapping[int, Routing
 
 
 def _layout(batch: PackedBatch, config: TransformerConfig, layer: int) -> Layout:
-    """The layout of the rows that a layer sees."""
     is_encoder = config.num_decoder_layers and layer < config.num_layers
     return batch.sides[SOURCE].layout if is_encoder else batch.layout
 
 
 def _count(name: str, layout: Layout) -> int:
-    """What a term counts in one layer: sequences or tokens."""
     return layout.num_sequences if name == BALANCE else layout.num_tokens
 
 

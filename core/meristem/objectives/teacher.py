@@ -53,7 +53,6 @@ class Teacher(nn.Module):
     It is always as in evaluation. All it has learnt is in its state: weights, centre, steps taken.
 
     Args:
-        config: of the student.
         head: makes a head for vectors of a width.
         temperatures: that scores are divided by, in the first step and after `warmup_steps`.
         warmup_steps: over which the temperature changes linearly.

@@ -85,7 +85,6 @@ def read_table(
     refused as an empty record.
 
     Args:
-        stream: the opened source, at its start.
         payload_names: usual names of the first input's column, lower case, the first found is taken.
         holds_files: payloads are files, but for foreign inputs. A column of bytes stays one (also in the field `bytes`
             of a structure); one of text holds paths, which are the ids where no column names them.
