@@ -28,7 +28,6 @@ class Imported:
     """A model and its tokenizer, read from a directory of another library.
 
     Attributes:
-        family: the family of models that the directory belongs to.
         tokenizer: the tokenizer; its ids are those of the directory.
         model: the model, in evaluation mode, on the CPU, in fp32.
         notes: messages for the user, such as tensors that were left out.

@@ -77,8 +77,7 @@ def run_ours(model: Model, tokenizer: Tokenizer, sequences: Sequence[Tokens]) ->
     places = {record: place for place, record in enumerate(batch.records)}
     order = [places[record] for record in range(num_records)]
 
-    found: dict[str, list[Tensor]] = {}
-    found.update(_layers(hidden, order, ""))
+    found = _layers(hidden, order, "")
     if hidden.source is not None:
         found.update(_layers(hidden.source, order, "source "))
     for name, spec in model.specs.items():
@@ -178,25 +177,18 @@ def run_sequences(**outputs: str | tuple[str, ...]) -> Callable[[Any, Sequence[T
         found = {f"layer {k}": _unpad(layer, targets) for k, layer in enumerate(layers)}
         if sources:
             found |= {f"source layer {k}": _unpad(x, sources) for k, x in enumerate(out.encoder_hidden_states)}
-        return found | _outputs(out, {"logits": "logits", **outputs}, targets)
+        for ours, named in {"logits": "logits", **outputs}.items():
+            values = [getattr(out, name, None) for name in ([named] if isinstance(named, str) else named)]
+            value = next((value for value in values if value is not None), None)
+            if value is not None:
+                found[ours] = list(value) if value.ndim == 2 else _unpad(value, targets)
+        return found
 
     return theirs
 
 
 def _unpad(rows: Tensor, sequences: Sequence[Tokens]) -> list[Tensor]:
     return [row[: len(tokens)] for row, tokens in zip(rows, sequences)]
-
-
-def _outputs(
-    out: Any, names: Mapping[str, str | tuple[str, ...]], sequences: Sequence[Tokens]
-) -> dict[str, list[Tensor]]:
-    found = {}
-    for ours, named in names.items():
-        values = [getattr(out, name, None) for name in ([named] if isinstance(named, str) else named)]
-        value = next((value for value in values if value is not None), None)
-        if value is not None:
-            found[ours] = list(value) if value.ndim == 2 else _unpad(value, sequences)
-    return found
 
 
 @contextmanager

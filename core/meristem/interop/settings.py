@@ -94,8 +94,6 @@ class Settings(dict[str, Any]):
 
     Args:
         kind: name of the kind of config in messages, with its article (`a BERT`).
-        config: the config as it was found.
-        fields: settings that are fields of ours.
         defaults: what a setting means that is not there; goes before the default of a field.
         aliases: other names of settings, which count where the setting itself is not there.
     """

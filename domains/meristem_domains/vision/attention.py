@@ -77,7 +77,6 @@ def map_of(
     """The map of one picture, as `attention_maps` gives it.
 
     Args:
-        weights: attention weights of the picture's tokens.
         positions: row and column of each patch, -1 for special rows.
     """
     places = positions.cpu().numpy()

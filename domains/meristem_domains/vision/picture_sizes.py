@@ -13,13 +13,7 @@ def resized_px(image_px: tuple[int, int], crop_frac: float) -> tuple[int, int]:
 
 
 def resized_size(size: tuple[int, ...], resize_px: tuple[int, int], crop: str) -> tuple[int, int]:
-    """Height and width that an image of `size` is resized to.
-
-    Args:
-        size: height and width.
-        resize_px: target height and width.
-        crop: one of `CROPS`.
-    """
+    """Height and width that an image of `size` is resized to for `resize_px`; `crop` is one of `CROPS`."""
     height, width = size[:2]
     if crop == "squash":
         return resize_px

@@ -218,15 +218,9 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
 
 def ids_of_special(tokenizer: Tokenizer) -> dict[str, int | None]:
     """Ids of special symbols by name of the setting; None for a symbol that the tokenizer lacks."""
-    symbols = {**SPECIAL, **getattr(tokenizer, "special", {})}
-    vocab = tokenizer.vocab
-    ids = {role: vocab.index(symbol) if symbol in vocab else None for role, symbol in symbols.items()}
-    return {
-        "mask_token_id": ids["mask"],
-        "pad_token_id": ids["pad"],
-        "bos_token_id": ids["cls"],
-        "eos_token_id": ids["eos"],
-    }
+    symbols, vocab = {**SPECIAL, **getattr(tokenizer, "special", {})}, tokenizer.vocab
+    roles = {"mask_token_id": "mask", "pad_token_id": "pad", "bos_token_id": "cls", "eos_token_id": "eos"}
+    return {name: vocab.index(symbols[role]) if symbols[role] in vocab else None for name, role in roles.items()}
 
 
 def _run_reference(reference: Any, sequences: Sequence[Tokens]) -> Results:

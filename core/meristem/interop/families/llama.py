@@ -67,13 +67,10 @@ class Kind:
     """What distinguishes one of these families from the others.
 
     Attributes:
-        model_type: `model_type` in its config.
         fields: settings beside those that all have.
         defaults: what settings mean that are not there, where it is not what they mean in most of these families.
         qkv_bias: whether queries, keys and values have biases where no setting says so. Other maps have none.
         norm: class of all its norms.
-        is_gated: whether the feed-forward layer has a gate.
-        qk_norm: the norm of queries and keys.
         has_window: whether a setting may bound what every layer sees.
         has_layer_types: whether the bound holds only in layers that another setting names.
         must_divide: whether the reference refuses a config in which heads do not divide the width.

@@ -159,12 +159,7 @@ def table(architecture: arch.TransformerConfig, *_: object) -> KeyTable:
 
 
 def build_table(architecture: arch.TransformerConfig, feedforward: str, symbols: Row) -> KeyTable:
-    """Key table of one stack or two.
-
-    Args:
-        feedforward: name of the module of a feed-forward layer.
-        symbols: row of the embedding.
-    """
+    """Key table of one stack or two; `feedforward` is the foreign name of a feed-forward layer within a layer."""
     rows = [symbols, Rename("heads.tokens.out", "lm_head")]
     is_pair = architecture.num_decoder_layers > 0
     stacks = {"trunk.encoder": "encoder", "trunk.decoder": "decoder"} if is_pair else {"trunk": "encoder"}

@@ -21,6 +21,7 @@ from meristem.interop.table import KeyTable, block_rows
 from meristem.model.config import FeedForward, Prefix, TransformerConfig
 from meristem_domains.vision.families import vit
 from meristem_domains.vision.families.labels import LABEL, read_classifier, write_classes
+from meristem_domains.vision.families.processor import pair, patches_of, read_processor
 
 DINO_FIELDS = (
     *vit.FIELDS,
@@ -49,7 +50,7 @@ SPELLINGS = (*vit.ATTENTION_SPELLINGS, (r"\.mlp\.down_proj\.", ".mlp.weights_out
 
 def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     found = _settings(config)
-    height, width = vit.pair(found["image_size"])
+    height, width = pair(found["image_size"])
     if height != width:
         # the reference stretches positions for every picture that is no square, and takes their grid for one
         raise ConfigError(f"image_size must be a square in a DINOv2 config; got {height} x {width}")
@@ -108,7 +109,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, has_regi
         raise ConfigError("a DINOv2 has residual.layer_scale; got none")
     kind: dict[str, Any] = {"model_type": "dinov2"}
     if has_registers:
-        num_registers = len(vit.patches_of(tokenizer).prefix) - 1
+        num_registers = len(patches_of(tokenizer).prefix) - 1
         kind = {"model_type": "dinov2_with_registers", "num_register_tokens": num_registers}
     return {
         **kind,
@@ -120,7 +121,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, has_regi
 
 
 def read_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    return vit.read_patches(folder, _settings(config), bool(config.get("use_mask_token", True)))
+    return read_processor(folder, _settings(config), bool(config.get("use_mask_token", True)))
 
 
 DINO = replace(

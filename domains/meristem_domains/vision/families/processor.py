@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem.files import read_json
+from meristem.interop.settings import Settings
 from meristem_domains.vision.patches import INTERPOLATIONS, PatchTokenizer
 
 FILE = "preprocessor_config.json"
@@ -24,18 +26,41 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's pictures."""
 
 
-def read_processor(
-    folder: Path, image_px: tuple[int, int], patch_px: int, num_channels: int, prefix: Sequence[str], mask: str
-) -> tuple[PatchTokenizer, list[str]]:
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, given as two numbers or as one for both."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def side_of(found: Mapping[str, Any]) -> int:
+    height, width = pair(found["patch_size"])
+    if height != width:
+        raise ConfigError(f"patch_size must be a square; got {height} x {width}")
+    return height
+
+
+def patches_of(tokenizer: Tokenizer) -> PatchTokenizer:
+    """The tokenizer, which must be one of patches.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    if not isinstance(tokenizer, PatchTokenizer):
+        raise ConfigError(f"a model of images must have a tokenizer of patches; got {tokenizer.kind}")
+    return tokenizer
+
+
+def read_processor(folder: Path, found: Settings, has_mask: bool) -> tuple[PatchTokenizer, list[str]]:
     """Read the preprocessing of a directory as a tokenizer of patches; also returns notes for the user.
 
     Args:
-        image_px: height and width of the images that the model's positions are for.
+        found: settings of the model; its positions are for images of `image_size`.
 
     Raises:
         CheckpointError: a file that is damaged.
         ConfigError: a step that no setting of ours can say.
     """
+    image_px, num_channels = pair(found["image_size"]), found["num_channels"]
     file, notes = folder / FILE, []
     values = read_json(file, CheckpointError) if file.is_file() else {}
     if not file.is_file():
@@ -57,39 +82,40 @@ def read_processor(
         raise ConfigError(f"{FILE}: resample must be one of {sorted(filters)}; got {number!r}")
     tokenizer = PatchTokenizer(
         image_px=image_px,
-        patch_px=patch_px,
+        patch_px=side_of(found),
         num_channels=num_channels,
         mean=tuple(mean) if is_standard else (0.0,) * num_channels,
         std=tuple(std) if is_standard else (1.0,) * num_channels,
         resize_px=resized,
         crop=crop,
         interpolation=filters[number],
-        prefix=tuple(prefix),
-        mask=mask,
+        prefix=("<class>", *(f"<register_{index}>" for index in range(1, found.get("num_register_tokens", 0) + 1))),
+        mask="<mask>" if has_mask else "",
     )
     return tokenizer, notes
 
 
-def write_processor(tokenizer: PatchTokenizer) -> str:
-    """The text of `preprocessor_config.json`.
+def write_processor(tokenizer: Tokenizer) -> dict[str, str]:
+    """The text of `preprocessor_config.json`, by file name.
 
     Raises:
-        ConfigError: a step that it cannot say.
+        ConfigError: a step that it cannot say, or a tokenizer of another kind.
     """
+    patches = patches_of(tokenizer)
     values: dict[str, Any] = {
         "do_resize": True,
-        "resample": RESAMPLE[tokenizer.interpolation],
+        "resample": RESAMPLE[patches.interpolation],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(tokenizer.mean),
-        "image_std": list(tokenizer.std),
+        "image_mean": list(patches.mean),
+        "image_std": list(patches.std),
     }
-    height, width = tokenizer.fixed_px
-    resized = tokenizer.uncropped_px
-    if tokenizer.crop == "squash" and resized == tokenizer.fixed_px:
+    height, width = patches.fixed_px
+    resized = patches.uncropped_px
+    if patches.crop == "squash" and resized == patches.fixed_px:
         values |= {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
-    elif tokenizer.crop == "center" and resized[0] == resized[1]:
+    elif patches.crop == "center" and resized[0] == resized[1]:
         values |= {
             "image_processor_type": "BitImageProcessor",
             "size": {"shortest_edge": resized[0]},
@@ -98,10 +124,10 @@ def write_processor(tokenizer: PatchTokenizer) -> str:
         }
     else:
         raise ConfigError(
-            f"{FILE} cannot say how pictures are brought to {height} x {width} px; got crop={tokenizer.crop!r}, "
+            f"{FILE} cannot say how pictures are brought to {height} x {width} px; got crop={patches.crop!r}, "
             f"resized to {list(resized)}; it knows squash to that size, and center from a square"
         )
-    return json.dumps(values, indent=2) + "\n"
+    return {FILE: json.dumps(values, indent=2) + "\n"}
 
 
 def _read_size(values: Mapping[str, Any], image_px: tuple[int, int]) -> tuple[tuple[int, int] | None, str]:

@@ -9,8 +9,8 @@ from meristem.interop.family import ForeignConfig, Tensors
 from meristem.interop.settings import Field, Settings
 from meristem.interop.weights import Weights
 from meristem.model.config import Activation
+from meristem_domains.vision.families.processor import pair
 from meristem_domains.vision.families.timm_names import ARCHITECTURES, Named
-from meristem_domains.vision.families.vit import pair
 
 READ = """
     img_size patch_size in_chans num_classes global_pool embed_dim depth num_heads mlp_ratio qkv_bias proj_bias

@@ -20,7 +20,6 @@ class Named:
 
     Attributes:
         num_heads: heads of attention, in the trunk and in an attention pool.
-        activation: activation of feed-forward layers.
         eps: epsilon of every norm.
         is_gated: whether feed-forward layers are gated, by the first half of their packed map.
         is_distilled: whether there is a distillation token, and a classifier on it.

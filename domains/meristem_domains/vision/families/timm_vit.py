@@ -29,11 +29,10 @@ from meristem.model import config as arch
 from meristem.model.heads import Readout
 from meristem_domains.vision.families import timm_facts
 from meristem_domains.vision.families.labels import LABEL, label_of, require_plain
-from meristem_domains.vision.families.processor import IMAGENET
+from meristem_domains.vision.families.processor import IMAGENET, patches_of
 from meristem_domains.vision.families.rows import embedding_rows, shaped
 from meristem_domains.vision.families.runners import TIMM_IMAGES
 from meristem_domains.vision.families.timm_library import TIMM
-from meristem_domains.vision.families.vit import patches_of
 from meristem_domains.vision.patches import PatchTokenizer
 from meristem_domains.vision.picture_sizes import resized_px
 

@@ -6,22 +6,20 @@ a patch are symbols, and the row of positions for the class token is part of its
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.errors import ConfigError
 from meristem.interop.family import Family, ForeignConfig, Tensors, of_type
 from meristem.interop.settings import INIT_STD, Field, Settings, activation, write_fields
 from meristem.interop.table import Ignored, KeyTable, Rename, Row, block_rows
 from meristem.model.config import Attention, Embedding, Learned, Prefix, TransformerConfig
 from meristem_domains.vision.families.labels import LABEL, read_classifier, write_classes
-from meristem_domains.vision.families.processor import read_processor, write_processor
+from meristem_domains.vision.families.processor import pair, patches_of, read_processor, side_of, write_processor
 from meristem_domains.vision.families.rows import embedding_rows
 from meristem_domains.vision.families.runners import HF_IMAGES
-from meristem_domains.vision.patches import PatchTokenizer
 
 FIELDS = (
     Field("hidden_size", "width", 768),
@@ -74,19 +72,6 @@ def read_trunk(found: Settings, num_symbols: int, **parts: Any) -> TransformerCo
         attention=partial(Attention, head_width=found.get("head_dim")),
         **parts,
     )
-
-
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width, given as two numbers or as one for both."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
-
-
-def side_of(found: Mapping[str, Any]) -> int:
-    height, width = pair(found["patch_size"])
-    if height != width:
-        raise ConfigError(f"patch_size must be a square; got {height} x {width}")
-    return height
 
 
 def vit_table(architecture: TransformerConfig, foreign: ForeignConfig, names: Collection[str]) -> KeyTable:
@@ -163,36 +148,8 @@ def write_trunk(architecture: TransformerConfig, tokenizer: Tokenizer, fields: S
     }
 
 
-def patches_of(tokenizer: Tokenizer) -> PatchTokenizer:
-    """The tokenizer, which must be one of patches.
-
-    Raises:
-        ConfigError: it is another one.
-    """
-    if not isinstance(tokenizer, PatchTokenizer):
-        raise ConfigError(f"a model of images must have a tokenizer of patches; got {tokenizer.kind}")
-    return tokenizer
-
-
 def read_vit_tokenizer(folder: Path, config: ForeignConfig) -> tuple[Tokenizer, list[str]]:
-    return read_patches(folder, _settings(config), _has_mask(config))
-
-
-def read_patches(folder: Path, found: Settings, has_mask: bool) -> tuple[Tokenizer, list[str]]:
-    """Read a tokenizer of patches from a directory; also returns notes for the user."""
-    registers = [f"<register_{index}>" for index in range(1, found.get("num_register_tokens", 0) + 1)]
-    return read_processor(
-        folder,
-        image_px=pair(found["image_size"]),
-        patch_px=side_of(found),
-        num_channels=found["num_channels"],
-        prefix=("<class>", *registers),
-        mask="<mask>" if has_mask else "",
-    )
-
-
-def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
-    return {"preprocessor_config.json": write_processor(patches_of(tokenizer))}
+    return read_processor(folder, _settings(config), _has_mask(config))
 
 
 VIT = Family(
@@ -203,7 +160,7 @@ VIT = Family(
     read_config=read_vit_config,
     write_config=write_vit_config,
     read_tokenizer=read_vit_tokenizer,
-    write_tokenizer=write_tokenizer,
+    write_tokenizer=write_processor,
     read_heads=read_classifier,
     write_readouts=lambda readouts: write_classes(readouts, (None,)),
     spellings=VIT_SPELLINGS,
