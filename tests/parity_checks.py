@@ -22,8 +22,7 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.errors import UserError
 from meristem.interop.directory import Imported, read_config_file, read_directory, refuse_config, write_directory
 from meristem.interop.family import Family, find_family, installed_families
-from meristem.interop.parity import compare, is_layer
-from meristem.interop.runners import run_ours
+from meristem.interop.runners import compare, is_layer, run_ours
 from meristem.model.model import Model
 from meristem.shapes import Tensor
 

@@ -19,8 +19,7 @@ from meristem.data.tokenizer import AlphabetTokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.directory import read_directory, write_directory
 from meristem.interop.families.esm import ESM
-from meristem.interop.parity import compare
-from meristem.interop.runners import load_transformers
+from meristem.interop.runners import compare, load_transformers
 from meristem.model.config import FeedForward, LayerRule, Learned, RMSNorm
 from meristem.model.heads import Readout
 from meristem.model.model import Model

@@ -15,8 +15,7 @@ from meristem.data.pack import pack
 from meristem.interop import directory
 from meristem.interop.directory import Imported, read_directory, write_directory
 from meristem.interop.families.esm import ESM
-from meristem.interop.parity import compare
-from meristem.interop.runners import load_transformers, random_tokens
+from meristem.interop.runners import compare, load_transformers, random_tokens
 from meristem.model.model import Model
 from meristem.model.position import RotaryLayer
 from model_runs import outputs_of

@@ -26,7 +26,7 @@ from meristem.interop.directory import read_directory, write_directory
 from meristem.interop.family import find_family
 from meristem.model.config import LayerNorm, Mean, Prefix, Rotary
 from meristem.model.model import Model
-from meristem_domains.vision.families.timm_names import ARCHITECTURES
+from meristem_domains.vision.families.timm_facts import ARCHITECTURES
 from meristem_domains.vision.families.timm_vit import TIMM_VIT
 from model_runs import specs
 from parity_checks import Case, outputs_of

@@ -7,7 +7,7 @@ import numpy as np
 from meristem.data.tokenizer import Tokenizer
 from meristem.interop.directory import read_config_file
 from meristem.interop.family import find_family
-from meristem.interop.parity import compare
+from meristem.interop.runners import compare
 from meristem.model.model import Model
 
 

@@ -5,7 +5,7 @@ A family of models is supported when there are three things: a function that rea
 or for close kin, and make a `Family` value, which a package lists among its entry points. Nothing else asks which
 family a model is of.
 
-`directory.py` reads and writes directories by the tables and settings of a family, and `parity.py` measures how far a
+`directory.py` reads and writes directories by the tables and settings of a family, and `runners.py` measures how far a
 model of ours is from that of the other library.
 
 How to add a family

@@ -150,9 +150,6 @@ def _blamed(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: {reason}") from error
 
 
-# --- export ------------------------------------------------------------------------------------------------------
-
-
 NUM_REASONS = 3
 """Families that a refusal names, the nearest ones."""
 

@@ -1,4 +1,4 @@
-"""Run a model of ours and its reference implementation on the same random input.
+"""Run a model of ours and its reference implementation on the same random input, and measure how far they differ.
 
 A family names its runner; a runner is a value of four functions, so that a comparison asks for no name of a family.
 Results are tensors by name, one for each sequence: `layer 0` (the embedding), `layer 1` ..., `logits` of symbols,
@@ -8,6 +8,7 @@ Results are tensors by name, one for each sequence: `layer 0` (the embedding), `
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -58,6 +59,40 @@ class Runner:
         return importlib.util.find_spec(self.library) is not None
 
 
+def compare(
+    model: Model, tokenizer: Tokenizer, reference: Any, rng: np.random.Generator, runner: Runner
+) -> dict[str, float]:
+    """Run both on random inputs, ours packed and the reference padded, in fp32 on the CPU.
+
+    Returns:
+        Largest absolute difference by name of the result: each hidden state in order (those of a source side first),
+        then outputs of heads and pools that both libraries have. A hidden state that one of them lacks is infinitely
+        far away.
+    """
+    sequences = runner.draw(model, tokenizer, rng)
+    with torch.inference_mode():
+        ours, theirs = run_ours(model, tokenizer, sequences), runner.theirs(reference, sequences)
+    layers = sorted((name for name in {**ours, **theirs} if is_layer(name)), key=_order)
+    outputs = [name for name in ours if not is_layer(name) and name in theirs]
+    return {name: _distance(ours.get(name), theirs.get(name)) for name in (*layers, *outputs)}
+
+
+def is_layer(name: str) -> bool:
+    return name.removeprefix("source ").startswith("layer ")
+
+
+def _order(name: str) -> tuple[bool, int]:
+    return (not name.startswith("source "), int(name.rpartition(" ")[2]))
+
+
+def _distance(ours: list[Tensor] | None, theirs: list[Tensor] | None) -> float:
+    """The largest difference; infinite where tensors are missing, of another shape, or not numbers."""
+    if ours is None or theirs is None or any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
+        return math.inf
+    worst = torch.stack([(a.double() - b.double()).abs().max() for a, b in zip(ours, theirs)]).max()
+    return worst.nan_to_num(math.inf, math.inf).item()
+
+
 def run_ours(model: Model, tokenizer: Tokenizer, sequences: Sequence[Tokens]) -> Results:
     """Run our model. Results are in the order of the sequences; those of pairs in the order of the targets."""
     num_records = sum(tokens.side != SOURCE for tokens in sequences)
@@ -96,9 +131,6 @@ def _layers(hidden: Hidden, order: Sequence[int], side: str) -> dict[str, list[T
     return found
 
 
-# --- inputs ------------------------------------------------------------------------------------------------------
-
-
 def random_tokens(tokenizer: Tokenizer, length: int, rng: np.random.Generator, num_types: int = 0) -> Tokens:
     """Draw a random payload between special symbols; a share of it is masked if the tokenizer has a mask.
 
@@ -131,9 +163,6 @@ def draw_pairs(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> 
         ids = np.concatenate([[0], rng.choice(tokenizer.random_ids, length)]).astype(np.int64)
         targets.append(Tokens(positions=np.arange(len(ids))[:, None], ids=ids))
     return [*sources, *targets]
-
-
-# --- references of `transformers` --------------------------------------------------------------------------------
 
 
 def load_transformers(folder: Path) -> Any:

@@ -222,8 +222,6 @@ def _wrong_shape(
     return "" if got == wanted else f"{' + '.join(names)} {list(got)} for {list(wanted)}"
 
 
-# --- rows for parts that nearly every model has ---
-
 BLOCK = "trunk.blocks.{}"
 
 PARTS = {

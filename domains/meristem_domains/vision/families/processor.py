@@ -69,8 +69,10 @@ def read_processor(folder: Path, found: Settings, has_mask: bool) -> tuple[Patch
         raise ConfigError(f"{FILE} must divide by 255 (do_rescale, rescale_factor); it does not")
     is_standard = values.get("do_normalize", True)
     mean, std = (values.get(name, [0.5] * num_channels) for name in ("image_mean", "image_std"))
-    resized, crop = _read_size(values, image_px)
-    if crop == "center" and (cut := _size(values.get("crop_size"), image_px)) != image_px:
+    resized, crop = _read_size(values)
+    size = values.get("crop_size") if crop == "center" else None
+    cut = (size["height"], size["width"]) if isinstance(size, Mapping) else image_px if size is None else (size, size)
+    if cut != image_px:
         notes.append(
             f"{FILE} cuts pictures to {cut[0]} x {cut[1]} px, for which the reference stretches positions; "
             f"here they are read at {image_px[0]} x {image_px[1]} px, for which the positions were learned"
@@ -130,7 +132,7 @@ def write_processor(tokenizer: Tokenizer) -> dict[str, str]:
     return {FILE: json.dumps(values, indent=2) + "\n"}
 
 
-def _read_size(values: Mapping[str, Any], image_px: tuple[int, int]) -> tuple[tuple[int, int] | None, str]:
+def _read_size(values: Mapping[str, Any]) -> tuple[tuple[int, int] | None, str]:
     size = values.get("size", values.get("shortest_edge"))
     shortest = size.get("shortest_edge") if isinstance(size, Mapping) else None
     if not values.get("do_center_crop", False):
@@ -140,9 +142,3 @@ def _read_size(values: Mapping[str, Any], image_px: tuple[int, int]) -> tuple[tu
     if shortest is None:
         raise ConfigError(f"{FILE} must resize by size.shortest_edge before it cuts; got {size!r}")
     return (shortest, shortest), "center"
-
-
-def _size(size: Any, default: tuple[int, int]) -> tuple[int, int]:
-    if size is None:
-        return default
-    return (size["height"], size["width"]) if isinstance(size, Mapping) else (size, size)

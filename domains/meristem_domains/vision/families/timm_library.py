@@ -11,7 +11,7 @@ import torch
 
 from meristem.errors import ConfigError
 from meristem.interop.library import FetchOptions, Library
-from meristem_domains.vision.families.timm_names import ARCHITECTURES
+from meristem_domains.vision.families.timm_facts import ARCHITECTURES
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Weights of a model in the cache of the Hugging Face hub, the preferred file first."""

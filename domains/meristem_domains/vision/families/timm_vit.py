@@ -3,7 +3,7 @@
 A directory of timm says the name of an architecture, and arguments in which the model differs from what the name
 stands for. Nearly all of it shows in the shapes of the tensors, so timm itself is not asked: depth and widths, special
 tokens, which positions there are, norms, biases, factors of branches, gated layers. What does not show is the number
-of heads, the activation and the eps of the norms: they are those of the arguments, or of the name (`timm_names.py`);
+of heads, the activation and the eps of the norms: they are those of the arguments, or of the name (`timm_facts.py`);
 a name that is not known is refused. The pool is the one that the config says.
 
 A distilled model averages two classifiers, one on each of its two special tokens: here that is one linear map of both
@@ -173,8 +173,11 @@ def write_config(architecture: arch.TransformerConfig, tokenizer: Tokenizer) -> 
     }
     if is_distilled and arguments["reg_tokens"]:
         raise ConfigError(f"a distilled model must have two special tokens; got {', '.join(patches.prefix)}")
+    # its name stands for what no argument can say
+    base = "vit_base_patch16_clip_224" if getattr(architecture.norm, "eps", None) == 1e-5 else "vit_base_patch16_224"
+    base = "deit_tiny_distilled_patch16_224" if is_distilled else base
     return {
-        "architecture": _base(is_distilled, feedforward.is_gated, getattr(architecture.norm, "eps", None)),
+        "architecture": "vit_giant_patch14_dinov2" if feedforward.is_gated else base,
         "num_classes": 0,
         "num_features": architecture.width,
         "global_pool": global_pool,
@@ -197,15 +200,6 @@ def write_config(architecture: arch.TransformerConfig, tokenizer: Tokenizer) -> 
 
 
 POOLS: Mapping[type, str] = {arch.Prefix: "token", arch.Mean: "avg", arch.Max: "max", arch.AttentionPool: "map"}
-
-
-def _base(is_distilled: bool, is_gated: bool, eps: float | None) -> str:
-    """An architecture whose name stands for what no argument can say."""
-    if is_gated:
-        return "vit_giant_patch14_dinov2"
-    if is_distilled:
-        return "deit_tiny_distilled_patch16_224"
-    return "vit_base_patch16_clip_224" if eps == 1e-5 else "vit_base_patch16_224"
 
 
 def _crop_pct(patches: PatchTokenizer) -> float:
