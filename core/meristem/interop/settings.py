@@ -163,11 +163,7 @@ def write_fields(architecture: arch.TransformerConfig, fields: Sequence[Field]) 
 
 
 def special_ids(tokenizer: object, *roles: str) -> dict[str, int | None]:
-    """Ids of special symbols by name of the setting (`bos_token_id`); None where the tokenizer has none.
-
-    Args:
-        roles: roles of the symbols; `bos`, `eos` and `pad` by default.
-    """
+    """Ids of `bos`, `eos`, `pad` or other roles by name of the setting; None where the tokenizer has no such symbol."""
     special: Mapping[str, str] = getattr(tokenizer, "special", {})
     vocab: tuple[str, ...] = getattr(tokenizer, "vocab", ())
     return {

@@ -24,14 +24,11 @@ Definition = dict[str, Any]
 
 
 def read_subwords(folder: Path, config: Mapping[str, Any]) -> tuple[SubwordTokenizer, list[str]]:
-    """Read a subword tokenizer from a directory of another library.
+    """Read a subword tokenizer from a directory of another library; also returns notes for the user.
 
     Args:
         config: the directory's `config.json`; `vocab_size` bounds the ids, and `pad_token_id` and its like name special
             symbols that no file of the tokenizer names.
-
-    Returns:
-        The tokenizer, and notes for the user.
 
     Raises:
         CheckpointError: no file of a tokenizer, or one that is damaged or does not go with the others.
@@ -123,14 +120,7 @@ def _add_symbols(
     added: list[dict[str, Any]],
     vocab_size: int | None,
 ) -> list[str]:
-    """Add symbols to a definition, as far as a model of `vocab_size` has room for them.
-
-    Returns:
-        Notes on those that are left out.
-
-    Raises:
-        CheckpointError: the model's own vocabulary is larger than `vocab_size`.
-    """
+    """Add symbols to a definition, as far as a model of `vocab_size` has room for them; returns notes on the others."""
     tokens = {token["content"]: token for token in definition["added_tokens"]}
     names_of_roles = {token["content"] for token in roles.values()}
     for token in (*added, *roles.values()):

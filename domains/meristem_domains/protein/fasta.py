@@ -59,11 +59,17 @@ class ProteinReader(Reader):
             head = stream.peek(BLOCK_BYTES).removeprefix(BOM)
             if head.lstrip()[:1] == b">" or (is_a3m(source) and head.lstrip()[:1] == b"#"):
                 options.require_bare(f"{source.name}:1", "FASTA has none (labels and splits need a table)")
-                yield from _read_fasta(stream, source, options)
+                pieces, column = _pieces(stream, source, options), INPUT_PREFIX + options.main
+                for batches in gather(pieces, lambda batch: batch.column(column).nbytes, options.batch_bytes):
+                    yield pa.concat_batches(batches)
                 return
             if kind := flat_kind(head):
                 options.require_bare(f"{source.name}:1", f"{kind} files have none (labels and splits need a table)")
-                yield from _read_flat(stream, source, options, kind)
+                found = read_flat(stream, kind, source, options)
+                for rows in gather(found, lambda row: len(row[1]), options.batch_bytes):
+                    ids, sequences, lines = zip(*rows)
+                    payloads = {options.main: pa.array(sequences, pa.large_string())}
+                    yield from _usable(batch_of(pa.array(ids), payloads, source.name, lines), source, options)
                 return
             form = table_format(head, (*PAYLOAD_COLUMNS, *options.columns, *options.named_columns))
             if form is None:
@@ -79,14 +85,6 @@ def is_a3m(source: Source) -> bool:
     """Whether the name says that lower case letters are insertions."""
     stem, suffix = os.path.splitext(source.path.lower())
     return (os.path.splitext(stem)[1] if suffix in COMPRESSION_SUFFIXES else suffix) == ".a3m"
-
-
-def _read_fasta(stream: io.BufferedReader, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
-    """Read the records of a FASTA or A3M file in batches of about `options.batch_bytes`."""
-    column = INPUT_PREFIX + options.main
-    pieces = _pieces(stream, source, options)
-    for batches in gather(pieces, lambda batch: batch.column(column).nbytes, options.batch_bytes):
-        yield pa.concat_batches(batches)
 
 
 def _pieces(stream: io.BufferedReader, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
@@ -158,15 +156,6 @@ def _cleaned(sequences: pa.Array) -> tuple[pa.Array, dict[int, str]]:
             character = text[found.start() : found.start() + 4].decode("utf-8", "replace")[0]
             faults[row] = f"{character!r} is no residue (letters, '*', '-' and '.' are)"
     return sequences, faults
-
-
-def _read_flat(stream: io.BufferedReader, source: Source, options: ReadOptions, kind: str) -> Iterator[pa.RecordBatch]:
-    """Read a file of one of `flat_files.KINDS` in batches of about `options.batch_bytes`."""
-    rows = read_flat(stream, kind, source, options)
-    for held in gather(rows, lambda row: len(row[1]), options.batch_bytes):
-        ids, sequences, lines = zip(*held)
-        payloads = {options.main: pa.array(sequences, pa.large_string())}
-        yield from _usable(batch_of(pa.array(ids), payloads, source.name, lines), source, options)
 
 
 def _usable(batch: pa.RecordBatch, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:

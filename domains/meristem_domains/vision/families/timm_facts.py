@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 from pyarrow.csv import ConvertOptions, read_csv
@@ -65,15 +65,7 @@ REFUSED = {
 }
 """Arguments that must have this one value, or none."""
 
-
-ACTIVATIONS: Mapping[str, Activation] = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
+ACTIVATIONS: Mapping[str, Activation] = {**{name: name for name in get_args(Activation)}, "swish": "silu"}
 """Our activations by their names in timm."""
 
 FIELDS = (

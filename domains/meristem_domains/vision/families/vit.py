@@ -37,6 +37,7 @@ VIT_FIELDS = (
     Field("layer_norm_eps", "norm.eps", 1e-12),
 )
 DEFAULTS = {"image_size": 224, "num_channels": 3, "patch_size": 16}
+_settings = partial(Settings, "a ViT", fields=VIT_FIELDS, defaults=DEFAULTS)
 LEFT_OUT = (
     Ignored(r".*\.pooler\.dense\.(weight|bias)", "the pooler is left out: the classifier does not read it"),
     Ignored(r"decoder\.0\.(weight|bias)", "the decoder that draws hidden patches is left out"),
@@ -50,10 +51,6 @@ def read_vit_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfi
     if has_pooler:
         found.require(pooler_act="tanh", pooler_output_size=found["hidden_size"])
     return read_trunk(found, num_symbols=1 + _has_mask(config), pool=Prefix(is_dense=has_pooler))
-
-
-def _settings(config: ForeignConfig) -> Settings:
-    return Settings("a ViT", config, VIT_FIELDS, DEFAULTS)
 
 
 def _has_mask(config: ForeignConfig) -> bool:

@@ -52,6 +52,8 @@ class MaskedPatches(Objective):
         decoder_heads: number of attention heads of the decoder.
     """
 
+    _tokenizer: Tokenizer  # set by bind
+
     def __init__(
         self,
         rate: float = 0.75,
@@ -69,7 +71,6 @@ class MaskedPatches(Objective):
         require(is_width, rule, f"decoder_width={decoder_width}, decoder_heads={decoder_heads}")
         self.rate, self.is_normalised = rate, is_normalised
         self.decoder_width, self.decoder_layers, self.decoder_heads = decoder_width, decoder_layers, decoder_heads
-        self._tokenizer: Tokenizer | None = None
 
     def bind(self, data: RunData) -> None:
         tokenizer = data.tokenizer
@@ -87,7 +88,6 @@ class MaskedPatches(Objective):
         require(has_patches, "objective MaskedPatches needs a model of patches", got)
 
     def lengths(self, lengths: np.ndarray) -> np.ndarray:
-        assert self._tokenizer is not None, "bind comes first"
         num_hidden = self._num_hidden(lengths - sum(self._tokenizer.num_special))
         return 2 * lengths - num_hidden
 
@@ -159,7 +159,6 @@ class MaskedPatches(Objective):
         Hidden patches are shown in the mean colour. A normalised prediction is shown with the true mean and standard
         deviation of its patch, which the model does not know.
         """
-        assert self._tokenizer is not None
         assert batch.features is not None
         predicted_TP, is_hidden_T = self._paint(model(batch, self.wanted(batch)), extra, batch)
         predicted_TP = predicted_TP.float()

@@ -63,6 +63,7 @@ class SelfDistillation(Objective):
 
     payload_inputs = (INPUT,)
     reads_pool = True
+    tokenizers: tuple[PatchTokenizer, PatchTokenizer]  # of large views and of small views; set by bind
 
     def __init__(
         self,
@@ -96,7 +97,6 @@ class SelfDistillation(Objective):
         self.student_temperature, self.warmup_steps = student_temperature, warmup_steps
         self.temperatures = (first_temperature, teacher_temperature)
         self.momentum, self.center_momentum, self.spread_weight = momentum, center_momentum, spread_weight
-        self._tokenizers: tuple[PatchTokenizer, PatchTokenizer] | None = None
 
     def bind(self, data: RunData) -> None:
         tokenizer = data.tokenizer
@@ -109,7 +109,7 @@ class SelfDistillation(Objective):
             replace(tokenizer, image_px=(side, side), resize_px=None, crop_frac=1.0, max_patches=None)
             for side in (self.crops.global_px, self.crops.local_px)
         )
-        self._tokenizers = (large, small)
+        self.tokenizers = (large, small)
 
     def bind_model(self, config: TransformerConfig) -> None:
         super().bind_model(config)
@@ -123,11 +123,6 @@ class SelfDistillation(Objective):
                 "objective SelfDistillation needs positions that serve views of two sizes: position: "
                 "{kind: SinCos2D} or {kind: Rotary, num_axes: 2} (architecture.position); got a learned table"
             )
-
-    @property
-    def tokenizers(self) -> tuple[PatchTokenizer, PatchTokenizer]:
-        assert self._tokenizers is not None, "bind comes first"
-        return self._tokenizers
 
     @property
     def view_lengths(self) -> tuple[int, int]:
