@@ -97,7 +97,7 @@ class Family:
         return replace(self, variant_of=self, **changes)
 
     def table_of(self, config: TransformerConfig, foreign: ForeignConfig, names: Collection[str] = ()) -> KeyTable:
-        """The key table for an architecture; `names` are those of the foreign tensors that are there, none at export."""
+        """The key table for an architecture; `names` are those of the tensors that are there, none at export."""
         return self.table if isinstance(self.table, KeyTable) else self.table(config, foreign, names)
 
     def spell(self, name: str) -> str:

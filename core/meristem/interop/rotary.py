@@ -7,8 +7,6 @@ from meristem.errors import ConfigError
 from meristem.interop.settings import Settings
 from meristem.model.config import BandScaling, LinearScaling, NoScaling, Position, Rotary, Scaling
 
-DEFAULT_BASE = 10000.0
-
 MAX_POSITIONS = 4096
 """The longest sequence that a foreign config is told, in tokens: our rotary positions have no limit."""
 
@@ -43,7 +41,7 @@ def read_rotary(found: Settings) -> Rotary:
     kind = values.pop("rope_type", older)
     base = values.pop("rope_theta", None)
     if base is None:
-        base = found.get("rope_theta") or DEFAULT_BASE
+        base = found.get("rope_theta") or 10000.0
     if kind not in SCALINGS:
         raise ConfigError(f"rope_type must be one of {', '.join(SCALINGS)}; got {kind!r}")
     if values.pop("partial_rotary_factor", None) not in (None, 1.0):

@@ -15,9 +15,6 @@ from meristem.model.config import FeedForward, TransformerConfig
 from meristem.shapes import Tensor
 from meristem_domains.dna.vocabulary import read_kmers, write_kmers
 
-NUM_WORDS = 4**6
-"""Words of six bases: an ESM with as many symbols is no model of proteins."""
-
 CODE = {
     "AutoConfig": "esm_config.EsmConfig",
     "AutoModelForMaskedLM": "modeling_esm.EsmForMaskedLM",
@@ -54,7 +51,8 @@ def derived(architecture: TransformerConfig) -> dict[str, Tensor]:
 
 def _is_v1(config: ForeignConfig) -> bool:
     size = config.get("vocab_size")
-    return ESM.recognises(config) and isinstance(size, int) and size > NUM_WORDS
+    # an ESM with a symbol for each word of six bases is no model of proteins
+    return ESM.recognises(config) and isinstance(size, int) and size > 4**6
 
 
 NUCLEOTIDE_V1 = ESM.variant(

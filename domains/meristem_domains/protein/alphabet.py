@@ -8,9 +8,6 @@ from meristem.interop.families.esm import SYMBOLS as VOCAB
 NONSTANDARD = "UZOBJX*-."
 """Selenocysteine, pyrrolysine, ambiguous and unknown residues, stops and gaps."""
 
-NOT_IN_VOCAB = "J*"
-"""Nonstandard symbols that the published vocabulary lacks; they are read as X."""
-
 
 def tokenizer(nonstandard: str = "keep") -> AlphabetTokenizer:
     """The residue tokenizer: `<cls>`, one token for each residue, `<eos>`. Case does not matter.
@@ -27,7 +24,7 @@ def tokenizer(nonstandard: str = "keep") -> AlphabetTokenizer:
     """
     # by policy: what is replaced, and what is refused
     policies: dict[str, tuple[dict[str, str], str]] = {
-        "keep": (dict.fromkeys(NOT_IN_VOCAB, "X"), ""),
+        "keep": (dict.fromkeys("J*", "X"), ""),
         "x": ({symbol: "X" for symbol in NONSTANDARD if symbol != "X"}, ""),
         "refuse": ({}, NONSTANDARD),
     }

@@ -32,9 +32,6 @@ RESIDUES = "^[A-Za-z*.-]+$"
 FOREIGN = re.compile(rb"[^A-Za-z*. \t-]")
 """A byte of a sequence that is neither a residue nor white space."""
 
-INSERTIONS = "[a-z.]+"
-"""Insertions against the first sequence of an A3M file."""
-
 
 class ProteinReader(Reader):
     """Reads FASTA, A3M, tables, and `flat_files`. Two sequences that differ only in case are the same protein."""
@@ -113,7 +110,7 @@ def _parse(
     parts = pa.LargeListArray.from_arrays(offsets, bodies)
     sequences = pc.binary_join(parts, pa.scalar(b"", bodies.type))
     if is_a3m(source):
-        sequences = pc.replace_substring_regex(sequences, INSERTIONS, "")
+        sequences = pc.replace_substring_regex(sequences, "[a-z.]+", "")  # insertions against the first sequence
     sequences, faults = _cleaned(sequences)
     ids, header_faults = _ids(headers, first_number)
     for row, fault in sorted((faults | header_faults).items()):

@@ -271,11 +271,9 @@ class PatchTokenizer(Tokenizer):
         if isinstance(payload, np.ndarray):
             pixels = self._values_of(payload, row)
         else:
+            read = read_pixels if isinstance(payload, bytes) else pixels_of
             with of_row(row):
-                if isinstance(payload, bytes):
-                    pixels = read_pixels(payload, self.num_channels)
-                else:
-                    pixels = pixels_of(payload, self.num_channels)
+                pixels = read(payload, self.num_channels)
         self._check_size(pixels.shape, row)
         return pixels
 

@@ -138,11 +138,9 @@ def pixels_of(image: Any, num_channels: int) -> np.ndarray:
 
 def as_floats(pixels: np.ndarray) -> np.ndarray:
     """Values of an image as float32 between 0 and 1; floats stay as they are."""
-    return (
-        pixels.astype(np.float32) / np.float32(255)
-        if pixels.dtype == np.uint8
-        else pixels.astype(np.float32, copy=False)
-    )
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / np.float32(255)
+    return pixels.astype(np.float32, copy=False)
 
 
 def resize_channels(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:

@@ -24,15 +24,6 @@ from meristem.model.config import Attention, FeedForward, LayerNorm, Residual, T
 SYMBOLS = ("<cls>", "<pad>", "<eos>", "<unk>", *RESIDUES, *"XBUZO.-|", "<mask>")
 """The vocabulary of all published models: that of ESM with a symbol between chains."""
 
-NUM_ROWS = 64
-"""Of the embedding of all published models."""
-
-EPS = 1e-5
-"""Of every norm; a constant of the reference."""
-
-SCALED_LAYERS = 36
-"""Layers of the model whose branches are added as they are."""
-
 FIELDS = (
     *SHAPE,
     activation("hidden_act", "silu"),
@@ -61,8 +52,8 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
         position=read_rotary(found),
         attention=partial(Attention, qk_norm="full"),
         feedforward=partial(FeedForward, is_gated=True),
-        norm=LayerNorm(eps=EPS),
-        residual=Residual(scale=(SCALED_LAYERS / num_layers) ** 0.5),
+        norm=LayerNorm(eps=1e-5),  # a constant of the reference, as are the 36 layers of the model that scales nothing
+        residual=Residual(scale=(36 / num_layers) ** 0.5),
         head=TokenHead(is_tied=False),
     )
 
@@ -93,6 +84,6 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
 ESMC = replace(
     sequence_family("ESM-C", "protein", "esmc", "Esmc", TABLE, read_config, write_config, "esmc.", "ForMaskedLM"),
     read_heads=heads_by_prefix(tokens="lm_head."),
-    read_tokenizer=partial(read_residues, published=SYMBOLS, num_rows=NUM_ROWS, kind="ESM-C"),
+    read_tokenizer=partial(read_residues, published=SYMBOLS, num_rows=64, kind="ESM-C"),
     write_tokenizer=write_tokenizer,
 )

@@ -18,8 +18,6 @@ from meristem.types import Tokens
 from meristem_domains.vision.families.labels import LABEL
 from meristem_domains.vision.patches import PatchTokenizer
 
-NUM_IMAGES = 3
-
 
 def draw_images(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Tokens]:
     """Draw random images of the model's size, cut into patches. The label `image` is the normalised `[C, H, W]`."""
@@ -28,7 +26,7 @@ def draw_images(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) ->
     plain = replace(tokenizer, resize_px=None, crop_frac=1.0, crop="squash")
     mean, std = np.array(plain.mean, np.float32), np.array(plain.std, np.float32)
     found = []
-    for _ in range(NUM_IMAGES):
+    for _ in range(3):
         pixels = rng.random((*plain.fixed_px, plain.num_channels), dtype=np.float32)
         image = np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
         found.append(replace(plain.encode(pixels), labels={"image": image}))
