@@ -131,7 +131,7 @@ def test_a_reach_that_is_one_too_short_and_a_leaked_future_are_caught(rng: np.ra
     with mock.patch.object(cached, "left_reach", return_value=4), pytest.raises(AssertionError, match="not close"):
         kept.check(Causal() & Window(left=5))
     full = mock.patch.object(
-        cached, "visible", lambda pattern, i, j, *rest: torch.ones(len(i), j.shape[1], dtype=torch.bool)
+        cached, "visible", lambda pattern, m, n, *rest: torch.ones(m, n - rest[-1], dtype=torch.bool)
     )
     with full, pytest.raises(AssertionError, match="not close"):
         kept.check(Causal())

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meristem.model.config import Causal, Full, Pattern
-from meristem.model.kernels import reference as reference_kernel
+from meristem.model.kernels import grouped
 from meristem.types import Layout
 
 Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Layout, Layout]
@@ -144,7 +144,7 @@ def test_a_leaked_mask_is_caught(rng: np.random.Generator) -> None:
 def test_a_causal_mask_one_too_wide_is_caught(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make(int(rng.integers(2**31)), [(5, 9), (4, 12)], 2, 1, 8)
     wanted = results(reference, made, Causal())[0]
-    monkeypatch.setattr(reference_kernel, "visible", lambda pattern, i, j, length, prefix_length: j <= i + 1)
+    monkeypatch.setattr(grouped, "visible", lambda _, m, n, *rest: torch.ones(m, n).tril(n - m + 1).bool())
     with pytest.raises(AssertionError, match="not close"):
         torch.testing.assert_close(results(attend, made, Causal())[0], wanted, atol=2e-5, rtol=1e-5)
 

@@ -35,8 +35,7 @@ from meristem.types import Layout
 
 
 def dense(pattern: Pattern, q_length: int, kv_length: int, prefix_length: int) -> torch.Tensor:
-    i = torch.arange(kv_length - q_length, kv_length)[:, None]
-    return visible(pattern, i, torch.arange(kv_length)[None, :], kv_length, prefix_length)
+    return visible(pattern, q_length, kv_length, prefix_length, torch.device("cpu"))
 
 
 def check(pattern: Pattern, mask: torch.Tensor, kv_length: int, prefix_length: int) -> None:

@@ -30,8 +30,7 @@ def draw_confusion(path: Path, confusions: Mapping[str, np.ndarray], names: Sequ
     side = float(np.clip(0.3 * count, 4.2, 11))
     figure = new_figure((side + 1.2) * len(confusions), side + 0.8)
     panels = figure.subplots(1, len(confusions), squeeze=False)[0]
-    step = -(-count // MAX_TICKS)
-    ticks = range(0, count, step)
+    ticks = range(0, count, -(-count // MAX_TICKS))
     short = [name if len(name) <= MAX_LETTERS else name[: MAX_LETTERS - 3] + "..." for name in names]
     size = 9 if count <= MAX_NUMBERED else 7
     for axes, (title, counts) in zip(panels, confusions.items()):

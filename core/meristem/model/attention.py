@@ -92,7 +92,7 @@ class AttentionLayer(nn.Module):
         super().__init__()
         self.config, self.layer, self.position = parts.attention, layer, position
         self.head_width = parts.head_width
-        self.num_heads, self.num_kv_heads = self.config.num_heads, self.config.kv_heads
+        self.num_heads, self.num_kv_heads = self._heads = self.config.num_heads, self.config.kv_heads
         out = (self.num_heads + 2 * self.num_kv_heads) * self.head_width
         self.qkv = nn.Linear(parts.width, out, bias=self.config.qkv_bias)
         if self.config.qk_norm is not None:
@@ -100,10 +100,6 @@ class AttentionLayer(nn.Module):
             widths = [heads * self.head_width if is_full else self.head_width for heads in self._heads]
             self.q_norm, self.k_norm = (build_norm(parts.norm, width, has_bias=False) for width in widths)
         self.out = nn.Linear(self.num_heads * self.head_width, parts.width, bias=self.config.out_bias)
-
-    @property
-    def _heads(self) -> tuple[int, int]:
-        return self.num_heads, self.num_kv_heads
 
     def forward(self, x: Float[Tensor, "T D"], context: Context, kept: KeptRows | None = None) -> Float[Tensor, "T D"]:
         """Attend within each sequence. If `kept` names rows, only these are queries."""
@@ -125,8 +121,7 @@ class AttentionLayer(nn.Module):
 
     def _norm(self, norm: nn.Module, x_THE: Float[Tensor, "T H E"]) -> Float[Tensor, "T H E"]:
         if self.config.qk_norm == "head":
-            normed: Tensor = norm(x_THE)
-            return normed
+            return norm(x_THE)
         return norm(x_THE.flatten(1)).unflatten(-1, (-1, self.head_width))
 
     def _attend(

@@ -1,6 +1,6 @@
 """How much arithmetic a forward pass takes."""
 
-from meristem.model.config import Attention, LayerParts, TransformerConfig, sees_the_future
+from meristem.model.config import LayerParts, TransformerConfig, sees_the_future
 from meristem.model.config.pattern import Window
 
 
@@ -25,19 +25,16 @@ def _layer_products(parts: LayerParts, length: int) -> float:
     width, attention = parts.width, parts.attention
     query_width, key_width = attention.num_heads * parts.head_width, attention.kv_heads * parts.head_width
     maps = width * (query_width + 2 * key_width) + query_width * width
-    products = maps + 2 * query_width * _num_seen(attention, length)
+    pattern = attention.pattern
+    # patterns beside windows and causal ones count as full
+    num_seen: float = length if sees_the_future(pattern) else (length + 1) / 2
+    if isinstance(pattern, Window):
+        num_seen = min(length, pattern.left + 1 + pattern.right)
+    products = maps + 2 * query_width * num_seen
     if parts.has_source:
         products += maps + 2 * query_width * length
     num_active = 1 if parts.experts is None else parts.experts.top_k + parts.experts.num_shared
     return products + num_active * (3 if parts.feedforward.is_gated else 2) * width * parts.feedforward.width
-
-
-def _num_seen(attention: Attention, length: int) -> float:
-    """Keys that a query sees, on average; patterns beside windows and causal ones count as full."""
-    pattern = attention.pattern
-    if isinstance(pattern, Window):
-        return min(length, pattern.left + 1 + pattern.right)
-    return length if sees_the_future(pattern) else (length + 1) / 2
 
 
 def num_idle_parameters(config: TransformerConfig) -> int:

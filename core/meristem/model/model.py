@@ -62,8 +62,7 @@ class Model(nn.Module):
         if isinstance(self.trunk, Encoder) and self.trunk.may_leave_rows_of(wanted):
             count = self._num_first(wanted, heads)
             last_rows = first_rows(batch.layout, count) if count else None
-        hidden: Hidden = self.trunk(batch, wanted, last_rows)
-        return hidden
+        return self.trunk(batch, wanted, last_rows)
 
     def _num_first(self, wanted: Wanted, heads: Collection[Head]) -> int | None:
         """First rows of each sequence that are all that anybody uses of the trunk's last; None where others are."""

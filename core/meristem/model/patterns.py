@@ -15,25 +15,23 @@ import torch
 
 from meristem.model.config import BlockSparse, Pattern
 from meristem.model.config import pattern as kinds
-from meristem.shapes import Bool, Int, Tensor
+from meristem.shapes import Bool, Tensor
 
 Span = tuple[Tensor, Tensor]
 """First and last places of spans, both included."""
 
 
 def visible(
-    pattern: Pattern, i: Int[Tensor, "m 1"], j: Int[Tensor, "1 n"], length: int, prefix_length: int = 0
+    pattern: Pattern, q_length: int, kv_length: int, prefix_length: int, device: torch.device, first: int = 0
 ) -> Bool[Tensor, "m n"]:
-    """Whether the query at place `i` of a sequence sees the key at place `j`.
+    """Which keys, from the place `first` on, the last `q_length` places of a sequence see.
 
-    Places count from the sequence's first key. Queries are the last ones where there are fewer than keys; where
-    there are more, as across two sides, the first of them stand before 0.
-
-    Args:
-        length: keys of the sequence, on which random blocks depend.
-        prefix_length: keys of the prefix of the sequence.
+    Places count from the first of `kv_length` keys. Where there are more queries than keys, as across two sides, the
+    first of them stand before 0.
     """
-    seen = may_see(pattern, (i, i), (j, j), Sequence.of(pattern, length, prefix_length, i.device))
+    i = torch.arange(kv_length - q_length, kv_length, device=device)[:, None]
+    j = torch.arange(first, kv_length, device=device)[None, :]
+    seen = may_see(pattern, (i, i), (j, j), Sequence.of(pattern, kv_length, prefix_length, device))
     return seen.broadcast_to(i.shape[0], j.shape[1])
 
 

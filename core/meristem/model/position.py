@@ -160,8 +160,7 @@ class BucketBiasLayer(BetweenLayer):
 
     def _at(self, i: Int[Tensor, "m 1"], j: Int[Tensor, "1 n"]) -> Float[Tensor, "H m n"]:
         buckets_mn = distance_buckets(self.config, j - i)
-        table: Tensor = self.table.weight
-        return table.index_select(0, buckets_mn.flatten()).unflatten(0, buckets_mn.shape).permute(2, 0, 1)
+        return self.table.weight.index_select(0, buckets_mn.flatten()).unflatten(0, buckets_mn.shape).permute(2, 0, 1)
 
 
 def distance_buckets(config: configs.BucketBias, distance: Int[Tensor, "m n"]) -> Int[Tensor, "m n"]:
@@ -214,8 +213,7 @@ class LearnedLayer(nn.Module):
             place = place * extent + positions[:, axis]
         has_place = (positions >= 0).all(1)
         rows = (place + self.config.offset).masked_fill(~has_place, 0)
-        added: Tensor = self.table(rows)
-        return added * has_place[:, None]
+        return self.table(rows) * has_place[:, None]
 
 
 class SinusoidalLayer(nn.Module):

@@ -48,8 +48,7 @@ class ReorderedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "T in"]) -> Float[Tensor, "T out"]:
         kind, way = self.activation
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._reordered, self.bias, kind, [], way)
-        return y
+        return torch.ops.mkldnn._linear_pointwise(x, self._reordered, self.bias, kind, [], way)
 
 
 class ReorderedFeedForward(nn.Module):
@@ -138,8 +137,7 @@ def remembered(module: nn.Module, purpose: str, make: Callable[[], AnyModule | N
     made = _MADE.setdefault(module, {})
     if purpose not in made or made[purpose][0] != state:
         made[purpose] = (state, make())
-    found: AnyModule | None = made[purpose][1]
-    return found
+    return made[purpose][1]
 
 
 def can_reorder(module: nn.Module) -> bool:
@@ -183,8 +181,7 @@ def reordered(
     are_alike = (rounds_alike(part, part.num_inputs, part._reordered.dtype) for part in by_shape.values())
     if not products or (must_round_alike and not all(are_alike)):
         return None
-    copied: AnyModule = _copy_around(module, stand_ins, {id(layer) for layer in kept})  # type: ignore[assignment]
-    return copied
+    return _copy_around(module, stand_ins, {id(layer) for layer in kept})  # type: ignore[return-value]
 
 
 def _copy_around(module: nn.Module, stand_ins: dict[int, nn.Module], kept: Collection[int]) -> nn.Module:

@@ -55,8 +55,7 @@ class DataModule(L.LightningDataModule):
         self.build_progress: Callable[[int, int], None] | None = None
         if not self.sources:
             raise ConfigError("data.sources must be set: one file or more (--data.sources FILE, or in the config)")
-        weights = spec.weights
-        if weights is not None:
+        if (weights := spec.weights) is not None:
             are_right = len(weights) == len(self.sources) and all(0 < one < np.inf for one in weights)
             rule = "data.weights must be one finite number above 0 for each of data.sources"
             require(are_right, f"{rule} ({len(self.sources)})", weights)
@@ -121,8 +120,7 @@ class DataModule(L.LightningDataModule):
         self._position_limit = task.architecture.max_length
         # a window of the rows of patches would not be a grid
         wanted = None if self.tokenizer.num_features else self.max_tokens_per_record
-        limits = [limit for limit in (wanted, self._position_limit) if limit]
-        self.max_tokens_per_record = min(limits, default=None)
+        self.max_tokens_per_record = min((one for one in (wanted, self._position_limit) if one), default=None)
         self.remarks.append(self._summary())
 
     @property

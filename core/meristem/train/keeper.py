@@ -49,12 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Stopped(BaseException):
-    """The run was asked to stop and has saved what it could.
-
-    Attributes:
-        number: the signal.
-        step: that the run goes on from.
-    """
+    """The run was asked to stop by the signal `number` and has saved what it could; it goes on from `step`."""
 
     def __init__(self, number: int, step: int):
         super().__init__(number, step)

@@ -346,8 +346,7 @@ def fill_in(values: dict[str, Any], objective: type[Objective]) -> None:
         tokenizer = domain.build_tokenizer(**(data["tokenizer"] or {}))
         wanted = model["architecture"] or {}
         model["architecture"] = to_json(resolve_architecture(wanted, domain, tokenizer, objective))
-    is_similar = split["method"] == "similarity"
-    numbers = domain.similarity_with(split["k"], split["threshold"]) if is_similar else None
+    numbers = domain.similarity_with(split["k"], split["threshold"]) if split["method"] == "similarity" else None
     split |= {name: getattr(numbers, name, None) for name in ("k", "threshold")}
 
 

@@ -36,8 +36,7 @@ class HeadSpec(ABC):
 
     def by_sequence(self, outputs: Any, layout: Layout) -> Sequence[Tensor]:
         """Of outputs for all rows of a pack, those of each sequence, in its order; by default, those of its rows."""
-        rows: Tensor = outputs
-        return rows[: layout.num_tokens].split(list(layout.lengths))
+        return outputs[: layout.num_tokens].split(list(layout.lengths))
 
 
 class Head(nn.Module):

@@ -126,8 +126,7 @@ class LabelHead(Head):
             rows = self.standardise(rows)
         if self.hidden is not None:
             rows = F.gelu(self.hidden(rows))
-        outputs: Tensor = self.out(self.dropout(rows))
-        return outputs[:num_rows]
+        return self.out(self.dropout(rows))[:num_rows]
 
 
 STANDARDISE_EPS = 1e-10

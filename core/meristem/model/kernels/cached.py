@@ -65,8 +65,7 @@ def _seen(pattern: Pattern, m: int, n: int, prefix_length: int) -> tuple[int, Bo
     """The first key that the last m of n places may see, and which from there on; None where they see all of these."""
     reach = left_reach(pattern)
     first = 0 if reach is None else max(0, n - m - reach)
-    i = torch.arange(n - m, n)[:, None]
-    seen = visible(pattern, i, torch.arange(first, n)[None, :], n, prefix_length)
+    seen = visible(pattern, m, n, prefix_length, torch.device("cpu"), first)
     return first, None if bool(seen.all()) else seen
 
 

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from meristem.model import exact
 from meristem.model.config import Causal, Full
 from meristem.model.kernels.packed import Packed, Scoring
-from meristem.model.kernels.reference import visible_densely
 from meristem.model.kernels.tiles import attend_tiles, plan_tiles
-from meristem.model.patterns import has_prefix
+from meristem.model.patterns import has_prefix, visible
 from meristem.shapes import Float, Tensor
 
 
@@ -54,7 +53,7 @@ def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: tuple[int, int, int, i
     is_plain = isinstance(pattern, Full) or (isinstance(pattern, Causal) and q_length == kv_length)
     mask = None
     if bias is not None or not is_plain:
-        mask = visible_densely(pattern, q_length, kv_length, prefix_length, q.device)
+        mask = visible(pattern, q_length, kv_length, prefix_length, q.device)
         if bias is not None:
             mask = bias.over(q_length, kv_length).to(q.dtype).masked_fill(~mask, -torch.inf)[None]
     if q_length < exact.CPU_MIN_QUERIES and q.is_cpu and not torch.is_grad_enabled():

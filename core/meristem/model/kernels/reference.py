@@ -2,10 +2,9 @@
 
 import torch
 
-from meristem.model.config import Pattern
 from meristem.model.kernels.packed import Packed, Scoring
 from meristem.model.patterns import visible
-from meristem.shapes import Bool, Float, Tensor
+from meristem.shapes import Float, Tensor
 
 
 def attend_reference(packed: Packed, scoring: Scoring) -> tuple[Float[Tensor, "T H E"], list[Float[Tensor, "H m n"]]]:
@@ -27,18 +26,10 @@ def attend_reference(packed: Packed, scoring: Scoring) -> tuple[Float[Tensor, "T
         scores_Hmn = torch.einsum("mhe,nhe->hmn", q_mHE, k_nHE) * scale
         if scoring.bias is not None:
             scores_Hmn = scores_Hmn + scoring.bias.over(q_length, kv_length).to(scores_Hmn.dtype)
-        seen_mn = visible_densely(scoring.pattern, q_length, kv_length, prefix_length, q_THE.device)
+        seen_mn = visible(scoring.pattern, q_length, kv_length, prefix_length, q_THE.device)
         # the softmax of a query that sees nothing is not a number: it is taken over all keys, then emptied
         hidden_mn = ~seen_mn & seen_mn.any(-1, keepdim=True)
         weights_Hmn = scores_Hmn.masked_fill(hidden_mn, -torch.inf).softmax(-1).masked_fill(~seen_mn, 0.0)
         weights.append(weights_Hmn)
         outputs.append(torch.einsum("hmn,nhe->mhe", weights_Hmn, v_nHE))
     return torch.cat(outputs), weights[: q_layout.num_sequences]
-
-
-def visible_densely(
-    pattern: Pattern, q_length: int, kv_length: int, prefix_length: int, device: torch.device
-) -> Bool[Tensor, "m n"]:
-    """Boolean mask of the keys that the last `q_length` positions of a sequence see."""
-    i = torch.arange(kv_length - q_length, kv_length, device=device)[:, None]
-    return visible(pattern, i, torch.arange(kv_length, device=device)[None, :], kv_length, prefix_length)

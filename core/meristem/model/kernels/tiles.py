@@ -125,8 +125,7 @@ def attend_tiles(
     sequence, bias = Sequence.of(scoring.pattern, kv_length, prefix_length, device), scoring.bias
     by_distance = None if bias is None else scores_by_distance(bias, kv_length, device).to(q_RHE.dtype)
     work = _Work(scoring, sequence, count, tuple(chunks))
-    o_RHE: Tensor = _Tiled.apply(q_RHE, k_RKE, v_RKE, by_distance, work)
-    return o_RHE
+    return _Tiled.apply(q_RHE, k_RKE, v_RKE, by_distance, work)
 
 
 @dataclass(frozen=True)
