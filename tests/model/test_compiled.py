@@ -13,7 +13,7 @@ from torch import nn
 from meristem.data.pack import pack
 from meristem.model import compiler
 from meristem.model.attention import first_rows
-from meristem.model.compiled import compile_blocks
+from meristem.model.block import compile_blocks
 from meristem.model.config import Attention, Embedding, Experts, FeedForward, Residual, Rotary, TransformerConfig
 from meristem.model.transformer import build_trunk
 from meristem.types import SOURCE, PackedBatch, Tokens

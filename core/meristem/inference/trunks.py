@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from meristem.inference.memory import USED_FRAC, available_bytes
-from meristem.model.compiled import compile_blocks
+from meristem.model.block import compile_blocks
 from meristem.model.heads.labels import LabelHead
 from meristem.model.model import Model
 from meristem.model.reordered import can_reorder, has_foreign, remembered, reordered

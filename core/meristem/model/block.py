@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from meristem.model.attention import AttentionLayer, Context, CrossAttentionLayer, KeptRows
+from meristem.model.compiler import has_compiler
 from meristem.model.config import Init, LayerParts
 from meristem.model.experts import ExpertsLayer
 from meristem.model.feedforward import FeedForwardLayer
@@ -100,3 +101,30 @@ class Block(nn.Module):
         for name, parameter in self.named_parameters(recurse=False):
             assert name.endswith("_scale"), name
             nn.init.constant_(parameter, self.residual.layer_scale or 0.0)
+
+
+AS_IT_STANDS: dict[type[nn.Module], tuple[str, ...]] = {
+    AttentionLayer: ("_attend",),
+    CrossAttentionLayer: ("forward",),
+    Block: ("_ask_experts", "_drop_sequences"),
+}
+"""Methods that are not compiled, by class: they depend on the lengths of sequences, which lie on the host."""
+
+
+def compile_blocks(trunk: nn.Module, device: torch.device | str) -> bool:
+    """Compile each block of a trunk, once for packs of any size; without a compiler, say so and leave it as it is.
+
+    Norms, maps, rotations and activations are fused. Names of parameters do not change.
+
+    Returns:
+        Whether the blocks are compiled.
+    """
+    if not has_compiler(device):
+        return False
+    for module in trunk.modules():
+        for name in AS_IT_STANDS.get(type(module), ()):
+            setattr(module, name, torch.compiler.disable(getattr(module, name)))
+    for module in trunk.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=True)
+    return True

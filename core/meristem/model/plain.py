@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from meristem.model.config.checks import require
+from meristem.model.config.checks import require, require_one_of
 from meristem.registry import find
 
 ConfigPart = TypeVar("ConfigPart")
@@ -91,6 +91,5 @@ def _read_value(hint: Any, value: Any, where: str) -> Any:
         is_number = chosen is float and type(value) is int
         require(type(value) is chosen or is_number, f"{where} must be {chosen.__name__}", repr(value))
         return float(value) if is_number else value
-    words = get_args(chosen)  # of a Literal
-    require(value in words, f"{where} must be one of {', '.join(map(str, words))}", repr(value))
+    require_one_of(value, chosen, where)
     return value

@@ -6,9 +6,10 @@ import numpy as np
 
 from meristem.data.parts import Encoder
 from meristem.errors import ConfigError
-from meristem.model.config import Both, Either, InPrefix, Pattern, TransformerConfig, sees_the_future
+from meristem.model.config import TransformerConfig, sees_the_future
 from meristem.model.config.checks import require
 from meristem.model.model import SYMBOLS
+from meristem.model.patterns import has_prefix
 from meristem.objectives.symbols import SymbolObjective
 from meristem.types import IGNORE, Record, Tokens
 
@@ -70,7 +71,7 @@ class PrefixLM(NextToken):
 
     def bind_model(self, config: TransformerConfig) -> None:
         super().bind_model(config)
-        if not any(_has_prefix(config.layer(layer).attention.pattern) for layer in range(config.num_layers)):
+        if not any(has_prefix(config.layer(layer).attention.pattern) for layer in range(config.num_layers)):
             raise ConfigError(
                 "objective PrefixLM needs a layer that sees the prefix as a whole; got none; such as "
                 "pattern: {kind: Either, parts: [{kind: Causal}, {kind: InPrefix}]} (architecture.attention.pattern)"
@@ -85,9 +86,3 @@ class PrefixLM(NextToken):
         # the last row of the prefix predicts the first one behind it
         targets[: max(prefix_length - 1, 0)] = IGNORE
         return (replace(tokens, prefix_length=prefix_length, targets={**tokens.targets, SYMBOLS: targets}),)
-
-
-def _has_prefix(pattern: Pattern) -> bool:
-    if isinstance(pattern, Both | Either):
-        return any(_has_prefix(part) for part in pattern.parts)
-    return isinstance(pattern, InPrefix)

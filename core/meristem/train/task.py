@@ -13,7 +13,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from meristem.errors import CheckpointError, ConfigError
-from meristem.model.compiled import compile_blocks
+from meristem.model.block import compile_blocks
 from meristem.model.config import TransformerConfig
 from meristem.model.grid import resampled
 from meristem.model.model import Model
