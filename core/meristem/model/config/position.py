@@ -110,11 +110,7 @@ class Learned(Position):
 
 @dataclass(frozen=True, kw_only=True)
 class Sinusoidal(Position):
-    """Sines and cosines of the place, added to the embedding (Vaswani 2017, arXiv 1706.03762, section 3.5).
-
-    Attributes:
-        base: base of the geometric series of wavelengths.
-    """
+    """Sines and cosines of the place, added to the embedding (Vaswani 2017, arXiv 1706.03762, section 3.5)."""
 
     base: float = 10000.0
 
@@ -131,7 +127,6 @@ class SinCos2D(Position):
     last exponent is below 1 by a step (He 2022, arXiv 2111.06377), or it is 1 (Beyer 2022, arXiv 2205.01580).
 
     Attributes:
-        base: base of the geometric series of wavelengths.
         reaches_base: whether the last exponent is 1.
     """
 

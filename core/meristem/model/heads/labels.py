@@ -25,7 +25,6 @@ class Readout(HeadSpec):
     """One prediction from the trunk: a class or a value, for each record or for each token.
 
     Attributes:
-        name: name of the label.
         level: whether there is one prediction for each record or for each token.
         task: whether classes or values are predicted.
         classes: names of the classes in the order of the logits; empty for values.
