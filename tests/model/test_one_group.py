@@ -39,7 +39,7 @@ def test_an_empty_group_of_spare_rows_is_caught(monkeypatch):
 
     def with_empty(q_segments, kv_segments, prefixes):
         made = plan(q_segments, kv_segments, prefixes)
-        return grouped._Plan((*made.groups, (0, 0, 0, 1)), [*made.q_rows, 0], [*made.kv_rows, 0], None, None)
+        return grouped._Plan((*made.groups, (0, 0, 0, 1)), None, None)
 
     monkeypatch.setattr(grouped, "_plan", with_empty)
     with pytest.raises(AssertionError):

@@ -57,15 +57,13 @@ def from_json(part_type: type[ConfigPart], values: Mapping[str, Any], where: str
 def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Put `over` on `base`, key by key; a part of another kind replaces the old one as a whole."""
     for key, value in over.items():
-        old = base.get(key)
-        is_other_kind = isinstance(value, Mapping) and any(
-            name in value and isinstance(old, Mapping) and value[name] != old.get(name)
-            for name in ("kind", "class_path")
-        )
-        if isinstance(value, Mapping) and isinstance(old, dict) and not is_other_kind:
-            merge(old, value)
-        else:
-            base[key] = merge({}, value) if isinstance(value, Mapping) else value
+        if not isinstance(value, Mapping):
+            base[key] = value
+            continue
+        kinds = ("kind", "class_path")
+        old: Any = base.get(key)
+        is_same = isinstance(old, dict) and all(value.get(name, old.get(name)) == old.get(name) for name in kinds)
+        base[key] = merge(old if is_same else {}, value)
     return base
 
 

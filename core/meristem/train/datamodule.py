@@ -64,12 +64,6 @@ class DataModule(L.LightningDataModule):
         options = self.spec.views
         return None if options is None else self.domain.build_views(self.tokenizer, **options)
 
-    @property
-    def objective(self) -> Objective:
-        task = self.trainer.lightning_module  # type: ignore[union-attr]
-        assert isinstance(task, Task)
-        return task.objective
-
     def bind(self, task: Task) -> None:
         """Read and deal the records, and bind the task's objective to them: before anything is written.
 
@@ -78,6 +72,7 @@ class DataModule(L.LightningDataModule):
             ConfigError: data and model do not fit.
         """
         objective, given = task.objective, task.init_card
+        self.objective: Objective = objective
         rule = "data.inputs must name inputs of the objective behind its first one, which data.tokenizer reads"
         known, rows = objective.inputs[1:], task.architecture.embedding.vocab_size
         for name in self.inputs:

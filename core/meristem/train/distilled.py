@@ -61,9 +61,8 @@ class Distilled(Supervised):
 
     def bind(self, data: RunData) -> None:
         super().bind(data)
-        tokenizer = data.tokenizer
         card, model = load_any(Path(self.teacher))
-        if card.tokenizer.fingerprint != tokenizer.fingerprint:
+        if card.tokenizer.fingerprint != data.tokenizer.fingerprint:
             raise ConfigError(
                 "objective.teacher must read the very tokens of the student (data.tokenizer); "
                 f"{self.teacher} reads others"

@@ -122,8 +122,7 @@ class Keeper(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         assert isinstance(task, Task)
         value = self.recorder.last_validation.get(self.watch.monitor, float("nan"))
-        ranks = Ranks.of(trainer)
-        if ranks.first_says(self.watch.is_better(value, self.best)):
+        if task.ranks.first_says(self.watch.is_better(value, self.best)):
             self.best, self.best_step, self.num_worse = value, trainer.global_step, 0
             self._save_model(trainer, task, self.run.best_model)
         else:
@@ -131,7 +130,7 @@ class Keeper(L.Callback):
         if self.watch.patience and self.num_worse >= self.watch.patience:
             self.is_stopped_early = trainer.should_stop = True
         is_time = MAX_DRAWING_FRAC * (time.monotonic() - self._drawn_at) > self._drawing_seconds
-        if ranks.is_first and is_time:
+        if task.ranks.is_first and is_time:
             self._draw()
         self._save_if_due(trainer, task, task.agree_to_stop())
 

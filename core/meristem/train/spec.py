@@ -22,22 +22,10 @@ else:  # as a config says it: it stays as said, so that `config.yaml` can say it
     Made = dict[str, Any] | list[dict[str, Any]] | str | bool | None
 
 FREE_KEYS = (
-    "trainer.max_steps",
-    "trainer.max_time",
-    "trainer.log_every_n_steps",
-    "trainer.enable_progress_bar",
-    "trainer.logger",
-    "trainer.profiler",
-    "trainer.callbacks",
-    "trainer.devices",
-    "trainer.accelerator",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.accumulate_grad_batches",
-    "data.workers",
-    "data.cache_dir",
-    "watch",
-    "run_dir",
+    *("trainer.max_steps", "trainer.max_time", "trainer.accumulate_grad_batches"),
+    *("trainer.devices", "trainer.accelerator", "trainer.num_nodes", "trainer.strategy"),
+    *("trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.logger", "trainer.profiler"),
+    *("trainer.callbacks", "data.workers", "data.cache_dir", "watch", "run_dir"),
 )
 """Keys that may differ when a run is continued, since they do not change the steps that were taken."""
 

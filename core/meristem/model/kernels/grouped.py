@@ -26,8 +26,9 @@ def attend_grouped(packed: Packed, scoring: Scoring) -> Float[Tensor, "T H E"]:
     segments, kv_layout, pattern = packed.q_layout.segments, packed.kv_layout, scoring.pattern
     prefixes = kv_layout.segment_prefixes if has_prefix(pattern) else (0,) * len(kv_layout.segments)
     plan = _plan(segments, kv_layout.segments, prefixes)
-    q_groups = _split(packed.q_THE, plan.q_order, plan.q_rows)
-    k_groups, v_groups = (_split(x_UKE, plan.kv_order, plan.kv_rows) for x_UKE in (packed.k_UKE, packed.v_UKE))
+    q_groups = _split(packed.q_THE, plan.q_order, [length * count for length, _, _, count in plan.groups])
+    kv_rows = [length * count for _, length, _, count in plan.groups]
+    k_groups, v_groups = (_split(x_UKE, plan.kv_order, kv_rows) for x_UKE in (packed.k_UKE, packed.v_UKE))
     outputs = []
     for group, q, k, v in zip(plan.groups, q_groups, k_groups, v_groups, strict=True):
         q_length, kv_length, prefix_length, _ = group
@@ -77,13 +78,10 @@ class _Plan:
 
     Attributes:
         groups: query length, key length, prefix length and number of sequences of each group.
-        q_rows, kv_rows: rows of each group.
         q_order, kv_order: rows in the order of the groups; None where they stand so already.
     """
 
     groups: tuple[tuple[int, int, int, int], ...]
-    q_rows: list[int]
-    kv_rows: list[int]
     q_order: np.ndarray | None
     kv_order: np.ndarray | None
 
@@ -105,13 +103,7 @@ def _plan(q_segments: tuple[int, ...], kv_segments: tuple[int, ...], prefixes: t
         starts = np.concatenate([[0], np.cumsum(segments)])
         return np.concatenate([np.arange(starts[index], starts[index + 1]) for index in order])
 
-    return _Plan(
-        groups=groups,
-        q_rows=[q * count for q, _, _, count in groups],
-        kv_rows=[kv * count for _, kv, _, count in groups],
-        q_order=rows_in(q_segments),
-        kv_order=rows_in(kv_segments),
-    )
+    return _Plan(groups, q_order=rows_in(q_segments), kv_order=rows_in(kv_segments))
 
 
 def _split(x_THE: Tensor, order: np.ndarray | None, rows: list[int]) -> Sequence[Tensor]:
