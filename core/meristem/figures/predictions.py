@@ -18,11 +18,7 @@ MAX_LETTERS = 24
 
 
 def draw_confusion(path: Path, confusions: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
-    """Draw confusion matrices side by side: true classes in rows, predicted ones in columns, coloured by row shares.
-
-    Args:
-        confusions: `[C, C]` counts by title.
-    """
+    """Draw confusion matrices, `[C, C]` counts by title, side by side: true classes in rows, coloured by row shares."""
     from matplotlib.colors import PowerNorm
 
     count = len(names)
@@ -50,12 +46,7 @@ def draw_confusion(path: Path, confusions: Mapping[str, np.ndarray], names: Sequ
 
 
 def draw_values(path: Path, true: np.ndarray, predicted: Mapping[str, np.ndarray], name: str) -> None:
-    """Draw predicted against true values, a panel for each method, with the line on which they are equal.
-
-    Args:
-        true: `[N]` true values.
-        predicted: `[N]` predicted values by title.
-    """
+    """Draw predicted values, by title, against true ones (`[N]`), with the line on which they are equal."""
     figure = new_figure(4.6 * len(predicted), 4.4)
     panels = figure.subplots(1, len(predicted), squeeze=False)[0]
     for axes, (title, values) in zip(panels, predicted.items()):

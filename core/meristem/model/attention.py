@@ -57,8 +57,6 @@ class Context:
     and lose what layers leave here.
 
     Args:
-        layout: where the sequences of the batch lie.
-        placed: the positions of the stack.
         source: hidden rows that a decoder attends to.
         cache: keys and values of the tokens before these.
         attentions: layers whose attention weights to keep; these run on the slow reference kernel.

@@ -23,11 +23,7 @@ BRANCH_OUTPUTS = ("attention.out", "cross.out", "feedforward.down")
 
 
 def init_weights(module: nn.Module, config: Init, num_layers: int) -> None:
-    """Fill every parameter of `module` by the table above.
-
-    Args:
-        num_layers: blocks of the stack (L).
-    """
+    """Fill every parameter of `module`, a part of a stack of `num_layers` blocks (L), by the table above."""
     for name, child in module.named_modules():
         match child:
             case nn.Linear() | nn.Embedding():

@@ -165,11 +165,7 @@ class EncoderDecoder(nn.Module):
         """Read `batch.source`, then run the decoder over the batch; or read the batch alone where only that is wanted.
 
         Layers and attentions are kept of both sides: those of the source in `Hidden.source`. A cache keeps the source
-        too, so that only the first batch must have one.
-
-        Raises:
-            ConfigError: a stack does not have a layer.
-            DataError: a sequence is longer than positions allow.
+        too, so that only the first batch must have one. Errors are those of `Encoder.forward`.
         """
         if wanted.is_source_only:
             return self._read(batch, wanted)

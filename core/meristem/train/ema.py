@@ -16,8 +16,7 @@ class MovingAverage(nn.Module):
 
     Args:
         decay: share of the old average that a step keeps, once enough steps are taken.
-        model: whose weights are averaged; as it is now is where the average begins.
-        extra: what the objective has beside it.
+        model, extra: a model and what the objective has beside it; as they are now is where the average begins.
     """
 
     model: Model

@@ -59,9 +59,7 @@ class Recorder(L.Callback):
     """Writes the exact figures of every step, and of every validation beside those of its step.
 
     Figures stay on the device until `every_n_steps` of them are there, so that a GPU does not wait each step.
-
-    Args:
-        every_n_steps: how often loggers get the figures of a step.
+    Loggers get the figures of every n-th step.
     """
 
     def __init__(self, run: RunDirectory, watch: Watch, every_n_steps: int, evals: Evals):

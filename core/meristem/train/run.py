@@ -41,10 +41,7 @@ def say(line: str) -> None:
 
 
 def fit(spec: RunSpec, say: Say = say) -> RunDirectory:
-    """Train to `trainer.max_steps`, from where the run in `run_dir` stands.
-
-    Args:
-        say: takes lines for the user.
+    """Train to `trainer.max_steps`, from where the run in `run_dir` stands; `say` takes lines for the user.
 
     Returns:
         Where the run keeps its things, such as `best_model`.

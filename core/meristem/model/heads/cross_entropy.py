@@ -37,14 +37,9 @@ def linear_cross_entropy(
     targets: Int[Tensor, "M"],
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "M"], Bool[Tensor, "M"]]:
-    """Cross-entropy of a linear map of `rows` onto classes; logits are fp32 whatever precision the product has.
+    """Cross-entropy of a linear map of `rows` onto classes: `total`, `nats` and `is_hit` as in `SymbolLoss`.
 
-    Args:
-        targets: class of each row.
-        label_smoothing: share of each target's probability that is spread evenly over all classes.
-
-    Returns:
-        `total`, `nats` and `is_hit` as in `SymbolLoss`.
+    Logits are fp32 whatever precision the product has. Smoothing is as in `HeadRequest`.
     """
     return _LinearCrossEntropy.apply(rows, weight, bias, targets, label_smoothing)
 

@@ -14,9 +14,8 @@ class Packed:
 
     Attributes:
         k_UKE: keys; with fewer heads than queries, each serves H / K of their heads.
-        q_layout: where the sequences of the queries lie.
-        kv_layout: where those of the keys lie. Sequence i of the queries sees sequence i of the keys, and spare rows
-            see spare rows. The prefix that a pattern may name is that of the keys.
+        kv_layout: where the sequences of the keys lie. Sequence i of the queries sees sequence i of the keys, and spare
+            rows see spare rows. The prefix that a pattern may name is that of the keys.
     """
 
     q_THE: Float[Tensor, "T H E"]
