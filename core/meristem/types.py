@@ -146,10 +146,8 @@ class TokenColumn:
         ids: `[sum of n]` all symbols end to end, special ones included; -1 where a row is a patch.
         offsets: `[N + 1]` where each sequence begins in `ids`.
         replaced: how many symbols of the payloads were replaced, by `"old>new"`.
-        features: `[sum of n, P]` float32 features of patches; None without patches.
+        features, is_special, token_types: with a row for each symbol, as in `Tokens`.
         positions: `[sum of n, A]` as in `Tokens`; None where they count from 0 in each sequence.
-        is_special: `[sum of n]` as in `Tokens`; None where no row is special.
-        token_types: `[sum of n]` as in `Tokens`; None: all 0.
         source: what an encoder reads of each record; other views of the same records are `views`.
     """
 
@@ -285,13 +283,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Many `Tokens` end to end.
+    """Many `Tokens` end to end; what has a row for each token is as there.
 
     Attributes:
-        positions: `[T, A]` coordinates of each row.
-        ids: `[T]` symbol of each row, -1 for a patch.
-        features: `[T, P]` features of patches; None without patches.
-        token_types: `[T]` kind of each token; None where all are 0.
         targets: `[T]` or `[T, ...]` token targets by name, `IGNORE` where unscored.
         labels: `[S]` or `[S, ...]` record labels by name.
         records: index of the record that each sequence came from.

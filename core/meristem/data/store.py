@@ -177,8 +177,8 @@ class RecordStore:
 
     def sizes(self, rows: np.ndarray, name: str = INPUT) -> np.ndarray:
         """`[N]` bytes of an input of `rows`; symbols of slices. No payload is read."""
-        places = zip(*self._places(np.asarray(rows)))
-        return np.array([size_at(self._chunks[i].column(INPUT_PREFIX + name), row) for i, row in places], np.int64)
+        columns = [chunk.column(INPUT_PREFIX + name) for chunk in self._chunks]
+        return np.array([size_at(columns[i], row) for i, row in zip(*self._places(np.asarray(rows)))], np.int64)
 
     def stretches(self, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, name: str = INPUT) -> pa.Array:
         """Parts of an input of `rows` between two bytes (symbols, of a slice) of each; no other bytes are read."""
@@ -187,9 +187,8 @@ class RecordStore:
         if is_sliced(kind):
             slices = values_of(self._take(INPUT_PREFIX + name, np.asarray(rows)))
             return self.reader.fetch([one.part(start, stop) for one, (start, stop) in zip(slices, parts)])
-        places = zip(*self._places(np.asarray(rows)))
-        columns = [(self._chunks[i].column(INPUT_PREFIX + name), row) for i, row in places]
-        cut = [bytes_at(column, row, start, stop) for (column, row), (start, stop) in zip(columns, parts)]
+        columns = [chunk.column(INPUT_PREFIX + name) for chunk in self._chunks]
+        cut = [bytes_at(columns[i], row, *part) for i, row, part in zip(*self._places(np.asarray(rows)), parts)]
         return pa.array(cut, pa.large_binary()).view(kind)
 
     def is_text(self, name: str = INPUT) -> bool:
@@ -298,10 +297,7 @@ class RecordStore:
         return lengths
 
     def canonical(self) -> Iterator[list[bytes]]:
-        """What the payloads of each record come down to (`Reader.canonical`), chunk by chunk.
-
-        Several inputs are joined by a zero byte.
-        """
+        """What the payloads of each record come down to (`Reader.canonical`), joined by a zero byte, by chunks."""
         for chunk in self._chunks:
             columns = [self.fetched(chunk.column(INPUT_PREFIX + name)).to_pylist() for name in self.inputs]
             yield [b"\0".join(map(self.reader.canonical, payloads)) for payloads in zip(*columns)]
@@ -313,9 +309,8 @@ class RecordStore:
     def group_hashes(self, seed: int) -> np.ndarray:
         """`[N]` 64-bit hashes, keyed by `seed`, of what must stay together: a record's group, or else its payload."""
         hashes = self.payload_hashes(seed)
-        groups = self.groups()
-        is_grouped = np.array([group is not None for group in groups])
-        hashes[is_grouped] = _hashes([group.encode() for group in groups if group is not None], seed)
+        grouped = {row: group.encode() for row, group in enumerate(self.groups()) if group is not None}
+        hashes[list(grouped)] = _hashes([*grouped.values()], seed)
         return hashes
 
     def groups(self) -> list[str | None]:

@@ -91,8 +91,7 @@ class SubwordTokenizer(Tokenizer):
             own = [i for i, sequence in enumerate(owner) if sequence is not None]
             if own:
                 return own[0], len(owner) - 1 - own[-1]
-        num = len(self._backend.encode("").ids)
-        if num:
+        if self._backend.encode("").ids:
             raise CheckpointError("a definition of subwords must have a symbol for one of a, A, 0 and .; it has none")
         return 0, 0
 
@@ -144,8 +143,10 @@ class SubwordTokenizer(Tokenizer):
             lengths += map(len, rows)
         ids = np.concatenate(parts)
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        is_special = frame_of(offsets, self.num_special)
-        return TextColumn(ids, offsets, self._count_unknown(ids), is_special=is_special, texts=texts)
+        unknown, symbol = self._unknown or (-1, "")
+        count = int((ids == unknown).sum())
+        replaced = {f"unknown text>{symbol}": count} if count else {}
+        return TextColumn(ids, offsets, replaced, is_special=frame_of(offsets, self.num_special), texts=texts)
 
     def tokens_at(self, column: TokenColumn, row: int) -> Tokens:
         """Row `row` of a column of `encode_column`; a column that lost its texts gives tokens without spans."""
@@ -183,11 +184,6 @@ class SubwordTokenizer(Tokenizer):
         symbol = model.get("unk_token")
         i = self._backend.token_to_id(symbol) if symbol else None
         return None if i is None else (i, symbol)
-
-    def _count_unknown(self, ids: np.ndarray) -> dict[str, int]:
-        i, symbol = self._unknown or (-1, "")
-        count = int((ids == i).sum())
-        return {f"unknown text>{symbol}": count} if count else {}
 
 
 def _open_backend(definition: str) -> Any:

@@ -281,6 +281,7 @@ class AlphabetTokenizer(Tokenizer):
             raise ConfigError(f"every symbol that is named must be in the vocab; got {unknown[0]!r}")
         if len(index) > _REFUSED:
             raise ConfigError(f"vocab must hold {_REFUSED} symbols at most, as an id is a byte; got {len(index)}")
+        self._table  # noqa: B018 (options that make no table are refused now)
 
     @cached_property
     def _index(self) -> dict[str, int]:
