@@ -66,12 +66,8 @@ class Domain:
         Raises:
             ConfigError: an option that it does not take.
         """
-        try:
-            return self.tokenizer(**options)
-        except TypeError as error:
-            known = ", ".join(signature(self.tokenizer).parameters) or "none"
-            owner = f"data.tokenizer: the tokenizer of {self.name}"
-            raise ConfigError(f"{owner} does not take that: {error}; its options: {known}") from error
+        rule = f"data.tokenizer: the tokenizer of {self.name} does not take that: {{}}; its options: {{}}"
+        return _made(rule, self.tokenizer, (), options)
 
     def build_views(self, tokenizer: Tokenizer, **options: Any) -> Views:
         """The domain's views of records with these options, read by this tokenizer.
@@ -81,12 +77,8 @@ class Domain:
         """
         if self.views is None:
             raise ConfigError(f"data.views must not be set: the domain {self.name} has no views of records")
-        try:
-            return self.views(tokenizer, **options)
-        except TypeError as error:
-            known = ", ".join([*signature(self.views).parameters][1:]) or "none"
-            owner = f"data.views: the views of {self.name}"
-            raise ConfigError(f"{owner} do not take that: {error}; their options: {known}") from error
+        rule = f"data.views: the views of {self.name} do not take that: {{}}; their options: {{}}"
+        return _made(rule, self.views, (tokenizer,), options)
 
     def build_verb_views(self, tokenizer: Tokenizer) -> Views | None:
         """The views, with their default options, that verbs such as embed run in the place of a record.
@@ -162,6 +154,15 @@ def domain_of_model(asked: str, named: str) -> Domain:
         raise ConfigError(
             f"{error}; the model was trained with it: install it, or say another with --domain"
         ) from error
+
+
+def _made(rule: str, make: Callable[..., Any], given: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """What `make` makes; an option that it does not take is an error by this rule."""
+    try:
+        return make(*given, **options)
+    except TypeError as error:
+        known = ", ".join([*signature(make).parameters][len(given) :]) or "none"
+        raise ConfigError(rule.format(error, known)) from error
 
 
 def _checked(found: Any, name: str) -> Domain:

@@ -65,10 +65,9 @@ def store_key(
         try:
             with open(source.path, "rb") as file:
                 digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
-        except FileNotFoundError as error:
-            raise DataError(f"{source.name}: no such file") from error
         except OSError as error:
-            raise DataError(f"{source.name}: cannot be read: {error.strerror}") from error
+            what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            raise DataError(f"{source.name}: {what}") from error
     return digest.hexdigest()
 
 

@@ -1,9 +1,9 @@
 """Targets of a supervised objective: which labels are predicted, and what is learned of them before training."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -70,7 +70,6 @@ class BoundTarget:
 
     Attributes:
         column: how its labels are read.
-        codes: number of each class.
         class_weights: of each class; empty for equal ones.
         remark: counts of its labels in every part.
     """
@@ -78,9 +77,13 @@ class BoundTarget:
     target: Target
     readout: Readout
     column: LabelColumn
-    codes: Mapping[str, int] = field(default_factory=dict)
     class_weights: tuple[float, ...] = ()
     remark: str = ""
+
+    @cached_property
+    def codes(self) -> dict[str, int]:
+        """Number of each class."""
+        return {name: code for code, name in enumerate(self.readout.classes)}
 
     @property
     def is_classes(self) -> bool:
@@ -129,11 +132,7 @@ def learn(target: Target, data: RunData) -> BoundTarget:
 
 
 class _Labels:
-    """The labels of a part, read again each time: the place and the words of each record that is not refused.
-
-    Args:
-        refuse: called with the place of a record in the part, and what is wrong with its label.
-    """
+    """The labels of a part, read again each time: the place and the words of each record that is not refused."""
 
     def __init__(self, part: Part, column: LabelColumn, refuse: Callable[[int, str], None]):
         self.column, self.refuse = column, refuse
@@ -166,8 +165,7 @@ def _learn_classes(target: Target, column: LabelColumn, counts: Counter[str], pa
                 f"target {target.name!r}: class_weights must be one weight of 0 or more a class; "
                 f"got {len(weights)} for {len(classes)} classes: {', '.join(classes)}"
             )
-    codes = {name: code for code, name in enumerate(classes)}
-    return BoundTarget(target, _readout(target, classes=classes), column, codes, weights)
+    return BoundTarget(target, _readout(target, classes=classes), column, weights)
 
 
 def _refuse_unknown(bound: BoundTarget, part: str, counts: Counter[str], labels: _Labels) -> None:
@@ -210,7 +208,6 @@ def _learn_scale(target: Target, column: LabelColumn, numbers: np.ndarray, part:
 
 
 def _readout(target: Target, **learned: Any) -> Readout:
-    learned.setdefault("classes", ())
     return Readout(
         name=target.name,
         level=target.level,

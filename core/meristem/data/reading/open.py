@@ -100,12 +100,12 @@ def _open_raw(source: Source, stack: ExitStack) -> IO[bytes]:
         if os.path.isdir(source.path):
             raise DataError(f"{source.name}: is a directory; name the files in it")
         return stack.enter_context(open(source.path, "rb", buffering=0))
-    except FileNotFoundError as error:
-        raise DataError(f"{source.name}: no such file") from error
-    except PermissionError as error:
-        raise DataError(f"{source.name}: cannot be read: permission denied") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{source.name}: cannot be opened: {error}") from error
+        known: dict[type, str] = {
+            FileNotFoundError: "no such file",
+            PermissionError: "cannot be read: permission denied",
+        }
+        raise DataError(f"{source.name}: {known.get(type(error), f'cannot be opened: {error}')}") from error
 
 
 class _Checked(io.RawIOBase):

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from meristem.data.labels import as_text
+from meristem.data.payloads import is_text
 from meristem.data.reading.csv_blocks import csv_blocks
 from meristem.data.reading.open import BOM
 from meristem.data.records import GROUP, LABEL_PREFIX, SPLIT, ReadOptions, Refusal, Source, batch_of
@@ -98,11 +99,7 @@ def read_table(
 
 def keep_rows(batch: pa.RecordBatch, refused: np.ndarray) -> pa.RecordBatch:
     """The batch without the rows whose indices are in `refused`."""
-    if not len(refused):
-        return batch
-    is_kept = np.ones(batch.num_rows, bool)
-    is_kept[refused] = False
-    return batch.filter(pa.array(is_kept))
+    return batch.filter(pa.array(~np.isin(np.arange(batch.num_rows), refused))) if len(refused) else batch
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,8 @@ class _Table:
         reasons: dict[int, str] = {}
         payloads, paths = {}, ""
         for name, column in inputs.items():
-            is_binary = self.is_file(name) and not self.is_csv and not _is_text(rows.column(column).type)
+            kind = rows.column(column).type
+            is_binary = self.is_file(name) and not (self.is_csv or is_text(kind) or pa.types.is_dictionary(kind))
             paths = paths or (column if self.is_file(name) and not is_binary else "")
             payloads[name] = _bytes(rows, column) if is_binary else _text(rows, column, pa.large_string(), reasons)
             for row in np.flatnonzero(_is_empty(payloads[name]).to_numpy(zero_copy_only=False)).tolist():
@@ -170,10 +168,6 @@ class _Table:
         batch = keep_rows(batch_of(ids, payloads, file, lines, extra), np.array(refused, np.int64))
         if batch.num_rows:
             yield batch
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)
 
 
 def _bytes(table: pa.RecordBatch, name: str) -> pa.Array:
