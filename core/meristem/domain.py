@@ -15,7 +15,7 @@ from meristem.data.reading.reader import Reader
 from meristem.data.similarity import Similarity
 from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, require
 from meristem.model.config import TransformerConfig
 from meristem.objectives.objective import Objective
 from meristem.registry import find, installed
@@ -166,6 +166,5 @@ def _made(rule: str, make: Callable[..., Any], given: tuple[Any, ...], options: 
 
 
 def _checked(found: Any, name: str) -> Domain:
-    if not isinstance(found, Domain):
-        raise ConfigError(f"domain {name!r} must be a meristem.domain.Domain; got {type(found).__name__}")
+    require(isinstance(found, Domain), f"domain {name!r} must be a meristem.domain.Domain", type(found).__name__)
     return found

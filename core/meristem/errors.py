@@ -21,5 +21,11 @@ class CheckpointError(UserError):
     """A model directory or checkpoint is incomplete, foreign or damaged."""
 
 
+def require(condition: bool, rule: str, got: object) -> None:
+    """Raise a `ConfigError` that says the rule and what was got, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{rule}; got {got}")
+
+
 class PackageWarning(UserWarning):
     """An installed package cannot be used; what does not need it goes on."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from meristem.data.order import plan_in_order
-from meristem.errors import ConfigError, DataError
+from meristem.errors import DataError, require
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,7 @@ class Budget:
     """
 
     def __init__(self, tokens: int = 4096, device: torch.device | str = "cpu"):
-        if tokens < 1:
-            raise ConfigError(f"tokens_per_batch must be at least 1; got {tokens}")
+        require(tokens >= 1, "tokens_per_batch must be at least 1", tokens)
         self.tokens, self.device = tokens, torch.device(device)
 
     def run(self, lengths: np.ndarray, run: Callable[[np.ndarray], Result]) -> Iterator[Result]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from meristem.data.order import MixedStream, PackStream, Plan, Stream, plan_in_order
 from meristem.data.pack_maker import PackMaker
-from meristem.errors import ConfigError, DataError, UserError
+from meristem.errors import DataError, UserError, require
 from meristem.types import PackedBatch
 
 PREFETCH_STEPS = 2
@@ -54,12 +54,9 @@ class TrainLoader:
         start_step: Callable[[], int] = lambda: 0,
     ):
         _check_shares(rank, world_size, workers)
-        if packs_per_step % world_size:
-            nearest = max(1, round(packs_per_step / world_size)) * world_size
-            raise ConfigError(
-                f"packs_per_step must be a multiple of the number of processes ({world_size}); "
-                f"got {packs_per_step}; nearest: {nearest}"
-            )
+        nearest = max(1, round(packs_per_step / world_size)) * world_size
+        rule = f"packs_per_step must be a multiple of the number of processes ({world_size})"
+        require(packs_per_step % world_size == 0, rule, f"{packs_per_step}; nearest: {nearest}")
         assert maker.is_training
         self.maker, lengths = maker, maker.lengths()
         packing = {"tokens_per_batch": tokens_per_batch, "packs_per_step": packs_per_step, "seed": maker.seed}
@@ -102,8 +99,7 @@ class EvalLoader:
         limit: int | float = 1.0,
     ):
         _check_shares(rank, world_size, workers)
-        if tokens_per_batch < 1:
-            raise ConfigError(f"tokens_per_batch must be at least 1; got {tokens_per_batch}")
+        require(tokens_per_batch >= 1, "tokens_per_batch must be at least 1", tokens_per_batch)
         assert not maker.is_training
         self.plan = _first_packs(plan_in_order(maker.lengths(), tokens_per_batch), limit)
         self.maker, self.rank, self.world_size, self.workers = maker, rank, world_size, workers
@@ -180,15 +176,12 @@ def _in_workers(make: Callable[[int, int], Iterator[Any]], workers: int) -> Iter
 def _first_packs(plan: Plan, limit: int | float) -> Plan:
     is_share = isinstance(limit, float)
     count = int(limit * len(plan)) if is_share else min(int(limit), len(plan))
-    if limit < 0 or (is_share and limit > 1) or (len(plan) and limit and not count):
-        raise ConfigError(
-            "trainer.limit_val_batches must be a number of packs, 0 or more, or a share of them up to 1.0 that leaves "
-            f"one or more; got {limit} of {len(plan)} packs"
-        )
+    is_wrong = limit < 0 or (is_share and limit > 1) or (len(plan) and limit and not count)
+    rule = "trainer.limit_val_batches must be a number of packs, 0 or more, or a share of them up to 1.0"
+    require(not is_wrong, f"{rule} that leaves one or more", f"{limit} of {len(plan)} packs")
     return Plan(plan.records, plan.starts[:count], plan.stops[:count])
 
 
 def _check_shares(rank: int, world_size: int, workers: int) -> None:
     assert 0 <= rank < world_size
-    if workers < 0:
-        raise ConfigError(f"workers must be 0 or more; got {workers}")
+    require(workers >= 0, "workers must be 0 or more", workers)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meristem.errors import ConfigError
+from meristem.errors import require
 
 WINDOW_RECORDS = 4096
 """Records that are sorted by length together: enough that lengths in a pack are alike, few enough that
@@ -114,13 +114,10 @@ class PackStream(Stream):
     """
 
     def __init__(self, lengths: np.ndarray, *, tokens_per_batch: int, packs_per_step: int, seed: int):
-        if not len(lengths):
-            raise ConfigError("there must be at least one record to train on; got none")
-        for name, value in [("tokens_per_batch", tokens_per_batch), ("packs_per_step", packs_per_step)]:
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1; got {value}")
-        if not 0 <= seed < 2**64:
-            raise ConfigError(f"seed must be in [0, 2**64); got {seed}")
+        require(len(lengths) > 0, "there must be at least one record to train on", "none")
+        require(tokens_per_batch >= 1, "tokens_per_batch must be at least 1", tokens_per_batch)
+        require(packs_per_step >= 1, "packs_per_step must be at least 1", packs_per_step)
+        require(0 <= seed < 2**64, "seed must be in [0, 2**64)", seed)
         self.lengths, self.seed = lengths, seed
         self.tokens_per_batch, self.packs_per_step = tokens_per_batch, packs_per_step
         self._begins = [0]  # first pack of each epoch
@@ -170,11 +167,9 @@ class MixedStream(Stream):
         seed: int,
     ):
         counts = np.bincount(source_of, minlength=len(weights))
-        if len(counts) != len(weights) or not counts.all() or min(weights) <= 0:
-            raise ConfigError(
-                "weights must be one number above 0 for each source, and each source must have a record for training; "
-                f"got weights {list(weights)} for sources of {counts.tolist()} records"
-            )
+        are_right = len(counts) == len(weights) and bool(counts.all()) and min(weights) > 0
+        rule = "weights must be one number above 0 for each source, and each source must have a record for training"
+        require(are_right, rule, f"weights {list(weights)} for sources of {counts.tolist()} records")
         self.packs_per_step = packs_per_step
         self._shares = np.array(weights, float) / sum(weights)
         self._lengths, self._rows = lengths, [np.flatnonzero(source_of == i) for i in range(len(weights))]

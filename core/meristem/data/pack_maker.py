@@ -15,7 +15,7 @@ from meristem.data.parts import Encoder
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
-from meristem.errors import ConfigError
+from meristem.errors import require
 from meristem.types import PackedBatch, Record, TokenColumn, Tokens
 
 
@@ -57,12 +57,9 @@ class PackMaker:
     others: Mapping[str, Tokenizer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        least = sum(self.tokenizer.num_special) + 1
-        if self.max_tokens_per_record is not None and self.max_tokens_per_record < least:
-            raise ConfigError(
-                f"max_tokens_per_record must leave room for one token beside the {least - 1} special ones; "
-                f"got {self.max_tokens_per_record}"
-            )
+        num_special, most = sum(self.tokenizer.num_special), self.max_tokens_per_record
+        rule = f"max_tokens_per_record must leave room for one token beside the {num_special} special ones"
+        require(most is None or most > num_special, rule, most)
 
     @cached_property
     def full_lengths(self) -> np.ndarray:

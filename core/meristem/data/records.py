@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from meristem.data.labels import as_text
 from meristem.data.payloads import values_of
-from meristem.errors import ConfigError, DataError
+from meristem.errors import ConfigError, DataError, require
 from meristem.types import INPUT, Record
 
 INPUT_PREFIX = "input:"
@@ -172,10 +172,9 @@ def columns_of(said: str | Mapping[str, str] | Sequence[str], inputs: Sequence[s
             )
     columns = dict.fromkeys(inputs, "")
     for name, column in pairs:
-        if name not in columns:
-            raise ConfigError(f"column must be of an input, one of {', '.join(inputs)}; got {name!r}")
-        if columns[name]:
-            raise ConfigError(f"column of the input {name!r} must be said once; got {columns[name]!r} and {column!r}")
+        require(name in columns, f"column must be of an input, one of {', '.join(inputs)}", repr(name))
+        said_twice = f"{columns[name]!r} and {column!r}"
+        require(not columns[name], f"column of the input {name!r} must be said once", said_twice)
         columns[name] = column
     return columns
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 from meristem.data.store import RecordStore
 from meristem.data.store_writer import Progress
 from meristem.data.tokenizer import column_bytes
-from meristem.errors import ConfigError
+from meristem.errors import require
 
 SKETCH = 32
 REDUNDANT = 0.8
@@ -47,10 +47,8 @@ class Similarity:
     threshold: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ConfigError(f"k must be at least 1; got {self.k}")
-        if not 0 < self.threshold <= 1:
-            raise ConfigError(f"threshold must be in (0, 1]; got {self.threshold}")
+        require(self.k >= 1, "k must be at least 1", self.k)
+        require(0 < self.threshold <= 1, "threshold must be in (0, 1]", self.threshold)
 
 
 class Clusters:

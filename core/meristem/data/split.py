@@ -13,7 +13,7 @@ from meristem.data.records import GROUP, SPLIT
 from meristem.data.similarity import Clusters, Similarity, similarity_clusters
 from meristem.data.store import RecordStore
 from meristem.data.store_writer import Progress
-from meristem.errors import ConfigError, DataError
+from meristem.errors import ConfigError, DataError, require
 
 PART_NAMES = {
     "train": "train",
@@ -140,9 +140,9 @@ def _joined(clusters: np.ndarray, groups: Sequence[str | None]) -> np.ndarray:
 
 def _checked(fractions: Mapping[str, float]) -> np.ndarray:
     shares = np.array(list(fractions.values()), float)
-    if not len(shares) or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
-        given = ", ".join(f"{name}={share}" for name, share in fractions.items()) or "none"
-        raise ConfigError(f"fractions of a split must be 0 or more and add up to 1; got {given}")
+    given = ", ".join(f"{name}={share}" for name, share in fractions.items()) or "none"
+    are_right = bool((shares >= 0).all()) and abs(shares.sum() - 1) <= 1e-6
+    require(are_right, "fractions of a split must be 0 or more and add up to 1", given)
     return shares
 
 

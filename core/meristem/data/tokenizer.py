@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from meristem.data.payloads import RefusedSymbol, column_bytes
-from meristem.errors import CheckpointError, ConfigError
+from meristem.errors import CheckpointError, ConfigError, require
 from meristem.framing import frame_of
 from meristem.types import TokenColumn, Tokens
 
@@ -161,11 +161,8 @@ class Tokenizer(ABC):
             ConfigError: the model cannot be used with what is asked for.
         """
         wanted = build(**options)
-        if wanted.vocab != self.vocab:
-            raise ConfigError(
-                "the model must have the vocabulary of the domain and its tokenizer options (data.domain); "
-                f"got {len(self.vocab)} symbols for {len(wanted.vocab)}"
-            )
+        rule = "the model must have the vocabulary of the domain and its tokenizer options (data.domain)"
+        require(wanted.vocab == self.vocab, rule, f"{len(self.vocab)} symbols for {len(wanted.vocab)}")
         return wanted if options else self
 
     @abstractmethod
@@ -279,8 +276,7 @@ class AlphabetTokenizer(Tokenizer):
         named = (*self.prefix, *self.suffix, *self.random, *self.replace.values(), *([self.mask] * bool(self.mask)))
         if unknown := [symbol for symbol in named if symbol not in index]:
             raise ConfigError(f"every symbol that is named must be in the vocab; got {unknown[0]!r}")
-        if len(index) > _REFUSED:
-            raise ConfigError(f"vocab must hold {_REFUSED} symbols at most, as an id is a byte; got {len(index)}")
+        require(len(index) <= _REFUSED, f"vocab must hold {_REFUSED} symbols at most, as an id is a byte", len(index))
         self._table  # noqa: B018 (options that make no table are refused now)
 
     @cached_property

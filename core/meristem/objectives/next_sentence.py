@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from meristem.data.parts import Encoder, RunData
-from meristem.errors import ConfigError, DataError
+from meristem.errors import DataError
 from meristem.model.config import TransformerConfig
 from meristem.model.config.checks import require
 from meristem.model.heads import HeadSpec, Readout
@@ -77,11 +77,10 @@ class NextSentence(MaskedTokens):
         token_types = config.embedding.token_types
         rule = "objective NextSentence needs a model that tells two sentences apart: embedding.token_types of 2"
         require(token_types >= 2, rule, f"{token_types} (architecture.embedding.token_types)")
-        if config.pool is None:
-            raise ConfigError(
-                "objective NextSentence needs a model with a pool of its own, such as "
-                "pool: {kind: Prefix, is_dense: true} (architecture.pool); got none"
-            )
+        rule = (
+            "objective NextSentence needs a model with a pool of its own, such as pool: {kind: Prefix, is_dense: true}"
+        )
+        require(config.pool is not None, f"{rule} (architecture.pool)", "none")
 
     @property
     def heads(self) -> Mapping[str, HeadSpec]:

@@ -18,7 +18,7 @@ from torchmetrics.classification import (
 from torchmetrics.regression import MeanAbsoluteError, R2Score, SpearmanCorrCoef
 
 from meristem.data.parts import Encoder, RunData
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, require
 from meristem.model.heads import HeadSpec
 from meristem.model.heads.labels import Standardise
 from meristem.model.model import Model
@@ -43,8 +43,8 @@ class Supervised(Objective):
 
     def __init__(self, targets: list[Target], mixing: Mixing = Mixing()):  # noqa: B008 (frozen)
         names = [target.name for target in targets]
-        if not names or len(set(names)) < len(names):
-            raise ConfigError(f"objective.targets must name one column or more, each once; got {names}")
+        is_once = bool(names) and len(set(names)) == len(names)
+        require(is_once, "objective.targets must name one column or more, each once", names)
         self.targets = tuple(targets)
         self.label_columns = tuple(names)
         self.mixing = mixing

@@ -160,11 +160,9 @@ def _learn_classes(target: Target, column: LabelColumn, counts: Counter[str], pa
         weights = tuple(total / (len(classes) * counts[name]) for name in classes)
     elif target.class_weights is not None:
         weights = tuple(float(weight) for weight in target.class_weights)
-        if len(weights) != len(classes) or min(weights) < 0:
-            raise ConfigError(
-                f"target {target.name!r}: class_weights must be one weight of 0 or more a class; "
-                f"got {len(weights)} for {len(classes)} classes: {', '.join(classes)}"
-            )
+        rule = f"target {target.name!r}: class_weights must be one weight of 0 or more a class"
+        got = f"{len(weights)} for {len(classes)} classes: {', '.join(classes)}"
+        require(len(weights) == len(classes) and min(weights) >= 0, rule, got)
     return BoundTarget(target, _readout(target, classes=classes), column, weights)
 
 

@@ -55,8 +55,7 @@ class TwoSided(SymbolObjective):
 
     def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
         tokens = encode(self.inputs[0])
-        if tokens.features is not None:
-            raise ConfigError(f"objective {type(self).__name__} needs a domain of symbols; got patches")
+        require(tokens.features is None, f"objective {type(self).__name__} needs a domain of symbols", "patches")
         before, behind = tokens.frame
         stop = len(tokens) - behind
         payload, closing = tokens.ids[before:stop], tokens.ids[stop:]
@@ -121,11 +120,8 @@ class SpanCorruption(TwoSided):
         require(len(set(self.sentinels)) == len(self.sentinels), rule, "one twice")
         extra = takewhile(index.__contains__, (f"<extra_id_{i}>" for i in count()))
         names = self.sentinels or tuple(extra)
-        if len(names) < 2:
-            raise ConfigError(
-                "objective SpanCorruption needs a vocabulary with two sentinels or more, <extra_id_0>, <extra_id_1> "
-                f"and so on, or other symbols named by objective.sentinels; got {len(names)}"
-            )
+        rule = "objective SpanCorruption needs a vocabulary with two sentinels or more, <extra_id_0>, <extra_id_1>"
+        require(len(names) >= 2, f"{rule} and so on, or other symbols named by objective.sentinels", len(names))
         self._sentinel_ids = np.array([index[name] for name in names], np.int64)
         self._num_closing = tokenizer.num_special[1]
 

@@ -3,14 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
-from meristem.errors import ConfigError
-
-
-def require(condition: bool, rule: str, got: object) -> None:
-    """Raise a `ConfigError` that says the rule and what was got, unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{rule}; got {got}")
-
+from meristem.errors import require
 
 RANGES: Mapping[str, Callable[[float], bool]] = {
     "positive": lambda value: value > 0,
