@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from meristem.data.subwords import SubwordTokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem_domains.dna.kmers import KmerTokenizer
-from meristem_domains.dna.vocabulary import read_kmers, write_kmers
+from meristem_domains.dna.nucleotide import read_kmers, write_kmers
 from small_vocabularies import trained
 
 WORDS = ["".join(word) for word in product("ATCG", repeat=6)]

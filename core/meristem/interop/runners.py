@@ -158,11 +158,8 @@ def draw_sequences(model: Model, tokenizer: Tokenizer, rng: np.random.Generator)
 def draw_pairs(model: Model, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Tokens]:
     """Draw sources, then as many targets. Each target begins with symbol 0, as T5's decoder expects."""
     sources = [replace(tokens, side=SOURCE) for tokens in draw_sequences(model, tokenizer, rng)]
-    targets = []
-    for length in TARGET_LENGTHS:
-        ids = np.concatenate([[0], rng.choice(tokenizer.random_ids, length)]).astype(np.int64)
-        targets.append(Tokens(positions=np.arange(len(ids))[:, None], ids=ids))
-    return [*sources, *targets]
+    drawn = (np.concatenate([[0], rng.choice(tokenizer.random_ids, n)]).astype(np.int64) for n in TARGET_LENGTHS)
+    return [*sources, *(Tokens(positions=np.arange(len(ids))[:, None], ids=ids) for ids in drawn)]
 
 
 def load_transformers(folder: Path) -> Any:

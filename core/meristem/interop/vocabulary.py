@@ -147,15 +147,14 @@ def _add_symbols(
 
 def _apply(definition: Definition, settings: Mapping[str, Any]) -> None:
     """What the settings say about cases, accents and spaces goes before the definition."""
+    names = {
+        "do_lower_case": "lowercase",
+        "strip_accents": "strip_accents",
+        "tokenize_chinese_chars": "handle_chinese_chars",
+    }
     for part in _parts(definition.get("normalizer"), "normalizers"):
         if part["type"] == "BertNormalizer":
-            for name, field in (
-                ("do_lower_case", "lowercase"),
-                ("strip_accents", "strip_accents"),
-                ("tokenize_chinese_chars", "handle_chinese_chars"),
-            ):
-                if name in settings:
-                    part[field] = settings[name]
+            part.update({field: settings[name] for name, field in names.items() if name in settings})
     for part in _parts(definition.get("pre_tokenizer"), "pretokenizers"):
         if part["type"] == "ByteLevel" and isinstance(settings.get("add_prefix_space"), bool):
             part["add_prefix_space"] = settings["add_prefix_space"]

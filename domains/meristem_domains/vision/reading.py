@@ -154,8 +154,7 @@ def _gather(source: Source, options: ReadOptions, found: Iterable[Found], file: 
             else:
                 yield one
 
-    size_of = lambda one: sum(map(len, (one.payload, *one.others.values())))  # noqa: E731
-    for held in gather(kept(), size_of, options.batch_bytes):
+    for held in gather(kept(), lambda one: sum(map(len, (one.payload, *one.others.values()))), options.batch_bytes):
         yield _batch(held, file, options)
 
 

@@ -13,17 +13,15 @@ import torch
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import ConfigError
-from meristem.interop.families.gpt2 import ALIASES, BUFFERS, FIELDS, TIED, read_gpt, write_gpt
+from meristem.interop.families.gpt2 import ALIASES, BUFFERS, COMMON, FIELDS, LAYER, TIED, read_gpt, write_gpt
 from meristem.interop.family import ForeignConfig, Tensors, sequence_family
 from meristem.interop.settings import Settings
-from meristem.interop.table import KeyTable, Rename, Row, Transform, block_rows, head_rows
+from meristem.interop.table import KeyTable, Row, Transform, block_rows, head_rows
 from meristem.model.config import Attention, Residual, Rotary, TokenHead, TransformerConfig
 from meristem.shapes import Tensor
 
 SHARES = 4
 """CodeGen's maps to queries, values and keys are cut for this many accelerators, whatever the model's size."""
-
-LAYER = "transformer.h.{}"
 
 
 def _joined_shares(tensors: Sequence[Tensor], config: TransformerConfig) -> Tensor:
@@ -38,15 +36,14 @@ def _cut_shares(tensor: Tensor, config: TransformerConfig) -> Sequence[Tensor]:
     return [torch.stack([queries, values, keys], dim=1).flatten(0, 2)]
 
 
-COMMON = (
-    Rename("trunk.embedding.symbols", "transformer.wte"),
-    *block_rows(LAYER, attention_norm="ln_1", out="attn.out_proj", up="mlp.fc_in", down="mlp.fc_out"),
-    Rename("trunk.final_norm", "transformer.ln_f"),
-    *head_rows(out="lm_head", bias="lm_head.bias"),
+ROWS = (
+    *COMMON,
+    *block_rows(LAYER, out="attn.out_proj", up="mlp.fc_in", down="mlp.fc_out"),
+    *head_rows(bias="lm_head.bias"),
 )
-TABLE = KeyTable((*COMMON, *block_rows(LAYER, qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"))), TIED, BUFFERS)
+TABLE = KeyTable((*ROWS, *block_rows(LAYER, qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"))), TIED, BUFFERS)
 SHARED_QKV = Row("trunk.blocks.{}.attention.qkv", (f"{LAYER}.attn.qkv_proj",), Transform(_joined_shares, _cut_shares))
-CODEGEN_TABLE = KeyTable((*COMMON, SHARED_QKV), TIED, BUFFERS)
+CODEGEN_TABLE = KeyTable((*ROWS, SHARED_QKV), TIED, BUFFERS)
 
 MAX_POSITIONS = 2048
 """Rows of the reference's table of rotations, as the published models have them: ours has no limit to write."""
