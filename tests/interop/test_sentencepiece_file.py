@@ -10,8 +10,8 @@ import pytest
 from transformers import T5Tokenizer
 
 from meristem.errors import CheckpointError
-from meristem.interop.sentencepiece_file import read_pieces
 from meristem.interop.vocabulary import read_subwords
+from meristem.interop.vocabulary_files import read_pieces
 from small_vocabularies import README, random_texts, trained
 
 NUM_SENTINELS = 5

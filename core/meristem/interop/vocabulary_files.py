@@ -1,17 +1,19 @@
 """The definition of a subword tokenizer: `tokenizer.json`, or the same built from older vocabulary files.
 
-These are word pieces (`vocab.txt`), byte pairs (`vocab.json` and `merges.txt`) and models of sentencepiece.
+These are word pieces (`vocab.txt`), byte pairs (`vocab.json` and `merges.txt`) and models of sentencepiece, which are
+messages of protobuf, of whose numbered fields a handful matter here: they are read without schema and library.
 """
 
 import base64
 import json
+import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meristem.errors import CheckpointError
 from meristem.files import read_json
-from meristem.interop.sentencepiece_file import CONTROL, FIRST_PIECES, USER_DEFINED, Pieces, read_pieces
 
 DEFINITION, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 WORDS, PAIRS, MERGES = "vocab.txt", "vocab.json", "merges.txt"
@@ -20,6 +22,12 @@ PIECES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 
 CLASS = "PreTrainedTokenizerFast"
 """The foreign class that takes `tokenizer.json` as it is."""
+
+UNIGRAM = 1
+CONTROL, USER_DEFINED = 3, 4
+
+FIRST_PIECES = ("<pad>", "</s>", "<unk>")
+"""How the vocabularies begin that put `</s>` alone behind a text."""
 
 WORD_PIECE_ROLES = {"unk": "[UNK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 FRAMED_ROLES = {
@@ -45,6 +53,28 @@ USUAL_ROLES: dict[str, Mapping[str, str]] = {
 """Special symbols of foreign classes of tokenizers, for roles that no file names."""
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """The parts of a sentencepiece model that a tokenizer needs.
+
+    Attributes:
+        pieces: text, score (log-probability) and type of each piece, in the order of ids.
+        model_type: 1 for unigrams, 2 for byte pairs.
+        unk_id: the piece of unknown text.
+        charsmap: how characters are made plain before a text is cut, compiled; empty for not at all.
+    """
+
+    pieces: tuple[tuple[str, float, int], ...]
+    model_type: int
+    unk_id: int
+    charsmap: bytes
+
+    @property
+    def is_closed_unigram(self) -> bool:
+        """Whether pieces are unigrams that are used with an end and without a beginning."""
+        return self.model_type == UNIGRAM and tuple(piece for piece, *_ in self.pieces[:3]) == FIRST_PIECES
+
+
 def read_definition(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, dict[str, Any], list[str]]:
     """Read or build the definition of a tokenizer; returns the file it comes from, the definition and notes.
 
@@ -58,7 +88,7 @@ def read_definition(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, di
         return folder / DEFINITION, definition, []
     name = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
     if (folder / WORDS).is_file():
-        _require_builder(folder / WORDS, name, WORD_PIECE_CLASSES)
+        _require_builder(folder / WORDS, name)
         notes = [] if "do_lower_case" in settings else ["capitals are read as small letters: no setting says otherwise"]
         # the last of equal symbols counts
         vocab = {symbol: i for i, symbol in enumerate(read_lines(folder / WORDS))}
@@ -71,7 +101,7 @@ def read_definition(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, di
         if not name:
             has_frame = {"<s>", "</s>", "<mask>"} <= set(vocab)
             name = "RobertaTokenizer" if has_frame else "GPT2Tokenizer"
-        _require_builder(folder / PAIRS, name, BYTE_PAIR_CLASSES)
+        _require_builder(folder / PAIRS, name)
         pairs = byte_pairs(vocab, [tuple(line.split(" ")) for line in merges], settings)
         return folder / PAIRS, _framed(folder / PAIRS, pairs, settings) if name in FRAMED_CLASSES else pairs, []
     for file in (folder / one for one in PIECES):
@@ -224,19 +254,16 @@ def _framed(file: Path, definition: dict[str, Any], settings: Mapping[str, Any])
     return {**definition, "post_processor": {**processor, "add_prefix_space": settings.get("add_prefix_space", False)}}
 
 
-WORD_PIECE_CLASSES = ("", "BertTokenizer")
-"""Foreign classes that `vocab.txt` alone makes."""
-
 PIECE_CLASSES = ("", "T5Tokenizer", "MT5Tokenizer")
 """Foreign classes that a model of sentencepiece makes, where it is of closed unigrams."""
 
 FRAMED_CLASSES = ("RobertaTokenizer", "LongformerTokenizer")
-BYTE_PAIR_CLASSES = ("GPT2Tokenizer", "CodeGenTokenizer", *FRAMED_CLASSES)
-"""Foreign classes that `vocab.json` and `merges.txt` alone make; the framed ones put symbols around a text."""
+BUILT_CLASSES = {WORDS: ("", "BertTokenizer"), PAIRS: ("GPT2Tokenizer", "CodeGenTokenizer", *FRAMED_CLASSES)}
+"""Foreign classes that older files alone make, by file; the framed ones put symbols around a text."""
 
 
-def _require_builder(file: Path, name: str, known: Any) -> None:
-    if name not in known:
+def _require_builder(file: Path, name: str) -> None:
+    if name not in BUILT_CLASSES[file.name]:
         raise CheckpointError(
             f"{file}: a {name} cannot be built from this file alone; save it with tokenizer.json, as a fast tokenizer"
         )
@@ -261,3 +288,39 @@ def _converted(file: Path) -> dict[str, Any]:
     except Exception as error:  # whatever the library raises
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{file}: cannot be converted ({reason}); {advice}") from error
+
+
+def read_pieces(file: Path) -> Pieces:
+    """Read a sentencepiece model file.
+
+    Raises:
+        CheckpointError: the file is damaged, or another one.
+    """
+    pieces: list[tuple[str, float, int]] = []
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
+    from google.protobuf.message import DecodeError
+
+    try:
+        for number, value in _fields(file.read_bytes()):
+            if number == 1:
+                parts = dict(_fields(value))
+                score = struct.unpack("<f", struct.pack("<I", parts.get(2, 0)))[0]
+                pieces.append((parts[1].decode("utf-8"), score, parts.get(3, 1)))
+            elif number == 2:
+                trainer = dict(_fields(value))
+            elif number == 3:
+                normalizer = dict(_fields(value))
+        if not pieces:
+            raise ValueError("it holds no pieces")
+        return Pieces(tuple(pieces), trainer.get(3, UNIGRAM), trainer.get(40, 0), bytes(normalizer.get(2, b"")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, DecodeError) as error:
+        raise CheckpointError(f"{file} must be a model of sentencepiece: {error}") from error
+
+
+def _fields(message: bytes) -> list[tuple[int, Any]]:
+    """Numbers and values of the fields of a message: bytes, or whole numbers (also the bits of a float)."""
+    from google.protobuf.empty_pb2 import Empty
+    from google.protobuf.unknown_fields import UnknownFieldSet
+
+    return [(field.field_number, field.data) for field in UnknownFieldSet(Empty.FromString(message))]

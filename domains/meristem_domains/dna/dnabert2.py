@@ -47,7 +47,6 @@ def recognises(config: ForeignConfig) -> bool:
 
 
 def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
-    """Convert the config of a MosaicBERT to a `TransformerConfig`."""
     found = Settings("a DNABERT-2", config, bert.FIELDS)
     return bert.read_post_norm(
         found,

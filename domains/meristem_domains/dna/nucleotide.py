@@ -28,7 +28,6 @@ CODE = {
 
 
 def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
-    """Convert the config of a v2 to a `TransformerConfig`."""
     bias = bool(config["add_bias_fnn"])
     plain = {name: value for name, value in config.items() if name not in ("add_bias_fnn", "hidden_act")}
     architecture = esm.read_config(plain, tensors)

@@ -77,12 +77,6 @@ TABLE = KeyTable(
 
 
 def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
-    """Convert an `EsmConfig` to a `TransformerConfig`.
-
-    Raises:
-        ConfigError: a setting that no part of ours can say.
-        CheckpointError: rotary frequencies that are not those of the config.
-    """
     # null stands for a default, but of positions it is a kind that we do not have
     given = {name: value for name, value in config.items() if value is not None or name == KIND_OF_POSITION}
     found = Settings("an ESM", given, FIELDS, {"token_dropout": False, KIND_OF_POSITION: "absolute"})

@@ -90,10 +90,7 @@ DEFAULTS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False
 
 
 def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
-    """Convert a `GPT2Config` to a `TransformerConfig`.
-
-    `reorder_and_upcast_attn` says how scores are computed in half precision, and not what they are.
-    """
+    # reorder_and_upcast_attn says how scores are computed in half precision, and not what they are
     found = Settings("a GPT-2", config, FIELDS, DEFAULTS, ALIASES)
     architecture = _read(found)
     if not found["scale_attn_by_inverse_layer_idx"]:

@@ -36,10 +36,7 @@ SWITCH_DEFAULTS = {
 
 
 def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
-    """Convert a `SwitchTransformersConfig` to a `TransformerConfig`.
-
-    `router_ignore_padding_tokens` changes nothing in the reference, and a pack has no padding.
-    """
+    # router_ignore_padding_tokens changes nothing in the reference, and a pack has no padding
     found = Settings("a Switch", config, t5.FIELDS, SWITCH_DEFAULTS, t5.ALIASES)
     found.require(router_bias=False, router_dtype="float32", is_gated_act=False)
     head = t5.read_head(found, tensors, is_scaled=bool(found["tie_word_embeddings"]), is_always_tied=False)
@@ -74,11 +71,6 @@ def _sparse_step(found: Settings, side: str, depth: int) -> int:
 
 
 def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, num_stacks: int = 2) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a `SwitchTransformersConfig`.
-
-    Raises:
-        ConfigError: no layer with experts, or some where the reference cannot have them.
-    """
     layers = [architecture.layer(layer).experts for layer in range(architecture.total_layers)]
     experts = next((part for part in layers if part is not None), None)
     if experts is None:

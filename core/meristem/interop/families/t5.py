@@ -48,11 +48,8 @@ DEFAULTS = {"num_decoder_layers": None, "is_encoder_decoder": True, "tie_word_em
 
 
 def read_config(config: ForeignConfig, tensors: Tensors) -> arch.TransformerConfig:
-    """Convert a `T5Config` to a `TransformerConfig`.
-
-    The reference ties the head whatever `tie_word_embeddings` says, unless the file holds another tensor for it;
-    the setting says whether rows are scaled before the head, where `scale_decoder_outputs` does not.
-    """
+    # the reference ties the head whatever tie_word_embeddings says, unless the file holds another tensor for it; the
+    # setting says whether rows are scaled before the head, where scale_decoder_outputs does not
     found = Settings("a T5", config, FIELDS, {**DEFAULTS, "feed_forward_proj": "relu"}, ALIASES)
     kind = str(found["feed_forward_proj"])
     *gated, name = kind.split("-")

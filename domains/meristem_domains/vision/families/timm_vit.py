@@ -43,11 +43,6 @@ CLASS, DISTILLATION, MASK = "<class>", "<distillation>", "<mask>"
 
 
 def read_config(config: ForeignConfig, tensors: Tensors) -> arch.TransformerConfig:
-    """Convert the config of a model of timm to a `TransformerConfig`.
-
-    Raises:
-        ConfigError: an architecture or an argument that no part of ours can say.
-    """
     named, facts = timm_facts.named_of(config), timm_facts.facts_of(config, tensors)
     if facts["is_gated"] != named.is_gated:
         raise ConfigError(f"{config['architecture']} must have gated layers or not; its tensors say otherwise")

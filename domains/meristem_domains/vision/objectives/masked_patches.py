@@ -189,7 +189,6 @@ class PatchDecoder(nn.Module):
     Positions are fixed sines and cosines of row and column, so any grid is possible.
 
     Args:
-        config: architecture of the decoder's stack.
         source_width: width of the trunk's outputs.
         patch_features: number of values of a patch (P).
     """
