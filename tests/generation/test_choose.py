@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from meristem.errors import ConfigError
-from meristem.generation.choose import choose, generator_of, narrow
 from meristem.generation.options import GenerateOptions
+from meristem.generation.sample import choose, generator_of, narrow
 
 
 def slow_shares(logits: np.ndarray, seen: set[int], options: GenerateOptions) -> np.ndarray:

@@ -3,7 +3,6 @@
 * `options.py`: what may be asked for.
 * `steps.py`: the model over many sequences at once, one more token of each a step.
 * `few_rows.py`: the model with its weights in the order in which a step reads them.
-* `choose.py`: from logits to a token, greedy or drawn.
-* `sample.py`, `beams.py`: the two loops.
+* `sample.py`, `beams.py`: the two loops, and from logits to a token, greedy or drawn.
 * `text.py`: prompts in, texts out.
 """
