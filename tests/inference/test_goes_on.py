@@ -180,8 +180,6 @@ def test_a_second_process_is_kept_out(
 ) -> None:
     model, source = make_model_directory(), str(write_fasta(tmp_path / "in.fa", records_with_repeats(rng, 5)))
     first = writer.OutputDirectory(tmp_path / "out")
-    first.claim()
-    with pytest.raises(ConfigError, match="another process"):
+    with first.claimed(), pytest.raises(ConfigError, match="another process"):
         run_job(Embed(), model, [source], tmp_path / "out")
-    first.release()
     run_job(Embed(), model, [source], tmp_path / "out")

@@ -85,10 +85,8 @@ def test_a_second_process_that_writes_one_file_is_kept_out(
     model = make_model_directory(readouts=READOUTS)
     source = str(write_fasta(tmp_path / "in.fa", random_records(rng, 5)))
     first = OutputDirectory(tmp_path / "l.csv.parts")
-    first.claim()
-    with pytest.raises(ConfigError, match="another process is writing there"):
+    with first.claimed(), pytest.raises(ConfigError, match="another process is writing there"):
         run_job(Predict(), model, [source], tmp_path / "l.csv")
-    first.release()
     run_job(Predict(), model, [source], tmp_path / "l.csv")
 
 

@@ -34,6 +34,18 @@ than the model's (see the documentation of the domain).
 """
 
 
+HELP = """usage: meristem VERB ... [--debug]
+
+One transformer core; every domain grows from it.
+
+{}
+
+  meristem VERB --help shows the arguments of a verb; --version the version;
+  --debug keeps the traceback of an error on the screen.
+
+exit codes: 0 done, 2 the input or the config is wrong, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM"""
+
+
 class Parser(argparse.ArgumentParser):
     """Arguments that are wrong are a user's error like any other: one line."""
 
@@ -184,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help(), file=sys.stdout if arguments else sys.stderr)
+        verbs = "\n".join(f"  {name:<10}{verb.help}\n  {'':<10}  $ {verb.example}" for name, verb in VERBS.items())
+        print(HELP.format(verbs), file=sys.stdout if arguments else sys.stderr)
         return DONE if arguments else WRONG_INPUT
     if arguments[0] == "--version":
         print(f"meristem {__version__}")
@@ -195,20 +208,6 @@ def _dispatch(arguments: list[str]) -> int:
         hint = f"nearest: {near[0]}" if near else f"verbs: {', '.join(VERBS)}"
         raise ConfigError(f"no verb {name!r}; {hint} (see meristem --help)")
     return VERBS[name].call(name, arguments[1:])
-
-
-def _help() -> str:
-    verbs = "\n".join(f"  {name:<10}{verb.help}\n  {'':<10}  $ {verb.example}" for name, verb in VERBS.items())
-    return f"""usage: meristem VERB ... [--debug]
-
-One transformer core; every domain grows from it.
-
-{verbs}
-
-  meristem VERB --help shows the arguments of a verb; --version the version;
-  --debug keeps the traceback of an error on the screen.
-
-exit codes: 0 done, 2 the input or the config is wrong, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM"""
 
 
 def _report(error: BaseException, arguments: list[str], is_debug: bool) -> int:

@@ -9,8 +9,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,6 @@ class OutputDirectory:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock: int | None = None
 
     def check_foreign(self) -> None:
         """Refuse a place that no run of ours can use, before any work is done.
@@ -87,27 +86,26 @@ class OutputDirectory:
                     "name another directory, or remove this one"
                 )
 
-    def claim(self) -> None:
-        """Make the folder and keep others out until `release`.
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the folder, and keep others out until the block ends.
 
         Raises:
             ConfigError: it cannot be made, or another process is writing there.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = os.open(self.path, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(f"--output {self.path}: another process is writing there; wait for it") from error
         except OSError as error:
             raise ConfigError(f"--output {self.path} cannot be made: {error.strerror or error}") from error
-        self._clear()
-
-    def release(self) -> None:
-        """Let others in."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        try:
+            self._clear()
+            yield
+        finally:
+            os.close(lock)
 
     def remove(self) -> None:
         """Take back the manifest and the parts, and the folder where nothing else is in it."""
@@ -178,7 +176,7 @@ class PartWriter:
 
     def __init__(self, output: OutputDirectory, run: str, keeps_payloads: bool = False):
         self._output, self._run, self._keeps_payloads = output, run, keeps_payloads
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._rows_of = lru_cache(CACHED_PARTS)(self._read_rows)
 
     def write(self, chunk: Chunk, sources: Sources, new_rows: pa.Table, seconds: float) -> None:
         """Write the part of a chunk.
@@ -223,15 +221,9 @@ class PartWriter:
         index = places + np.array([starts[part] for part in sources.parts.tolist()])
         return pa.concat_tables(tables).combine_chunks().take(pa.array(index))
 
-    def _rows_of(self, part: int) -> pa.Table:
-        if part not in self._cache:
-            self._cache[part] = pq.read_table(self._output.part(part))
-            own = ["id", *([PAYLOAD] if self._keeps_payloads else [])]  # of each record, whatever its row
-            self._cache[part] = self._cache[part].drop_columns(own)
-            while len(self._cache) > CACHED_PARTS:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(part)
-        return self._cache[part]
+    def _read_rows(self, part: int) -> pa.Table:
+        own = ["id", *([PAYLOAD] if self._keeps_payloads else [])]  # of each record, whatever its row
+        return pq.read_table(self._output.part(part)).drop_columns(own)
 
 
 def part_vectors(path: Path) -> np.ndarray:

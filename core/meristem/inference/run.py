@@ -7,7 +7,7 @@ does not grow with the input.
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,12 +143,8 @@ class _Run:
             return done
         is_here = self.job.devices == 1
         workers = InProcess(self.running) if is_here else Workers(self.model_path, self.job, self.engine)
-        self.parts.claim()
-        try:
+        with self.parts.claimed(), closing(workers):
             return self._work(identity, workers)
-        finally:
-            workers.close()
-            self.parts.release()
 
     def _finished(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """The manifest of an earlier run that wrote this very file.

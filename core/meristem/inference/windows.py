@@ -25,33 +25,21 @@ class Windows:
 
     Attributes:
         column: one row a window, special rows included.
-        starts: first payload token of each window.
-        width: payload tokens of each window.
-        num_tokens: of the whole sequence, special rows included.
-        frame: special rows before and behind the payload.
+        rows: `[W, w]` the rows of the sequence that each window holds.
     """
 
     column: TokenColumn
-    starts: np.ndarray
-    width: int
-    num_tokens: int
-    frame: tuple[int, int]
+    rows: np.ndarray
 
     def mean(self, rows: Sequence[Float[Tensor, "w D"]]) -> Float[Tensor, "n D"]:
         """The fp32 rows of the whole sequence from those of each window; a special row is averaged over all windows."""
-        before, behind = self.frame
-        num_tokens, width = self.num_tokens, self.width
+        num_tokens = int(self.rows.max()) + 1
         sum_nD = torch.zeros(num_tokens, rows[0].shape[1], device=rows[0].device)
         count_n1 = torch.zeros(num_tokens, 1, device=rows[0].device)
         # sums depend on their order
-        for start, own in zip(self.starts.tolist(), rows, strict=True):
-            for place, part in (
-                (slice(0, before), own[:before]),
-                (slice(before + start, before + start + width), own[before : before + width]),
-                (slice(num_tokens - behind, num_tokens), own[before + width :]),
-            ):
-                sum_nD[place] += part.float()
-                count_n1[place] += 1
+        for places, own in zip(torch.from_numpy(self.rows).to(rows[0].device), rows, strict=True):
+            sum_nD[places] += own.float()
+            count_n1[places] += 1
         return sum_nD / count_n1
 
 
@@ -80,4 +68,4 @@ def cut(tokens: Tokens, max_length: int) -> Windows:
         offsets=np.arange(count + 1, dtype=np.int64) * max_length,
         is_special=None if tokens.is_special is None else tokens.is_special[rows.reshape(-1)],
     )
-    return Windows(column, starts, width, len(tokens), tokens.frame)
+    return Windows(column, rows)

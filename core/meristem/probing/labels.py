@@ -36,7 +36,7 @@ def task_of(labels: Sequence[str], asked: str, name: str) -> str:
 
     Args:
         labels: labels, none of them missing.
-        asked: one of `TASKS` in `options`; the answer unless it is auto.
+        asked: `ProbeOptions.task`, the answer unless it is auto.
         name: name of the label, for messages.
 
     Raises:

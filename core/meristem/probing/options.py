@@ -9,9 +9,6 @@ from meristem.inference.embed import Embed
 METHODS = {"linear": ("linear",), "knn": ("knn",), "both": ("linear", "knn")}
 """The probes that each value of `method` stands for."""
 
-TASKS = ("auto", "classification", "regression")
-SPLITS = ("hash", "similarity")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
@@ -50,7 +47,8 @@ class ProbeOptions:
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("method", METHODS), ("task", TASKS), ("split", SPLITS)):
+        tasks, splits = ("auto", "classification", "regression"), ("hash", "similarity")
+        for name, allowed in (("method", METHODS), ("task", tasks), ("split", splits)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         if not self.label:

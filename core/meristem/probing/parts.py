@@ -62,8 +62,3 @@ def _held_out(store: RecordStore, rows: np.ndarray, frac: float, seed: int) -> t
     hashes = store.group_hashes(seed + 1)[rows]  # another seed than that of the test
     is_out = hashes <= np.partition(hashes, count - 1)[count - 1]
     return rows[~is_out], rows[is_out]
-
-
-def count_shared(train: RecordStore, train_rows: np.ndarray, test: RecordStore, test_rows: np.ndarray) -> int:
-    """Number of test records whose payload is also that of a training record."""
-    return int(np.isin(test.payload_hashes(0)[test_rows], train.payload_hashes(0)[train_rows]).sum())

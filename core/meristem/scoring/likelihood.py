@@ -130,9 +130,20 @@ def scored_rows(running: RunningModel, column: TokenColumn, options: LikelihoodO
             raise ConfigError("closing needs special tokens behind the payload, and this tokenizer puts none there")
         is_scored[closing] = True
     if kind == "encoder-decoder":
-        return _written_rows(
-            tokenizer, column, options, is_scored, firsts, column.offsets[1:] if options.closing else stops
-        )
+        # the decoder reads the start symbol, which stands for the special tokens before a payload, and then each
+        # target, one token behind what it predicts
+        start_id = (tokenizer.pad_id or 0) if options.start_id is None else options.start_id
+        if not 0 <= start_id < len(tokenizer.vocab):
+            raise ConfigError(f"start_id must be the id of a symbol, 0 to {len(tokenizer.vocab) - 1}; got {start_id}")
+        stops = column.offsets[1:] if options.closing else stops
+        rows = _ranges(firsts, stops)
+        ids = column.ids[rows].astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum(stops - firsts)])
+        read = np.concatenate([[start_id], ids[:-1]]) if len(ids) else ids
+        # only sequences that are not empty begin somewhere
+        read[offsets[:-1][stops > firsts]] = start_id
+        written = TokenColumn(ids=read, offsets=offsets, source=column.source)
+        return ScoredRows(written, np.where(is_scored[rows], ids, IGNORE))
     starts, shift = column.offsets[:-1], 0 if kind == "masked" else 1
     firsts = firsts + (options.prefix_tokens or 0)
     # the first token of a sequence has nothing before it that could predict it
@@ -142,35 +153,6 @@ def scored_rows(running: RunningModel, column: TokenColumn, options: LikelihoodO
     targets[places - shift] = column.ids[places]
     mask_id = tokenizer.mask_id if kind == "masked" and not options.one_pass else None
     return ScoredRows(column, targets, mask_id, firsts - starts if kind == "prefix" else None)
-
-
-def _written_rows(
-    tokenizer: Tokenizer,
-    column: TokenColumn,
-    options: LikelihoodOptions,
-    is_scored: np.ndarray,
-    starts: np.ndarray,
-    stops: np.ndarray,
-) -> ScoredRows:
-    """What the decoder reads of targets: the start symbol and then each target, one token behind what it predicts.
-
-    The start symbol stands for the special tokens before a payload.
-
-    Args:
-        starts, stops: `[N]` first row of each target that is predicted, and the row behind its last.
-    """
-    start_id = (tokenizer.pad_id or 0) if options.start_id is None else options.start_id
-    if not 0 <= start_id < len(tokenizer.vocab):
-        raise ConfigError(f"start_id must be the id of a symbol, 0 to {len(tokenizer.vocab) - 1}; got {start_id}")
-    rows = _ranges(starts, stops)
-    ids = column.ids[rows].astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(stops - starts)])
-    read = np.concatenate([[start_id], ids[:-1]]) if len(ids) else ids
-    # only sequences that are not empty begin somewhere
-    read[offsets[:-1][stops > starts]] = start_id
-    return ScoredRows(
-        TokenColumn(ids=read, offsets=offsets, source=column.source), np.where(is_scored[rows], ids, IGNORE)
-    )
 
 
 def _payload_bounds(column: TokenColumn) -> tuple[np.ndarray, np.ndarray]:
