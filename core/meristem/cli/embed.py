@@ -2,7 +2,7 @@
 
 import argparse
 
-from meristem.cli.jobs import ProgressReport, add_engine_arguments, add_model_arguments, job_of, print_summary
+from meristem.cli.jobs import add_engine_arguments, add_model_arguments, run_shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +37,8 @@ def add_vector_arguments(parser: argparse.ArgumentParser, pools: list[str], more
 def run(args: argparse.Namespace) -> int:
     """Embed, and say what came of it."""
     from meristem.inference.embed import Embed
-    from meristem.inference.run import run_job
 
-    with ProgressReport("embed") as report:
-        manifest = run_job(job_of(Embed, args), args.model, args.inputs, args.output, report)
-    print_summary(manifest)
+    manifest = run_shown(Embed, args)
     file = f"/{manifest['file']}" if "file" in manifest else ""
     per = "one a token" if manifest["options"]["pool"] == "none" else "one a record"
     print(f"{manifest['rows']:,} vectors of {manifest['width']} ({per}) in {args.output}{file}")

@@ -9,13 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meristem.cli.jobs import (
-    MODEL_HELP,
-    ProgressReport,
-    add_engine_arguments,
-    job_of,
-    print_summary,
-)
+from meristem.cli.jobs import MODEL_HELP, ProgressReport, add_engine_arguments, job_of, print_summary
 from meristem.cli.options import add_options, options_of
 from meristem.errors import ConfigError
 from meristem.generation.options import GenerateOptions

@@ -77,6 +77,16 @@ def job_of(kind: type[AnyJob], args: argparse.Namespace, **more: Any) -> AnyJob:
     return kind(**given | read | more)
 
 
+def run_shown(kind: "type[Job]", args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Run the job of `job_of` over the inputs of a verb; shows its progress and a summary, and gives the manifest."""
+    from meristem.inference.run import run_job
+
+    with ProgressReport(kind.verb) as report:
+        manifest = run_job(job_of(kind, args, **more), args.model, args.inputs, args.output, report)
+    print_summary(manifest)
+    return manifest
+
+
 def print_summary(manifest: dict[str, Any]) -> None:
     """What was replaced, cut into windows or refused: nothing happens in silence."""
     from meristem.data.records import Refusal

@@ -2,13 +2,7 @@
 
 import argparse
 
-from meristem.cli.jobs import (
-    ProgressReport,
-    add_engine_arguments,
-    add_model_arguments,
-    job_of,
-    print_summary,
-)
+from meristem.cli.jobs import add_engine_arguments, add_model_arguments, run_shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,11 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Label every record, then put the table in its place."""
     from meristem.inference.predict import Predict
-    from meristem.inference.run import run_job
 
-    job = job_of(Predict, args, labels=tuple(args.labels) if args.labels else None)
-    with ProgressReport("predict") as report:
-        manifest = run_job(job, args.model, args.inputs, args.output, report)
-    print_summary(manifest)
+    manifest = run_shown(Predict, args, labels=tuple(args.labels) if args.labels else None)
     print(f"{manifest['rows']:,} rows for {manifest['records']:,} records in {args.output}")
     return 0

@@ -2,13 +2,7 @@
 
 import argparse
 
-from meristem.cli.jobs import (
-    ProgressReport,
-    add_engine_arguments,
-    add_model_arguments,
-    job_of,
-    print_summary,
-)
+from meristem.cli.jobs import add_engine_arguments, add_model_arguments, run_shown
 from meristem.cli.main import Parser
 from meristem.cli.options import add_options, flags_of, options_of
 from meristem.cli.tokenizer_options import take_tokenizer_options
@@ -41,13 +35,9 @@ def run_argv(argv: list[str], parser: argparse.ArgumentParser) -> int:
         there = ", ".join(flags_of(options)) or "none"
         raise ConfigError(f"{error}; options of the scorer {asked.scorer}: {there}") from error
     args = parser.parse_args(rest, argparse.Namespace(tokenizer=tokenizer))
-    from meristem.inference.run import run_job
     from meristem.inference.score import Score
 
-    job = job_of(Score, args, scorer_options=options_of(args, options))
-    with ProgressReport("score") as report:
-        manifest = run_job(job, args.model, args.inputs, args.output, report)
-    print_summary(manifest)
+    manifest = run_shown(Score, args, scorer_options=options_of(args, options))
     print(manifest["summary"])
     plots = f", plots in {args.plots}" if args.plots else ""
     print(f"{manifest['records']:,} records in {args.output}{plots}")

@@ -8,21 +8,13 @@ reordered once, where reading them takes 33.
 import torch
 from torch import nn
 
+from meristem.model import reordered as fast
 from meristem.model.exact import MIN_REORDERED_ROWS
 from meristem.model.experts import ExpertsLayer
 from meristem.model.heads import Head
 from meristem.model.heads.symbols import SymbolHead
 from meristem.model.model import SYMBOLS, Model
 from meristem.model.outputs import HeadRequest
-from meristem.model.reordered import (
-    ReorderedLinear,
-    can_reorder,
-    is_own,
-    is_own_linear,
-    is_plain,
-    remembered,
-    reordered,
-)
 from meristem.shapes import Float, Tensor
 from meristem.types import MIN_ROWS, Hidden, PackedBatch
 
@@ -35,7 +27,7 @@ class ReorderedSymbolHead(Head):
         out: the map.
     """
 
-    def __init__(self, head: SymbolHead, out: ReorderedLinear):
+    def __init__(self, head: SymbolHead, out: fast.ReorderedLinear):
         super().__init__()
         self.head, self.out = head, out
 
@@ -55,21 +47,21 @@ def for_few_rows(model: Model) -> Model:
     Args:
         model: in evaluation mode, on its device, with a symbol head.
     """
-    is_exact = can_reorder(model) and next(model.parameters()).dtype == torch.float32
-    return (remembered(model, "few rows", lambda: _reorder(model)) if is_exact else None) or model
+    is_exact = fast.can_reorder(model) and next(model.parameters()).dtype == torch.float32
+    return (fast.remembered(model, "few rows", lambda: _reorder(model)) if is_exact else None) or model
 
 
 def _reorder(model: Model) -> Model | None:
     """A copy with reordered weights, the map onto the vocabulary among them; None where it would not be exact."""
     head = model.heads[SYMBOLS]
     others = [one for one in model.heads.values() if one is not head]
-    if not isinstance(head, SymbolHead) or not is_own(head):
-        return reordered(model, kept=[head, *others])
-    if not (is_plain(head.weight) if head.out is None else is_own_linear(head.out)):
-        return reordered(model, kept=[head.out, *others])
-    out = ReorderedLinear(head.weight, head.bias)
-    before = reordered(head, kept=[head.out]) or head
-    return reordered(model, kept=others, given={head: ReorderedSymbolHead(before, out)})
+    if not isinstance(head, SymbolHead) or not fast.is_own(head):
+        return fast.reordered(model, kept=[head, *others])
+    if not (fast.is_plain(head.weight) if head.out is None else fast.is_own_linear(head.out)):
+        return fast.reordered(model, kept=[head.out, *others])
+    out = fast.ReorderedLinear(head.weight, head.bias)
+    before = fast.reordered(head, kept=[head.out]) or head
+    return fast.reordered(model, kept=others, given={head: ReorderedSymbolHead(before, out)})
 
 
 def min_rows_of(model: Model) -> int:
@@ -81,5 +73,5 @@ def min_rows_of(model: Model) -> int:
     if not isinstance(head, ReorderedSymbolHead):
         return MIN_ROWS
     called = [layer for layer in (*model.trunk.modules(), *head.head.modules()) if layer is not head.head.out]
-    is_reordered = all(is_own(layer) and not isinstance(layer, nn.Linear | ExpertsLayer) for layer in called)
+    is_reordered = all(fast.is_own(layer) and not isinstance(layer, nn.Linear | ExpertsLayer) for layer in called)
     return MIN_REORDERED_ROWS if is_reordered else MIN_ROWS
