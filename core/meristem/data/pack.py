@@ -8,20 +8,19 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
-from meristem.types import IGNORE, MIN_ROWS, Layout, PackedBatch, TokenColumn, Tokens
+from meristem.types import IGNORE, Layout, PackedBatch, TokenColumn, Tokens
 
 
-def pack(sequences: Sequence[Tokens], records: Sequence[int], min_rows: int = MIN_ROWS) -> PackedBatch:
+def pack(sequences: Sequence[Tokens], records: Sequence[int]) -> PackedBatch:
     """Lay sequences end to end, sorted by length, so that equal lengths are neighbours.
 
-    Spare rows (symbol 0, position 0, targets `IGNORE`) fill a pack up to `min_rows`. A sequence without
+    Spare rows (symbol 0, position 0, targets `IGNORE`) fill a pack up to `MIN_ROWS`. A sequence without
     a target or label that another one has gets it filled in as missing.
 
     Args:
         sequences: at least one of the main side. Of each other side there are none, or as many: its i-th sequence
             belongs to the i-th of the main side.
         records: index of the record that each sequence came from.
-        min_rows: rows that each side holds at least.
     """
     assert len(sequences) == len(records)
     places: dict[str, list[int]] = {"": []}
@@ -36,15 +35,13 @@ def pack(sequences: Sequence[Tokens], records: Sequence[int], min_rows: int = MI
     order = np.lexsort([[len(sequences[i]) for i in side] for side in (*places.values(), main)])  # the last key leads
 
     def packed(side: list[int], sides: Mapping[str, PackedBatch]) -> PackedBatch:
-        fields = _lay([sequences[side[i]] for i in order], min_rows)
+        fields = _lay([sequences[side[i]] for i in order])
         return PackedBatch(**fields, records=tuple(int(records[side[i]]) for i in order), sides=sides)
 
     return packed(main, {name: packed(side, {}) for name, side in places.items()})
 
 
-def pack_column(
-    column: TokenColumn, rows: np.ndarray, records: Sequence[int], min_rows: int = MIN_ROWS, is_pinned: bool = False
-) -> PackedBatch:
+def pack_column(column: TokenColumn, rows: np.ndarray, records: Sequence[int], is_pinned: bool = False) -> PackedBatch:
     """The pack of `rows` of a column, equal to `pack` of the same sequences, without a loop over them.
 
     Args:
@@ -58,7 +55,7 @@ def pack_column(
     order = np.argsort(column.lengths[rows], kind="stable")
     index, offsets = column.index_of(rows[order])
     lengths = np.diff(offsets)
-    layout = Layout.of(lengths, min_rows, None if column.is_special is None else column.is_special[index])
+    layout = Layout.of(lengths, is_special=None if column.is_special is None else column.is_special[index])
     if column.positions is None:
         positions = (np.arange(layout.num_tokens) - np.repeat(offsets[:-1], lengths))[:, None]
     else:
@@ -100,11 +97,11 @@ def column_of(sequences: Sequence[Tokens], replaced: Mapping[str, int] | None = 
     return TokenColumn(ids, np.cumsum([0, *map(len, sequences)]), replaced or {}, **joined)
 
 
-def _lay(sequences: list[Tokens], min_rows: int) -> dict[str, Any]:
+def _lay(sequences: list[Tokens]) -> dict[str, Any]:
     """The fields of one side of a pack, in the order of `sequences`."""
     no = np.zeros(max(map(len, sequences)), bool)
     is_special = [no[: len(tokens)] if tokens.is_special is None else tokens.is_special for tokens in sequences]
-    layout = Layout.of([len(tokens) for tokens in sequences], min_rows, np.concatenate(is_special))
+    layout = Layout.of([len(tokens) for tokens in sequences], is_special=np.concatenate(is_special))
     if any(tokens.prefix_length for tokens in sequences):
         layout = replace(layout, prefix_lengths=tuple(tokens.prefix_length for tokens in sequences))
 

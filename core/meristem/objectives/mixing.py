@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributions import Beta
 
-from meristem.model.config.checks import require
+from meristem.model.config.checks import require, require_all
 from meristem.shapes import Bool, Int, Tensor
 from meristem.types import PackedBatch
 
@@ -33,8 +33,7 @@ class Mixing:
     cutmix_frac: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix"):
-            require(getattr(self, name) >= 0, f"mixing.{name} must be 0 or more", getattr(self, name))
+        require_all(self, "mixing.", "0 or more", "mixup", "cutmix")
         for name in ("rate", "cutmix_frac"):
             require(0 <= getattr(self, name) <= 1, f"mixing.{name} must be in [0, 1]", getattr(self, name))
 

@@ -12,7 +12,7 @@ from meristem.data.labels import MAX_NAMED, Label, LabelColumn, named, placed, s
 from meristem.data.parts import Part, RunData
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Max, Mean, Pool, Prefix
-from meristem.model.config.checks import require, require_frac
+from meristem.model.config.checks import require, require_all
 from meristem.model.heads import Readout
 from meristem.model.model import SYMBOLS
 from meristem.types import IGNORE, Record
@@ -56,11 +56,10 @@ class Target:
         require(self.class_weights is None or is_classes, f"{own} class_weights need task classification", self.task)
         is_column = self.name != SYMBOLS and self.name != "" and "." not in self.name
         require(is_column, f"target name must be a column's, without a dot and not {SYMBOLS!r}", repr(self.name))
-        require(self.weight > 0, f"{own} weight must be positive", self.weight)
+        require_all(self, f"{own} ", "positive", "weight")
         if self.is_standardised and self.level == "token":
             raise ConfigError(f"{own} is_standardised has an effect at record level only")
-        require_frac(self.dropout, f"{own} dropout")
-        require_frac(self.label_smoothing, f"{own} label_smoothing")
+        require_all(self, f"{own} ", "in [0, 1)", "dropout", "label_smoothing")
         require(not self.label_smoothing or is_classes, f"{own} label_smoothing needs task classification", self.task)
 
 

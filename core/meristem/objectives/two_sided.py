@@ -18,6 +18,9 @@ from meristem.types import SOURCE, Record, Tokens
 TARGET = "target"
 """Name of the input of a record that a decoder writes; `SOURCE` is that of what it is given."""
 
+Sides = tuple[np.ndarray, np.ndarray]
+"""Symbols of the source and of the target."""
+
 
 class TwoSided(SymbolObjective):
     """A target, written symbol by symbol by a decoder that sees the source through an encoder.
@@ -68,9 +71,7 @@ class TwoSided(SymbolObjective):
         )
 
     @abstractmethod
-    def sides_of(
-        self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def sides_of(self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator) -> Sides:
         """The source without its special rows, and the target with the rows that close it; neither is empty.
 
         Args:
@@ -130,9 +131,7 @@ class SpanCorruption(TwoSided):
         num_spans = np.clip(self.rate * lengths / self.mean_span, 1, len(self._sentinel_ids) - 1)
         return np.ceil(lengths + 2 * num_spans + self._num_closing + 1).astype(lengths.dtype)
 
-    def sides_of(
-        self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def sides_of(self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator) -> Sides:
         most = len(self._sentinel_ids) - 1
         spans = draw_spans(len(payload), rng, rate=self.rate, mean_span=self.mean_span, most=most)
         source, target = cut_spans(payload, spans, self._sentinel_ids)
@@ -183,9 +182,7 @@ class Denoising(TwoSided):
     def lengths(self, lengths: np.ndarray) -> np.ndarray:
         return 2 * lengths
 
-    def sides_of(
-        self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def sides_of(self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator) -> Sides:
         source = payload
         if self.delete_rate:
             source = delete_tokens(source, rng, rate=self.delete_rate)
@@ -213,9 +210,7 @@ class SequenceToSequence(TwoSided):
         require(is_right, "objective.max_target_tokens must be 1 or more", max_target_tokens)
         self.max_target_tokens = max_target_tokens
 
-    def sides_of(
-        self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def sides_of(self, encode: Encoder, payload: np.ndarray, closing: np.ndarray, rng: np.random.Generator) -> Sides:
         target = encode(TARGET)
         limits = [self.max_target_tokens, None if self.config is None else self.config.max_length]
         return payload, target.ids[target.frame[0] :][: min((limit for limit in limits if limit), default=None)]

@@ -2,7 +2,6 @@
 
 import keyword
 import re
-import shutil
 import sys
 from importlib.metadata import entry_points
 from importlib.resources import files
@@ -10,6 +9,7 @@ from pathlib import Path
 from string import Template
 
 from meristem.errors import ConfigError
+from meristem.files import replacing_folder
 
 FILES = {
     "pyproject.toml.in": "pyproject.toml",
@@ -41,16 +41,10 @@ def write_domain(name: str, parent: Path) -> Path:
     folder = parent / name
     if folder.exists():
         raise ConfigError(f"{name}/ must not exist yet; it does, and is left as it is")
-    part = parent / f".{name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with replacing_folder(folder) as part:
         for template, target in FILES.items():
             path = part / Template(target).substitute(name=name)
             path.parent.mkdir(parents=True, exist_ok=True)
             text = files(__name__).joinpath(template).read_text("utf-8")
             path.write_text(Template(text).substitute(name=name), encoding="utf-8")
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return folder
