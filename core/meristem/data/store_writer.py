@@ -116,33 +116,16 @@ def write_store(
     options: ReadOptions,
     progress: Progress | None,
     sizes: Sequence[int],
+    schema: pa.Schema | None = None,
 ) -> None:
     """Read the sources and write their store.
 
     Args:
         sizes: bytes of each source, with the files that it names.
+        schema: of the file; None for that of the first batch.
     """
-    schema: pa.Schema | None = None
-    while True:
-        try:
-            with replacing(path) as temporary:
-                return _write_chunks(temporary, schema, reader, sources, options, progress, sizes)
-        except _Wider as wider:  # rare: begin again; types only widen, so this ends
-            schema = wider.schema
-
-
-def _write_chunks(
-    path: Path,
-    schema: pa.Schema | None,
-    reader: Reader,
-    sources: Sequence[Source],
-    options: ReadOptions,
-    progress: Progress | None,
-    sizes: Sequence[int],
-) -> None:
     refused: list[Refusal] = []
-    if options.on_error is not None:
-        options = replace(options, on_error=refused.append)
+    read = options if options.on_error is None else replace(options, on_error=refused.append)
     codes = {source.name: i for i, source in enumerate(sources)}
     counts = [0] * len(sources)
 
@@ -150,7 +133,7 @@ def _write_chunks(
         nonlocal schema
         for number, source in enumerate(sources):
             before, done = sum(sizes[:number]), 0
-            for batch in reader.read(source, options):
+            for batch in reader.read(source, read):
                 counts[number] += batch.num_rows
                 if batch.num_rows:
                     plain = _plain(batch, codes)
@@ -163,17 +146,20 @@ def _write_chunks(
                 progress(before + sizes[number], sum(sizes))
 
     writer: pa.ipc.RecordBatchFileWriter | None = None
-    with pa.OSFile(os.fspath(path), "wb") as sink:
-        for held in gather(batches(), lambda batch: batch.nbytes, CHUNK_BYTES):
-            writer = writer or pa.ipc.new_file(sink, schema)
-            writer.write_batch(pa.Table.from_batches(held).combine_chunks().to_batches()[0])
-        if writer is None:
-            what = f"; {len(refused)} were refused, the first: {refused[0]}" if refused else ""
-            raise DataError(f"{', '.join(source.name for source in sources)}: no records{what}")
-        end = {"files": list(codes), "counts": counts, "refused": [asdict(one) for one in refused]}
-        nothing = pa.RecordBatch.from_pylist([], schema=schema)
-        writer.write_batch(nothing, custom_metadata={END: json.dumps(end).encode()})
-        writer.close()
+    try:
+        with replacing(path) as temporary, pa.OSFile(os.fspath(temporary), "wb") as sink:
+            for held in gather(batches(), lambda batch: batch.nbytes, CHUNK_BYTES):
+                writer = writer or pa.ipc.new_file(sink, schema)
+                writer.write_batch(pa.Table.from_batches(held).combine_chunks().to_batches()[0])
+            if writer is None:
+                what = f"; {len(refused)} were refused, the first: {refused[0]}" if refused else ""
+                raise DataError(f"{', '.join(source.name for source in sources)}: no records{what}")
+            end = {"files": list(codes), "counts": counts, "refused": [asdict(one) for one in refused]}
+            nothing = pa.RecordBatch.from_pylist([], schema=schema)
+            writer.write_batch(nothing, custom_metadata={END: json.dumps(end).encode()})
+            writer.close()
+    except _Wider as wider:  # rare: begin again; types only widen, so this ends
+        write_store(path, reader, sources, options, progress, sizes, wider.schema)
 
 
 def _plain(batch: pa.RecordBatch, codes: dict[str, int]) -> pa.RecordBatch:
