@@ -27,10 +27,9 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def as_text(column: pa.Array) -> pa.Array:
-    """A column of words, numbers, booleans or dates as text with every digit, or a column of lists of these.
+    """A column of words, numbers, booleans or dates as text with every digit, or of lists of these as lists of text.
 
-    Returns:
-        An array of `string`, with nulls for empty words, or of `list<string>`.
+    Empty words become null.
 
     Raises:
         DataError: a column of another type, or bytes that are not UTF-8.
@@ -46,9 +45,6 @@ def as_text(column: pa.Array) -> pa.Array:
 
 def text_column(labels: Sequence[Any]) -> pa.Array:
     """Labels of Python (words, numbers, booleans, None, or lists of these) as a column of text.
-
-    Returns:
-        As `as_text`; an array of nulls where no label is there.
 
     Raises:
         DataError: a label of another type, or words beside lists.

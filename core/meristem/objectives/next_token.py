@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 
 from meristem.data.parts import Encoder
-from meristem.errors import ConfigError
 from meristem.model.config import TransformerConfig, sees_the_future
 from meristem.model.config.checks import require
 from meristem.model.model import SYMBOLS
@@ -28,16 +27,15 @@ class NextToken(SymbolObjective):
 
     def bind_model(self, config: TransformerConfig) -> None:
         super().bind_model(config)
+        name, advice = type(self).__name__, "such as pattern: {kind: Causal} (architecture.attention.pattern)"
         got = f"num_decoder_layers={config.num_decoder_layers} (architecture.num_decoder_layers)"
-        require(not config.num_decoder_layers, f"objective {type(self).__name__} needs a model of one stack", got)
+        require(not config.num_decoder_layers, f"objective {name} needs a model of one stack", got)
         for layer in range(config.num_layers):
             pattern = config.layer(layer).attention.pattern
-            if sees_the_future(pattern):
-                raise ConfigError(
-                    f"objective {type(self).__name__} needs layers that do not see what they predict; "
-                    f"got {type(pattern).__name__} in layer {layer}; "
-                    "such as pattern: {kind: Causal} (architecture.attention.pattern)"
-                )
+            got = f"{type(pattern).__name__} in layer {layer}; {advice}"
+            require(
+                not sees_the_future(pattern), f"objective {name} needs layers that do not see what they predict", got
+            )
 
     def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
         tokens = encode(self.inputs[0])
@@ -71,11 +69,11 @@ class PrefixLM(NextToken):
 
     def bind_model(self, config: TransformerConfig) -> None:
         super().bind_model(config)
-        if not any(has_prefix(config.layer(layer).attention.pattern) for layer in range(config.num_layers)):
-            raise ConfigError(
-                "objective PrefixLM needs a layer that sees the prefix as a whole; got none; such as "
-                "pattern: {kind: Either, parts: [{kind: Causal}, {kind: InPrefix}]} (architecture.attention.pattern)"
-            )
+        sees_prefix = any(has_prefix(config.layer(layer).attention.pattern) for layer in range(config.num_layers))
+        such = "pattern: {kind: Either, parts: [{kind: Causal}, {kind: InPrefix}]} (architecture.attention.pattern)"
+        require(
+            sees_prefix, "objective PrefixLM needs a layer that sees the prefix as a whole", f"none; such as {such}"
+        )
 
     def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
         tokens = encode(self.inputs[0])
