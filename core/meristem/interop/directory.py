@@ -157,7 +157,7 @@ REFUSED, UNWRITABLE = 2, 100
 """As many differences as a config counts for that a family refuses to read back, or cannot even write."""
 
 
-Written = tuple[dict[str, Tensor], dict[str, str], list[str]]
+_Written = tuple[dict[str, Tensor], dict[str, str], list[str]]
 """What is written of a model: tensors, texts of files by name, and notes for the user."""
 
 
@@ -171,7 +171,7 @@ class _Differs(ConfigError):
 
 def _first_that_can(
     candidates: Sequence[Family], architecture: TransformerConfig, tokenizer: Tokenizer, model: Model
-) -> Written:
+) -> _Written:
     reasons: list[tuple[int, str]] = []
     for family in candidates:
         distance = UNWRITABLE
@@ -204,7 +204,7 @@ def refuse_config(family: Family, config: dict[str, Any], architecture: Transfor
 
 def _write(
     family: Family, config: dict[str, Any], architecture: TransformerConfig, tokenizer: Tokenizer, model: Model
-) -> Written:
+) -> _Written:
     """A model as one of the family, whose tensors or tokenizer may refuse it even though its config can say it."""
     table = family.table_of(architecture, config)
     tensors = model.state_dict()

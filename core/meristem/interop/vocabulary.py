@@ -14,7 +14,7 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointError, ConfigError
 from meristem.interop import vocabulary_files as files
 
-SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
+SPECIAL_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """How a symbol of `added_tokens` is found in a text."""
@@ -66,7 +66,7 @@ def write_subwords(tokenizer: Tokenizer) -> dict[str, str]:
     return {
         files.DEFINITION: json_text(json.loads(tokenizer.definition)),
         files.SETTINGS: json_text(settings),
-        SPECIAL: json_text(names),
+        SPECIAL_MAP: json_text(names),
     }
 
 
@@ -88,7 +88,7 @@ def _read_roles(
     vocab: Mapping[str, int],
 ) -> dict[str, dict[str, Any]]:
     """Special symbols by role: as the files name them, else by convention, else as the config numbers them."""
-    stated = {**files.read_object(folder / SPECIAL), **settings}
+    stated = {**files.read_object(folder / SPECIAL_MAP), **settings}
     roles = {role: symbol_of(folder, stated[f"{role}_token"]) for role in ROLES if stated.get(f"{role}_token")}
     usual = files.usual_roles(settings, vocab, has_roles=bool(roles))
     for role, symbol in usual.items():

@@ -14,7 +14,7 @@ from meristem.errors import CheckpointError, ConfigError
 from meristem.interop.families import esm
 from meristem.interop.families.esm import ESM
 from meristem.interop.family import ForeignConfig, Tensors
-from meristem.interop.vocabulary import SPECIAL, json_text, symbol_of
+from meristem.interop.vocabulary import SPECIAL_MAP, json_text, symbol_of
 from meristem.interop.vocabulary_files import SETTINGS, WORDS, read_lines, read_object
 from meristem.model.config import TransformerConfig
 from meristem.shapes import Tensor
@@ -59,7 +59,7 @@ def read_kmers(folder: Path, config: ForeignConfig) -> tuple[KmerTokenizer, list
     """
     file = folder / WORDS
     vocab = read_lines(file)
-    stated = {**read_object(folder / SPECIAL), **read_object(folder / SETTINGS)}
+    stated = {**read_object(folder / SPECIAL_MAP), **read_object(folder / SETTINGS)}
     named = {role: symbol_of(folder, stated.get(f"{role}_token") or f"<{role}>")["content"] for role in ROLES}
     special = {role: symbol for role, symbol in named.items() if symbol in vocab}
     if "cls" not in special:
@@ -95,7 +95,7 @@ def write_kmers(tokenizer: Tokenizer) -> dict[str, str]:
     # the foreign class splits at spaces and at symbols of its vocabulary, and takes the longest that fits
     settings = {**names, "clean_up_tokenization_spaces": False, "tokenizer_class": "EsmTokenizer"}
     stated = {name: symbol for name, symbol in names.items() if symbol}
-    return {WORDS: "\n".join(tokenizer.vocab), SETTINGS: json_text(settings), SPECIAL: json_text(stated)}
+    return {WORDS: "\n".join(tokenizer.vocab), SETTINGS: json_text(settings), SPECIAL_MAP: json_text(stated)}
 
 
 def _is_v1(config: ForeignConfig) -> bool:

@@ -48,7 +48,9 @@ def read_members(stream: IO[bytes], source: Source, options: ReadOptions) -> Ite
                 name = posixpath.normpath(member.name).lstrip("/")
                 if is_hidden(name) or member.isdir():
                     continue
-                key, ending = _split(name)
+                folder, _, last = name.rpartition("/")
+                stem, _, ending = last.partition(".")
+                key, ending = f"{folder}/{stem}", ending.lower()
                 if key != sample.key:
                     yield from sample.finish(source, options, wanted, inputs, known)
                     sample = _Sample(key)
@@ -70,12 +72,6 @@ def read_members(stream: IO[bytes], source: Source, options: ReadOptions) -> Ite
             f"{source.name}: no column {lacking[0]!r}: no member of a sample names it "
             f"({', '.join(f'NAME.{ending}' for ending in (*TEXTS, JSON))}), nor does a folder"
         )
-
-
-def _split(name: str) -> tuple[str, str]:
-    folder, _, last = name.rpartition("/")
-    stem, _, ending = last.partition(".")
-    return f"{folder}/{stem}", ending.lower()
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:

@@ -19,8 +19,7 @@ from meristem.interop.family import TENSORFLOW_SPELLINGS, ForeignConfig, Tensors
 from meristem.interop.runners import SEQUENCES, Results, padded
 from meristem.interop.settings import IS_TIED, SHAPE, Field, Settings, write_fields
 from meristem.interop.table import Ignored, KeyTable, Rename, Tied, block_rows, lm_head_rows
-from meristem.interop.vocabulary import SPECIAL as SPECIAL_MAP
-from meristem.interop.vocabulary import json_text, symbol_of
+from meristem.interop.vocabulary import SPECIAL_MAP, json_text, symbol_of
 from meristem.interop.vocabulary_files import DEFINITION, SETTINGS, WORDS, read_object
 from meristem.model.config import Embedding, Learned, Position, Rotary, Rounding, TransformerConfig
 from meristem.model.position import rotary_frequencies

@@ -55,8 +55,6 @@ ROWS = (*decoder_rows("model"), Rename("trunk.final_norm", "model.norm"), *head_
 TIED = (Tied("lm_head.weight", "model.embed_tokens.weight"),)
 # computed from the config, by the reference too
 BUFFERS = (Ignored(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),)
-GATED_TABLE = KeyTable((*ROWS, *gated_rows(LAYER)), TIED, BUFFERS)
-PLAIN_TABLE = KeyTable((*ROWS, *block_rows(LAYER, up="mlp.c_fc", down="mlp.c_proj")), TIED, BUFFERS)
 
 WINDOWED, UNBOUNDED = "sliding_attention", "full_attention"
 """Names of layers that see a window, and that have no bound."""
@@ -89,7 +87,8 @@ class Kind:
 
     def family(self, name: str, domain: str, stem: str) -> Family:
         """Make the family of this kind; arguments as of `sequence_family`."""
-        table = GATED_TABLE if self.is_gated else PLAIN_TABLE
+        rows = gated_rows(LAYER) if self.is_gated else block_rows(LAYER, up="mlp.c_fc", down="mlp.c_proj")
+        table = KeyTable((*ROWS, *rows), TIED, BUFFERS)
         return sequence_family(
             name, domain, self.model_type, stem, table, self.read_config, self.write_config, prefix="model."
         )

@@ -100,14 +100,13 @@ def _rules(
 def write_config(architecture: arch.TransformerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     parts = [architecture.layer(layer) for layer in range(architecture.num_layers)]
     reach = next((p.attention.pattern.left for p in parts if isinstance(p.attention.pattern, arch.Window)), 64)
-    positions: dict[str, arch.Position] = {
-        WINDOWED if isinstance(part.attention.pattern, arch.Window) else UNBOUNDED: part.position for part in parts
-    }
+    kinds = [WINDOWED if isinstance(p.attention.pattern, arch.Window) else UNBOUNDED for p in parts]
+    positions = {kind: part.position for kind, part in zip(kinds, parts)}
     return {
         "model_type": "modernbert",
         **write_fields(architecture, FIELDS),
         "max_position_embeddings": 8192,
-        "layer_types": [WINDOWED if isinstance(p.attention.pattern, arch.Window) else UNBOUNDED for p in parts],
+        "layer_types": kinds,
         "rope_parameters": {
             kind: write_rotary(positions.get(kind, arch.NoPosition())).get("rope_parameters")
             for kind in (WINDOWED, UNBOUNDED)
