@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, require
 from meristem.interop.settings import Settings
 from meristem.model.config import BandScaling, LinearScaling, NoScaling, Position, Rotary, Scaling
 
@@ -42,8 +42,7 @@ def read_rotary(found: Settings) -> Rotary:
     base = values.pop("rope_theta", None)
     if base is None:
         base = found.get("rope_theta") or 10000.0
-    if kind not in SCALINGS:
-        raise ConfigError(f"rope_type must be one of {', '.join(SCALINGS)}; got {kind!r}")
+    require(kind in SCALINGS, f"rope_type must be one of {', '.join(SCALINGS)}", repr(kind))
     if values.pop("partial_rotary_factor", None) not in (None, 1.0):
         raise ConfigError("rope_parameters must turn whole heads; got a partial_rotary_factor other than 1")
     if kind == "llama3":

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, require
 from meristem.model import config as arch
 
 ACTIVATIONS: Mapping[str, arch.Activation] = {
@@ -125,8 +125,7 @@ class Settings(dict[str, Any]):
         """
         for name, value in plain.items():
             got = self.get(name)
-            if got is not None and got != value:
-                raise ConfigError(f"{name} must be {value} in {self._kind} config; got {got!r}")
+            require(got is None or got == value, f"{name} must be {value} in {self._kind} config", repr(got))
 
     def choice(self, name: str, names: Mapping[str, Any] = ACTIVATIONS) -> Any:
         """Convert the value of the setting to ours; by default, the setting names an activation.

@@ -1,7 +1,7 @@
 """The alphabet of ESM-1b and ESM-2: one token for each residue."""
 
 from meristem.data.tokenizer import AlphabetTokenizer
-from meristem.errors import ConfigError
+from meristem.errors import require
 from meristem.interop.families.esm import RESIDUES as STANDARD
 from meristem.interop.families.esm import SYMBOLS as VOCAB
 
@@ -28,8 +28,7 @@ def tokenizer(nonstandard: str = "keep") -> AlphabetTokenizer:
         "x": ({symbol: "X" for symbol in NONSTANDARD if symbol != "X"}, ""),
         "refuse": ({}, NONSTANDARD),
     }
-    if nonstandard not in policies:
-        raise ConfigError(f"nonstandard must be one of {', '.join(policies)}; got {nonstandard!r}")
+    require(nonstandard in policies, f"nonstandard must be one of {', '.join(policies)}", repr(nonstandard))
     replace, refuse = policies[nonstandard]
     return AlphabetTokenizer(
         vocab=VOCAB,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from meristem.data.pack import pack_column
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, require
 from meristem.figures.canvas import new_figure
 from meristem.model.outputs import Wanted
 from meristem.scoring.running import RunningModel
@@ -60,9 +60,9 @@ def describe(running: RunningModel, options: AttentionOptions) -> str:
         raise ConfigError("attention over a grid needs a model of patches with rows and columns; this one has none")
     if config.num_decoder_layers:
         raise ConfigError("attention over a grid needs a model of one stack; this one is an encoder-decoder")
-    if not -config.num_layers <= options.layer < config.num_layers:
-        last = config.num_layers - 1
-        raise ConfigError(f"layer of attention must be in 0..{last} or -{last + 1}..-1; got {options.layer}")
+    depth = config.num_layers
+    rule = f"layer of attention must be in 0..{depth - 1} or -{depth}..-1"
+    require(-depth <= options.layer < depth, rule, options.layer)
     return f"attention of block {options.layer % config.num_layers} over patches, [heads, rows, columns]"
 
 

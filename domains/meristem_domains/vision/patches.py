@@ -174,8 +174,7 @@ class PatchTokenizer(Tokenizer):
         assert isinstance(wanted, PatchTokenizer)
         for name in ("patch_px", "num_channels", "mean", "std", "interpolation"):
             own, got = getattr(self, name), getattr(wanted, name)
-            if name in options and own != got:
-                raise ConfigError(f"tokenizer option {name} must be {own}, as of the model; got {got}")
+            require(name not in options or own == got, f"tokenizer option {name} must be {own}, as of the model", got)
         if {"has_class", "num_registers"} & set(options) and len(wanted.prefix) != len(self.prefix):
             raise ConfigError(
                 f"tokenizer options has_class and num_registers must give {len(self.prefix)} special rows, as of the "

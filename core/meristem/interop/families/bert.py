@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.errors import ConfigError
+from meristem.errors import require
 from meristem.interop.family import (
     TENSORFLOW_SPELLINGS,
     Family,
@@ -116,11 +116,10 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
 
 def read_roberta_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     found = Settings("a RoBERTa", config, FIELDS, {"pad_token_id": 1})
-    if not isinstance(found["pad_token_id"], int):
-        raise ConfigError(f"pad_token_id must be set in a RoBERTa config; got {found['pad_token_id']!r}")
+    pad = found["pad_token_id"]
+    require(isinstance(pad, int), "pad_token_id must be set in a RoBERTa config", repr(pad))
     found.require(**PLAIN)
-    position = partial(Learned, offset=found["pad_token_id"] + 1)
-    return read_post_norm(found, tensors, "roberta.", position=position)
+    return read_post_norm(found, tensors, "roberta.", position=partial(Learned, offset=pad + 1))
 
 
 def read_post_norm(found: Settings, tensors: Tensors, prefix: str = "bert.", **parts: Any) -> TransformerConfig:
@@ -143,8 +142,8 @@ def write_roberta_config(architecture: TransformerConfig, tokenizer: Tokenizer) 
     # padding stands before the first position
     pad = position.offset - 1 if isinstance(position, Learned) else 1
     ids = special_ids(tokenizer)
-    if ids["pad_token_id"] not in (None, pad):
-        raise ConfigError(f"positions must begin behind the padding symbol; got {pad + 1} and {ids['pad_token_id']}")
+    own = ids["pad_token_id"]
+    require(own in (None, pad), "positions must begin behind the padding symbol", f"{pad + 1} and {own}")
     return {"model_type": "roberta", **write_fields(architecture, FIELDS), **ids, "pad_token_id": pad}
 
 

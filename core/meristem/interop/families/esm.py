@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 
 from meristem.data.tokenizer import AlphabetTokenizer, Tokenizer
-from meristem.errors import CheckpointError, ConfigError
+from meristem.errors import CheckpointError, ConfigError, require
 from meristem.interop.family import TENSORFLOW_SPELLINGS, ForeignConfig, Tensors, heads_by_prefix, sequence_family
 from meristem.interop.runners import SEQUENCES, Results, padded
 from meristem.interop.settings import IS_TIED, SHAPE, Field, Settings, write_fields
@@ -91,8 +91,7 @@ def _read_position(found: Settings) -> Position:
     kind = found[KIND_OF_POSITION]
     if kind == "absolute":
         return Learned(max_positions=found["max_position_embeddings"], offset=found["pad_token_id"] + 1)
-    if kind != "rotary":
-        raise ConfigError(f"{KIND_OF_POSITION} must be rotary or absolute in an ESM config; got {kind!r}")
+    require(kind == "rotary", f"{KIND_OF_POSITION} must be rotary or absolute in an ESM config", repr(kind))
     return Rotary(base=float(found.get("rope_theta") or 10000.0))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.errors import ConfigError
+from meristem.errors import require
 from meristem.interop.families.gpt2 import ALIASES, BUFFERS, COMMON, FIELDS, LAYER, TIED, read_gpt, write_gpt
 from meristem.interop.family import ForeignConfig, Tensors, sequence_family
 from meristem.interop.settings import Settings
@@ -59,11 +59,9 @@ DEFAULTS = {
 
 def read_config(config: ForeignConfig, tensors: Tensors, kind: str = "a GPT-J", shares: int = 1) -> TransformerConfig:
     found = Settings(kind, config, FIELDS, DEFAULTS, ALIASES)
-    if found["n_head"] % shares:
-        raise ConfigError(f"n_head must be a multiple of {shares} in {kind} config; got {found['n_head']}")
+    require(found["n_head"] % shares == 0, f"n_head must be a multiple of {shares} in {kind} config", found["n_head"])
     turned = found["rotary_dim"]
-    if not turned:
-        raise ConfigError(f"rotary_dim must be positive in a config of rotary positions; got {turned!r}")
+    require(bool(turned), "rotary_dim must be positive in a config of rotary positions", repr(turned))
     attention = partial(Attention, qkv_bias=False, out_bias=False)
     whole = turned == attention(num_heads=found["n_head"]).width_of_heads(found["n_embd"])
     return read_gpt(

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, require
 from meristem.interop.family import Family, ForeignConfig, Tensors, sequence_family
 from meristem.interop.rotary import read_rotary, write_rotary
 from meristem.interop.settings import BIASES, COMMON, Field, Settings, activation, special_ids, write_fields
@@ -98,8 +98,8 @@ class Kind:
         found = Settings(f"a {self.model_type}", config, fields, defaults)
         width, heads, head_width = found["hidden_size"], found["num_attention_heads"], found["head_dim"]
         found.require(per_layer_config={})
-        if self.must_divide and width % heads:
-            raise ConfigError(f"num_attention_heads must divide hidden_size; got {heads} for {width}")
+        divides = not self.must_divide or width % heads == 0
+        require(divides, "num_attention_heads must divide hidden_size", f"{heads} for {width}")
         windows = self._read_windows(found)
         common = windows[0] if len(set(windows)) == 1 else None
         architecture = found.build(

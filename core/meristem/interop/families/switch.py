@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.errors import CheckpointError, ConfigError
+from meristem.errors import CheckpointError, ConfigError, require
 from meristem.interop.families import t5
 from meristem.interop.family import ForeignConfig, Tensors, classes_by_head, symbols_by_class
 from meristem.interop.runners import SEQUENCES
@@ -80,8 +80,7 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, num_stac
         places = [layer for layer in range(depth) if layers[first + layer] is not None]
         values[f"num_sparse_{side}_layers"] = len(places)
         steps = [step for step in range(depth + 1) if places == _places(step, depth)]
-        if not steps:
-            raise ConfigError(f"layers with experts must be all, or the second and every n-th after it; got {places}")
+        require(bool(steps), "layers with experts must be all, or the second and every n-th after it", places)
         values[f"{side}_sparse_step"] = steps[0]
     return {
         "model_type": "switch_transformers",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, require
 from meristem.interop.family import Family, ForeignConfig, Tensors, classes_by_head, symbols_by_class
 from meristem.interop.runners import PAIRS, SEQUENCES
 from meristem.interop.settings import Field, Settings, activation, write_fields
@@ -53,8 +53,7 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> arch.TransformerConf
     found = Settings("a T5", config, FIELDS, {**DEFAULTS, "feed_forward_proj": "relu"}, ALIASES)
     kind = str(found["feed_forward_proj"])
     *gated, name = kind.split("-")
-    if gated not in ([], ["gated"]):
-        raise ConfigError(f"feed_forward_proj must be NAME or gated-NAME in a T5 config; got {kind!r}")
+    require(gated in ([], ["gated"]), "feed_forward_proj must be NAME or gated-NAME in a T5 config", repr(kind))
     # `gated-gelu` means the approximation by tanh; the longer settings, where they are there, have the last word
     implied = {"dense_act_fn": "gelu_new" if gated and name == "gelu" else name, "is_gated_act": bool(gated)}
     found = Settings("a T5", {**implied, **found}, FIELDS)
@@ -127,9 +126,8 @@ def write_stacks(architecture: arch.TransformerConfig, tokenizer: Tokenizer, num
     """Settings of one or two stacks with the names of T5; a model with another number has another foreign class."""
     if (found := 2 if architecture.num_decoder_layers else 1) != num_stacks:
         raise ConfigError(f"a model must have {num_stacks} stacks; got num_decoder_layers={found - 1}")
-    head = architecture.head
-    if not isinstance(architecture.position, arch.BucketBias):
-        raise ConfigError(f"positions must be a BucketBias; got {type(architecture.position).__name__}")
+    head, position = architecture.head, architecture.position
+    require(isinstance(position, arch.BucketBias), "positions must be a BucketBias", type(position).__name__)
     return {
         **write_fields(architecture, FIELDS),
         "d_kv": architecture.head_width,

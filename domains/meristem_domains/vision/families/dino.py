@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.errors import ConfigError
+from meristem.errors import require
 from meristem.interop.family import ForeignConfig, Tensors, of_type
 from meristem.interop.settings import Field, Settings, activation
 from meristem.interop.table import KeyTable, block_rows
@@ -51,9 +51,8 @@ SPELLINGS = (*vit.ATTENTION_SPELLINGS, (r"\.mlp\.down_proj\.", ".mlp.weights_out
 def read_config(config: ForeignConfig, tensors: Tensors) -> TransformerConfig:
     found = _settings(config)
     height, width = pair(found["image_size"])
-    if height != width:
-        # the reference stretches positions for every picture that is no square, and takes their grid for one
-        raise ConfigError(f"image_size must be a square in a DINOv2 config; got {height} x {width}")
+    # the reference stretches positions for every picture that is no square, and takes their grid for one
+    require(height == width, "image_size must be a square in a DINOv2 config", f"{height} x {width}")
     gated = found["use_swiglu_ffn"]
     feedforward = FeedForward(
         width=_width(found["hidden_size"], found["mlp_ratio"], gated),
@@ -103,10 +102,8 @@ def write_config(architecture: TransformerConfig, tokenizer: Tokenizer, has_regi
     feedforward = architecture.feedforward
     # a whole number: 64 times the width is more than anybody has
     fits = [r for r in range(1, 65) if _width(architecture.width, r, feedforward.is_gated) == feedforward.width]
-    if not fits:
-        raise ConfigError(f"feedforward.width must be one that a whole mlp_ratio gives; got {feedforward.width}")
-    if architecture.residual.layer_scale is None:
-        raise ConfigError("a DINOv2 has residual.layer_scale; got none")
+    require(bool(fits), "feedforward.width must be one that a whole mlp_ratio gives", feedforward.width)
+    require(architecture.residual.layer_scale is not None, "a DINOv2 has residual.layer_scale", "none")
     kind: dict[str, Any] = {"model_type": "dinov2"}
     if has_registers:
         num_registers = len(patches_of(tokenizer).prefix) - 1

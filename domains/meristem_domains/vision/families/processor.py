@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.errors import CheckpointError, ConfigError
+from meristem.errors import CheckpointError, ConfigError, require
 from meristem.files import read_json
 from meristem.interop.settings import Settings
 from meristem_domains.vision.patches import INTERPOLATIONS, PatchTokenizer
@@ -34,8 +34,7 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 def side_of(found: Mapping[str, Any]) -> int:
     height, width = pair(found["patch_size"])
-    if height != width:
-        raise ConfigError(f"patch_size must be a square; got {height} x {width}")
+    require(height == width, "patch_size must be a square", f"{height} x {width}")
     return height
 
 

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pyarrow as pa
 from pyarrow.csv import ConvertOptions, read_csv
 
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, require
 from meristem.interop.family import ForeignConfig, Tensors
 from meristem.interop.settings import Field, Settings
 from meristem.interop.weights import Weights
@@ -115,8 +115,7 @@ def _of_tensors(found: Settings, tensors: Tensors) -> dict[str, Any]:
     if lacking:
         raise ConfigError(f"a vision transformer must have {lacking[0]}; it has none")
     width, channels, side, other = shape("patch_embed.proj.weight")
-    if side != other:
-        raise ConfigError(f"a patch must be a square; got {side} x {other}")
+    require(side == other, "a patch must be a square", f"{side} x {other}")
     hidden = shape("blocks.0.mlp.fc2.weight")[1]
     shown = {
         "embed_dim": width,
@@ -125,8 +124,8 @@ def _of_tensors(found: Settings, tensors: Tensors) -> dict[str, Any]:
         "reg_tokens": shape("reg_token")[1] if "reg_token" in tensors else 0,
     }
     for name, value in shown.items():
-        if (got := found.get(name, value)) != value:
-            raise ConfigError(f"model_args.{name} must be {value}, as the tensors say; got {got}")
+        got = found.get(name, value)
+        require(got == value, f"model_args.{name} must be {value}, as the tensors say", got)
     return shown | {
         "in_chans": channels,
         "patch_size": side,
@@ -168,10 +167,10 @@ def arguments_of(config: ForeignConfig) -> Mapping[str, Any]:
     """
     found: Mapping[str, Any] = config.get("model_args") or {}
     for name, value in found.items():
-        if name in REFUSED and value not in (REFUSED[name], None):
-            raise ConfigError(f"model_args.{name} must be {REFUSED[name]!r}; got {value!r}")
-        if name not in REFUSED and name not in {*READ.split(), *WITHOUT_EFFECT}:
-            raise ConfigError(f"model_args.{name} is not known; got {value!r}")
+        if name in REFUSED:
+            require(value in (REFUSED[name], None), f"model_args.{name} must be {REFUSED[name]!r}", repr(value))
+        else:
+            require(name in {*READ.split(), *WITHOUT_EFFECT}, f"model_args.{name} is not known", repr(value))
     return found
 
 

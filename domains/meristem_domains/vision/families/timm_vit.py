@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, require
 from meristem.interop.family import Family, ForeignConfig, Tensors
 from meristem.interop.settings import Settings, write_fields
 from meristem.interop.table import KeyTable, Rename, Row, Transform, block_rows
@@ -46,8 +46,8 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> arch.TransformerConf
     named, facts = timm_facts.named_of(config), timm_facts.facts_of(config, tensors)
     if facts["is_gated"] != named.is_gated:
         raise ConfigError(f"{config['architecture']} must have gated layers or not; its tensors say otherwise")
-    if facts.get("norm_layer") not in (None, NORM[0]):
-        raise ConfigError(f"model_args.norm_layer must be {NORM[0]}; got {facts['norm_layer']!r}")
+    norm = facts.get("norm_layer")
+    require(norm in (None, NORM[0]), f"model_args.norm_layer must be {NORM[0]}", repr(norm))
     return facts.build(
         embedding=partial(
             arch.Embedding,
@@ -57,7 +57,7 @@ def read_config(config: ForeignConfig, tensors: Tensors) -> arch.TransformerConf
         ),
         position=_read_position(config, facts),
         feedforward=partial(arch.FeedForward, width=facts["hidden"], is_gated=facts["is_gated"]),
-        norm=arch.LayerNorm(eps=NORM[1] if facts.get("norm_layer") else named.eps),
+        norm=arch.LayerNorm(eps=NORM[1] if norm else named.eps),
         final_norm=facts["has_final_norm"],
         pool=_read_pool(config, facts),
     )
@@ -81,15 +81,15 @@ def _read_position(config: ForeignConfig, facts: Settings) -> arch.Position:
 def _read_pool(config: ForeignConfig, facts: Settings) -> arch.Pool | None:
     kind = facts.get("global_pool", config.get("global_pool"))
     sees_prefix = bool(facts.get("pool_include_prefix"))
-    if facts["has_pool_norm"] and kind != "avg":
-        raise ConfigError(f"global_pool must be avg where a norm follows (fc_norm); got {kind!r}")
-    if sees_prefix and kind != "map":
-        raise ConfigError(f"model_args.pool_include_prefix must be false with global_pool {kind!r}; got true")
+    is_normed = facts["has_pool_norm"]
+    require(kind == "avg" or not is_normed, "global_pool must be avg where a norm follows (fc_norm)", repr(kind))
+    rule = f"model_args.pool_include_prefix must be false with global_pool {kind!r}"
+    require(kind == "map" or not sees_prefix, rule, "true")
     match kind:
         case "token":
             return arch.Prefix(count=2 if facts["is_distilled"] else 1)
         case "avg":
-            return arch.Mean(is_normed=facts["has_pool_norm"])
+            return arch.Mean(is_normed=is_normed)
         case "max":
             return arch.Max()
         case "map":
