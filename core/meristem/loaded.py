@@ -154,8 +154,10 @@ class LoadedModel:
         chosen = options_by_name("the scorer", Score(scorer=scorer, domain=domain).find().options, options)
         job = Score(scorer=scorer, scorer_options=chosen, domain=domain)
         running = RunningScore(job, self.card, self.model, self._engine(tokens_per_batch, precision))
-        results = lambda column: list(running.results(column, lambda records, tokens: None))  # noqa: E731
-        return list(chain(*self._each(sequences, self._viewed(running.reading), results, running.unfit)))
+        results = self._each(
+            sequences, self._viewed(running.reading), lambda column: list(running.results(column)), running.unfit
+        )
+        return list(chain(*results))
 
     def logits(
         self, sequences: Iterable[Any], tokens_per_batch: int | None = None, precision: str = "auto"

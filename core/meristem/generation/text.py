@@ -32,7 +32,6 @@ class Sample:
         generated: its tokens, their log-probabilities, and why it ended.
     """
 
-    prompt: str
     text: str
     generated: Generated
 
@@ -70,8 +69,8 @@ class Generator:
         while batch := list(islice(left, per_batch)):
             ids = [self._encode(number, prompt, options) for number, prompt in batch]
             streams = _Streams(self.tokenizer, batch[0][0], on_text) if on_text is not None else None
-            for (_, prompt), samples in zip(batch, self.go_on(ids, options, streams), strict=True):
-                yield [Sample(prompt, self.tokenizer.text_of(one.ids), one) for one in samples]
+            for samples in self.go_on(ids, options, streams):
+                yield [Sample(self.tokenizer.text_of(one.ids), one) for one in samples]
 
     def go_on(
         self, prompts: Sequence[np.ndarray], options: GenerateOptions, on_token: OnToken | None = None

@@ -11,7 +11,7 @@ import pyarrow as pa
 from meristem.errors import ConfigError
 from meristem.files import replacing
 from meristem.inference.encoding import Reading
-from meristem.inference.engine import PLAIN_POOLS, Advance, Embedder
+from meristem.inference.engine import PLAIN_POOLS, Advance, Embedder, unheard
 from meristem.inference.formats import WRITERS
 from meristem.inference.job import Engine, Job, Running
 from meristem.model.model import Model
@@ -40,7 +40,7 @@ class RunningEmbed(Running):
         self._is_pooled = self.is_reused = pool != "none"
         self._vocab = pa.array(card.tokenizer.vocab, pa.string())
 
-    def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
+    def rows(self, column: TokenColumn, advance: Advance = unheard) -> pa.Table:
         values = self.embedder.embed(column, advance)
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
         lengths = column.payload_lengths

@@ -72,8 +72,7 @@ class Reading:
         """
         if self.views is not None:
             return self._viewed(self.views, records_of(table.to_pydict()))
-        payloads = {name: table[INPUT_PREFIX + name] for name in self.tokenizers}
-        return self._joined({name: self._encoded(name, payloads[name]) for name in payloads})
+        return self._read({name: table[INPUT_PREFIX + name] for name in self.tokenizers})
 
     def _viewed(self, views: Views, records: Iterable[Record]) -> TokenColumn:
         seen: list[tuple[Record, ...]] = []
@@ -88,8 +87,7 @@ class Reading:
                     f"{record.source or record.id}, {len(seen[row])}"
                 )
         of_views = [
-            self._joined({name: self._encoded(name, [one.inputs[name] for one in view]) for name in self.tokenizers})
-            for view in zip(*seen)
+            self._read({name: [one.inputs[name] for one in view] for name in self.tokenizers}) for view in zip(*seen)
         ]
         return replace(of_views[0], views=tuple(of_views[1:]))
 
@@ -113,29 +111,26 @@ class Reading:
                     raise _Refused(row, f"must be a mapping of {' and '.join(names)} to payloads; got {got}")
             payloads = {name: [record[name] for record in records] for name in names}
         # with views too, so that what no tokenizer takes is refused before views meet it
-        column = self._joined({name: self._encoded(name, payloads[name]) for name in names})
+        column = self._read(payloads)
         if self.views is None:
             return column
         rows = enumerate(zip(*payloads.values()))
         return self._viewed(self.views, [Record(f"sequence {row}", dict(zip(names, one))) for row, one in rows])
 
-    def _encoded(self, name: str, payloads: "pa.Array | Sequence[Any]") -> TokenColumn:
-        tokenizer = self.tokenizers[name]
-        try:
-            is_column = isinstance(payloads, pa.Array)
-            return tokenizer.encode_column(payloads) if is_column else tokenizer.encode_values(payloads)
-        except RefusedSymbol as error:
-            raise _Refused(
-                error.row, str(error) if len(self.tokenizers) == 1 else f"input {name!r}: {error}"
-            ) from error
-
-    def _joined(self, columns: dict[str, TokenColumn]) -> TokenColumn:
+    def _read(self, payloads: "Mapping[str, pa.Array | Sequence[Any]]") -> TokenColumn:
+        columns: dict[str, TokenColumn] = {}
+        for name, tokenizer in self.tokenizers.items():
+            try:
+                encode = tokenizer.encode_column if isinstance(payloads[name], pa.Array) else tokenizer.encode_values
+                columns[name] = encode(payloads[name])
+            except RefusedSymbol as error:
+                reason = str(error) if len(self.tokenizers) == 1 else f"input {name!r}: {error}"
+                raise _Refused(error.row, reason) from error
         first, *others = columns.values()
         if self.join is not None:
-            rows = range(len(first))
             sequences = [
                 self.join({name: self.tokenizers[name].tokens_at(column, row) for name, column in columns.items()})
-                for row in rows
+                for row in range(len(first))
             ]
             return column_of(sequences, sum((Counter(one.replaced) for one in columns.values()), Counter()))
         return replace(others[0], source=first) if others else first

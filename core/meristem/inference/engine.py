@@ -39,6 +39,10 @@ Advance = Callable[[int, int], None]
 """Told of records and payload tokens as they are done."""
 
 
+def unheard(records: int, tokens: int) -> None:
+    """An `Advance` that tells nobody."""
+
+
 def best_device() -> str:
     """A GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -255,7 +259,7 @@ class Embedder:
         return column.payload_lengths
 
     @torch.inference_mode()
-    def embed(self, column: TokenColumn, advance: Advance | None = None) -> np.ndarray:
+    def embed(self, column: TokenColumn, advance: Advance = unheard) -> np.ndarray:
         """`[N, D]` float32, or `[sum of payload tokens, D]` where there is no pooling.
 
         Raises:
@@ -275,8 +279,7 @@ class Embedder:
             assert ready is not None
             rows, made = ready
             rows.place(made.float().cpu().numpy(), values, None if self.is_pooled else ends)
-            if advance is not None:
-                advance(len(rows.records), int(lengths[list(rows.records)].sum()))
+            advance(len(rows.records), int(lengths[list(rows.records)].sum()))
         check_finite(values, ends)
         give_back_memory()
         return values

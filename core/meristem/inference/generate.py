@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ import torch
 
 from meristem.data.budget import Budget
 from meristem.data.reading.open import open_source
-from meristem.data.reading.reader import Reader
+from meristem.data.reading.reader import Reader, gather
 from meristem.data.records import ReadOptions, Refusal, Source, batch_of
 from meristem.domain import Domain
 from meristem.errors import ConfigError, DataError
@@ -22,7 +22,7 @@ from meristem.files import replacing
 from meristem.generation.options import GenerateOptions
 from meristem.generation.text import Generator
 from meristem.inference.encoding import Reading
-from meristem.inference.engine import PRECISIONS, Advance
+from meristem.inference.engine import PRECISIONS, Advance, unheard
 from meristem.inference.job import Engine, Job, Running
 from meristem.inference.memory import fitting_tokens
 from meristem.inference.output import PAYLOAD, parts_of
@@ -70,7 +70,7 @@ class RunningGenerate(Running):
         self._options = job.options
         [self._tokenizer] = self.reading.tokenizers.values()
 
-    def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
+    def rows(self, column: TokenColumn, advance: Advance = unheard) -> pa.Table:
         prompts, work = self._prompts(column), self.work(column)
         made: list[list[dict[str, Any]]] = [[] for _ in prompts]
 
@@ -78,8 +78,7 @@ class RunningGenerate(Running):
             texts = self.generator.go_on([prompts[number] for number in numbers], self._options)
             for number, samples in zip(numbers, texts, strict=True):
                 made[number] = [{"text": self.generator.tokenizer.text_of(one.ids), **asdict(one)} for one in samples]
-            if advance is not None:
-                advance(len(numbers), int(work[numbers].sum()))
+            advance(len(numbers), int(work[numbers].sum()))
 
         num_new, count = self._options.max_new_tokens, self._options.num_sequences
         lengths = np.array([(len(ids) + num_new) * count for ids in prompts], np.int64)
@@ -127,13 +126,11 @@ class Generate(Job):
 
     def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
         with replacing(output, parts) as temporary, temporary.open("w", encoding="utf-8") as file:
-            number = 0
-            for part in parts_of(parts):
-                for row in pq.read_table(part).to_pylist():
-                    for index, sample in enumerate(row["samples"]):
-                        facts = {"id": row["id"], "prompt": row[PAYLOAD], "prompt_number": number, "sample": index}
-                        file.write(json.dumps({**facts, **sample}, ensure_ascii=False) + "\n")
-                    number += 1
+            rows = (row for part in parts_of(parts) for row in pq.read_table(part).to_pylist())
+            for number, row in enumerate(rows):
+                for index, sample in enumerate(row["samples"]):
+                    facts = {"id": row["id"], "prompt": row[PAYLOAD], "prompt_number": number, "sample": index}
+                    file.write(json.dumps({**facts, **sample}, ensure_ascii=False) + "\n")
         return ""
 
 
@@ -151,40 +148,33 @@ class PromptReader(Reader):
 
     def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
         if self.given and source.path == GIVEN:
-            yield from self._batches(source, enumerate(self.given, 1), options)
+            yield from _batches(source, self.given, options)
         elif source.is_stdin or Path(source.path).suffix in ("", ".txt"):
             options.require_bare(source.name, "it is a text of one prompt a line")
             with open_source(source) as stream:
-                yield from self._batches(source, enumerate((line.rstrip(b"\r\n") for line in stream), 1), options)
+                yield from _batches(source, (line.rstrip(b"\r\n") for line in stream), options)
         else:
             yield from self.other.read(source, options)
 
-    def _batches(
-        self, source: Source, lines: Iterator[tuple[int, str | bytes]], options: ReadOptions
-    ) -> Iterator[pa.RecordBatch]:
-        numbers: list[int] = []
-        prompts: list[str] = []
-        num_bytes = number = 0
 
-        def batch() -> pa.RecordBatch:
-            payloads = {options.main: pa.array(prompts, pa.large_string())}
-            return batch_of(pa.array(map(str, numbers)), payloads, source.name, numbers)
+def _batches(source: Source, lines: Iterable[str | bytes], options: ReadOptions) -> Iterator[pa.RecordBatch]:
+    for held in gather(_prompts(source, lines, options), lambda row: len(row[1]), options.batch_bytes):
+        numbers, prompts = zip(*held)
+        payloads = {options.main: pa.array(prompts, pa.large_string())}
+        yield batch_of(pa.array(map(str, numbers)), payloads, source.name, numbers)
 
-        for number, line in lines:
-            try:
-                prompt = line.decode() if isinstance(line, bytes) else line
-            except UnicodeDecodeError as error:
-                raise DataError(f"{source.name}:{number}: must be UTF-8 text") from error
-            if not prompt.strip():
-                options.refuse(Refusal(source.name, number, str(number), "a prompt must not be empty"))
-                continue
-            numbers.append(number)
-            prompts.append(prompt)
-            num_bytes += len(line)
-            if num_bytes >= options.batch_bytes:
-                yield batch()
-                numbers, prompts, num_bytes = [], [], 0
-        if not number:
-            raise DataError(f"{source.name}: must hold one prompt a line; it is empty")
-        if prompts:
-            yield batch()
+
+def _prompts(source: Source, lines: Iterable[str | bytes], options: ReadOptions) -> Iterator[tuple[int, str]]:
+    """The prompts, each with its number from 1."""
+    number = 0
+    for number, line in enumerate(lines, 1):
+        try:
+            prompt = line.decode() if isinstance(line, bytes) else line
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source.name}:{number}: must be UTF-8 text") from error
+        if prompt.strip():
+            yield number, prompt
+        else:
+            options.refuse(Refusal(source.name, number, str(number), "a prompt must not be empty"))
+    if not number:
+        raise DataError(f"{source.name}: must hold one prompt a line; it is empty")

@@ -18,7 +18,7 @@ from meristem.data.records import ReadOptions
 from meristem.domain import Domain
 from meristem.errors import ConfigError
 from meristem.inference.encoding import Reading, sides_of
-from meristem.inference.engine import PRECISIONS, Advance, TrunkRunner, best_device, best_precision
+from meristem.inference.engine import PRECISIONS, Advance, TrunkRunner, best_device, best_precision, unheard
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard
 from meristem.types import TokenColumn
@@ -118,7 +118,7 @@ class Running(ABC):
     def __init__(self, job: Any, card: ModelCard, model: Model, engine: Engine): ...
 
     @abstractmethod
-    def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
+    def rows(self, column: TokenColumn, advance: Advance = unheard) -> pa.Table:
         """The rows of some sequences, one each, in their order.
 
         Args:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from meristem.errors import ConfigError
 from meristem.inference.encoding import Reading
-from meristem.inference.engine import Advance
+from meristem.inference.engine import Advance, unheard
 from meristem.inference.job import Engine, Job, Running
 from meristem.inference.predictor import Predictor, table_columns
 from meristem.inference.table_file import SUFFIXES, write_table_file
@@ -35,7 +35,7 @@ class RunningPredict(Running):
         self._is_per_token, self._tokenizer = job.is_per_token, card.tokenizer
         self.is_reused = not job.is_per_token
 
-    def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
+    def rows(self, column: TokenColumn, advance: Advance = unheard) -> pa.Table:
         predictions = self.predictor.predict(column, advance)
         if not self._is_per_token:
             return pa.table(_arrays(table_columns(predictions, is_per_token=False)))

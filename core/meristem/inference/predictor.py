@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from meristem.errors import ConfigError
-from meristem.inference.engine import Advance, TrunkRunner, check_finite, views_of
+from meristem.inference.engine import Advance, TrunkRunner, check_finite, unheard, views_of
 from meristem.model.heads import Readout
 from meristem.model.outputs import HeadRequest, Wanted
 from meristem.shapes import Float, Tensor
@@ -64,7 +64,7 @@ class Predictor:
         self.readouts = tuple(there[name] for name in (readouts or there))
 
     @torch.inference_mode()
-    def predict(self, column: TokenColumn, advance: Advance | None = None) -> dict[str, Prediction]:
+    def predict(self, column: TokenColumn, advance: Advance = unheard) -> dict[str, Prediction]:
         """Predictions by the name of the label.
 
         Raises:
@@ -89,8 +89,7 @@ class Predictor:
             for name, into in found.items():
                 values = in_units(into.readout, rows.outputs.heads[name].float()).cpu().numpy()
                 rows.place(values, into.values, None if _is_pooled(into.readout) else ends)
-            if advance is not None:
-                advance(len(rows.records), int(token_lengths[list(rows.records)].sum()))
+            advance(len(rows.records), int(token_lengths[list(rows.records)].sum()))
         for prediction in found.values():
             check_finite(prediction.values, np.cumsum(prediction.lengths))
         return found

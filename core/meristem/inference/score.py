@@ -17,7 +17,7 @@ from meristem.errors import ConfigError
 from meristem.figures.canvas import encode_figure
 from meristem.files import replacing, write_file
 from meristem.inference.encoding import Reading
-from meristem.inference.engine import Advance, NotFinite, views_of
+from meristem.inference.engine import Advance, NotFinite, unheard, views_of
 from meristem.inference.job import Engine, Job, Running, too_long
 from meristem.inference.output import parts_of
 from meristem.inference.table_file import SUFFIXES, write_table_file
@@ -80,7 +80,7 @@ class RunningScore(Running):
         self.facts = {"summary": self.scorer.describe(self.model, self._options)}
         self.fault = "its score is not finite; the model is damaged"
 
-    def results(self, column: TokenColumn, advance: Advance) -> Iterator[Any]:
+    def results(self, column: TokenColumn, advance: Advance = unheard) -> Iterator[Any]:
         """What the scorer gives for each sequence, in order.
 
         Raises:
@@ -95,8 +95,8 @@ class RunningScore(Running):
             yield result
             advance(1, 0)
 
-    def rows(self, column: TokenColumn, advance: Advance | None = None) -> pa.Table:
-        results = enumerate(self.results(column, advance or (lambda records, tokens: None)))
+    def rows(self, column: TokenColumn, advance: Advance = unheard) -> pa.Table:
+        results = enumerate(self.results(column, advance))
         if self.scorer.schema is not None:
             schema = self.scorer.schema(self.model, self._options)
             return pa.Table.from_pylist([result for _, result in results], schema)

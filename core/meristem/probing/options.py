@@ -12,21 +12,9 @@ METHODS = {"linear": ("linear",), "knn": ("knn",), "both": ("linear", "knn")}
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
-    """How to probe.
+    """How to probe; the suite `meristem.probing.suite.Probe` says what the options mean that it has as well.
 
     Attributes:
-        label: the column that is predicted.
-        missing_labels: words that mean "no label"; an empty cell always does.
-        method: linear, knn or both.
-        task: classification, regression, or auto: regression where the labels are numbers and one has a fraction.
-        k: number of neighbours that vote; None for 20, or all training records where there are fewer.
-        temperature: softmax temperature of the votes.
-        split: hash or similarity, by which records are split where neither a column nor test files do.
-        split_column: column that says train, validation or test; empty for none.
-        group_column: column of a value whose records stay in one part of the split; empty for none.
-        test_frac: fraction of the records for the test, where neither a column nor files give it; None for 0.2.
-        validation_frac: fraction of the training records by which the penalty of the linear probe is chosen.
-        seed: random seed of the split.
         embed: how the records are read and embedded, with any pool but none. Label and split columns are added.
         cache_dir: folder of record stores and vectors; None for the default one.
     """
