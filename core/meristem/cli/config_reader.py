@@ -93,9 +93,6 @@ class NumberLoader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-4` as a word; here it is a number."""
 
 
-NumberLoader.yaml_implicit_resolvers = {
-    key: list(resolvers) for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 NumberLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),

@@ -219,16 +219,14 @@ def _print_tables(facts: dict[str, Any]) -> None:
             "symbols": " ".join(vocabulary["symbols"][:100]) + (" ..." if vocabulary["size"] > 100 else ""),
         },
     )
-    table("heads", {name: _describe_head(head) for name, head in facts["heads"].items()})
+    heads = {name: str(head["kind"]) for name, head in facts["heads"].items()}
+    for name, head in facts["heads"].items():
+        if "task" in head:
+            heads[name] += f": {head['task']}, one for each {head['level']}"
+            heads[name] += f": {', '.join(head['classes'])}" if head["classes"] else ""
+    table("heads", heads)
     if facts["facts"]:
         table("facts", facts["facts"])
-
-
-def _describe_head(head: dict[str, Any]) -> str:
-    if "task" not in head:
-        return str(head["kind"])
-    what = f"{head['kind']}: {head['task']}, one for each {head['level']}"
-    return f"{what}: {', '.join(head['classes'])}" if head["classes"] else what
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from meristem.inference.encoding import sides_of
 from meristem.types import TokenColumn
 
 WINDOW_SEQUENCES = 1 << 18
-"""Distinct sequences that are remembered: about 60 MB, whatever the size of the input."""
+"""Distinct sequences that are remembered, the latest: about 60 MB, whatever the size of the input."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,12 @@ class Seen:
     """Remembers where the vector of a sequence was first written.
 
     Args:
-        window: distinct sequences that are remembered; the oldest are forgotten first.
         is_across_parts: whether vectors of earlier parts are used again.
     """
 
-    def __init__(self, window: int = WINDOW_SEQUENCES, is_across_parts: bool = True):
+    def __init__(self, is_across_parts: bool = True):
         self._places: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
-        self._window, self._is_across_parts = window, is_across_parts
+        self._is_across_parts = is_across_parts
 
     def look_up(self, part: int, column: TokenColumn) -> Sources:
         """Look up the sequences of chunk `part` and remember the new ones."""
@@ -60,7 +59,7 @@ class Seen:
                 digest.update(text[start * width : stop * width])
             place = self._places.setdefault(digest.digest(), (part, row))
             parts[row], rows[row] = place
-            if len(self._places) > self._window:
+            if len(self._places) > WINDOW_SEQUENCES:
                 self._places.popitem(last=False)
         is_new = (parts == part) & (rows == np.arange(len(column)))
         return Sources(parts, rows, np.flatnonzero(is_new))

@@ -11,9 +11,9 @@ import pyarrow as pa
 from meristem.errors import ConfigError
 from meristem.inference.encoding import Reading
 from meristem.inference.engine import Advance, unheard
+from meristem.inference.formats import SUFFIXES, write_table_file
 from meristem.inference.job import Engine, Job, Running
 from meristem.inference.predictor import Predictor, table_columns
-from meristem.inference.table_file import SUFFIXES, write_table_file
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard
 from meristem.types import TokenColumn

@@ -18,9 +18,9 @@ from meristem.figures.canvas import encode_figure
 from meristem.files import replacing, write_file
 from meristem.inference.encoding import Reading
 from meristem.inference.engine import Advance, NotFinite, unheard, views_of
+from meristem.inference.formats import SUFFIXES, write_table_file
 from meristem.inference.job import Engine, Job, Running, too_long
 from meristem.inference.output import parts_of
-from meristem.inference.table_file import SUFFIXES, write_table_file
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard
 from meristem.registry import find_all

@@ -44,16 +44,15 @@ class Throughput:
         return float((lengths * (self.seconds_per_token + self.seconds_per_token_and_length * lengths)).sum())
 
 
-def measure_throughput(embedder: Embedder, lengths: Sequence[int] = LENGTHS, rounds: int = ROUNDS) -> Throughput:
+def measure_throughput(embedder: Embedder, rounds: int = ROUNDS) -> Throughput:
     """Run packs as full as the budget allows, of equal sequences, and time them; a pack of each is not counted.
 
     Args:
         embedder: of a model of symbols or patches.
-        lengths: tokens of a sequence; those that positions do not allow are cut to what they do.
         rounds: packs of each length; the fastest counts, since what disturbs a machine only makes it slower.
     """
     limit = embedder.trunk.model.config.max_length
-    allowed = sorted({min(length, limit or length) for length in lengths})
+    allowed = sorted({min(length, limit or length) for length in LENGTHS})
     rates = {length: _tokens_per_second(embedder, length, rounds) for length in allowed}
     times = np.array([1 / rate for rate in rates.values()])
     if len(allowed) == 1:

@@ -109,11 +109,7 @@ class ScoredRows:
 
 
 def scored_rows(running: RunningModel, column: TokenColumn, options: LikelihoodOptions) -> ScoredRows:
-    """What a model reads of a column, and what it is asked for.
-
-    Raises:
-        ConfigError: as `score_column`.
-    """
+    """What a model reads of a column, and what it is asked for; raises ConfigError as `score_column` does."""
     kind, tokenizer = kind_of(running.model, running.tokenizer), running.tokenizer
     _check_options(kind, options)
     if (kind == "encoder-decoder") != (column.source is not None):
@@ -202,11 +198,7 @@ def schema_of(running: RunningModel, options: LikelihoodOptions) -> pa.Schema:
 
 
 def describe(running: RunningModel, options: LikelihoodOptions) -> str:
-    """What the values are, in one line.
-
-    Raises:
-        ConfigError: as `score_column`.
-    """
+    """What the values are, in one line; raises ConfigError as `score_column` does."""
     kind = kind_of(running.model, running.tokenizer)
     _check_options(kind, options)
     means = {
