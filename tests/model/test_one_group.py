@@ -38,8 +38,8 @@ def test_an_empty_group_of_spare_rows_is_caught(monkeypatch):
     plan = grouped._plan.__wrapped__
 
     def with_empty(q_segments, kv_segments, prefixes):
-        made = plan(q_segments, kv_segments, prefixes)
-        return grouped._Plan((*made.groups, (0, 0, 0, 1)), None, None)
+        groups, _, _ = plan(q_segments, kv_segments, prefixes)
+        return (*groups, (0, 0, 0, 1)), None, None
 
     monkeypatch.setattr(grouped, "_plan", with_empty)
     with pytest.raises(AssertionError):

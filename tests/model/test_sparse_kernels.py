@@ -119,7 +119,7 @@ def test_sequences_much_longer_than_their_window_run_on_tiles() -> None:
     for pattern in LONG[:5]:
         plan = tiles.plan_tiles(pattern, 900, 900, 70, False)
         assert plan is not None
-        assert sum(group.keys.size for group in plan.groups) < 0.5 * (900 / plan.tile + 1) ** 2
+        assert sum(keys.size for _, keys in plan.groups) < 0.5 * (900 / plan.tile + 1) ** 2
     assert tiles.plan_tiles(Full(), 90_000, 90_000, 0, False) is None
     assert tiles.plan_tiles(Causal(), 90_000, 90_000, 0, False) is None
 
@@ -128,7 +128,7 @@ def test_pairs_that_are_computed_grow_as_the_length_does() -> None:
     def pairs(pattern: Pattern, length: int) -> int:
         plan = tiles.plan_tiles(pattern, length, length, 0, False)
         assert plan is not None
-        return sum(group.keys.size for group in plan.groups) * plan.tile**2
+        return sum(keys.size for _, keys in plan.groups) * plan.tile**2
 
     for pattern in (Causal() & Window(left=255), Window(left=500, right=500), BlockSparse(block=64)):
         # the first tiles see fewer, which counts less in a longer sequence
@@ -139,7 +139,7 @@ def dropped_tile(*args: object) -> tiles.TilePlan | None:
     """The mutant: the first tile of keys that a tile of queries sees is left out where there are two."""
     plan = tiles.plan_tiles(*args)
     assert plan is not None
-    groups = [replace(group, keys=group.keys[:, int(group.keys.shape[1] > 1) :]) for group in plan.groups]
+    groups = [(queries, keys[:, int(keys.shape[1] > 1) :]) for queries, keys in plan.groups]
     return replace(plan, groups=tuple(groups))
 
 

@@ -5,7 +5,6 @@ loops over tokens: pairs of token and choice are sorted by expert, and each expe
 its share of the rows.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -116,7 +115,8 @@ class ExpertsLayer(nn.Module):
         rows = x.index_select(0, taken_R // self.config.top_k).split(counts)
         # unbound once: the gradient of one expert's slice would be a tensor of all experts, and that for each
         ups, downs = self.up.unbind(), self.down.unbind()
-        up_biases, down_biases = _unbind(self.up_bias, len(counts)), _unbind(self.down_bias, len(counts))
+        biases = (self.up_bias, self.down_bias)
+        up_biases, down_biases = ([None] * len(counts) if one is None else one.unbind() for one in biases)
         outputs = []
         for expert, rows_nD in enumerate(rows):
             if len(rows_nD):
@@ -150,10 +150,6 @@ class ExpertsLayer(nn.Module):
 
     def _activate(self, hidden_nF: Float[Tensor, "n F_up"]) -> Float[Tensor, "n F"]:
         return self.dropout(activate(hidden_nF, self.activation, self.is_gated))
-
-
-def _unbind(bias: Tensor | None, count: int) -> Sequence[Tensor | None]:
-    return [None] * count if bias is None else bias.unbind()
 
 
 def _precision(x: Tensor) -> torch.dtype:

@@ -205,7 +205,6 @@ class LearnedLayer(nn.Module):
         self.table = nn.Embedding(config.max_positions, width)
 
     def forward(self, positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
-        """What is added to each row; zeros for rows that have no place (-1)."""
         grid = self.config.grid or (self.config.max_positions,)
         assert positions.shape[1] == len(grid), f"positions must have {len(grid)} axes; got {positions.shape[1]}"
         place = positions[:, 0]
@@ -224,7 +223,6 @@ class SinusoidalLayer(nn.Module):
         self.config, self.width = config, width
 
     def forward(self, positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
-        """What is added to each row; zeros for rows that have no place (-1)."""
         assert positions.shape[1] == 1, f"sinusoidal positions have one axis; got {positions.shape[1]}"
         exponents = torch.arange(0, self.width, 2, device=positions.device, dtype=torch.float32) / self.width
         angles = positions.float() / self.config.base**exponents
@@ -240,7 +238,6 @@ class SinCos2DLayer(nn.Module):
         self.config, self.width = config, width
 
     def forward(self, positions: Int[Tensor, "T A"]) -> Float[Tensor, "T D"]:
-        """What is added to each row; zeros for rows that have no place (-1)."""
         assert positions.shape[1] == 2, f"these positions have two axes; got {positions.shape[1]}"
         count = self.width // 4
         steps = max(count - 1, 1) if self.config.reaches_base else count
@@ -266,7 +263,10 @@ def resample_grid(table: Float[Tensor, "N D"], old: tuple[int, int], new: tuple[
 
 
 def build_added(config: configs.Position, width: int) -> nn.Module | None:
-    """Build the module of a position that is added to the embedding; None for the other kinds."""
+    """Build the module of a position that is added to the embedding; None for the other kinds.
+
+    It gives what is added to each row: zeros for rows that have no place (-1).
+    """
     match config:
         case configs.Learned():
             return LearnedLayer(config, width)
@@ -275,5 +275,4 @@ def build_added(config: configs.Position, width: int) -> nn.Module | None:
         case configs.SinCos2D():
             return SinCos2DLayer(config, width)
         case _:
-            assert not isinstance(config, configs.AddedPosition), config
             return None

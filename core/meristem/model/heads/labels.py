@@ -144,9 +144,8 @@ class Standardise(nn.Module):
     mean: Tensor
     var: Tensor
 
-    def __init__(self, width: int, momentum: float = 0.1):
+    def __init__(self, width: int):
         super().__init__()
-        self.momentum = momentum
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("var", torch.ones(width))
         self._seen: list[Tensor] = []
@@ -163,4 +162,4 @@ class Standardise(nn.Module):
         """Update the running figures with the packs seen since the last call; `gather` returns those of all ranks."""
         seen, self._seen = self._seen, []
         for part in (part for rows in seen for part in gather(rows) if len(part) > 1):
-            F.batch_norm(part, self.mean, self.var, None, None, True, self.momentum, STANDARDISE_EPS)
+            F.batch_norm(part, self.mean, self.var, None, None, True, momentum=0.1, eps=STANDARDISE_EPS)

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -25,12 +24,12 @@ def attend_grouped(packed: Packed, scoring: Scoring) -> Float[Tensor, "T H E"]:
     """
     segments, kv_layout, pattern = packed.q_layout.segments, packed.kv_layout, scoring.pattern
     prefixes = kv_layout.segment_prefixes if has_prefix(pattern) else (0,) * len(kv_layout.segments)
-    plan = _plan(segments, kv_layout.segments, prefixes)
-    q_groups = _split(packed.q_THE, plan.q_order, [length * count for length, _, _, count in plan.groups])
-    kv_rows = [length * count for _, length, _, count in plan.groups]
-    k_groups, v_groups = (_split(x_UKE, plan.kv_order, kv_rows) for x_UKE in (packed.k_UKE, packed.v_UKE))
+    groups, q_order, kv_order = _plan(segments, kv_layout.segments, prefixes)
+    q_groups = _split(packed.q_THE, q_order, [length * count for length, _, _, count in groups])
+    kv_rows = [length * count for _, length, _, count in groups]
+    k_groups, v_groups = (_split(x_UKE, kv_order, kv_rows) for x_UKE in (packed.k_UKE, packed.v_UKE))
     outputs = []
-    for group, q, k, v in zip(plan.groups, q_groups, k_groups, v_groups, strict=True):
+    for group, q, k, v in zip(groups, q_groups, k_groups, v_groups, strict=True):
         q_length, kv_length, prefix_length, _ = group
         if not q_length or not kv_length:  # spare rows of one side that face none of the other
             outputs.append(torch.zeros_like(q))
@@ -41,9 +40,9 @@ def attend_grouped(packed: Packed, scoring: Scoring) -> Float[Tensor, "T H E"]:
         else:
             outputs.append(attend_tiles(q, k, v, (q_length, kv_length, prefix_length), tiles, scoring))
     o_THE = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if plan.q_order is None:
+    if q_order is None:
         return o_THE
-    return torch.empty_like(o_THE).index_copy(0, torch.from_numpy(plan.q_order).to(o_THE.device), o_THE)
+    return torch.empty_like(o_THE).index_copy(0, torch.from_numpy(q_order).to(o_THE.device), o_THE)
 
 
 def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: tuple[int, int, int, int], scoring: Scoring) -> Tensor:
@@ -72,23 +71,16 @@ def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: tuple[int, int, int, i
     return o_GHmE[:, :, :q_length].transpose(1, 2).reshape(q.shape)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Groups of sequences of equal lengths.
-
-    Attributes:
-        groups: query length, key length, prefix length and number of sequences of each group.
-        q_order, kv_order: rows in the order of the groups; None where they stand so already.
-    """
-
-    groups: tuple[tuple[int, int, int, int], ...]
-    q_order: np.ndarray | None
-    kv_order: np.ndarray | None
-
-
 @lru_cache(maxsize=16)
-def _plan(q_segments: tuple[int, ...], kv_segments: tuple[int, ...], prefixes: tuple[int, ...]) -> _Plan:
-    """Group the sequences of a batch; every layer asks again for the same one."""
+def _plan(
+    q_segments: tuple[int, ...], kv_segments: tuple[int, ...], prefixes: tuple[int, ...]
+) -> tuple[tuple[tuple[int, int, int, int], ...], np.ndarray | None, np.ndarray | None]:
+    """Group the sequences of a batch; every layer asks again for the same one.
+
+    Returns:
+        Query length, key length, prefix length and number of sequences of each group; then rows of queries and rows of
+        keys in the order of the groups, None where they stand so already.
+    """
     assert len(q_segments) == len(kv_segments), "each sequence of queries faces one of keys"
     by_lengths: dict[tuple[int, int, int], list[int]] = defaultdict(list)
     for index, lengths in enumerate(zip(q_segments, kv_segments, prefixes)):
@@ -103,7 +95,7 @@ def _plan(q_segments: tuple[int, ...], kv_segments: tuple[int, ...], prefixes: t
         starts = np.concatenate([[0], np.cumsum(segments)])
         return np.concatenate([np.arange(starts[index], starts[index + 1]) for index in order])
 
-    return _Plan(groups, q_order=rows_in(q_segments), kv_order=rows_in(kv_segments))
+    return groups, rows_in(q_segments), rows_in(kv_segments)
 
 
 def _split(x_THE: Tensor, order: np.ndarray | None, rows: list[int]) -> Sequence[Tensor]:

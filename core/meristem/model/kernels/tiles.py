@@ -37,29 +37,17 @@ SPANS_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
-class TileGroup:
-    """Tiles of queries that each see the same number of tiles of keys.
-
-    Attributes:
-        queries: `[g]` indices of the tiles of queries.
-        keys: `[g, c]` indices of the tiles of keys that each may see.
-    """
-
-    queries: np.ndarray
-    keys: np.ndarray
-
-
-@dataclass(frozen=True)
 class TilePlan:
     """Which tiles of one sequence see each other.
 
     Attributes:
         tile: number of places in a tile.
-        groups: every tile of queries is in one of these.
+        groups: `[g]` indices of tiles of queries that each see the same number of tiles of keys, and `[g, c]` indices
+            of the tiles of keys that each may see. Every tile of queries is in one group.
     """
 
     tile: int
-    groups: tuple[TileGroup, ...]
+    groups: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 @lru_cache(maxsize=64)
@@ -79,7 +67,7 @@ def plan_tiles(pattern: Pattern, q_length: int, kv_length: int, prefix_length: i
 
 def _group_tiles(
     pattern: Pattern, q_length: int, kv_length: int, prefix_length: int, tile: int
-) -> tuple[tuple[TileGroup, ...], float]:
+) -> tuple[tuple[tuple[np.ndarray, np.ndarray], ...], float]:
     """Tiles grouped by how many others they see, and the share of all pairs that see each other."""
     sequence = Sequence.of(pattern, kv_length, prefix_length, torch.device("cpu"))
     keys = torch.arange(0, kv_length, tile)[None, :]
@@ -97,7 +85,7 @@ def _group_tiles(
             queries_of.setdefault(len(columns), []).append(first + row)
             keys_of.setdefault(len(columns), []).append(columns)
             num_seen += len(columns)
-    groups = tuple(TileGroup(np.array(queries_of[count]), np.stack(keys_of[count])) for count in queries_of)
+    groups = tuple((np.array(queries_of[count]), np.stack(keys_of[count])) for count in queries_of)
     return groups, num_seen / (len(starts) * keys.shape[1])
 
 
@@ -118,10 +106,10 @@ def attend_tiles(
     q_length, kv_length, prefix_length = lengths
     count, device = q_RHE.shape[0] // q_length, q_RHE.device
     chunks = []
-    for group in plan.groups:
-        size = max(1, ROWS_AT_ONCE // (group.keys.shape[1] * plan.tile * count))
-        for part in (slice(start, start + size) for start in range(0, len(group.queries), size)):
-            chunks.append(_Chunk.of(group.queries[part], group.keys[part], plan.tile, q_length, kv_length, count))
+    for queries, keys in plan.groups:
+        size = max(1, ROWS_AT_ONCE // (keys.shape[1] * plan.tile * count))
+        for part in (slice(start, start + size) for start in range(0, len(queries), size)):
+            chunks.append(_Chunk.of(queries[part], keys[part], plan.tile, q_length, kv_length, count))
     sequence, bias = Sequence.of(scoring.pattern, kv_length, prefix_length, device), scoring.bias
     by_distance = None if bias is None else scores_by_distance(bias, kv_length, device).to(q_RHE.dtype)
     work = _Work(scoring, sequence, count, tuple(chunks))
