@@ -50,7 +50,7 @@ class Model(nn.Module):
             )
         if wanted.is_source_only and batch.source is not None:
             batch = batch.source
-        hidden = wanted.hidden or self._run_trunk(batch, wanted, list(heads.values()))
+        hidden = wanted.hidden or self._run_trunk(batch, wanted, heads.values())
         pooled = self.pool(hidden.final, hidden.layout) if wanted.is_pooled and self.pool else None
         values = {name: head(hidden, batch, wanted.heads[name]) for name, head in heads.items()}
         return Outputs(hidden, values, pooled, is_training=self.training)
@@ -60,17 +60,13 @@ class Model(nn.Module):
             wanted = wanted.but(attentions=range(self.config.num_layers))
         last_rows = None
         if isinstance(self.trunk, Encoder) and self.trunk.may_leave_rows_of(wanted):
-            count = self._num_first(wanted, heads)
-            last_rows = first_rows(batch.layout, count) if count else None
+            readers: list[Head | PoolLayer] = [*heads, *([self.pool] if wanted.is_pooled and self.pool else [])]
+            # None where rows are used that are not among the first of a sequence
+            counts = [wanted.num_first, *(reader.num_first for reader in readers)]
+            known = [count for count in counts if count is not None]
+            if len(known) == len(counts) and max(known):
+                last_rows = first_rows(batch.layout, max(known))
         return self.trunk(batch, wanted, last_rows)
-
-    def _num_first(self, wanted: Wanted, heads: Collection[Head]) -> int | None:
-        """First rows of each sequence that are all that anybody uses of the trunk's last; None where others are."""
-        counts = [wanted.num_first, *(head.num_first for head in heads)]
-        if wanted.is_pooled and self.pool is not None:
-            counts.append(self.pool.num_first)
-        known = [count for count in counts if count is not None]
-        return max(known) if len(known) == len(counts) else None
 
     @property
     def readouts(self) -> tuple[Readout, ...]:

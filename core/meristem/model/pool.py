@@ -47,18 +47,14 @@ def _together(pool: Pool, rows: Float[Tensor, "t D"], lengths: Sequence[int]) ->
     return torch.segment_reduce(rows, "mean" if isinstance(pool, Mean) else "max", lengths=lengths_S, unsafe=True)
 
 
-def _num_rows(pool: Prefix) -> int:
-    """Rows that stand side by side in the vector."""
-    return pool.count + pool.has_mean
-
-
 class PoolLayer(nn.Module):
     """Pools each sequence into one vector of `width`. This class serves pools without weights."""
 
     def __init__(self, pool: Pool, width: int):
         super().__init__()
         self.config = pool
-        self.width = width * _num_rows(pool) if isinstance(pool, Prefix) and not pool.is_dense else width
+        rows_aside = pool.count + pool.has_mean if isinstance(pool, Prefix) and not pool.is_dense else 1
+        self.width = width * rows_aside
 
     @property
     def num_first(self) -> int | None:
@@ -87,7 +83,7 @@ class DensePrefix(PoolLayer):
 
     def __init__(self, pool: Prefix, config: TransformerConfig):
         super().__init__(pool, config.width)
-        self.dense = nn.Linear(config.width * _num_rows(pool), config.width)
+        self.dense = nn.Linear(config.width * (pool.count + pool.has_mean), config.width)
         init_weights(self, config.init, config.num_layers)
 
     def forward(self, x: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "S W"]:

@@ -137,10 +137,7 @@ class LinearBiasLayer(BetweenLayer):
 
 
 def linear_slopes(num_heads: int) -> Float[Tensor, "H"]:
-    """Slopes by head: `2 ** (-8 k / n)` for k in 1..n where n is a power of two.
-
-    Otherwise those of the power below, then every second one of the power above.
-    """
+    """Slopes by head: `2 ** (-8 k / n)` for k in 1..n where n is a power of two, else as `LinearBias` says."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * k / power) for k in range(1, power + 1)]
     between = [2 ** (-8 * k / (2 * power)) for k in range(1, 2 * power + 1, 2)]

@@ -43,10 +43,8 @@ class DataModule(L.LightningDataModule):
             for name, owner in self.owners.items()
         }
         self.views: Views | None = self._build_views()
-        split = spec.split  # what cannot be compared is refused before anything is read
-        self.similarity = (
-            self.domain.similarity_with(split.k, split.threshold) if split.method == "similarity" else None
-        )
+        if spec.split.method == "similarity":  # what cannot be compared is refused before anything is read
+            self.similarity = self.domain.similarity_with(spec.split.k, spec.split.threshold)
         self.max_tokens_per_record = spec.max_tokens_per_record
         self.remarks: list[str] = []
         self.refused: list[Refusal] = []
@@ -169,7 +167,6 @@ class DataModule(L.LightningDataModule):
             if split.method == "hash":
                 parts = split_by_hash(store, fractions, split.seed)
             else:
-                assert self.similarity is not None
                 parts = split_by_similarity(store, fractions, split.seed, self.similarity, self.build_progress)
         return {name: rows for name, rows in parts.items() if len(rows)}
 
@@ -194,10 +191,9 @@ class DataModule(L.LightningDataModule):
         lengths = train.store.token_lengths(self.tokenizer, train.rows, name=train.store.inputs[0])
         num_cropped = int((lengths > limit).sum()) if limit else 0
         crops = f"; {num_cropped:,} are longer than {limit} tokens and trained on in random windows"
-        mixed = ""
-        if self.spec.weights is not None:
-            shares = zip(self.sources, self.spec.weights)
-            mixed = f"; tokens of {', '.join(f'{name} {one / sum(self.spec.weights):.1%}' for name, one in shares)}"
+        weights = self.spec.weights or ()
+        shares = ", ".join(f"{name} {one / sum(weights):.1%}" for name, one in zip(self.sources, weights))
+        mixed = f"; tokens of {shares}" if shares else ""
         return f"data: {', '.join(parts)}{crops if num_cropped else ''}{mixed}"
 
     def train_dataloader(self) -> TrainLoader:

@@ -78,8 +78,7 @@ class Keeper(L.Callback):
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         assert isinstance(task, Task)
         self._saved_step = trainer.global_step if trainer.ckpt_path else -1
-        for number in STOP_SIGNALS:
-            self._old_handlers[number] = signal.signal(number, partial(self._ask, task))
+        self._old_handlers = {number: signal.signal(number, partial(self._ask, task)) for number in STOP_SIGNALS}
         if not trainer.ckpt_path:
             self.save(trainer)  # from here on the same command always finds something to go on from
 
@@ -115,7 +114,7 @@ class Keeper(L.Callback):
                 figures = task.objective.figures(task.evaluated, task.evaluated_extra, batch)
             for name, colours in figures.items():
                 if task.ranks.is_first:  # the model was run by all
-                    save_array(colours, self.run.figure(name))
+                    save_array(colours, self.run.path / f"{name}.png")
         if number := task.agree_to_stop():
             raise Stopped(number, self._saved_step)
 

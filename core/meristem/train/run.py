@@ -188,7 +188,7 @@ def _measure(spec: RunSpec, part: Literal["validation", "test"], say: Say) -> di
         raise DataError(f"there is no {part} part; see data.split")
     classes = {readout.name: readout.classes for readout in readouts_of(task.objective.heads)}
     for name, counts in task.confusion_values().items():
-        drawn = run.figure(f"confusion_{name}_{part}")
+        drawn = run.path / f"confusion_{name}_{part}.png"
         draw_confusion(drawn, {f"{name}, {part}": counts.numpy()}, classes[name])
         say(f"confusion matrix: {drawn}")
     return values | evals.measure(run.best_model)

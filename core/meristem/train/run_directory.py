@@ -40,9 +40,6 @@ class RunDirectory:
         self.best_model = path / "model"
         self.last_model = path / "model-last"
 
-    def figure(self, name: str) -> Path:
-        return self.path / f"{name}.png"
-
     @property
     def is_started(self) -> bool:
         return self.config.exists() or self.metrics.exists() or self.last_checkpoint.exists()
