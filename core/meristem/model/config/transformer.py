@@ -141,20 +141,17 @@ class TransformerConfig:
             if isinstance(rule.position, AddedPosition):
                 kind = type(rule.position).__name__
                 raise ConfigError(f"layers[{index}].position must act in each layer; {kind} is added once")
-        for layer in range(self.total_layers):
-            self._check_layer(self.layer(layer))
+        for parts in map(self.layer, range(self.total_layers)):
+            position, attention = parts.position, parts.attention
+            if isinstance(position, Rotary):
+                turned = position.width or parts.head_width
+                got = f"{turned} of {parts.head_width}" if position.width else f"{turned}"
+                is_even = turned % (2 * position.num_axes) == 0 and turned <= parts.head_width
+                require(is_even, "rotary positions need an even head width", got)
+            is_equal = attention.qk_norm != "full" or attention.kv_heads == attention.num_heads
+            require(is_equal, "attention.qk_norm full needs as many key heads as query heads", attention.kv_heads)
         if isinstance(self.pool, AttentionPool):
             require(self.width % self.pool.num_heads == 0, "pool.num_heads must divide the width", self.pool.num_heads)
-
-    def _check_layer(self, parts: LayerParts) -> None:
-        position, attention = parts.position, parts.attention
-        if isinstance(position, Rotary):
-            turned = position.width or parts.head_width
-            got = f"{turned} of {parts.head_width}" if position.width else f"{turned}"
-            rule = "rotary positions need an even head width"
-            require(turned % (2 * position.num_axes) == 0 and turned <= parts.head_width, rule, got)
-        is_equal = attention.qk_norm != "full" or attention.kv_heads == attention.num_heads
-        require(is_equal, "attention.qk_norm full needs as many key heads as query heads", attention.kv_heads)
 
     def layer(self, index: int) -> LayerParts:
         """The parts of one layer, counted from 0 through both stacks."""
