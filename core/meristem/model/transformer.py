@@ -21,11 +21,7 @@ ROWS_ALONE = Wanted()
 
 
 class Stack(nn.Module):
-    """Blocks and a final norm: `[T, D]` to `[T, D]`.
-
-    Args:
-        layers: numbers of the blocks, counted through both stacks of a model.
-    """
+    """Blocks, whose numbers `layers` count through both stacks of a model, and a final norm: `[T, D]` to `[T, D]`."""
 
     def __init__(self, config: TransformerConfig, layers: range):
         super().__init__()
@@ -198,11 +194,7 @@ def build_trunk(config: TransformerConfig) -> Encoder | EncoderDecoder:
 
 
 def check_lengths(config: TransformerConfig, layout: Layout, cache: Cache | None = None) -> None:
-    """Refuse sequences longer than positions allow.
-
-    Raises:
-        DataError: names the limit and the length of the longest sequence.
-    """
+    """Raise a `DataError` for sequences longer than positions allow."""
     before = cache.lengths if cache is not None and cache.lengths else [0] * layout.num_sequences
     longest, limit = max((n + more for n, more in zip(before, layout.lengths)), default=0), config.max_length
     if limit is not None and longest > limit:

@@ -21,10 +21,7 @@ class Suite(ABC):
 
     @abstractmethod
     def read(self, data: "DataSpec") -> list[str]:
-        """Read and check what is needed to measure, before the first step.
-
-        Args:
-            data: what the run is trained on.
+        """Read and check what is needed to measure the model of a run on `data`, before the first step.
 
         Returns:
             Names of the figures that `run` finds.

@@ -69,8 +69,6 @@ class LayerParts:
     """The parts of one layer, all rules applied.
 
     Attributes:
-        width: width of the trunk (D).
-        head_width: width of one head (E).
         drop_path: share of sequences whose branches are left out, in training.
         has_source: whether this is a layer of a decoder that also attends to a source.
     """

@@ -72,5 +72,4 @@ class Head(nn.Module):
 
         Args:
             hidden: rows of the pack, or of its first rows where `num_first` says that they suffice.
-            batch: what the trunk read.
         """
