@@ -124,7 +124,6 @@ def compile_blocks(trunk: nn.Module, device: torch.device | str) -> bool:
     for module in trunk.modules():
         for name in AS_IT_STANDS.get(type(module), ()):
             setattr(module, name, torch.compiler.disable(getattr(module, name)))
-    for module in trunk.modules():
         if isinstance(module, Block):
             module.compile(dynamic=True)
     return True

@@ -7,6 +7,7 @@ from meristem.model.attention import Context, KeptRows, Placed
 from meristem.model.block import Block
 from meristem.model.cache import Cache
 from meristem.model.config import BlockSparse, BucketBias, Full, LinearBias, Position, TransformerConfig
+from meristem.model.config.checks import require
 from meristem.model.config.pattern import sees_the_future
 from meristem.model.embed import EmbeddingLayer
 from meristem.model.init import init_weights
@@ -85,8 +86,7 @@ class Stack(nn.Module):
         """
         num_layers = len(self.blocks)
         resolved = layer + num_layers + 1 if layer < 0 else layer
-        if not 0 <= resolved <= num_layers:
-            raise ConfigError(f"layer must be in 0..{num_layers} or -{num_layers + 1}..-1; got {layer}")
+        require(0 <= resolved <= num_layers, f"layer must be in 0..{num_layers} or -{num_layers + 1}..-1", layer)
         return resolved
 
 

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from meristem.errors import CheckpointError, ConfigError
 from meristem.model.block import compile_blocks
 from meristem.model.config import TransformerConfig
+from meristem.model.config.checks import require
 from meristem.model.grid import resampled
 from meristem.model.model import Model
 from meristem.model.plain import from_json
@@ -320,11 +321,8 @@ class Task(L.LightningModule):
         if said is None:
             raise CheckpointError("the checkpoint was not written by meristem fit")
         packs_per_step = self.trainer.accumulate_grad_batches * self.ranks.count
-        if said["packs_per_step"] != packs_per_step:
-            raise ConfigError(
-                "trainer.accumulate_grad_batches times devices must stay as it was; "
-                f"got {packs_per_step}, was {said['packs_per_step']}"
-            )
+        rule, was = "trainer.accumulate_grad_batches times devices must stay as it was", said["packs_per_step"]
+        require(was == packs_per_step, rule, f"{packs_per_step}, was {was}")
         if "fit_loop" in checkpoint.get("loops", {}):
             packs = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
             _place_loops(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], packs)

@@ -209,8 +209,7 @@ class LayerRule:
         require_all(self, "layers.", "0 or more", "start")
         require_all(self, "layers.", "positive", "step")
         require(self.stop is None or self.stop > self.start, "layers.stop must be above start", self.stop)
-        if not self.parts:
-            raise ConfigError("a rule of layers must name a part that it replaces; got none")
+        require(bool(self.parts), "a rule of layers must name a part that it replaces", "none")
 
     @property
     def parts(self) -> dict[str, object]:
