@@ -112,12 +112,9 @@ AS_IT_STANDS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 def compile_blocks(trunk: nn.Module, device: torch.device | str) -> bool:
-    """Compile each block of a trunk, once for packs of any size; without a compiler, say so and leave it as it is.
+    """Compile each block of a trunk, once for packs of any size; without a compiler, say so and return False.
 
     Norms, maps, rotations and activations are fused. Names of parameters do not change.
-
-    Returns:
-        Whether the blocks are compiled.
     """
     if not has_compiler(device):
         return False

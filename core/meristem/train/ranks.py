@@ -52,11 +52,7 @@ class Ranks:
         return total.to(values.device)
 
     def gather(self, rows: Tensor) -> list[Tensor]:
-        """The tensor of every process, by rank.
-
-        Args:
-            rows: a scalar, or `[n, ...]` where n may differ between processes.
-        """
+        """The tensor of every process, by rank: scalars, or `[n, ...]` where n may differ between processes."""
         if self.count == 1:
             return [rows]
         return [one.to(rows.device) for one in gather_all_tensors(rows.detach().to(self.device))]

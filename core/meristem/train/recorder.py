@@ -42,11 +42,7 @@ class MetricsFile:
         write_file(self.path, csv_text([self._columns, *kept]).encode())
 
     def add(self, values: Mapping[str, Any], columns: list[str]) -> None:
-        """Add a row; the columns are those of the first row ever written.
-
-        Raises:
-            CheckpointError: the file has other columns.
-        """
+        """Add a row; the columns must be those of the first row ever written."""
         head = [] if self._columns else [columns]
         self._columns = self._columns or columns
         if self._columns != columns:

@@ -72,11 +72,7 @@ class RunDirectory:
             )
 
     def checkpoint_to_go_on_from(self) -> Path | None:
-        """The last checkpoint; None for a run that did not take a step.
-
-        Raises:
-            CheckpointError: steps were taken and the checkpoint is gone.
-        """
+        """The last checkpoint, which must be there if steps were taken; None for a run that did not take a step."""
         if self.last_checkpoint.exists():
             return self.last_checkpoint
         if self.metrics.exists():

@@ -8,11 +8,7 @@ from meristem.shapes import Float, Tensor
 
 
 def attend_reference(packed: Packed, scoring: Scoring) -> tuple[Float[Tensor, "T H E"], list[Float[Tensor, "H m n"]]]:
-    """One sequence at a time: dense scores, a mask, a softmax; without dropout.
-
-    Returns:
-        The output, and the attention weights of each sequence.
-    """
+    """The output, and the weights of each sequence, one at a time: dense scores, a mask, a softmax; without dropout."""
     q_THE, k_UKE, v_UKE = packed.q_THE, packed.k_UKE, packed.v_UKE
     q_layout, kv_layout = packed.q_layout, packed.kv_layout
     share = q_THE.shape[1] // k_UKE.shape[1]
