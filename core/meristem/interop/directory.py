@@ -156,7 +156,6 @@ NUM_REASONS = 3
 REFUSED, UNWRITABLE = 2, 100
 """As many differences as a config counts for that a family refuses to read back, or cannot even write."""
 
-
 _Written = tuple[dict[str, Tensor], dict[str, str], list[str]]
 """What is written of a model: tensors, texts of files by name, and notes for the user."""
 

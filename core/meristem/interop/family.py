@@ -127,9 +127,9 @@ def symbols_by_class(*classes: str) -> HeadReader:
     return lambda config, names: (SYMBOLS,) if set(classes) & set(config.get("architectures") or ()) else ()
 
 
-def classes_by_head(with_symbols: str, without: str) -> Callable[[Collection[str]], str]:
-    """A `name_class` with one class for models with a symbol head and one for trunks alone."""
-    return lambda heads: with_symbols if SYMBOLS in heads else without
+def classes_by_head(with_head: str, without: str, head: str = SYMBOLS) -> Callable[[Collection[str]], str]:
+    """A `name_class` with one class for models with a head, the symbol head by default, and one for trunks alone."""
+    return lambda heads: with_head if head in heads else without
 
 
 def sequence_family(

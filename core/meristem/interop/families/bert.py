@@ -154,10 +154,9 @@ def read_heads(config: ForeignConfig, names: Collection[str]) -> tuple[str | Rea
 
 
 def _name_class(heads: Collection[str]) -> str:
-    has_symbols, has_label = SYMBOLS in heads, NEXT_SENTENCE.name in heads
-    if has_label:
-        return "BertForPreTraining" if has_symbols else "BertForNextSentencePrediction"
-    return "BertForMaskedLM" if has_symbols else "BertModel"
+    if NEXT_SENTENCE.name in heads:
+        return "BertForPreTraining" if SYMBOLS in heads else "BertForNextSentencePrediction"
+    return "BertForMaskedLM" if SYMBOLS in heads else "BertModel"
 
 
 BERT = Family(

@@ -15,7 +15,7 @@ from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import require
-from meristem.interop.family import ForeignConfig, Tensors, of_type
+from meristem.interop.family import ForeignConfig, Tensors, classes_by_head, of_type
 from meristem.interop.settings import Field, Settings, activation
 from meristem.interop.table import KeyTable, block_rows
 from meristem.model.config import FeedForward, Prefix, TransformerConfig
@@ -133,7 +133,7 @@ DINO = replace(
     table=table,
     spellings=SPELLINGS,
     prefix="dinov2.",
-    name_class=lambda kept: "Dinov2ForImageClassification" if LABEL in kept else "Dinov2Model",
+    name_class=classes_by_head("Dinov2ForImageClassification", "Dinov2Model", LABEL),
 )
 
 DINO_REGISTERS = DINO.variant(
@@ -141,7 +141,5 @@ DINO_REGISTERS = DINO.variant(
     recognises=of_type("dinov2_with_registers"),
     write_config=partial(write_config, has_registers=True),
     prefix="dinov2_with_registers.",
-    name_class=lambda kept: (
-        "Dinov2WithRegistersForImageClassification" if LABEL in kept else "Dinov2WithRegistersModel"
-    ),
+    name_class=classes_by_head("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersModel", LABEL),
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
-from meristem.interop.family import Family, ForeignConfig, Tensors, of_type
+from meristem.interop.family import Family, ForeignConfig, Tensors, classes_by_head, of_type
 from meristem.interop.settings import INIT_STD, Field, Settings, activation, write_fields
 from meristem.interop.table import Ignored, KeyTable, Rename, Row, block_rows
 from meristem.model.config import Attention, Embedding, Learned, Prefix, TransformerConfig
@@ -162,6 +162,6 @@ VIT = Family(
     write_readouts=lambda readouts: write_classes(readouts, (None,)),
     spellings=VIT_SPELLINGS,
     prefix="vit.",
-    name_class=lambda kept: "ViTForImageClassification" if LABEL in kept else "ViTModel",
+    name_class=classes_by_head("ViTForImageClassification", "ViTModel", LABEL),
     runner=HF_IMAGES,
 )
