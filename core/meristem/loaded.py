@@ -19,7 +19,7 @@ from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS
 from meristem.inference.embed import default_pool
 from meristem.inference.encoding import Reading
 from meristem.inference.engine import Embedder, NotFinite, best_device
-from meristem.inference.job import Engine, JobOptions, too_long
+from meristem.inference.job import JobOptions, too_long
 from meristem.inference.predictor import Prediction, Predictor
 from meristem.inference.score import RunningScore, Score
 from meristem.interop.directory import write_directory
@@ -91,7 +91,8 @@ class LoadedModel:
         """
         pool = default_pool(self.card) if pool is None else pool
         layers = [layer] if isinstance(layer, int) else list(layer)
-        embedders = [Embedder(self._engine(tokens_per_batch, precision).trunk(self.model, one), pool) for one in layers]
+        options = JobOptions(tokens_per_batch=tokens_per_batch, precision=precision)
+        embedders = [Embedder(options.trunk(self.model, self.device, one), pool) for one in layers]
 
         def vectors(column: TokenColumn) -> list[Any]:
             made = [embedder.embed(column) for embedder in embedders]
@@ -118,7 +119,8 @@ class LoadedModel:
         Example:
             >>> meristem.load("runs/localization").predict(["MKTAYIAKQR"])["location"].classes
         """
-        predictor = Predictor(self._engine(tokens_per_batch, precision).trunk(self.model))
+        options = JobOptions(tokens_per_batch=tokens_per_batch, precision=precision)
+        predictor = Predictor(options.trunk(self.model, self.device))
         pieces = list(self._each(sequences, self._viewed(Reading.of(self.card)), predictor.predict))
         return {
             readout.name: Prediction(
@@ -152,8 +154,10 @@ class LoadedModel:
         """
         domain = self.card.domain if self.card.domain in installed(GROUP) else ""
         chosen = options_by_name("the scorer", Score(scorer=scorer, domain=domain).find().options, options)
-        job = Score(scorer=scorer, scorer_options=chosen, domain=domain)
-        running = RunningScore(job, self.card, self.model, self._engine(tokens_per_batch, precision))
+        job = Score(
+            scorer=scorer, scorer_options=chosen, domain=domain, tokens_per_batch=tokens_per_batch, precision=precision
+        )
+        running = RunningScore(job, self.card, self.model, self.device)
         results = self._each(
             sequences, self._viewed(running.reading), lambda column: list(running.results(column)), running.unfit
         )
@@ -179,7 +183,7 @@ class LoadedModel:
         self.model.head(SYMBOLS)
         if isinstance(self.model.trunk, EncoderDecoder):
             raise ConfigError("logits are those of a model of one stack; score an encoder-decoder, or generate with it")
-        trunk = self._engine(tokens_per_batch, precision).trunk(self.model)
+        trunk = JobOptions(tokens_per_batch=tokens_per_batch, precision=precision).trunk(self.model, self.device)
         running = RunningModel(trunk.runnable, self.card.tokenizer, trunk.budget)
         unfit = partial(too_long, limit=self.model.config.max_length)
         return list(chain(*self._each(sequences, Reading.of(self.card), running.logits, unfit)))
@@ -227,9 +231,6 @@ class LoadedModel:
         made = [[sample.text for sample in samples] for samples in generator.generate(prompts, chosen)]
         return made if chosen.num_samples > 1 else [texts[0] for texts in made]
 
-    def _engine(self, tokens_per_batch: int | None, precision: str) -> Engine:
-        return JobOptions(tokens_per_batch=tokens_per_batch, precision=precision).engine(self.device)
-
     def _viewed(self, reading: Reading) -> Reading:
         """A reading with the views that verbs run in the place of a record."""
         if self.card.domain not in installed(GROUP):
@@ -244,12 +245,7 @@ class LoadedModel:
         work: Callable[[TokenColumn], Result],
         unfit: Callable[[TokenColumn], Mapping[int, str]] = lambda column: {},
     ) -> Iterator[Result]:
-        """What `work` gives for columns of the sequences; errors name the sequence by its number.
-
-        Args:
-            reading: what is read of each sequence.
-            unfit: rows of a column that cannot be worked on, and why.
-        """
+        """What `work` gives for columns of the sequences; errors name a sequence by its number, also an unfit one."""
         is_one = isinstance(sequences, str) or hasattr(sequences, "__bytes__") or hasattr(sequences, "seq")
         if is_one or not isinstance(sequences, Iterable):
             got = "a single one: put it in a list" if is_one else type(sequences).__name__

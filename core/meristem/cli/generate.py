@@ -90,11 +90,12 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def _stream(path: str, job: "Generate") -> int:
     """Generate one text and print each token as soon as it is generated."""
+    from meristem.inference.engine import best_device
     from meristem.inference.generate import RunningGenerate
     from meristem.model_directory import load_any
 
     [prompt] = job.prompts
-    running = RunningGenerate(job, *load_any(path, job.tokenizer), job.engine())
+    running = RunningGenerate(job, *load_any(path, job.tokenizer), best_device())
     print(prompt, end="", flush=True)
     say = lambda number, sample, piece: print(piece, end="", flush=True)  # noqa: E731
     list(running.generator.generate([prompt], job.options, say))

@@ -87,19 +87,20 @@ def _throughput(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from meristem.inference.embed import default_pool
-    from meristem.inference.engine import Embedder
+    from meristem.inference.engine import Embedder, best_device, best_precision
     from meristem.inference.job import JobOptions
     from meristem.inference.throughput import measure_throughput, weigh
     from meristem.model_directory import load_any
 
     card, model = load_any(args.model)
-    engine = JobOptions(precision=args.precision).engine()
-    embedder = Embedder(engine.trunk(model), args.pool or default_pool(card))
+    device = best_device()
+    trunk = JobOptions(precision=args.precision).trunk(model, device)
+    embedder = Embedder(trunk, args.pool or default_pool(card))
     measured = measure_throughput(embedder)
     facts: dict[str, Any] = {
-        "device": engine.device,
+        "device": device,
         "threads": torch.get_num_threads(),
-        "precision": engine.precision,
+        "precision": best_precision(args.precision, device),
         "tokens_per_batch": embedder.trunk.tokens_per_batch,
         "tokens_per_second": {str(length): round(rate) for length, rate in measured.tokens_per_second.items()},
     }

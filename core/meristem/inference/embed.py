@@ -13,7 +13,7 @@ from meristem.files import replacing
 from meristem.inference.encoding import Reading
 from meristem.inference.engine import PLAIN_POOLS, Advance, Embedder, unheard
 from meristem.inference.formats import WRITERS
-from meristem.inference.job import Engine, Job, Running
+from meristem.inference.job import Job, Running
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard
 from meristem.types import TokenColumn
@@ -25,16 +25,16 @@ CHUNK_VALUES = 1 << 24
 class RunningEmbed(Running):
     """Embeds token columns."""
 
-    def __init__(self, job: "Embed", card: ModelCard, model: Model, engine: Engine):
+    def __init__(self, job: "Embed", card: ModelCard, model: Model, device: str):
         pool = job.pool or default_pool(card)
         self.reading = Reading.of(card)
-        trunk = engine.trunk(model, job.layer)
+        trunk = job.trunk(model, device, job.layer)
         self.embedder = Embedder(trunk, pool)
         self.tokens_per_batch = trunk.tokens_per_batch
         self.identity = {"pool": pool, "layer": trunk.layer}
         self.facts = {"width": self.embedder.width}
         self.fault = (
-            f"its vector is not finite (layer {trunk.layer}, {engine.precision}); the model is damaged, or needs "
+            f"its vector is not finite (layer {trunk.layer}, {job.precision}); the model is damaged, or needs "
             "--precision fp32"
         )
         self._is_pooled = self.is_reused = pool != "none"

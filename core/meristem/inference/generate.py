@@ -22,8 +22,8 @@ from meristem.files import replacing
 from meristem.generation.options import GenerateOptions
 from meristem.generation.text import Generator
 from meristem.inference.encoding import Reading
-from meristem.inference.engine import PRECISIONS, Advance, unheard
-from meristem.inference.job import Engine, Job, Running
+from meristem.inference.engine import PRECISIONS, Advance, best_precision, unheard
+from meristem.inference.job import Job, Running
 from meristem.inference.memory import fitting_tokens
 from meristem.inference.output import PAYLOAD, parts_of
 from meristem.model.model import Model
@@ -52,15 +52,15 @@ class RunningGenerate(Running):
         generator: makes the texts.
     """
 
-    def __init__(self, job: "Generate", card: ModelCard, model: Model, engine: Engine):
-        if engine.is_compiled:
+    def __init__(self, job: "Generate", card: ModelCard, model: Model, device: str):
+        if job.is_compiled:
             raise ConfigError("--compile has no effect on generate, whose steps have ever other shapes; leave it out")
-        dtype, device = PRECISIONS[engine.precision], torch.device(engine.device)
+        dtype, on = PRECISIONS[best_precision(job.precision, device)], torch.device(device)
         if dtype != torch.float32:
             model = copy.deepcopy(model).to(dtype)
         self.reading = Reading.of(card)
-        self.generator = Generator(model.to(device).eval(), card.tokenizer_of(list(card.inputs)[-1]))
-        self.budget = Budget(engine.tokens_per_batch or fitting_tokens(model.config, device, dtype), device)
+        self.generator = Generator(model.to(on).eval(), card.tokenizer_of(list(card.inputs)[-1]))
+        self.budget = Budget(job.tokens_per_batch or fitting_tokens(model.config, on, dtype), on)
         self.tokens_per_batch = self.budget.tokens
         values = asdict(job.options)
         values.pop("batch_size")

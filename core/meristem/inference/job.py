@@ -18,7 +18,7 @@ from meristem.data.records import ReadOptions
 from meristem.domain import Domain
 from meristem.errors import ConfigError
 from meristem.inference.encoding import Reading, sides_of
-from meristem.inference.engine import PRECISIONS, Advance, TrunkRunner, best_device, best_precision, unheard
+from meristem.inference.engine import PRECISIONS, Advance, TrunkRunner, best_precision, unheard
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard
 from meristem.types import TokenColumn
@@ -62,30 +62,10 @@ class JobOptions:
             if got is not None and got < least:
                 raise ConfigError(f"{name} must be {least} or more; got {got}")
 
-    def engine(self, device: str | None = None) -> "Engine":
-        """The engine on a device of this machine; None for a GPU where there is one."""
-        device = device or best_device()
-        return Engine(best_precision(self.precision, device), device, self.tokens_per_batch, self.is_compiled)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Where and in which precision a model is run, all choices made.
-
-    Attributes:
-        precision: fp32 or bf16.
-        device: cpu or cuda, or one of several GPUs (`cuda:1`).
-    """
-
-    precision: str
-    device: str
-    tokens_per_batch: int | None = None
-    is_compiled: bool = False
-
-    def trunk(self, model: Model, layer: int = -1) -> TrunkRunner:
-        """Runs the trunk of a model up to a layer."""
-        dtype = PRECISIONS[self.precision]
-        return TrunkRunner(model, layer, self.tokens_per_batch, dtype, self.device, self.is_compiled)
+    def trunk(self, model: Model, device: str, layer: int = -1) -> TrunkRunner:
+        """Runs the trunk of a model up to a layer, on `cpu`, `cuda` or one of several GPUs (`cuda:1`)."""
+        dtype = PRECISIONS[best_precision(self.precision, device)]
+        return TrunkRunner(model, layer, self.tokens_per_batch, dtype, device, self.is_compiled)
 
 
 class Running(ABC):
@@ -100,7 +80,7 @@ class Running(ABC):
     Attributes:
         reading: what it reads of a record.
         tokens_per_batch: tokens that are run at once at most.
-        identity: what decides the rows beside model, input and engine, as plain values by the name of the option.
+        identity: what decides the rows beside model, input, device and precision: plain values by option name.
         facts: what the manifest says of the rows.
         fault: what is wrong where a row is not finite, as messages say it.
         is_reused: whether the row of a record serves equal records of later parts; rows with a value a token are too
@@ -115,7 +95,7 @@ class Running(ABC):
     is_reused: bool = True
 
     @abstractmethod
-    def __init__(self, job: Any, card: ModelCard, model: Model, engine: Engine): ...
+    def __init__(self, job: Any, card: ModelCard, model: Model, device: str): ...
 
     @abstractmethod
     def rows(self, column: TokenColumn, advance: Advance = unheard) -> pa.Table:

@@ -12,7 +12,7 @@ from meristem.errors import ConfigError
 from meristem.inference.encoding import Reading
 from meristem.inference.engine import Advance, unheard
 from meristem.inference.formats import SUFFIXES, write_table_file
-from meristem.inference.job import Engine, Job, Running
+from meristem.inference.job import Job, Running
 from meristem.inference.predictor import Predictor, table_columns
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard
@@ -22,8 +22,8 @@ from meristem.types import TokenColumn
 class RunningPredict(Running):
     """Predicts labels of token columns."""
 
-    def __init__(self, job: "Predict", card: ModelCard, model: Model, engine: Engine):
-        trunk = engine.trunk(model)
+    def __init__(self, job: "Predict", card: ModelCard, model: Model, device: str):
+        trunk = job.trunk(model, device)
         self.reading = Reading.of(card)
         self.predictor = Predictor(trunk, job.labels)
         if job.is_per_token and all(readout.level == "record" for readout in self.predictor.readouts):

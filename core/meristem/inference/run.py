@@ -22,7 +22,7 @@ from meristem.errors import ConfigError, DataError
 from meristem.files import read_json, write_json
 from meristem.inference.chunks import CHUNK_RECORDS, CHUNK_SYMBOLS, Chunk, ChunkReader
 from meristem.inference.dedupe import Seen, Sources
-from meristem.inference.engine import NotFinite
+from meristem.inference.engine import NotFinite, best_device, best_precision
 from meristem.inference.job import Job
 from meristem.inference.output import OutputDirectory, PartWriter, run_id
 from meristem.inference.threads import Behind, ahead
@@ -110,12 +110,13 @@ class _Run:
         self.card, model = load_any(self.model_path, self.job.tokenizer)
         self.domain = domain_of_model(self.job.domain, self.card.domain)
         self.domain = replace(self.domain, reader=self.job.reader(self.domain))
-        self.engine = self.job.engine()
-        self.running = self.job.running(self.job, self.card, model, self.engine)
+        self.device = best_device()
+        self.job = replace(self.job, precision=best_precision(self.job.precision, self.device))
+        self.running = self.job.running(self.job, self.card, model, self.device)
         self.config = model.config
         # tokens of a chunk: fewer where they cost much, or where each has a row that must fit in memory
         most = CHUNK_SYMBOLS
-        if self.engine.device == "cpu":
+        if self.device == "cpu":
             num_parameters = sum(parameter.numel() for parameter in model.trunk.parameters())
             most = min(most, max(MIN_CHUNK_SYMBOLS, int(CHUNK_WORK / num_parameters)))
         self.chunk_symbols = self.running.most_symbols(most)
@@ -129,29 +130,25 @@ class _Run:
             **({"tokenizer": self.card.tokenizer.fingerprint} if self.job.tokenizer else {}),
             "job": self.job.verb,
             **self.running.identity,
-            "precision": self.engine.precision,
-            "device": self.engine.device,
-            "compile": self.engine.is_compiled,
+            "precision": self.job.precision,
+            "device": self.device,
+            "compile": self.job.is_compiled,
             "chunk": [CHUNK_RECORDS, self.chunk_symbols],
         }
         self.parts.check_identity(identity)
         done = self._finished(identity)
-        self.report.chose(self.engine.device, self.engine.precision, self.running.tokens_per_batch)
+        self.report.chose(self.device, self.job.precision, self.running.tokens_per_batch)
         self.report.found(counted.num_records if counted else None, work)
         if done is not None:
             self.report.skipped(done["records"], done["tokens"])
             return done
         is_here = self.job.devices == 1
-        workers = InProcess(self.running) if is_here else Workers(self.model_path, self.job, self.engine)
+        workers = InProcess(self.running) if is_here else Workers(self.model_path, self.job, self.device)
         with self.parts.claimed(), closing(workers):
             return self._work(identity, workers)
 
     def _finished(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The manifest of an earlier run that wrote this very file.
-
-        Raises:
-            ConfigError: there is a file, and it is not of this run.
-        """
+        """The manifest of an earlier run that wrote this very file; ConfigError where another has written it."""
         if self.summary is None or not self.output.exists() or self.parts.path.exists():
             return None
         if self.summary.exists():
@@ -233,7 +230,6 @@ class _Run:
         return self._finish(manifest(True))
 
     def _finish(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Make what was asked for of the parts, and say so."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         file = self.job.finish(self.parts.path, self.output, values)
         values |= {"file": file} if file else {}
@@ -290,8 +286,8 @@ class _Run:
                 **stated,
                 # what this class of jobs declares itself, not how every job is run
                 **{name: values[name] for name in type(job).__annotations__ if name in values.keys() - stated.keys()},
-                "precision": self.engine.precision,
-                "device": self.engine.device,
+                "precision": job.precision,
+                "device": self.device,
                 "devices": job.devices,
                 "threads": torch.get_num_threads(),
                 "tokens_per_batch": self.running.tokens_per_batch,

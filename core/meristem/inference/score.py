@@ -19,7 +19,7 @@ from meristem.files import replacing, write_file
 from meristem.inference.encoding import Reading
 from meristem.inference.engine import Advance, NotFinite, unheard, views_of
 from meristem.inference.formats import SUFFIXES, write_table_file
-from meristem.inference.job import Engine, Job, Running, too_long
+from meristem.inference.job import Job, Running, too_long
 from meristem.inference.output import parts_of
 from meristem.model.model import Model
 from meristem.model_directory import ModelCard
@@ -63,14 +63,14 @@ def find_scorers(domain: str = "") -> dict[str, Scorer]:
 class RunningScore(Running):
     """Scores token columns."""
 
-    def __init__(self, job: "Score", card: ModelCard, model: Model, engine: Engine):
+    def __init__(self, job: "Score", card: ModelCard, model: Model, device: str):
         self.scorer = job.find()
         self.is_reused = self.scorer.schema is not None
         if job.plots and self.scorer.draw is None:
             raise ConfigError(f"--plots has no effect on the scorer {job.scorer}, which draws nothing; leave it out")
         self._options = self.scorer.options() if job.scorer_options is None else job.scorer_options
         self._has_plots = bool(job.plots)
-        trunk = engine.trunk(model)
+        trunk = job.trunk(model, device)
         self.tokens_per_batch, self._max_tokens = trunk.tokens_per_batch, model.config.max_length
         is_two_sided = self.scorer.reads_two_sides and bool(model.config.num_decoder_layers)
         self.reading = Reading.of_sides(card) if is_two_sided else Reading.of(card)

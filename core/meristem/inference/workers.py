@@ -5,7 +5,6 @@ import os
 import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +12,7 @@ import torch
 
 from meristem.errors import ConfigError
 from meristem.inference.engine import Advance
-from meristem.inference.job import Engine, Job, Running
+from meristem.inference.job import Job, Running
 from meristem.model_directory import load_any
 from meristem.types import TokenColumn
 
@@ -25,8 +24,8 @@ class Workers:
         ConfigError: more are asked for than there are.
     """
 
-    def __init__(self, model: Path, job: Job, engine: Engine):
-        is_cuda, count = engine.device == "cuda", job.devices
+    def __init__(self, model: Path, job: Job, device: str):
+        is_cuda, count = device == "cuda", job.devices
         there = torch.cuda.device_count() if is_cuda else os.cpu_count() or 1
         if count > there:
             what = "GPUs" if is_cuda else "CPU cores"
@@ -36,7 +35,7 @@ class Workers:
         for rank in range(count):
             ranks.put(rank)
         threads = max(1, torch.get_num_threads() // count)
-        self._pool = ProcessPoolExecutor(count, context, _start, (model, job, engine, ranks, threads, os.getpid()))
+        self._pool = ProcessPoolExecutor(count, context, _start, (model, job, device, ranks, threads, os.getpid()))
 
     def submit(self, column: TokenColumn, advance: Advance, num_tokens: int) -> "Future[pa.Table]":
         """Compute the rows of a column; `advance` is told of its tokens when all are done."""
@@ -73,14 +72,13 @@ _running: Running | None = None
 
 
 def _start(
-    model_path: Path, job: Job, engine: Engine, ranks: "multiprocessing.Queue[int]", threads: int, parent: int
+    model_path: Path, job: Job, device: str, ranks: "multiprocessing.Queue[int]", threads: int, parent: int
 ) -> None:
     global _running
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     card, model = load_any(model_path, job.tokenizer)
-    device = f"cuda:{ranks.get()}" if engine.device == "cuda" else engine.device
-    _running = job.running(job, card, model, replace(engine, device=device))
+    _running = job.running(job, card, model, f"cuda:{ranks.get()}" if device == "cuda" else device)
 
 
 def _leave_with(parent: int) -> None:
