@@ -211,11 +211,7 @@ def _files(inputs: Files) -> list[str]:
 
 
 def _job(kind: type[AnyJob], options: Mapping[str, Any]) -> AnyJob:
-    """A job with options as a program gives them.
-
-    Raises:
-        ConfigError: one that the job does not take.
-    """
+    """A job with options as a program gives them."""
     given = dict(options)
     on_error, column, ids = (given.pop(name, "") for name in ("on_error", "column", "id_column"))
     if on_error not in ("", "refuse", "skip"):

@@ -34,9 +34,6 @@ FORMAT_VERSION = 3
 CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 TOKENIZERS = "tokenizers"
 
-KINDS_OF_FORMAT_2 = {SYMBOLS: "symbols"}
-"""Kinds of the heads that format 2 knew by name alone, beside labels."""
-
 
 @dataclass(frozen=True)
 class InputCard:
@@ -146,7 +143,10 @@ def load_card(path: Path | str) -> ModelCard:
         raise CheckpointError(f"{path / CONFIG}: format_version must be 2 or {FORMAT_VERSION}; got {got}")
     try:
         if values["format_version"] == 2:
-            values |= _heads_of_format_2(values)
+            # heads were named by their kind alone, but for one, and labels stood beside them
+            heads = {name: {"kind": "symbols" if name == SYMBOLS else name} for name in values["heads"]}
+            labels = {readout["name"]: {"kind": Readout.kind, **readout} for readout in values["readouts"]}
+            values |= {"heads": {**heads, **labels}, "changes": []}
         if not isinstance(values["heads"], dict):
             raise ConfigError(f"heads must be specs by name; got {values['heads']!r}")
         return ModelCard(
@@ -293,7 +293,6 @@ def hash_weights(path: Path | str) -> str:
 
 
 def _stated(tokenizer: Tokenizer) -> dict[str, str]:
-    """What `config.json` says of a tokenizer."""
     return {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
 
 
@@ -311,13 +310,6 @@ def _read_tokenizer(file: Path, stated: Mapping[str, Any]) -> Tokenizer:
             "it is not the tokenizer this model was trained with"
         )
     return tokenizer
-
-
-def _heads_of_format_2(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Heads and changes as format 3 has them, of a config of format 2: names of heads, and labels beside them."""
-    heads = {name: {"kind": KINDS_OF_FORMAT_2.get(name, name)} for name in values["heads"]}
-    labels = {readout["name"]: {"kind": Readout.kind, **readout} for readout in values["readouts"]}
-    return {"heads": {**heads, **labels}, "changes": []}
 
 
 def _readme(card: ModelCard, model: Model) -> str:

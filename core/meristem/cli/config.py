@@ -38,9 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _keys(kind: type, prefix: str, value: Any) -> Iterator[tuple[str, str, str, str]]:
-    """Key, type, default and help of each field of a dataclass and of the dataclasses in it.
-
-    A dataclass begins with its own line, without a key.
+    """Key, type, default and help of each field of a dataclass and of those in it, which begin with an own line.
 
     Args:
         value: of that class; None where no config is shown.

@@ -45,11 +45,7 @@ def run_argv(argv: list[str], parser: argparse.ArgumentParser) -> int:
 
 
 def _options_of(scorer: str, domain: str) -> tuple[type, str]:
-    """The options of a scorer, and a text about others; the likelihood needs no domain, and none is imported for it.
-
-    Raises:
-        ConfigError: there is no such scorer.
-    """
+    """The options of a scorer, and a text about others; the likelihood needs no domain, and none is imported for it."""
     if scorer == "likelihood" and not domain:
         text = "scorers of a domain: meristem score --domain NAME --help; options of one: --scorer NAME --help"
         return LikelihoodOptions, text

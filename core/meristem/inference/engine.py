@@ -198,7 +198,6 @@ class TrunkRunner:
             yield Rows(self.runnable(batch, wanted.but(hidden=hidden)), batch.records)
 
     def _run_packs(self, column: TokenColumn, rows: np.ndarray, wanted: Wanted) -> Iterator[Rows]:
-        """The packs of `rows`, as `Budget.run` gives them."""
         return self.budget.run(column.lengths[rows], lambda numbers: self._run_pack(column, rows[numbers], wanted))
 
     def _run_pack(self, column: TokenColumn, rows: np.ndarray, wanted: Wanted) -> Rows:

@@ -205,7 +205,6 @@ class PartWriter:
             ) from error
 
     def _assemble(self, chunk: Chunk, sources: Sources, new_rows: pa.Table) -> pa.Table:
-        """The rows of all records of a chunk."""
         if len(sources.new_rows) == len(chunk):
             return new_rows
         tables: list[pa.Table] = []

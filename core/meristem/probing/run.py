@@ -105,11 +105,7 @@ def probe_files(
 
 
 def _check_output(output: Path) -> None:
-    """Refuse a folder for results that holds anything but an earlier probe.
-
-    Raises:
-        ConfigError: the path is a file, or a folder of other things.
-    """
+    """Refuse a place for results that is a file or holds anything but an earlier probe."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output must be a folder; {output} is a file")
     if output.is_dir() and any(output.iterdir()) and not (output / METRICS).exists():
@@ -119,13 +115,7 @@ def _check_output(output: Path) -> None:
 def _count_records(
     main: "_Records", train: np.ndarray, validation: np.ndarray, test: "_Records", test_rows: np.ndarray
 ) -> dict[str, int]:
-    """Numbers of records by what became of them, as `metrics.json` keeps them.
-
-    Args:
-        train, validation: rows of `main`.
-        test: `main` itself where the test records are among its records.
-        test_rows: rows of `test`.
-    """
+    """Numbers of records by what became of them; `test` is `main` where the test records are among its own."""
     read = [main] if test is main else [main, test]
     seen = main.store.payload_hashes(0)[np.concatenate([train, validation])]
     return {

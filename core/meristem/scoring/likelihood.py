@@ -247,11 +247,7 @@ def token_log_likelihoods(running: RunningModel, scored: ScoredRows) -> list[np.
 
 
 def _sides(scored: ScoredRows, record: int, hidden: int) -> Iterator[Tokens]:
-    """The tokens of one forward pass: the source if there is one, and the sequence with its targets.
-
-    Args:
-        hidden: row of the column that is masked; -1 for none.
-    """
+    """The tokens of one forward pass, of which the row `hidden` of the column is masked: a source, and the sequence."""
     source = scored.column.source
     if source is not None:
         yield _tokens(_sequence(source.ids, source, record), side=SOURCE)
