@@ -60,10 +60,8 @@ class TrainLoader:
         assert maker.is_training
         self.maker, lengths = maker, maker.lengths()
         packing = {"tokens_per_batch": tokens_per_batch, "packs_per_step": packs_per_step, "seed": maker.seed}
-        self.stream: Stream
-        if weights is None:
-            self.stream = PackStream(lengths, **packing)
-        else:
+        self.stream: Stream = PackStream(lengths, **packing)
+        if weights is not None:
             self.stream = MixedStream(lengths, maker.store.source_of(maker.rows), weights, **packing)
         self.rank, self.world_size, self.workers = rank, world_size, workers
         self.start_step = start_step
@@ -78,9 +76,9 @@ class EvalLoader:
     """One pass over records, the same each time: shortest first, corrupted as in epoch 0 always.
 
     Every process has equally many packs, since running a model may be collective: where the packs do not come out even,
-    some get one that another process has, marked as `is_repeat`.
+    some get one that another process has, marked as `is_repeat`. Other arguments are those of `TrainLoader`.
 
-    Args (others as in `TrainLoader`):
+    Args:
         rank: takes each `world_size`-th pack, from its own number on.
         limit: packs to take, the first ones, over all processes: a number, or (a float) a share of them.
 

@@ -38,8 +38,7 @@ class Plan(Sequence[np.ndarray]):
 
     Attributes:
         records: `[N]` indices, those of a pack side by side.
-        starts: `[packs]` where each pack begins in `records`.
-        stops: `[packs]` where it ends.
+        starts, stops: `[packs]` where each pack begins and ends in `records`.
     """
 
     records: np.ndarray

@@ -81,9 +81,8 @@ class PackMaker:
 
     def lengths(self) -> np.ndarray:
         """`[N]` rows of each record as it reaches a pack."""
-        lengths = np.minimum(self.full_lengths, self.max_tokens_per_record or np.iinfo(np.int32).max)
-        for name in self.objective.inputs[1:]:
-            lengths = lengths + self._lengths_of(name)
+        own = np.minimum(self.full_lengths, self.max_tokens_per_record or np.iinfo(np.int32).max)
+        lengths = sum(map(self._lengths_of, self.objective.inputs[1:]), start=own)
         return self.objective.lengths(lengths) * (self.views.num_views if self.views and self.is_training else 1)
 
     @property

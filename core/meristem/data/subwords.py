@@ -68,16 +68,15 @@ class SubwordTokenizer(Tokenizer):
             raise CheckpointError(f"a definition of subwords must be a JSON object: {error}") from error
         backend = _open_backend(text)
         ids = backend.get_vocab(with_added_tokens=True)
-        symbols = [""] * (max(ids.values(), default=-1) + 1)  # an id that no symbol has stays empty
-        for symbol, i in ids.items():
-            symbols[i] = symbol
+        symbols = {i: symbol for symbol, i in ids.items()}
         if unknown := [role for role in self.special if role not in ROLES]:
             raise CheckpointError(f"roles of special symbols must be of {', '.join(ROLES)}; got {unknown[0]!r}")
         if absent := [symbol for symbol in self.special.values() if symbol not in ids]:
             raise CheckpointError(f"special symbols must be in the vocabulary; got {absent[0]!r}")
         object.__setattr__(self, "definition", text)
         object.__setattr__(self, "special", dict(self.special))
-        object.__setattr__(self, "vocab", tuple(symbols))
+        # an id that no symbol has stays empty
+        object.__setattr__(self, "vocab", tuple(symbols.get(i, "") for i in range(max(symbols, default=-1) + 1)))
         object.__setattr__(self, "_backend", backend)
 
     def __reduce__(self) -> tuple[Any, ...]:

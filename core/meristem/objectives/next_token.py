@@ -70,10 +70,9 @@ class PrefixLM(NextToken):
     def bind_model(self, config: TransformerConfig) -> None:
         super().bind_model(config)
         sees_prefix = any(has_prefix(config.layer(layer).attention.pattern) for layer in range(config.num_layers))
-        such = "pattern: {kind: Either, parts: [{kind: Causal}, {kind: InPrefix}]} (architecture.attention.pattern)"
-        require(
-            sees_prefix, "objective PrefixLM needs a layer that sees the prefix as a whole", f"none; such as {such}"
-        )
+        advice = "pattern: {kind: Either, parts: [{kind: Causal}, {kind: InPrefix}]} (architecture.attention.pattern)"
+        rule = "objective PrefixLM needs a layer that sees the prefix as a whole"
+        require(sees_prefix, rule, f"none; such as {advice}")
 
     def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
         tokens = encode(self.inputs[0])

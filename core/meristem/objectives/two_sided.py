@@ -48,10 +48,10 @@ class TwoSided(SymbolObjective):
         got = "num_decoder_layers=0 (architecture.num_decoder_layers)"
         require(config.num_decoder_layers > 0, f"objective {name} needs an encoder-decoder", got)
         rule = f"objective {name} needs decoder layers that do not see what they predict"
-        such = f"{{start: {config.num_layers}, attention: {{pattern: {{kind: Causal}}}}}} (architecture.layers)"
+        advice = f"{{start: {config.num_layers}, attention: {{pattern: {{kind: Causal}}}}}} (architecture.layers)"
         for layer in range(config.num_layers, config.total_layers):
             pattern = config.layer(layer).attention.pattern
-            got = f"{type(pattern).__name__} in layer {layer} of both stacks; such as a rule {such}"
+            got = f"{type(pattern).__name__} in layer {layer} of both stacks; such as a rule {advice}"
             require(not sees_the_future(pattern), rule, got)
 
     def prepare(self, record: Record, encode: Encoder, rng: np.random.Generator) -> tuple[Tokens, ...]:
