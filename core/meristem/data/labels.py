@@ -85,11 +85,14 @@ def sort_classes(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def listed(names: Sequence[str]) -> str:
+    """The names of classes as a message shows them: the first ones, and how many more there are."""
+    return ", ".join(names[:MAX_NAMED]) + (f", and {len(names) - MAX_NAMED} more" * (len(names) > MAX_NAMED))
+
+
 def named(counts: Counter[str]) -> str:
-    """The names of classes, each with its count, as a message shows them: `a 12, b 3`."""
-    names = sort_classes(counts)
-    more = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(f"{name} {counts[name]:,}" for name in names[:MAX_NAMED]) + more
+    """The names of classes, each with its count, as `listed` has them: `a 12, b 3`."""
+    return listed([f"{name} {counts[name]:,}" for name in sort_classes(counts)])
 
 
 @contextmanager

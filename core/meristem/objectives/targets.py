@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from meristem.data.labels import MAX_NAMED, Label, LabelColumn, named, placed, sort_classes
+from meristem.data.labels import Label, LabelColumn, listed, named, placed, sort_classes
 from meristem.data.parts import Part, RunData
 from meristem.errors import ConfigError, DataError
 from meristem.model.config import Max, Mean, Pool, Prefix
@@ -83,6 +83,11 @@ class BoundTarget:
     def codes(self) -> dict[str, int]:
         """Number of each class."""
         return {name: code for code, name in enumerate(self.readout.classes)}
+
+    @property
+    def rule(self) -> str:
+        """What a label of a class must be, for messages."""
+        return f"label {self.column.name!r} must be a class of the training records ({listed(self.readout.classes)})"
 
     @property
     def is_classes(self) -> bool:
@@ -171,16 +176,8 @@ def _refuse_unknown(bound: BoundTarget, part: str, counts: Counter[str], labels:
     for row, words in labels if unknown else ():
         if not unknown.keys().isdisjoint(words):
             declared = bound.column.option.format(sort_classes(unknown)[0])
-            labels.refuse(
-                row,
-                f"label {bound.column.name!r} must be a class of the training records ({_listed(bound)}); the {part} "
-                f"part has others: {named(unknown)} (if a word stands for a missing label: {declared})",
-            )
-
-
-def _listed(bound: BoundTarget) -> str:
-    classes = bound.readout.classes
-    return ", ".join(classes[:MAX_NAMED]) + (f", and {len(classes) - MAX_NAMED} more" * (len(classes) > MAX_NAMED))
+            others = f"{named(unknown)} (if a word stands for a missing label: {declared})"
+            labels.refuse(row, f"{bound.rule}; the {part} part has others: {others}")
 
 
 def _numbers(column: LabelColumn, labels: _Labels) -> np.ndarray:
@@ -234,9 +231,7 @@ def encode_labels(value: Label, bound: BoundTarget, record: Record) -> np.ndarra
         if bound.is_classes:
             unknown = next((word for word in words if word is not None and word not in bound.codes), None)
             if unknown is not None:
-                raise DataError(
-                    f"label {column.name!r} must be a class of the training records ({_listed(bound)}); got {unknown!r}"
-                )
+                raise DataError(f"{bound.rule}; got {unknown!r}")
             encoded = np.array([IGNORE if word is None else bound.codes[word] for word in words], np.int64)
         else:
             numbers = np.array([np.nan if word is None else column.number(word) for word in words])
