@@ -8,12 +8,12 @@ import os
 import select
 import signal
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from tempfile import NamedTemporaryFile
 from types import FrameType
 from typing import Any
 
@@ -219,7 +219,11 @@ def _report(error: BaseException, arguments: list[str], is_debug: bool) -> int:
         return WRONG_INPUT
     line = f"fault: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if not is_debug:
-        line += f"; run again with --debug for the traceback{_keep_traceback(error)}"
+        line += "; run again with --debug for the traceback"
+        # a run of days is not run again lightly
+        with suppress(OSError), NamedTemporaryFile("w", prefix="meristem-fault-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+            line += f" (kept in {file.name})"
     _say(line)
     return FAULT
 
@@ -238,16 +242,6 @@ def _disk_trouble(error: BaseException, arguments: list[str]) -> str:
     return f"{name or 'output'}: {reason}" + ("; free space or name another place" if is_full else "")
 
 
-def _keep_traceback(error: BaseException) -> str:
-    """Write the traceback to a file, since a run of days is not run again lightly; say where."""
-    try:
-        with tempfile.NamedTemporaryFile("w", prefix="meristem-fault-", suffix=".txt", delete=False) as file:
-            traceback.print_exception(error, file=file)
-            return f" (kept in {file.name})"
-    except OSError:
-        return ""
-
-
 def _say(text: str) -> None:
     print(f"meristem: {' '.join(text.splitlines())}", file=sys.stderr)
 
@@ -259,15 +253,14 @@ def _terminate_as_exit() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(TERMINATED)
 
-    try:
+    old = None
+    with suppress(ValueError):  # not the main thread, where handlers cannot be set
         old = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread, where handlers cannot be set
-        yield
-        return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, old)
+        if old is not None:
+            signal.signal(signal.SIGTERM, old)
 
 
 @contextmanager

@@ -104,8 +104,9 @@ class ChunkReader:
         tables = encode_tables(self._cut(), self._reading, self._is_skipping, self._num_workers)
         for index, (table, (column, refused)) in enumerate(tables):
             self._digest.add(table)
-            digest = self._digest.value()
-            replaced = [side.replaced for side in sides_of(column)]
+            digest = self.digest
+            for side in sides_of(column):
+                self.replaced.update(side.replaced)
             table = self._without(table, refused)
             if unfit := self._unfit(column):
                 table = self._without(table, unfit)
@@ -113,8 +114,6 @@ class ChunkReader:
             self.num_records += table.num_rows
             for side in sides_of(column):
                 self.num_symbols += int(side.payload_lengths.sum())
-            for counts in replaced:
-                self.replaced.update(counts)
             yield Chunk(index, table["id"], column, table[self._columns[-1]], table["file"], table["line"], digest)
         if not self.num_records:
             why = f": all {self.num_refused} were refused, {self.refused[0]}" if self.num_refused else ""

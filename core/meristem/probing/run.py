@@ -18,10 +18,9 @@ from meristem.files import replacing, write_json
 from meristem.inference.engine import best_device
 from meristem.model_directory import find_model, hash_weights, is_own, load_any, load_card
 from meristem.probing.fit import Fit, Unwatched, Watch
-from meristem.probing.labels import find_classes, find_numbers, read_labels, task_of
 from meristem.probing.measures import class_figures, confusion_matrix, top_k_accuracy, value_figures
 from meristem.probing.options import METHODS, ProbeOptions
-from meristem.probing.parts import deal
+from meristem.probing.records import deal, find_classes, find_numbers, read_labels, task_of
 from meristem.probing.vectors import stored_vectors
 
 METRICS, PREDICTIONS, CONFUSION, VALUES = "metrics.json", "predictions.csv", "confusion.png", "values.png"

@@ -14,7 +14,6 @@ class LikelihoodOptions:
             of Meier 2021, doi 10.1101/2021.07.09.450648). It approximates the pseudo-log-likelihood, which runs a
             sequence of n tokens n times. (The one-pass estimate of Kantroo 2024, arXiv 2407.07265, adds a regression
             that is trained for it, and is not this.)
-        closing: score the special tokens behind the payload too.
         prefix_tokens: payload tokens of the prefix, which are read and not scored.
         start_id: the symbol that the decoder reads first; None for the padding symbol, or 0 where there is none, as in
             training.
