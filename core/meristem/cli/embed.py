@@ -22,11 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_vector_arguments(parser: argparse.ArgumentParser, pools: list[str], more: str = "") -> None:
-    """Which vectors are wanted, for every verb that embeds.
-
-    Args:
-        more: said of the pools in the help text.
-    """
+    """Which vectors are wanted, for every verb that embeds; the help text of the pools says `more` as well."""
     own = "own is the pool that the model was trained with, and the default; without one the default is mean"
     parser.add_argument("--pool", choices=pools, help=f"how the vectors of tokens become one: {own}{more}")
     parser.add_argument(

@@ -21,11 +21,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, writes_file: bool = False) -> None:
-    """How records are read and the model is run, for every verb that does.
-
-    Args:
-        writes_file: the verb writes one file, which may be there already.
-    """
+    """How records are read and the model is run; and whether a file may be replaced, for verbs that write one."""
     parser.add_argument(
         "--tokens-per-batch",
         type=int,
@@ -65,11 +61,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, writes_file: bool = Fa
 
 
 def job_of(kind: type[AnyJob], args: argparse.Namespace, **more: Any) -> AnyJob:
-    """The job that arguments say: those of `add_engine_arguments`, and others that are named like a field.
-
-    Args:
-        more: fields that arguments of another name or form say.
-    """
+    """The job that arguments say: those of `add_engine_arguments`, others that are named like a field, and `more`."""
     from meristem.data.records import ReadOptions
 
     given = {one.name: getattr(args, one.name) for one in fields(kind) if one.name in args}

@@ -20,12 +20,7 @@ from meristem.types import MIN_ROWS, Hidden, PackedBatch
 
 
 class ReorderedSymbolHead(Head):
-    """A symbol head whose map onto the vocabulary is reordered; it gives logits alone.
-
-    Args:
-        head: what comes before the map.
-        out: the map.
-    """
+    """A symbol head whose map onto the vocabulary, `out`, is reordered; it gives logits alone."""
 
     def __init__(self, head: SymbolHead, out: fast.ReorderedLinear):
         super().__init__()

@@ -70,7 +70,6 @@ class Steps:
         """Go on with some sequences, in this order, each with one more token.
 
         Args:
-            tokens: of each that goes on.
             sequences: their numbers; left out ones end, and one may be there more than once.
         """
         self._select(list(sequences))

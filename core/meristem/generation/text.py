@@ -75,11 +75,7 @@ class Generator:
     def go_on(
         self, prompts: Sequence[np.ndarray], options: GenerateOptions, on_token: OnToken | None = None
     ) -> list[list[Generated]]:
-        """The samples of some prompts that are run at once.
-
-        Args:
-            prompts: ids of each, as `open_ids` gives them.
-        """
+        """The samples of some prompts, the ids of `open_ids`, that are run at once."""
         if options.num_beams > 1:
             return search(self.model, prompts, options, self.stop_ids, self.start_id)
         is_stop = self._is_stop(options.stop)

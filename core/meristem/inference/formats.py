@@ -70,11 +70,10 @@ def read_embeddings(path: Path | str, allow_incomplete: bool = False) -> Embeddi
         >>> vectors.ids[0], vectors[0].shape
     """
     pieces = list(iter_embeddings(path, allow_incomplete))
-    width = next((piece.values.shape[1] for piece in pieces), 0)
     starts = np.cumsum([0, *(len(piece.values) for piece in pieces)])
     return Embeddings(
         ids=np.concatenate([piece.ids for piece in pieces]) if pieces else np.zeros(0, object),
-        values=np.concatenate([piece.values for piece in pieces]) if pieces else np.zeros((0, width), np.float32),
+        values=np.concatenate([piece.values for piece in pieces]) if pieces else np.zeros((0, 0), np.float32),
         offsets=np.concatenate([[0], *(piece.offsets[1:] + start for piece, start in zip(pieces, starts))]),
         is_pooled=all(piece.is_pooled for piece in pieces),
     )
@@ -91,11 +90,10 @@ def iter_embeddings(path: Path | str, allow_incomplete: bool = False) -> Iterato
                 f"{path}: the run was stopped before its end ({manifest.get('parts')} parts are there); run the same "
                 "command again, or allow_incomplete=True"
             )
-        if not (path / "part-00000.parquet").exists():
-            for suffix, reader in readers.items():
-                if (file := path / f"embeddings{suffix}").exists():
-                    return reader(file)
-        return _iter_parts(path)
+        files = [file for suffix in readers if (file := path / f"embeddings{suffix}").exists()]
+        if not files or (path / "part-00000.parquet").exists():
+            return _iter_parts(path)
+        path = files[0]
     if path.suffix not in readers or not path.is_file():
         raise DataError(f"{path}: must be a directory with {MANIFEST}, or its .h5 or .npz file")
     return readers[path.suffix](path)

@@ -106,7 +106,7 @@ class _Run:
     def go(self) -> dict[str, Any]:
         self.parts.check_foreign()
         if self.summary is not None and not self.summary.exists():
-            self._refuse_existing()
+            self._finished({})  # refuses a file of another before any work is done
         self.card, model = load_any(self.model_path, self.job.tokenizer)
         self.domain = domain_of_model(self.job.domain, self.card.domain)
         self.domain = replace(self.domain, reader=self.job.reader(self.domain))
@@ -151,18 +151,14 @@ class _Run:
         """The manifest of an earlier run that wrote this very file; ConfigError where another has written it."""
         if self.summary is None or not self.output.exists() or self.parts.path.exists():
             return None
-        if self.summary.exists():
-            manifest = read_json(self.summary)
-            if manifest.get("run") == identity and manifest["run"]["input"] != "<stdin>":
-                return manifest
-        self._refuse_existing()
-        return None
-
-    def _refuse_existing(self) -> None:
-        if self.output.exists() and not self.parts.path.exists() and not self.job.is_overwriting:
+        manifest = read_json(self.summary) if self.summary.exists() else {}
+        if manifest.get("run") == identity and identity["input"] != "<stdin>":
+            return manifest
+        if not self.job.is_overwriting:
             raise ConfigError(
                 f"--output {self.output} is there already, and not by this command; name another file, or --overwrite"
             )
+        return None
 
     def _reader(self) -> ChunkReader:
         options, reading = self.job, self.running.reading

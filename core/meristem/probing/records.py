@@ -105,7 +105,6 @@ def deal(
     """Deal the records that have a label.
 
     Args:
-        domain: of the records.
         has_label: `[N]` which records have one.
         options: how to split. A split column that names no validation part leaves it to be taken from training.
         has_test_files: no record of the store is for the test.
