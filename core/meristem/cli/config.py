@@ -13,7 +13,6 @@ from typing import Any, get_type_hints
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `meristem config`."""
     parser.add_argument("--print", action="store_true", required=True, help="list every key")
     parser.add_argument(
         "--config", metavar="FILE", help="show the values of this config, and the arguments of its objective, as well"
@@ -21,7 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the keys by part, as wide as the terminal."""
     from meristem.cli.run_config import parse
     from meristem.model.config import TransformerConfig
     from meristem.train.spec import RunSpec

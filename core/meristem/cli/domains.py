@@ -6,7 +6,6 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Three actions, each with its own help."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="list | new NAME | check NAME")
     actions.add_parser("list", help="name every installed domain and where it comes from")
     new = actions.add_parser("new", help="write a working domain as a package of its own, in ./NAME")
@@ -16,7 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out one action."""
     if args.action == "list":
         from meristem.domain import GROUP
         from meristem.registry import installed, package_of

@@ -6,7 +6,6 @@ from meristem.cli.jobs import add_engine_arguments, add_model_arguments, run_sho
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to embed, with what, how, and where to."""
     add_model_arguments(parser)
     parser.add_argument(
         "--output", required=True, help="directory; a run that was stopped there goes on where it was stopped"
@@ -31,7 +30,6 @@ def add_vector_arguments(parser: argparse.ArgumentParser, pools: list[str], more
 
 
 def run(args: argparse.Namespace) -> int:
-    """Embed, and say what came of it."""
     from meristem.inference.embed import Embed
 
     manifest = run_shown(Embed, args)

@@ -7,7 +7,6 @@ from meristem.registry import find, installed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What, where to, and for whom."""
     parser.add_argument("model", metavar="MODEL", help="a run directory or a model directory")
     parser.add_argument("out", metavar="OUT", help="the directory to write; must be new or empty")
     parser.add_argument(
@@ -22,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, write, compare."""
     from meristem.api import load
     from meristem.cli.parity_report import print_parity
     from meristem.interop.directory import read_config_file

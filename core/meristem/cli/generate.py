@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # importing torch takes seconds, and help needs none of it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """With what, from what, and how."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="to go on from; may be repeated")
     parser.add_argument(
@@ -54,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the texts and show or write them."""
     from meristem.inference.generate import GIVEN, Generate
     from meristem.inference.run import run_job
 

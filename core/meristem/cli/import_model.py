@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where from, where to."""
     parser.add_argument(
         "source", metavar="SOURCE", help="a directory of another library (safetensors or .bin), or LIBRARY:MODEL"
     )
@@ -31,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch where the source is a name, read, compare, write."""
     from meristem.api import import_model
     from meristem.cli.parity_report import print_parity
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to look at."""
     parser.add_argument(
         "model",
         metavar="MODEL|CONFIG",
@@ -38,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Collect the facts and print them."""
     from meristem.errors import ConfigError
 
     if args.length < 1:

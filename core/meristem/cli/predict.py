@@ -6,7 +6,6 @@ from meristem.cli.jobs import add_engine_arguments, add_model_arguments, run_sho
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to label, with what, and where to."""
     add_model_arguments(parser)
     parser.add_argument("--output", required=True, help="a .csv, .tsv or .parquet file")
     parser.add_argument(
@@ -22,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Label every record, then put the table in its place."""
     from meristem.inference.predict import Predict
 
     manifest = run_shown(Predict, args, labels=tuple(args.labels) if args.labels else None)

@@ -11,7 +11,6 @@ from meristem.cli.jobs import ProgressReport, add_engine_arguments, job_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to probe, for what, how, and where to."""
     parser.add_argument("model", metavar="MODEL", help="a run directory, a model directory or a foreign directory")
     parser.add_argument("inputs", metavar="DATA", nargs="+", help="files of records with labels")
     parser.add_argument(
@@ -71,7 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Probe, and say what came of it."""
     from dataclasses import fields
     from pathlib import Path
 

@@ -46,11 +46,7 @@ SAMPLE = pa.struct(
 
 
 class RunningGenerate(Running):
-    """Goes on from the prompts of a column.
-
-    Attributes:
-        generator: makes the texts.
-    """
+    """Goes on from the prompts of a column."""
 
     def __init__(self, job: "Generate", card: ModelCard, model: Model, device: str):
         if job.is_compiled:

@@ -5,9 +5,7 @@ import numpy as np
 
 def confusion_matrix(true: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
     """`[C, C]` number of records by true class (row) and predicted class (column)."""
-    counts = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(counts, (true, predicted), 1)
-    return counts
+    return np.bincount(true * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def class_figures(confusion: np.ndarray) -> dict[str, float]:

@@ -61,16 +61,13 @@ class Probe(Suite):
     seed: int = 0
 
     def read(self, data: DataSpec) -> list[str]:
-        return figure_names(
-            _listed(self.sources), self._options(data), load_domain(data.domain), _listed(self.test_sources)
-        )
+        sources, tests = _listed(self.sources), _listed(self.test_sources)
+        return figure_names(sources, self._options(data), load_domain(data.domain), tests)
 
     def run(self, model: Path, data: DataSpec) -> Mapping[str, float | None]:
         with TemporaryDirectory() as folder:  # each validation has vectors of its own; none is needed twice
-            metrics = probe_files(
-                *(model, _listed(self.sources), None, self._options(data), _listed(self.test_sources)),
-                vectors_dir=Path(folder),
-            )
+            sources, tests = _listed(self.sources), _listed(self.test_sources)
+            metrics = probe_files(model, sources, None, self._options(data), tests, vectors_dir=Path(folder))
         methods = METHODS[self.method]
         return {f"{method}/{figure}": value for method in methods for figure, value in metrics[method].items()}
 

@@ -36,7 +36,6 @@ def stored_vectors(
     Args:
         inputs: the files of the store, in its order.
         job: how to embed; its `read` is that of the store.
-        cache_dir: folder of the cached vectors.
         title: what `watch` calls the work.
 
     Returns:
