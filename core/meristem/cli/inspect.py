@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,21 +192,8 @@ def _print_tables(facts: dict[str, Any]) -> None:
             "memory of weights": f"{memory['fp32'] / 2**20:,.1f} MiB in fp32, {memory['bf16'] / 2**20:,.1f} in bf16",
         },
     )
-    if measured := facts.get("throughput"):
-        chosen = (measured[name] for name in ("device", "threads", "precision", "tokens_per_batch"))
-        rows = {"measured": describe_engine(*chosen)}
-        for length, rate in measured["tokens_per_second"].items():
-            rows[f"at {length} tokens a sequence"] = f"{rate:,} tokens/s, {rate / int(length):,.1f} sequences/s"
-        table("throughput", rows)
-        if found := measured.get("input"):
-            table(
-                "embedding the input",
-                {
-                    "records": f"{found['records']:,}, {found['tokens']:,} tokens",
-                    "time": f"about {duration(found['seconds'])}",
-                    "output": f"about {found['bytes'] / 1e6:,.1f} MB, {found['vectors']:,} vectors of {found['width']}",
-                },
-            )
+    if "throughput" in facts:
+        _print_throughput(table, facts["throughput"])
     if "vocabulary" not in facts:
         return
     vocabulary = facts["vocabulary"]
@@ -226,6 +214,23 @@ def _print_tables(facts: dict[str, Any]) -> None:
     table("heads", heads)
     if facts["facts"]:
         table("facts", facts["facts"])
+
+
+def _print_throughput(table: Callable[[str, dict[str, Any]], None], measured: dict[str, Any]) -> None:
+    chosen = (measured[name] for name in ("device", "threads", "precision", "tokens_per_batch"))
+    rows = {"measured": describe_engine(*chosen)}
+    for length, rate in measured["tokens_per_second"].items():
+        rows[f"at {length} tokens a sequence"] = f"{rate:,} tokens/s, {rate / int(length):,.1f} sequences/s"
+    table("throughput", rows)
+    if found := measured.get("input"):
+        table(
+            "embedding the input",
+            {
+                "records": f"{found['records']:,}, {found['tokens']:,} tokens",
+                "time": f"about {duration(found['seconds'])}",
+                "output": f"about {found['bytes'] / 1e6:,.1f} MB, {found['vectors']:,} vectors of {found['width']}",
+            },
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

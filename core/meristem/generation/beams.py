@@ -27,6 +27,9 @@ class _Beam:
     total: float = 0.0
     parent: int = 0
 
+    def then(self, token: int, total: float, parent: int) -> "_Beam":
+        return _Beam((*self.ids, token), (*self.log_probabilities, total - self.total), total, parent)
+
 
 @dataclass
 class _Search:
@@ -50,8 +53,7 @@ class _Search:
         going: list[_Beam] = []
         for rank, (total, index) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
             parent, token = divmod(index, vocab_size)
-            old = self.running[parent]
-            beam = _Beam((*old.ids, token), (*old.log_probabilities, total - old.total), total, parent)
+            beam = self.running[parent].then(token, total, parent)
             is_stopped = token in self.stop_ids
             if not is_stopped and length < self.options.max_new_tokens:
                 going.append(beam)

@@ -93,12 +93,7 @@ def probe_files(
     metrics |= figures
     if output:
         ids = test.store.column("id").take(test_rows).to_pylist()
-        table = {"id": ids} | columns
-        with replacing(output / PREDICTIONS) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(table)
-            for row in zip(*table.values()):
-                writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row)
+        _write_csv(output / PREDICTIONS, {"id": ids} | columns)
         write_json(output / METRICS, metrics)
     return metrics
 
@@ -283,3 +278,11 @@ def _evaluate_values(
         draw_values(output / VALUES, true, predictions, fit.options.label)
         (output / CONFUSION).unlink(missing_ok=True)
     return metrics, {"label": true.tolist()} | {name: some.tolist() for name, some in predictions.items()}
+
+
+def _write_csv(path: Path, columns: dict[str, list[Any]]) -> None:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(columns)
+        for row in zip(*columns.values()):
+            writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row)
