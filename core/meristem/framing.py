@@ -6,7 +6,7 @@ from meristem.types import Layout
 
 
 def frame_of(offsets: np.ndarray, num_special: tuple[int, int]) -> np.ndarray:
-    """`[sum of n]` whether a row is special, where sequences have so many before and behind their payloads."""
+    """Which rows of a column are special, `[sum of n]`: `num_special` before and behind each payload."""
     before, behind = num_special
     is_special = np.zeros(int(offsets[-1]), bool)
     for i in range(before):

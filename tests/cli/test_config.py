@@ -1,12 +1,16 @@
 """`meristem config --print` lists every key with its type, its default and its help."""
 
+import inspect
 import re
 from dataclasses import fields, is_dataclass
 from typing import get_type_hints
 
 import pytest
+from docstring_parser import parse
 
 from meristem.cli.main import main
+from meristem.model import config
+from meristem.registry import find_all
 from meristem.train.spec import RunSpec
 
 
@@ -46,6 +50,18 @@ def test_a_config_shows_what_it_sets_and_the_arguments_of_its_objective(capsys):
     assert found["model.optimizer.eps"][0] == "float, default 1e-08"
     assert found["model.objective.init_args.mean_span"][0] == "float, default 1.0"
     assert "model.objective.init_args.mean_span" not in printed(capsys)
+
+
+def test_every_setting_of_every_kind_of_part_has_a_help():
+    """What `config --print` shows of a part, and what an editor shows of a class."""
+    kinds = [kind for kind in vars(config).values() if is_dataclass(kind) and kind is not config.LayerParts]
+    pieces = [piece for group in ("objectives", "suites") for piece in find_all(f"meristem.{group}").values()]
+    assert len(kinds) > 25
+    assert len(pieces) > 8
+    for kind in (*kinds, *pieces):
+        found = parse(kind.__doc__).params
+        helps = {name.strip() for one in found if one.description for name in one.arg_name.split(",")}
+        assert set(inspect.signature(kind).parameters) - helps == set(), kind
 
 
 def test_nothing_is_printed_that_was_not_asked_for(capsys):

@@ -14,6 +14,7 @@ class GenerateOptions:
     """How sequences are made.
 
     Attributes:
+        max_new_tokens: tokens made for each prompt at most.
         temperature: of the softmax that tokens are drawn from; 0 takes the likeliest token (greedy).
         top_k: tokens are drawn from the k likeliest; None for all.
         top_p: ... from the smallest set whose probability reaches p (Holtzman 2020, arXiv 1904.09751); None for all.
@@ -22,6 +23,7 @@ class GenerateOptions:
             (Keskar 2019, arXiv 1909.05858).
         num_samples: sequences for each prompt.
         num_beams: beams of a beam search; 1 for none.
+        length_penalty: scores of beams are divided by their length to this power.
         stop: texts that end a sequence; they are kept in it.
         seed: what is drawn for a prompt depends on it, the prompt and the number of the sample alone.
         batch_size: sequences that are run at once.

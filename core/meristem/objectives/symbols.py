@@ -30,7 +30,11 @@ def request_symbols(batch: PackedBatch, label_smoothing: float = 0.0) -> HeadReq
 
 
 class SymbolObjective(Objective):
-    """An objective whose loss is the cross-entropy of symbols; how they are chosen is left to `prepare`."""
+    """An objective whose loss is the cross-entropy of symbols; how they are chosen is left to `prepare`.
+
+    Args:
+        label_smoothing: share of each target's probability that is spread evenly over all symbols.
+    """
 
     predicts_symbols = True
 

@@ -28,6 +28,10 @@ class TwoSided(SymbolObjective):
     The decoder reads a start symbol and then the target, one row behind what it is to predict; every symbol of the
     target is scored, the special rows that close it as well. Those that a tokenizer puts before a payload are no part
     of a target: the start symbol stands for them.
+
+    Args:
+        start_id: symbol that the decoder reads first; null for the tokenizer's padding, or 0 where it has none.
+        label_smoothing: share of each target's probability that is spread evenly over all symbols.
     """
 
     def __init__(self, start_id: int | None = None, label_smoothing: float = 0.0):

@@ -22,7 +22,12 @@ MAX_HEADS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """Which attention weights are returned."""
+    """Which attention weights are returned.
+
+    Attributes:
+        layer: index of the block: 0 is the first, -1 the last.
+        query: the class row, or the mean over the patches; None for the class row where the model has one, else mean.
+    """
 
     layer: int = option(-1, "the block, 0 is the first; the last by default")
     query: Literal["class", "mean"] | None = option(

@@ -14,6 +14,7 @@ class TokenHead:
 
     Attributes:
         activation: activation of the dense layer; None for a head that is the last map alone.
+        dense_bias: whether the dense layer has a bias.
         is_tied: whether the map onto the vocabulary is the embedding table.
         bias: whether each symbol has a bias.
         scale: factor of the rows before the map.
@@ -76,6 +77,8 @@ class AttentionPool(Pool):
 
     Attributes:
         num_heads: attention heads; the width must be a multiple of it.
+        feedforward_width: hidden width of the feed-forward layer.
+        activation: activation of the feed-forward layer.
         has_special: whether special rows are attended to, besides the payload's own tokens.
     """
 

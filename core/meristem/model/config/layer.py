@@ -21,7 +21,12 @@ class Norm(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNorm(Norm):
-    """Layer normalisation (Ba 2016)."""
+    """Layer normalisation (Ba 2016).
+
+    Attributes:
+        eps: added to the variance, against division by zero.
+        bias: whether a learned bias is added.
+    """
 
     eps: float = 1e-5
     bias: bool = True
@@ -29,7 +34,11 @@ class LayerNorm(Norm):
 
 @dataclass(frozen=True, kw_only=True)
 class RMSNorm(Norm):
-    """Root-mean-square normalisation (Zhang 2019)."""
+    """Root-mean-square normalisation (Zhang 2019).
+
+    Attributes:
+        eps: added to the mean square, against division by zero.
+    """
 
     eps: float = 1e-6
 
@@ -48,6 +57,8 @@ class Attention:
         num_kv_heads: key and value heads (K); each serves H / K query heads. None for as many as `num_heads`.
         head_width: width of one head (E); None for width / num_heads.
         scale: factor of the scores; None for 1 / sqrt(head width).
+        qkv_bias: whether the projections of queries, keys and values have biases.
+        out_bias: whether the output projection has a bias.
         qk_norm: norm of queries and keys before their positions: over each head ("head"), or over all heads at once
             ("full"). It is of the kind of the trunk's norm, without a bias. None for no norm.
         pattern: which keys a query may see.
@@ -103,6 +114,8 @@ class FeedForward:
         width: hidden width (F).
         activation: gelu is exact (erf), gelu_tanh its approximation by tanh, quick_gelu that by a sigmoid.
         is_gated: whether there are two input maps, one of them followed by the activation.
+        in_bias: whether the input map has a bias.
+        out_bias: whether the output map has a bias.
         dropout: dropout rate of the hidden values, in training.
     """
 
@@ -185,15 +198,19 @@ class Residual:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRule:
-    """Other parts for some layers: `start`, `start + step`, ... below `stop`. None keeps the part of the model.
+    """Other parts for some layers: `start`, `start + step`, ... below `stop`.
 
     Layers count from 0, those of the encoder first, then those of the decoder. Where rules overlap, the last one holds.
 
     Attributes:
+        start: first layer.
         stop: the layer behind the last one; None for the end.
+        step: distance from one layer to the next.
+        attention: replaces the attention of the model; None keeps it, as with the parts below.
         attention_norm: replaces the norm before attention.
-        feedforward: also describes the experts of these layers.
-        position: must be of a kind that acts in each layer.
+        feedforward: replaces the feed-forward layer of the model, and describes the experts of these layers.
+        experts: replaces the experts of the model.
+        position: replaces the position of the model; it must be of a kind that acts in each layer.
     """
 
     start: int = 0

@@ -110,7 +110,11 @@ class BlockSparse(Pattern):
 
 @dataclass(frozen=True, kw_only=True)
 class Both(Pattern):
-    """Keys that every one of some patterns sees."""
+    """Keys that every one of some patterns sees.
+
+    Attributes:
+        parts: the patterns.
+    """
 
     parts: tuple[Pattern, ...]
 
@@ -121,7 +125,11 @@ class Both(Pattern):
 
 @dataclass(frozen=True, kw_only=True)
 class Either(Pattern):
-    """Keys that at least one of some patterns sees."""
+    """Keys that at least one of some patterns sees.
+
+    Attributes:
+        parts: the patterns.
+    """
 
     parts: tuple[Pattern, ...]
 

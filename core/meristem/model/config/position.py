@@ -25,7 +25,11 @@ class NoScaling(Scaling):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling(Scaling):
-    """Every place counts as `1 / factor` of one (position interpolation, Chen 2023, arXiv 2306.15595)."""
+    """Every place counts as `1 / factor` of one (position interpolation, Chen 2023, arXiv 2306.15595).
+
+    Attributes:
+        factor: 1 or more.
+    """
 
     factor: float
 
@@ -110,7 +114,11 @@ class Learned(Position):
 
 @dataclass(frozen=True, kw_only=True)
 class Sinusoidal(Position):
-    """Sines and cosines of the place, added to the embedding (Vaswani 2017, arXiv 1706.03762, section 3.5)."""
+    """Sines and cosines of the place, added to the embedding (Vaswani 2017, arXiv 1706.03762, section 3.5).
+
+    Attributes:
+        base: base of the geometric series of wavelengths.
+    """
 
     base: float = 10000.0
 
@@ -127,6 +135,7 @@ class SinCos2D(Position):
     last exponent is below 1 by a step (He 2022, arXiv 2111.06377), or it is 1 (Beyer 2022, arXiv 2205.01580).
 
     Attributes:
+        base: base of the geometric series of wavelengths.
         reaches_base: whether the last exponent is 1.
     """
 

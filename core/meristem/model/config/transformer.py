@@ -17,6 +17,7 @@ class Embedding:
     Attributes:
         vocab_size: number of rows in the table (symbols and special rows, such as a class token or registers).
         patch_features: number of features of a patch (P); 0 for a model without patches.
+        feature_bias: whether the map of patches has a bias.
         token_types: rows of a second table, for the kind of each token (first or second sentence); 0 for no such table.
         scale: factor of the vectors of symbols, before positions are added.
         is_normed: whether a norm follows the positions.
@@ -69,6 +70,8 @@ class LayerParts:
     """The parts of one layer, all rules applied.
 
     Attributes:
+        width: width of the trunk (D).
+        head_width: width of one head (E).
         drop_path: share of sequences whose branches are left out, in training.
         has_source: whether this is a layer of a decoder that also attends to a source.
     """

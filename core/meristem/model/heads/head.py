@@ -35,7 +35,7 @@ class HeadSpec(ABC):
         """
 
     def by_sequence(self, outputs: Any, layout: Layout) -> Sequence[Tensor]:
-        """Of outputs for all rows of a pack, those of each sequence, in its order; by default, those of its rows."""
+        """Divide the outputs for a pack into those of each sequence, in order; by default, at its rows."""
         return outputs[: layout.num_tokens].split(list(layout.lengths))
 
 
