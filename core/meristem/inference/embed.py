@@ -1,6 +1,5 @@
 """Vectors of records, one each or one a token."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -85,13 +84,13 @@ class Embed(Job):
         if self.format not in ("parquet", *WRITERS):
             raise ConfigError(f"format must be one of parquet, {', '.join(WRITERS)}; got {self.format!r}")
 
-    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
+    def finish(self, parts: Path, output: Path, manifest: dict[str, Any]) -> None:
         if self.format == "parquet":
-            return ""
+            return
         target = parts / f"embeddings.{self.format}"
         with replacing(target) as temporary:
             WRITERS[self.format](parts, temporary, manifest["records"], manifest["rows"])
-        return target.name
+        manifest["file"] = target.name
 
 
 def default_pool(card: ModelCard) -> str:

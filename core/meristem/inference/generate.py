@@ -120,14 +120,13 @@ class Generate(Job):
     def reader(self, domain: Domain) -> Reader:
         return PromptReader(domain.reader, self.prompts)
 
-    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
+    def finish(self, parts: Path, output: Path, manifest: dict[str, Any]) -> None:
         with replacing(output, parts) as temporary, temporary.open("w", encoding="utf-8") as file:
             rows = (row for part in parts_of(parts) for row in pq.read_table(part).to_pylist())
             for number, row in enumerate(rows):
                 for index, sample in enumerate(row["samples"]):
                     facts = {"id": row["id"], "prompt": row[PAYLOAD], "prompt_number": number, "sample": index}
                     file.write(json.dumps({**facts, **sample}, ensure_ascii=False) + "\n")
-        return ""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,6 @@ class Running(ABC):
 
     Attributes:
         reading: what it reads of a record.
-        tokens_per_batch: tokens that are run at once at most.
         identity: what decides the rows beside model, input, device and precision: plain values by option name.
         facts: what the manifest says of the rows.
         fault: what is wrong where a row is not finite, as messages say it.
@@ -146,14 +145,11 @@ class Job(JobOptions, ABC):
         return domain.reader
 
     @abstractmethod
-    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
-        """Make what was asked for of finished parts.
+    def finish(self, parts: Path, output: Path, manifest: dict[str, Any]) -> None:
+        """Make what was asked for of finished parts; the manifest gets the name of a `file` made in the output folder.
 
         Args:
             manifest: counts of records and values among others.
-
-        Returns:
-            Name of a file that was made within the output folder; empty for none.
         """
 
 

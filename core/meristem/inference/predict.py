@@ -71,9 +71,8 @@ class Predict(Job):
     labels: tuple[str, ...] | None = None
     is_per_token: bool = False
 
-    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
+    def finish(self, parts: Path, output: Path, manifest: dict[str, Any]) -> None:
         write_table_file(parts, output, is_exploded=self.is_per_token)
-        return ""
 
 
 def _arrays(columns: Mapping[str, list[object]]) -> dict[str, pa.Array]:

@@ -227,8 +227,7 @@ class _Run:
 
     def _finish(self, values: dict[str, Any]) -> dict[str, Any]:
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        file = self.job.finish(self.parts.path, self.output, values)
-        values |= {"file": file} if file else {}
+        self.job.finish(self.parts.path, self.output, values)
         if self.summary is None:
             self.parts.write_manifest(values)
         else:

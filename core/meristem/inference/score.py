@@ -124,7 +124,6 @@ class Score(Job):
     """Score records; the manifest says in `summary` what the values are.
 
     Attributes:
-        scorer: name of the scorer.
         scorer_options: a value of its `options`; None for its defaults.
         domain: reads the inputs and has the scorer; empty for the model's own, and a scorer of any installed one.
         plots: folder for a PNG of each array; empty for none.
@@ -155,10 +154,10 @@ class Score(Job):
     def suffixes(self) -> tuple[str, ...]:  # type: ignore[override]
         return (".npz",) if self.find().schema is None else SUFFIXES
 
-    def finish(self, parts: Path, output: Path, manifest: Mapping[str, Any]) -> str:
+    def finish(self, parts: Path, output: Path, manifest: dict[str, Any]) -> None:
         if output.suffix != ".npz":
             write_table_file(parts, output)
-            return ""
+            return
         # numpy's format, each array by the id of its record
         with replacing(output, parts) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
             for number, (name, row) in enumerate(_named_rows(parts), start=1):
@@ -167,7 +166,6 @@ class Score(Job):
                 if self.plots:
                     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80]
                     write_file(Path(self.plots) / f"{number:05}_{safe}.png", row["plot"].as_py())
-        return ""
 
 
 def _mean_of(results: Sequence[Any]) -> Any:
