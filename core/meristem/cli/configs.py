@@ -20,8 +20,7 @@ def find_config(name: str) -> Path:
     """The file that `--config NAME` means.
 
     Args:
-        name: a path; or, where there is no such file, `<domain>/<name>` of a shipped config, with
-            or without `.yaml`.
+        name: a path; or, where there is no such file, `<domain>/<name>` of a shipped config, with or without `.yaml`.
 
     Raises:
         ConfigError: neither a file nor a shipped config.

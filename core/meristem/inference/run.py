@@ -113,7 +113,7 @@ class _Run:
         self.device = best_device()
         self.job = replace(self.job, precision=best_precision(self.job.precision, self.device))
         self.running = self.job.running(self.job, self.card, model, self.device)
-        self.config = model.config
+        self.max_length = model.config.max_length
         # tokens of a chunk: fewer where they cost much, or where each has a row that must fit in memory
         most = CHUNK_SYMBOLS
         if self.device == "cpu":
@@ -194,7 +194,10 @@ class _Run:
             with ahead(reader) as chunks:
                 for chunk in chunks:
                     sources = seen.look_up(chunk.index, chunk.column)
-                    self._count(chunk, sources)
+                    self.num_new += len(sources.new_rows)
+                    self.num_rows += int(self.running.num_values(chunk.column).sum())
+                    if self.max_length is not None:
+                        self.num_windowed += int((chunk.column.lengths > self.max_length).sum())
                     if chunk.index < done:
                         self._check_part(chunk, run)
                         self.report.skipped(len(chunk), self._work_of(chunk.column))
@@ -238,13 +241,6 @@ class _Run:
     def _work_of(self, column: TokenColumn) -> int:
         """Tokens of a column as progress counts them."""
         return int(self.running.work(column).sum())
-
-    def _count(self, chunk: Chunk, sources: Sources) -> None:
-        self.num_new += len(sources.new_rows)
-        self.num_rows += int(self.running.num_values(chunk.column).sum())
-        limit = self.config.max_length
-        if limit is not None:
-            self.num_windowed += int((chunk.column.lengths > limit).sum())
 
     def _check_part(self, chunk: Chunk, run: str) -> None:
         facts = self.parts.part_facts(chunk.index)

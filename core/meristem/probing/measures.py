@@ -41,10 +41,12 @@ def top_k_accuracy(scores: np.ndarray, true: np.ndarray, k: int) -> float:
 
 def value_figures(true: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:
     """Spearman's correlation, R2, and the root mean squared error; None where all values are equal."""
+    a, b = (ranks - ranks.mean() for ranks in (_ranks(true), _ranks(predicted)))
+    spread = np.sqrt((a @ a) * (b @ b))
     squares = float(((true - true.mean()) ** 2).sum())
     errors = float(((true - predicted) ** 2).sum())
     return {
-        "spearman": _correlation(_ranks(true), _ranks(predicted)),
+        "spearman": float(a @ b / spread) if spread else None,
         "r2": 1 - errors / squares if squares else None,
         "rmse": float(np.sqrt(errors / len(true))),
     }
@@ -55,9 +57,3 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[place]
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    a, b = a - a.mean(), b - b.mean()
-    spread = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / spread) if spread else None
