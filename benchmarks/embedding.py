@@ -27,7 +27,7 @@ from meristem.data.order import plan_in_order
 from meristem.data.records import PAYLOAD, ReadOptions, Source
 from meristem.domain import load_domain
 from meristem.inference.engine import PRECISIONS, Embedder
-from meristem.inference.job import Engine
+from meristem.inference.job import JobOptions
 from meristem.inference.memory import MOST_TOKENS
 from meristem.model.flops import flops_per_token
 from meristem.model.model import Model
@@ -73,8 +73,8 @@ class Case:
 
     def engine(self, precision: str, is_compiled: bool = False) -> Embedder:
         """The one of `meristem embed`."""
-        made = Engine(precision, self.options.device, is_compiled=is_compiled)
-        return Embedder(made.trunk(self.model), "mean")
+        how = JobOptions(precision=precision, is_compiled=is_compiled)
+        return Embedder(how.trunk(self.model, self.options.device), "mean")
 
     def batches(self) -> dict[str, list[np.ndarray]]:
         """Rows of each batch, by how people and experts choose them."""

@@ -36,7 +36,7 @@ from meristem.domain import load_domain
 from meristem.inference.chunks import ChunkReader
 from meristem.inference.encoding import Reading
 from meristem.inference.engine import Embedder
-from meristem.inference.job import Engine
+from meristem.inference.job import JobOptions
 from meristem.objectives.masked import MaskedTokens
 from meristem.train.spec import ModelSpec
 from meristem.train.task import Task
@@ -163,7 +163,7 @@ def loading(path: Path, folder: Path, options: Options) -> Finding:
 
     def embed() -> None:
         model.eval()
-        Embedder(Engine("fp32", options.device).trunk(model), "mean").embed(column)
+        Embedder(JobOptions(precision="fp32").trunk(model, options.device), "mean").embed(column)
 
     programs = {
         "meristem loader": lambda: list(islice(iter(loader), num_packs)),
