@@ -240,3 +240,15 @@ def test_a_domain_without_views_refuses_them():
     assert config is not None
     with pytest.raises(ConfigError, match=r"data\.views must not be set: the domain protein has no views"):
         build(config)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5", "rand-m10-mstd0.5-inc1", "augmix-m10", "original", "v0", "3a"])
+def test_a_policy_at_its_strongest_changes_any_number_of_pictures(rng, policy, channels):
+    """Operations are drawn at every level. One that fails would stop a run for good, as it is drawn again."""
+    tokenizer = domain.tokenizer(image_px=8, patch_px=4, num_channels=channels)
+    views = domain.build_views(tokenizer, auto_augment=policy, repeats=300)
+    payload = encoded(rng, height=8, width=8)
+    found = views.views(Record.of("a", payload), rng)
+    assert len(found) == 300
+    assert all(np.isfinite(one.payload.values).all() for one in found)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -113,6 +114,7 @@ class PictureViews(Views):
         """The transforms of a picture, that of its standardised values, and the tokenizer of the result."""
         try:
             from timm.data import create_transform
+            from timm.data.auto_augment import posterize
             from timm.data.random_erasing import RandomErasing
             from torchvision import transforms
         except ImportError as error:
@@ -151,6 +153,11 @@ class PictureViews(Views):
                 "data.views.auto_augment must be a policy of timm, such as rand-m9-mstd0.5; "
                 f"got {self.auto_augment!r} ({type(error).__name__}: {error})"
             ) from error
+        for one in colours.transforms:
+            for op in chain(getattr(one, "ops", ()), *getattr(one, "policy", ())):
+                if op.aug_fn is posterize:
+                    # at the strongest level timm 1.0.31 asks for no bit at all, which Pillow 13 refuses
+                    op.aug_fn = lambda image, bits, **_: posterize(image, max(bits, 1))
         if self.crop_scale is not None:
             changes.append(crop)
             tokenizer = replace(tokenizer, resize_px=None, crop_frac=1.0)  # it is cut to its size
