@@ -15,8 +15,8 @@ from meristem.shapes import Bool, Float, Int, Tensor
 OnToken = Callable[[int, int, int], None]
 """Told of each token as it is made: number of the prompt, number of the sample, id."""
 
-IsStop = Callable[[Sequence[int]], bool]
-"""Whether a sequence of new ids ends with a text that stops it."""
+IsStop = Callable[[int, Sequence[int]], bool]
+"""Whether a text stops a sequence: number of the prompt, and the new ids."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ def sample(
             one.log_probabilities.append(score)
             if on_token is not None:
                 on_token(one.prompt, one.sample, token)
-            is_stopped = token in stop_ids or (is_stop is not None and is_stop(one.ids))
+            is_stopped = token in stop_ids or (is_stop is not None and is_stop(one.prompt, one.ids))
             if is_stopped or len(one.ids) == options.max_new_tokens:
                 made[one.prompt][one.sample] = Generated(
                     tuple(one.ids),

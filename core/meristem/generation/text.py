@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from os.path import commonprefix
 
 import numpy as np
 
@@ -68,9 +69,9 @@ class Generator:
         per_batch = max(1, options.batch_size // options.num_sequences)
         while batch := list(islice(left, per_batch)):
             ids = [self._encode(number, prompt, options) for number, prompt in batch]
-            streams = _Streams(self.tokenizer, batch[0][0], on_text) if on_text is not None else None
-            for samples in self.go_on(ids, options, streams):
-                yield [Sample(self.tokenizer.text_of(one.ids), one) for one in samples]
+            streams = _Streams(self, ids, batch[0][0], on_text) if on_text is not None else None
+            for prompt, samples in zip(ids, self.go_on(ids, options, streams), strict=True):
+                yield [Sample(self.text_behind(prompt, one.ids), one) for one in samples]
 
     def go_on(
         self, prompts: Sequence[np.ndarray], options: GenerateOptions, on_token: OnToken | None = None
@@ -78,7 +79,7 @@ class Generator:
         """The samples of some prompts, the ids of `open_ids`, that are run at once."""
         if options.num_beams > 1:
             return search(self.model, prompts, options, self.stop_ids, self.start_id)
-        is_stop = self._is_stop(options.stop)
+        is_stop = self._is_stop(prompts, options.stop)
         return sample(self.model, prompts, options, self.stop_ids, self.start_id, is_stop, on_token)
 
     def open_ids(self, tokens: Tokens) -> np.ndarray:
@@ -89,6 +90,17 @@ class Generator:
             if not len(tokens.payload_rows):
                 ids = np.array([] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id])
         return np.asarray(ids, np.int64)
+
+    def text_behind(self, prompt: np.ndarray, made: Sequence[int]) -> str:
+        """The text that new tokens add to a prompt: the whole decoded, without what the prompt alone decodes to.
+
+        Decoded alone, the new tokens would lose a space before them, or the word that their first one goes on with. The
+        prompt of an encoder-decoder is no part of its output.
+        """
+        if self.is_two_sided:
+            return self.tokenizer.text_of(made)
+        before, whole = self.tokenizer.text_of(prompt.tolist()), self.tokenizer.text_of([*prompt.tolist(), *made])
+        return whole[len(commonprefix([before, whole])) :]  # noqa: RUF071 (characters, not paths)
 
     def refusal(self, ids: np.ndarray, options: GenerateOptions) -> str:
         """Why the model cannot go on from a prompt; empty where it can."""
@@ -112,14 +124,14 @@ class Generator:
             raise DataError(f"prompt {number + 1}: {reason}")
         return ids
 
-    def _is_stop(self, stop: Sequence[str]) -> IsStop | None:
+    def _is_stop(self, prompts: Sequence[np.ndarray], stop: Sequence[str]) -> IsStop | None:
         if not stop:
             return None
         window = STOP_WINDOW_TOKENS + max(map(len, stop))
 
-        def is_stop(ids: Sequence[int]) -> bool:
+        def is_stop(prompt: int, ids: Sequence[int]) -> bool:
             # the last token must have part in it, or it would have stopped before
-            tail = self.tokenizer.text_of(ids[-window:])
+            tail = self.text_behind(prompts[prompt][: 0 if len(ids) > window else None], ids[-window:])
             return any(text in tail for text in stop)
 
         return is_stop
@@ -128,8 +140,8 @@ class Generator:
 class _Streams:
     """Turns tokens into pieces of text as they come: a character of several tokens waits for its last."""
 
-    def __init__(self, tokenizer: Tokenizer, first: int, on_text: OnText):
-        self.tokenizer, self.first, self.on_text = tokenizer, first, on_text
+    def __init__(self, generator: Generator, prompts: Sequence[np.ndarray], first: int, on_text: OnText):
+        self.generator, self.prompts, self.first, self.on_text = generator, prompts, first, on_text
         self._ids: dict[tuple[int, int], list[int]] = {}
         self._said: dict[tuple[int, int], str] = {}
 
@@ -137,7 +149,7 @@ class _Streams:
         key = (prompt, number)
         ids = self._ids.setdefault(key, [])
         ids.append(token)
-        text = self.tokenizer.text_of(ids)
+        text = self.generator.text_behind(self.prompts[prompt], ids)
         said = self._said.get(key, "")
         if text.endswith("\ufffd") or not text.startswith(said):
             return

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,7 +74,8 @@ class RunningGenerate(Running):
         def run(numbers: np.ndarray) -> None:
             texts = self.generator.go_on([prompts[number] for number in numbers], self._options)
             for number, samples in zip(numbers, texts, strict=True):
-                made[number] = [{"text": self.generator.tokenizer.text_of(one.ids), **asdict(one)} for one in samples]
+                behind = partial(self.generator.text_behind, prompts[number])
+                made[number] = [{"text": behind(one.ids), **asdict(one)} for one in samples]
             advance(len(numbers), int(work[numbers].sum()))
 
         num_new, count = self._options.max_new_tokens, self._options.num_sequences
