@@ -29,6 +29,9 @@ COMPRESSION_SUFFIXES = (".gz", ".bgz", ".bz2", ".xz", ".zst")
 RESIDUES = "^[A-Za-z*.-]+$"
 """A sequence in which every character is a residue."""
 
+HEADER = re.compile(rb"^[ \t]*>", re.MULTILINE)
+HEADER_RULE = "a header must begin with '>' at the beginning of its line"
+
 FOREIGN = re.compile(rb"[^A-Za-z*. \t-]")
 """A byte of a sequence that is neither a residue nor white space."""
 
@@ -39,10 +42,10 @@ class ProteinReader(Reader):
     def read(self, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
         """Read the proteins of a source.
 
-        The format is recognised by the content: FASTA begins with `>`, a table is Parquet or begins with a header
-        line (CSV, TSV), a file of `flat_files` begins with a record. Compressed files are decompressed. Only A3M is
-        recognised by the name, which must end in `.a3m` before any compression suffix: lower case letters and `.`
-        are insertions there, and are dropped; gaps are kept.
+        The format is recognised by the content: FASTA begins with `>`, or with comments (`;`) before it; a table is
+        Parquet or begins with a header line (CSV, TSV), a file of `flat_files` begins with a record. Compressed files
+        are decompressed. Only A3M is recognised by the name, which must end in `.a3m` before any compression suffix:
+        lower case letters and `.` are insertions there, and are dropped; gaps are kept.
 
         The id of a FASTA record is the first word of its header. Where the header is empty, it is the number of the
         record in the file, counted from 1. Spaces and tabs in sequences are dropped; residues are letters, `*`, `-`
@@ -54,7 +57,7 @@ class ProteinReader(Reader):
         """
         with open_source(source) as stream:
             head = stream.peek(BLOCK_BYTES).removeprefix(BOM)
-            if head.lstrip()[:1] == b">" or (is_a3m(source) and head.lstrip()[:1] == b"#"):
+            if begins_fasta(head, source):
                 options.require_bare(f"{source.name}:1", "FASTA has none (labels and splits need a table)")
                 pieces, column = _pieces(stream, source, options), INPUT_PREFIX + options.main
                 for batches in gather(pieces, lambda batch: batch.column(column).nbytes, options.batch_bytes):
@@ -84,12 +87,24 @@ def is_a3m(source: Source) -> bool:
     return (os.path.splitext(stem)[1] if suffix in COMPRESSION_SUFFIXES else suffix) == ".a3m"
 
 
+def begins_fasta(head: bytes, source: Source) -> bool:
+    """Whether a file begins as FASTA or A3M; comments may stand before the first record."""
+    mark = head.lstrip()[:1]
+    return mark == b">" or (mark == b"#" and is_a3m(source)) or (mark == b";" and HEADER.search(head) is not None)
+
+
 def _pieces(stream: io.BufferedReader, source: Source, options: ReadOptions) -> Iterator[pa.RecordBatch]:
     line, number = 1, 1
     for text in _whole_records(stream, min(options.batch_bytes, BLOCK_BYTES)):
+        is_refused = False
         while text and text[:1] != b">":
-            # only before the first record: blank lines, and the comment that some A3M files begin with
-            line, text = line + 1, text.partition(b"\n")[2]
+            # only before the first record: blank lines and comments; anything else is a record without a header
+            words, _, text = text.partition(b"\n")
+            if words.strip() and words.lstrip()[:1] not in b"#;" and not is_refused:
+                start = words[:20].decode("utf-8", "backslashreplace")
+                options.refuse(Refusal(source.name, line, "", f"{HEADER_RULE}; got {start!r}"))
+                is_refused = True
+            line += 1
         if text:
             batch, num_records = _parse(text, source, options, line, number)
             line, number = line + text.count(b"\n"), number + num_records
@@ -152,6 +167,8 @@ def _cleaned(sequences: pa.Array) -> tuple[pa.Array, dict[int, str]]:
         if found := FOREIGN.search(text):
             character = text[found.start() : found.start() + 4].decode("utf-8", "replace")[0]
             faults[row] = f"{character!r} is no residue (letters, '*', '-' and '.' are)"
+            if character == ">":
+                faults[row] += f"; {HEADER_RULE}"
     return sequences, faults
 
 
