@@ -27,5 +27,9 @@ def require(condition: bool, rule: str, got: object) -> None:
         raise ConfigError(f"{rule}; got {got}")
 
 
+class DataWarning(UserWarning):
+    """A choice was made in reading an input that the user may want otherwise."""
+
+
 class PackageWarning(UserWarning):
     """An installed package cannot be used; what does not need it goes on."""

@@ -12,7 +12,7 @@ import pytest
 
 from meristem.data.reading.tables import table_format
 from meristem.data.records import PAYLOAD, SCHEMA, ReadOptions, Refusal, Source
-from meristem.errors import DataError
+from meristem.errors import DataError, DataWarning
 from meristem.types import INPUT
 from meristem_domains.protein.fasta import PAYLOAD_COLUMNS, ProteinReader
 
@@ -241,3 +241,26 @@ def test_a_reader_that_is_left_early_closes_its_file(tmp_path: Path, name: str) 
         batches.close()  # type: ignore[attr-defined]
     open_files = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     assert path not in open_files
+
+
+@pytest.mark.parametrize("name", ["ID", "Entry", "accession", "mutant", "Id", "ACCESSION"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_a_column_with_a_usual_name_gives_the_ids_and_a_note_says_so(tmp_path: Path, name: str, kind: str) -> None:
+    text = f"note,{name},sequence\nn,a,MKV\nn,b,MKL\n"
+    path = write(
+        tmp_path / "x", parquet_of(text) if kind == "parquet" else text.replace(",", "\t" if kind == "tsv" else ",")
+    )
+    with pytest.warns(DataWarning, match=f"x.*ids are those of column '{name}'"):
+        assert table_of(path).column("id").to_pylist() == ["a", "b"]
+    assert table_of(path, id_column="note").column("id").to_pylist() == ["n", "n"]
+    # what serves for something else is no id
+    assert table_of(path, label_columns=(name,)).column("id").to_pylist() == ["1", "2"]
+    assert table_of(path, columns={INPUT: name}).column("id").to_pylist() == ["1", "2"]
+
+
+def test_of_several_usual_names_id_comes_first_without_a_note(tmp_path: Path) -> None:
+    path = write(tmp_path / "x", "mutant,Entry,id,sequence\nm,e,i,MKV\n")
+    assert table_of(path).column("id").to_pylist() == ["i"]
+    path = write(tmp_path / "x", "mutant,Entry,sequence\nm,e,MKV\n")
+    with pytest.warns(DataWarning, match="'Entry'"):
+        assert table_of(path).column("id").to_pylist() == ["e"]

@@ -54,7 +54,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser, writes_file: bool = Fa
         metavar="COLUMN",
         help="column of a table that holds the payloads; where records have several inputs, INPUT=COLUMN for each",
     )
-    parser.add_argument("--id-column", default="", help="column of a table that holds the ids")
+    parser.add_argument(
+        "--id-column", default="", help="column of a table that holds the ids (id, entry, accession, mutant)"
+    )
     if writes_file:
         overwrite = "replace the output file where there is one"
         parser.add_argument("--overwrite", dest="is_overwriting", action="store_true", help=overwrite)

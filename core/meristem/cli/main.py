@@ -20,7 +20,7 @@ from typing import Any
 from meristem import __version__
 from meristem.cli.configs import shipped_configs
 from meristem.cli.tokenizer_options import take_tokenizer_options
-from meristem.errors import ConfigError, PackageWarning, UserError
+from meristem.errors import ConfigError, DataWarning, PackageWarning, UserError
 
 DONE, FAULT, WRONG_INPUT, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 
@@ -265,12 +265,14 @@ def _terminate_as_exit() -> Iterator[None]:
 
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Print each warning about an installed package as one line, without the file and line that raised it."""
+    """Print each warning of our own as one line, without the place in the code that raised it."""
     show = warnings.showwarning
 
     def say(message: Warning | str, category: type[Warning], *args: Any, **options: Any) -> None:
         if issubclass(category, PackageWarning):
             _say(f"warning: {message}")
+        elif issubclass(category, DataWarning):
+            _say(f"note: {message}")
         else:
             show(message, category, *args, **options)
 

@@ -91,7 +91,7 @@ class ReadOptions:
         columns: the inputs that each record has, and the column of a table (CSV, TSV, Parquet) that holds each; empty
             for a column of the input's own name, or for the first input the domain's usual name.
         foreign: inputs that another domain's tokenizer reads; they are taken as they stand in the file.
-        id_column: column of a table that holds the id; empty for `id` where there is one, else the row number.
+        id_column: column of a table that holds the id; empty for a usual name (`ID_COLUMNS`), else the row number.
         label_columns: columns of a table to carry along as labels.
         split_column: column of a table that names the part a record belongs to (train, validation, test).
         group_column: column of a table that names what must stay in one part of a split.

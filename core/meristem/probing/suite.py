@@ -30,7 +30,7 @@ class Probe(Suite):
         k: number of neighbours that vote; null for 20, or all training records where there are fewer.
         temperature: softmax temperature of the neighbours' votes.
         column: column of a table that holds the payload, or a mapping of inputs to columns; empty for the usual one.
-        id_column: column of a table that holds the ids; empty for `id` where there is one.
+        id_column: column of a table that holds the ids; empty for id, entry, accession or mutant.
         missing_labels: words that mean "no label"; an empty cell always does.
         pool: mean, cls, max or own; null for the model's own, and mean where it has none.
         split: hash or similarity, by which records are split where neither a column nor test files do.

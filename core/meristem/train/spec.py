@@ -138,7 +138,7 @@ class DataSpec:
         validation_sources: file or files to validate on; then nothing of `sources` is kept for that.
         column: column of a table that holds the payload, or a mapping of the objective's inputs to columns; empty for a
             column of the input's name, or for the first input the domain's usual name.
-        id_column: column of a table that holds the ids; empty for `id` where there is one.
+        id_column: column of a table that holds the ids; empty for id, entry, accession or mutant.
         group_column: column of a table that names what must stay in one part of the split, such as a patient.
         tokenizer: options of the domain's tokenizer.
         inputs: domain and tokenizer of inputs that the domain's own tokenizer does not read, by name of the input.

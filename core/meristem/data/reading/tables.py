@@ -9,6 +9,7 @@ import io
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -23,10 +24,13 @@ from meristem.data.labels import as_text
 from meristem.data.payloads import is_text
 from meristem.data.reading.open import BOM, read_text_blocks
 from meristem.data.records import GROUP, LABEL_PREFIX, SPLIT, ReadOptions, Refusal, Source, batch_of
-from meristem.errors import DataError
+from meristem.errors import DataError, DataWarning
 from meristem.types import INPUT
 
 PARQUET_MAGIC = b"PAR1"
+ID_COLUMNS = ("id", "entry", "accession", "mutant")
+"""Names, in any case, of a column that holds the ids where the user names none."""
+
 DELIMITERS = (",", "\t", ";")
 _COLUMN_NAME = re.compile(r"[\w.%()/+: -]+")
 BYTES = "bytes"
@@ -127,7 +131,13 @@ class _Table:
                     f"{where}: a table needs a column for the input {name!r}, named {' or '.join(usual[:3])}; "
                     f"columns: {listed} (name one with --column {say}, in a config data.column)"
                 )
-        id = options.id_column or ("id" if "id" in columns else "")
+        taken = {*inputs.values(), *options.label_columns, options.split_column, options.group_column}
+        usual_ids = (by_lower[name] for name in ID_COLUMNS if name in by_lower and by_lower[name] not in taken)
+        id = options.id_column or ("id" if "id" in columns else next(usual_ids, ""))
+        if id not in ("id", options.id_column):
+            warnings.warn(
+                f"{where}: ids are those of column {id!r} (--id-column names another)", DataWarning, stacklevel=2
+            )
         named = (*inputs.values(), id, *options.label_columns, options.split_column, options.group_column)
         wanted = list(dict.fromkeys(name for name in named if name))
         for name in wanted:
