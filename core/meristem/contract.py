@@ -42,7 +42,7 @@ from meristem.train.task import Task
 from meristem.types import INPUT, Record, Slice, Tokens
 
 NUM_TRAINED, NUM_STEPS, MAX_TOKENS = 16, 3, 128
-"""Records of the sample that are trained on, training steps, and tokens that longer records are cropped to there."""
+"""Size of the trial training: records of the sample, steps, and the tokens that longer records are cropped to."""
 
 NUM_SCORED = 4
 """Records of the sample that each scorer scores."""

@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _keys(kind: type, prefix: str, value: Any) -> Iterator[tuple[str, str, str, str]]:
-    """Key, type, default and help of each field of a dataclass and of those in it, which begin with an own line.
+    """Key, type, default and help of each field of a dataclass and of the dataclasses in it.
+
+    Each dataclass begins with a line of its own, without a key.
 
     Args:
         value: of that class; None where no config is shown.

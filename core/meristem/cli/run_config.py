@@ -25,7 +25,7 @@ from meristem.train.suite import Suite
 GROUP, OBJECTIVE = "meristem.objectives", "model.objective"
 SUITES = "meristem.suites"
 BASES: dict[str, type] = {GROUP: Objective, SUITES: Suite}
-"""The class that what a package offers in a group must be a subclass of."""
+"""The base class that every class offered in a group of entry points must have, by group."""
 
 
 def parse(argv: list[str]) -> RunSpec | None:
@@ -243,7 +243,7 @@ def _plain(kind: str) -> str:
 
 
 def _keys_of(group: str) -> str:
-    """Keys of a part of a config, or of the nearest part around it that has a fixed list of them."""
+    """Names of the keys in a section of a config; if its keys are not fixed, those of the section around it."""
     kind: Any = RunSpec
     for name in filter(None, group.split(".")):
         inner = get_type_hints(kind).get(name)

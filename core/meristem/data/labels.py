@@ -27,9 +27,9 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def as_text(column: pa.Array) -> pa.Array:
-    """A column of words, numbers, booleans or dates as text with every digit, or of lists of these as lists of text.
+    """Convert labels to text, numbers with every digit; a column of lists becomes one of lists of text.
 
-    Empty words become null.
+    Labels are words, numbers, booleans or dates. Empty words become null.
 
     Raises:
         DataError: a column of another type, or bytes that are not UTF-8.

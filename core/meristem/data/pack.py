@@ -106,7 +106,7 @@ def _lay(sequences: list[Tokens]) -> dict[str, Any]:
         layout = replace(layout, prefix_lengths=tuple(tokens.prefix_length for tokens in sequences))
 
     def rows(values: list[np.ndarray | None], fill: int = 0, dtype: DTypeLike = np.int64) -> torch.Tensor | None:
-        """Values of one sequence after the other, filled in where one has none; None where none has."""
+        """One field of all sequences, end to end; `fill` for sequences that lack it, None if all lack it."""
         shape = next((np.shape(one)[1:] for one in values if one is not None), None)
         if shape is None:
             return None

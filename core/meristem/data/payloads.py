@@ -51,7 +51,7 @@ def column_bytes(payloads: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_sliced(kind: pa.DataType) -> bool:
-    """Whether a column of payloads names slices of files."""
+    """Whether the payloads of a column are slices of files (`Slice`), which are read when they are needed."""
     return pa.types.is_struct(kind)
 
 
@@ -83,13 +83,13 @@ def bytes_at(column: pa.Array, row: int, start: int, stop: int) -> memoryview:
 
 
 def characters_before(column: pa.Array, row: int, byte: int) -> int:
-    """Characters of the text of a row that begin before a byte of it."""
+    """Number of characters that begin before byte `byte` of the UTF-8 text in a row."""
     bounds, data = pa.py_buffer(np.array([0, byte], np.int64)), pa.py_buffer(_bytes_of(column, row)[:byte])
     return int(pc.utf8_length(pa.Array.from_buffers(pa.large_string(), 1, [None, bounds, data]))[0].as_py())
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of payloads holds texts."""
+    """Whether the payloads of a column are strings."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 

@@ -175,7 +175,7 @@ class Tokenizer(ABC):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The tokenizer that wrote `values`: here they are what it is made with.
+        """Make the tokenizer from what `to_json` gave; by default these are the arguments of the class.
 
         Raises:
             CheckpointError: no tokenizer of this class wrote them.

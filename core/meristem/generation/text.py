@@ -92,7 +92,7 @@ class Generator:
         return np.asarray(ids, np.int64)
 
     def text_behind(self, prompt: np.ndarray, made: Sequence[int]) -> str:
-        """The text that new tokens add to a prompt: the whole decoded, without what the prompt alone decodes to.
+        """The text that new tokens add to a prompt: that of all tokens together, without that of the prompt.
 
         Decoded alone, the new tokens would lose a space before them, or the word that their first one goes on with. The
         prompt of an encoder-decoder is no part of its output.

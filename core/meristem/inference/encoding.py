@@ -145,7 +145,7 @@ class _Refused(RefusedSymbol):
 
 
 def sides_of(column: TokenColumn) -> tuple[TokenColumn, ...]:
-    """The column itself, and the columns of sources and views that it holds."""
+    """A column, and all columns that it refers to: other views of its records, and what an encoder reads."""
     others = (*column.views, *([] if column.source is None else [column.source]))
     return (column, *(side for other in others for side in sides_of(other)))
 

@@ -234,7 +234,7 @@ class TrainerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """How a run is looked after.
+    """When a run validates and saves, which of its models is the best, and when it stops early.
 
     Attributes:
         validate_every_n_steps: optimiser steps between validations; the last step is validated as well.
@@ -321,7 +321,7 @@ def values_of(spec: RunSpec) -> dict[str, Any]:
 
 
 def fill_in(values: dict[str, Any], objective: type[Objective]) -> None:
-    """Fill in, in the values of a whole run, the architecture and the numbers of the split, which a domain decides.
+    """Complete the values of a run with what its domain decides: the architecture and the numbers of the split.
 
     Raises:
         ConfigError: as `values_of`.

@@ -21,7 +21,7 @@ class Suite(ABC):
 
     @abstractmethod
     def read(self, data: "DataSpec") -> list[str]:
-        """Read and check what is needed to measure the model of a run on `data`, before the first step.
+        """Read the suite's own data and check its options; called once, before the first training step.
 
         Returns:
             Names of the figures that `run` finds.
