@@ -22,12 +22,11 @@ from meristem.data.similarity import similarity_clusters
 from meristem.data.store import RecordStore
 from meristem.data.tokenizer import Tokenizer
 from meristem.domain import Domain, load_domain
-from meristem.errors import UserError
+from meristem.errors import UserError, require
 from meristem.inference.embed import Embed
 from meristem.inference.formats import read_embeddings
 from meristem.inference.run import run_job
 from meristem.model.config import TransformerConfig
-from meristem.model.config.checks import require
 from meristem.model.model import Model
 from meristem.model.transformer import build_trunk
 from meristem.model_directory import ModelCard, save_model

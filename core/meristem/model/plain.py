@@ -6,7 +6,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from meristem.model.config.checks import require, require_one_of
+from meristem.errors import require
+from meristem.model.config.checks import require_one_of
 from meristem.registry import find
 
 ConfigPart = TypeVar("ConfigPart")

@@ -2,12 +2,11 @@
 
 from torch import nn
 
-from meristem.errors import ConfigError, DataError
+from meristem.errors import ConfigError, DataError, require
 from meristem.model.attention import Context, KeptRows, Placed
 from meristem.model.block import Block
 from meristem.model.cache import Cache
 from meristem.model.config import BlockSparse, BucketBias, Full, LinearBias, Position, TransformerConfig
-from meristem.model.config.checks import require
 from meristem.model.config.pattern import sees_the_future
 from meristem.model.embed import EmbeddingLayer
 from meristem.model.init import init_weights

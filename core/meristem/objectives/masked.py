@@ -9,8 +9,7 @@ from torchmetrics import Metric
 
 from meristem.data.corrupt import mask_tokens
 from meristem.data.parts import Encoder, RunData
-from meristem.errors import ConfigError
-from meristem.model.config.checks import require
+from meristem.errors import ConfigError, require
 from meristem.model.heads.symbols import SymbolLoss
 from meristem.model.model import SYMBOLS
 from meristem.model.outputs import Outputs

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributions import Beta
 
-from meristem.model.config.checks import require, require_all
+from meristem.errors import require
+from meristem.model.config.checks import require_all
 from meristem.shapes import Bool, Int, Tensor
 from meristem.types import PackedBatch
 

@@ -10,9 +10,8 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from meristem.data.parts import Encoder, RunData
-from meristem.errors import DataError
+from meristem.errors import DataError, require
 from meristem.model.config import TransformerConfig
-from meristem.model.config.checks import require
 from meristem.model.heads import HeadSpec, Readout
 from meristem.model.outputs import HeadRequest, Outputs, Wanted
 from meristem.objectives.masked import MaskedTokens

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from meristem.data.parts import Encoder
+from meristem.errors import require
 from meristem.model.config import TransformerConfig, sees_the_future
-from meristem.model.config.checks import require
 from meristem.model.model import SYMBOLS
 from meristem.model.patterns import has_prefix
 from meristem.objectives.symbols import SymbolObjective

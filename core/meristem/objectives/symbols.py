@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from meristem.model.config.checks import require, require_frac
+from meristem.errors import require
+from meristem.model.config.checks import require_frac
 from meristem.model.heads import HeadSpec, Symbols
 from meristem.model.heads.symbols import SymbolLoss
 from meristem.model.model import SYMBOLS

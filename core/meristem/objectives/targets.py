@@ -10,9 +10,9 @@ import numpy as np
 
 from meristem.data.labels import Label, LabelColumn, listed, named, placed, sort_classes
 from meristem.data.parts import Part, RunData
-from meristem.errors import ConfigError, DataError
+from meristem.errors import ConfigError, DataError, require
 from meristem.model.config import Max, Mean, Pool, Prefix
-from meristem.model.config.checks import require, require_all
+from meristem.model.config.checks import require_all
 from meristem.model.heads import Readout
 from meristem.model.model import SYMBOLS
 from meristem.types import IGNORE, Record

@@ -8,9 +8,8 @@ import numpy as np
 
 from meristem.data.corrupt import cut_spans, delete_tokens, draw_spans, infill_tokens
 from meristem.data.parts import Encoder, RunData
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, require
 from meristem.model.config import TransformerConfig, sees_the_future
-from meristem.model.config.checks import require
 from meristem.model.model import SYMBOLS
 from meristem.objectives.symbols import SymbolObjective, require_fractions
 from meristem.types import SOURCE, Record, Tokens

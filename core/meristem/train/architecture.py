@@ -6,9 +6,8 @@ from typing import Any
 
 from meristem.data.tokenizer import Tokenizer
 from meristem.domain import Domain
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, require
 from meristem.model.config import Learned, Rotary, SinCos2D, Sinusoidal, TransformerConfig
-from meristem.model.config.checks import require
 from meristem.model.plain import from_json, merge, to_json
 from meristem.objectives.objective import Objective
 

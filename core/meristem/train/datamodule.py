@@ -15,8 +15,7 @@ from meristem.data.store import RecordStore
 from meristem.data.tokenizer import Tokenizer
 from meristem.data.views import Views
 from meristem.domain import Domain, load_domain
-from meristem.errors import ConfigError, DataError
-from meristem.model.config.checks import require
+from meristem.errors import ConfigError, DataError, require
 from meristem.model.grid import with_grid
 from meristem.model_directory import InputCard
 from meristem.objectives.objective import Objective

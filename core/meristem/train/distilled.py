@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from meristem.data.parts import RunData
-from meristem.errors import ConfigError
-from meristem.model.config.checks import require
+from meristem.errors import ConfigError, require
 from meristem.model.heads import readouts_of
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from meristem.model.config.checks import require, require_all
+from meristem.errors import require
+from meristem.model.config.checks import require_all
 from meristem.model.embed import EmbeddingLayer
 from meristem.model.transformer import Stack
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 
 from meristem.domain import load_domain
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, require
 from meristem.model.config import TransformerConfig
-from meristem.model.config.checks import require, require_all
+from meristem.model.config.checks import require_all
 from meristem.model.plain import to_json
 from meristem.objectives.objective import Objective
 from meristem.train.architecture import resolve_architecture

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from meristem.errors import CheckpointError, ConfigError
+from meristem.errors import CheckpointError, ConfigError, require
 from meristem.model.block import compile_blocks
 from meristem.model.config import TransformerConfig
-from meristem.model.config.checks import require
 from meristem.model.grid import resampled
 from meristem.model.model import Model
 from meristem.model.plain import from_json

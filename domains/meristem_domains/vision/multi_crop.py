@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meristem.model.config.checks import require
+from meristem.errors import require
 from meristem_domains.vision.pictures import as_floats, resize_channels
 
 NUM_GLOBAL = 2

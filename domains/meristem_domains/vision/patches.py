@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from meristem.data.tokenizer import Tokenizer, column_bytes
-from meristem.errors import ConfigError
-from meristem.model.config.checks import require
+from meristem.errors import ConfigError, require
 from meristem.types import TokenColumn, Tokens
 from meristem_domains.vision.picture_sizes import CROPS, native_px, resized_px, resized_size
 from meristem_domains.vision.pictures import (

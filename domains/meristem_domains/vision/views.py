@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from meristem.data.views import Views
-from meristem.errors import ConfigError
-from meristem.model.config.checks import require, require_frac
+from meristem.errors import ConfigError, require
+from meristem.model.config.checks import require_frac
 from meristem.types import Record
 from meristem_domains.vision.patches import PatchTokenizer
 from meristem_domains.vision.pictures import StandardImage, load_pillow, read_pixels

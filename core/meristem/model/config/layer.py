@@ -4,8 +4,8 @@ from abc import ABC
 from dataclasses import dataclass, field
 from typing import Literal
 
-from meristem.errors import ConfigError
-from meristem.model.config.checks import require, require_all, require_one_of
+from meristem.errors import ConfigError, require
+from meristem.model.config.checks import require_all, require_one_of
 from meristem.model.config.pattern import Full, Pattern
 from meristem.model.config.position import Position
 

@@ -6,7 +6,8 @@
 from abc import ABC
 from dataclasses import dataclass
 
-from meristem.model.config.checks import require, require_all
+from meristem.errors import require
+from meristem.model.config.checks import require_all
 
 
 @dataclass(frozen=True, kw_only=True)

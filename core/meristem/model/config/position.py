@@ -8,7 +8,8 @@ from abc import ABC
 from dataclasses import dataclass, field
 from typing import Literal
 
-from meristem.model.config.checks import require, require_all, require_one_of
+from meristem.errors import require
+from meristem.model.config.checks import require_all, require_one_of
 
 Rounding = Literal["fp32", "fp16", "bf16"]
 

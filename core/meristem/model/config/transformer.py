@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from meristem.errors import ConfigError
-from meristem.model.config.checks import require, require_all
+from meristem.errors import ConfigError, require
+from meristem.model.config.checks import require_all
 from meristem.model.config.heads import AttentionPool, Pool, TokenHead
 from meristem.model.config.layer import Attention, Experts, FeedForward, LayerNorm, LayerRule, Norm, Residual
 from meristem.model.config.position import AddedPosition, Learned, Position, Rotary, SinCos2D

@@ -9,8 +9,8 @@ from torch import nn
 
 from meristem.data.parts import Encoder, RunData
 from meristem.data.tokenizer import Tokenizer
+from meristem.errors import require
 from meristem.model.config import Attention, Embedding, FeedForward, Init, SinCos2D, TransformerConfig
-from meristem.model.config.checks import require
 from meristem.model.init import init_weights
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from meristem.data.parts import Encoder, RunData
-from meristem.errors import ConfigError
+from meristem.errors import ConfigError, require
 from meristem.model.config import Learned, TransformerConfig
-from meristem.model.config.checks import require, require_frac
+from meristem.model.config.checks import require_frac
 from meristem.model.model import Model
 from meristem.model.outputs import Outputs, Wanted
 from meristem.objectives.objective import Objective, Processes
