@@ -67,8 +67,7 @@ def probe_files(
     facts = _embed(main, model, options, vectors_dir, "embed", watch)
     if tests:
         _embed(test, model, options, vectors_dir, "embed test", watch)
-    train, validation = (some[main.places[some] >= 0] for some in (train, validation))
-    test_rows = test_rows[test.places[test_rows] >= 0]
+    train, validation, test_rows = main.embedded(train), main.embedded(validation), test.embedded(test_rows)
     if not len(test_rows) or not len(train):
         raise DataError("no record is left, since the model's tokenizer refused the others")
     rows = np.concatenate([train, validation])
@@ -86,16 +85,24 @@ def probe_files(
     is_validation = np.arange(len(rows)) >= len(train)
     vectors, test_vectors = main.vectors[main.places[rows]], test.vectors[test.places[test_rows]]
     fit = Fit(options, best_device(), watch, vectors, is_validation, test_vectors)
+    metrics |= _evaluate(fit, task, main.labels[rows].tolist(), test, test_rows, output)
+    if output:
+        write_json(output / METRICS, metrics)
+    return metrics
+
+
+def _evaluate(
+    fit: Fit, task: str, labels: list[str], test: "_Records", test_rows: np.ndarray, output: Path | None
+) -> dict[str, Any]:
+    """Fit the probes and return their figures; writes predictions and a figure into `output`."""
     if output:
         output.mkdir(parents=True, exist_ok=True)
     evaluate = _evaluate_classes if task == "classification" else _evaluate_values
-    figures, columns = evaluate(fit, main.labels[rows].tolist(), test.labels[test_rows].tolist(), output)
-    metrics |= figures
+    figures, columns = evaluate(fit, labels, test.labels[test_rows].tolist(), output)
     if output:
         ids = test.store.column("id").take(test_rows).to_pylist()
         _write_csv(output / PREDICTIONS, {"id": ids} | columns)
-        write_json(output / METRICS, metrics)
-    return metrics
+    return figures
 
 
 def _check_output(output: Path) -> None:
@@ -161,6 +168,10 @@ class _Records:
     @property
     def has_label(self) -> np.ndarray:
         return np.array([label is not None for label in self.labels], bool)
+
+    def embedded(self, rows: np.ndarray) -> np.ndarray:
+        """Those of `rows` that have a vector: the tokenizer may have refused some."""
+        return rows[self.places[rows] >= 0]
 
 
 def _dealt(
